@@ -1,0 +1,141 @@
+"""The stability monitor: counters that travel in the training state, conditions decided inside the jitted step.
+
+Nothing here needs the host: each condition is a comparison of reductions with a threshold from the config, and what
+leaves the step is a column `alert/kind` or `alert/kind/layer` that is 0 except at the step where the condition *begins*,
+where it holds the value that crossed the threshold. Because the counters are state, a resumed run raises the same
+alerts at the same steps.
+
+kind               begins when                                                                          value
+nonfinite_loss     the loss is NaN or infinite                                                          1
+nonfinite_grads    a gradient element of the layer is                                                   how many
+nonfinite_params   a parameter of the layer is                                                          how many
+nonfinite_updates  an element of the layer's update is, with a finite loss and gradient (moments)       how many
+loss_spike         robust z-score of the loss against the last `spike_window` above spike_threshold     z-score
+divergence         median of the last `spike_window` losses rises above the run's first loss            median
+dead_layer         every neuron of the layer is dead                                                    share (1)
+update_stall       zero_update of the layer, mean over `stall_window` steps, above bit_stall_threshold  mean
+
+The non-finite kinds begin anew at every step they hold; the others are re-armed when their condition ends.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Fewer losses than this say nothing about their spread.
+MIN_LOSSES = 20
+NORMAL_MAD = 1.4826  # standard deviation of a normal variable over its median absolute deviation
+
+
+class Thresholds(NamedTuple):
+    """The monitor's settings, by their names in the config."""
+
+    nan_patience: int
+    bit_stall_threshold: float
+    dead_neuron_threshold: float
+    dead_neuron_window: int
+    spike_window: int
+    spike_threshold: float
+    stall_window: int
+
+
+class Monitor(NamedTuple):
+    """Counters carried from step to step. W windows, S layers (metrics.by_layer's order)."""
+
+    bad_streak: jax.Array  # int32: non-finite steps in a row, up to now
+    bad_steps: jax.Array  # int32: non-finite steps in all
+    first_bad_step: jax.Array  # int32: row number of the first one, -1 before it
+    seen: jax.Array  # int32: finite steps seen
+    initial_loss: jax.Array  # float32: the first finite loss, NaN before it
+    losses_W: jax.Array  # float32 [spike_window]: ring of the last finite losses, NaN where empty
+    dead_streak: dict  # {layer: int32 [outputs]}: steps in a row below dead_neuron_threshold
+    zero_update_WS: jax.Array  # float32 [stall_window, layers]: ring of zero_update
+    active: dict  # {kind: bool or bool [layers]}: condition held at the last step
+
+
+def init_monitor(thresholds, neurons, n_layers):
+    """A fresh monitor. `neurons`: {layer: outputs} as metrics.neuron_layers gives it."""
+    no = jnp.zeros((), bool)
+    return Monitor(bad_streak=jnp.int32(0), bad_steps=jnp.int32(0), first_bad_step=jnp.int32(-1), seen=jnp.int32(0),
+                   initial_loss=jnp.float32(jnp.nan),
+                   losses_W=jnp.full(thresholds.spike_window, jnp.nan, jnp.float32),
+                   dead_streak={layer: jnp.zeros(n, jnp.int32) for layer, n in neurons.items()},
+                   zero_update_WS=jnp.zeros((thresholds.stall_window, n_layers), jnp.float32),
+                   active={"loss_spike": no, "divergence": no, "dead_layer": jnp.zeros(len(neurons), bool),
+                           "update_stall": jnp.zeros(n_layers, bool)})
+
+
+def is_frozen(monitor, thresholds):
+    """Whether so many steps in a row were non-finite that the run must stop; the state no longer changes."""
+    return monitor.bad_streak >= thresholds.nan_patience
+
+
+def robust_z(loss, losses_W):
+    """(loss - median) / (1.4826 * MAD) of the finite entries of losses_W; 0 while there are fewer than MIN_LOSSES.
+
+    The spread is floored at 0.1% of the median so that a plateau does not turn rounding into spikes.
+    """
+    median = jnp.nanmedian(losses_W)
+    spread = NORMAL_MAD * jnp.nanmedian(jnp.abs(losses_W - median))
+    z = (loss - median) / jnp.maximum(spread, 1e-3 * jnp.abs(median))
+    return jnp.where(jnp.sum(jnp.isfinite(losses_W)) >= MIN_LOSSES, z, 0.0)
+
+
+def update_dead_streaks(monitor, neuron_square_sum, thresholds, ok):
+    """New streaks, and dead_neurons/layer: share of neurons below the threshold for the whole window.
+
+    A neuron is an output column of a kernel with its bias; what is compared with dead_neuron_threshold is the L2 norm of
+    its unclipped gradient. A non-finite step (`ok` false) says nothing and changes no streak.
+    """
+    streaks, metrics = {}, {}
+    for layer, squares in neuron_square_sum.items():
+        old = monitor.dead_streak[layer]
+        # The cap keeps the counter from wrapping on endless runs.
+        new = jnp.where(squares < thresholds.dead_neuron_threshold ** 2,
+                        jnp.minimum(old + 1, thresholds.dead_neuron_window), 0)
+        streaks[layer] = jnp.where(ok, new, old)
+        dead = streaks[layer] >= thresholds.dead_neuron_window
+        metrics[f"dead_neurons/{layer}"] = jnp.mean(dead, dtype=jnp.float32)
+    return streaks, metrics
+
+
+def _push(ring, slot, value, ok):
+    return ring.at[slot % ring.shape[0]].set(jnp.where(ok, value, ring[slot % ring.shape[0]]))
+
+
+def update_monitor(monitor, *, row_number, loss, bad, dead_streak, dead_shares, zero_update_S, thresholds):
+    """The monitor after one step, with the alerts that begin at it.
+
+    Args:
+      row_number: int32, the step's row (state.step + 1).
+      loss: float32 scalar. bad: bool, whether the step was non-finite in any way.
+      dead_streak: {layer: int32 [outputs]} from update_dead_streaks.
+      dead_shares: float32 [layers with neurons]; zero_update_S: float32 [layers].
+
+    Returns:
+      (monitor, loss_zscore, {kind: float32 scalar or vector over layers}).
+    """
+    ok = ~bad
+    slot = monitor.seen
+    z = jnp.where(ok, robust_z(loss, monitor.losses_W), 0.0)
+    losses_W = _push(monitor.losses_W, slot, loss, ok)
+    median = jnp.nanmedian(losses_W)
+    initial_loss = jnp.where(jnp.isnan(monitor.initial_loss) & ok, loss, monitor.initial_loss)
+    zero_update_WS = _push(monitor.zero_update_WS, slot, zero_update_S, ok)
+    seen = slot + ok
+    mean_zero_update_S = jnp.where(seen >= thresholds.stall_window, zero_update_WS.mean(0), 0.0)
+
+    values = {"loss_spike": z, "divergence": median, "dead_layer": dead_shares, "update_stall": mean_zero_update_S}
+    holds = {"loss_spike": z > thresholds.spike_threshold,
+             "divergence": (median > initial_loss) & (seen >= MIN_LOSSES),
+             "dead_layer": dead_shares >= 1.0,
+             "update_stall": mean_zero_update_S > thresholds.bit_stall_threshold}
+    # A non-finite step decides nothing about the other conditions: they stay as they were.
+    holds = {kind: jnp.where(ok, now, monitor.active[kind]) for kind, now in holds.items()}
+    begins = {kind: jnp.where(now & ~monitor.active[kind], values[kind], 0.0) for kind, now in holds.items()}
+    first_bad = jnp.where((monitor.first_bad_step < 0) & bad, row_number, monitor.first_bad_step)
+    new = Monitor(bad_streak=jnp.where(bad, monitor.bad_streak + 1, 0), bad_steps=monitor.bad_steps + bad,
+                  first_bad_step=first_bad.astype(jnp.int32), seen=seen, initial_loss=initial_loss, losses_W=losses_W,
+                  dead_streak=dead_streak, zero_update_WS=zero_update_WS, active=holds)
+    return new, z, begins

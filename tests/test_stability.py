@@ -1,0 +1,109 @@
+"""The monitor against plain Python loops that keep whole histories."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from altgrad_jax import stability
+
+LAYERS = ("embed", "block_0/mlp_up")
+THRESHOLDS = stability.Thresholds(nan_patience=3, bit_stall_threshold=0.5, dead_neuron_threshold=1e-3,
+                                  dead_neuron_window=4, spike_window=30, spike_threshold=8.0, stall_window=5)
+
+
+def run_monitor(losses, *, bad=None, neuron_norms=None, zero_update=None):
+    """Feeds a history to the monitor; returns the last monitor and one dict of alerts that begin per step."""
+    n = len(losses)
+    bad = np.zeros(n, bool) if bad is None else np.asarray(bad)
+    neuron_norms = np.ones((n, 2)) if neuron_norms is None else np.asarray(neuron_norms)
+    zero_update = np.zeros((n, 2)) if zero_update is None else np.asarray(zero_update)
+    monitor = stability.init_monitor(THRESHOLDS, {"block_0/mlp_up": 2}, n_layers=2)
+    begun, shares, scores = [], [], []
+    for k in range(n):
+        is_bad = jnp.asarray(bad[k])
+        streak, dead = stability.update_dead_streaks(
+            monitor, {"block_0/mlp_up": jnp.float32(neuron_norms[k] ** 2)}, THRESHOLDS, ok=~is_bad)
+        share = jnp.stack(list(dead.values()))
+        monitor, z, begins = stability.update_monitor(
+            monitor, row_number=k + 1, loss=jnp.float32(losses[k]), bad=is_bad, dead_streak=streak, dead_shares=share,
+            zero_update_S=jnp.float32(zero_update[k]), thresholds=THRESHOLDS)
+        begun.append({kind: np.asarray(value) for kind, value in begins.items() if np.any(value)})
+        shares.append(float(share[0]))
+        scores.append(float(z))
+    return monitor, begun, shares, scores
+
+
+def test_a_neuron_is_dead_after_the_whole_window_and_alive_again_at_once():
+    norms = np.ones((12, 2))
+    norms[2:9, 0] = 1e-4  # dead from its fourth small step (index 5) to index 8
+    norms[4:8, 1] = 1e-4  # four small steps: dead at index 7 only
+    _, begun, shares, _ = run_monitor(np.linspace(3, 2, 12), neuron_norms=norms)
+    assert shares == [0, 0, 0, 0, 0, 0.5, 0.5, 1.0, 0.5, 0, 0, 0]
+    assert [k for k, alerts in enumerate(begun) if "dead_layer" in alerts] == [7]
+
+
+def test_the_threshold_is_on_the_norm_and_a_non_finite_step_leaves_the_streak():
+    norms = np.full((7, 2), 0.99e-3)
+    bad = [False, True, False, False, False, True, False]
+    _, _, shares, _ = run_monitor(np.ones(7), neuron_norms=norms, bad=bad)
+    assert shares == [0, 0, 0, 0, 1, 1, 1]
+    assert run_monitor(np.ones(6), neuron_norms=np.full((6, 2), 1.01e-3))[2] == [0] * 6
+
+
+def test_robust_z_is_the_textbook_formula():
+    rng = np.random.default_rng(0)
+    losses = 5 + 0.1 * rng.standard_normal(60)
+    losses[45] = 9.0
+    _, begun, _, scores = run_monitor(losses)
+    for k in range(60):
+        past = np.float32(losses[max(0, k - 30):k])
+        expected = 0.0
+        if len(past) >= stability.MIN_LOSSES:
+            median = np.median(past)
+            spread = 1.4826 * np.median(np.abs(past - median))
+            expected = (np.float32(losses[k]) - median) / max(spread, 1e-3 * median)
+        assert scores[k] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert [k for k, alerts in enumerate(begun) if "loss_spike" in alerts] == [45]
+    assert begun[45]["loss_spike"] == pytest.approx(scores[45])
+
+
+def test_a_spike_that_lasts_begins_once():
+    losses = np.r_[np.full(30, 4.0), 9.0, 9.0, 9.0, 4.0, 9.0]
+    _, begun, _, _ = run_monitor(losses)
+    assert [k for k, alerts in enumerate(begun) if "loss_spike" in alerts] == [30, 34]
+
+
+def test_divergence_begins_when_the_median_rises_above_the_first_loss():
+    losses = np.r_[np.full(25, 4.0) - np.arange(25) * 0.01, np.full(40, 6.0)]
+    _, begun, _, _ = run_monitor(losses)
+    expected = [k for k in range(20, 65) if np.median(losses[max(0, k - 29):k + 1]) > 4.0][:1]
+    assert [k for k, alerts in enumerate(begun) if "divergence" in alerts] == expected
+
+
+def test_stalled_updates_are_averaged_over_the_window_and_re_armed():
+    shares = np.zeros((24, 2))
+    shares[6:12, 1] = 1.0
+    shares[17:, 1] = 0.9
+    _, begun, _, _ = run_monitor(np.linspace(3, 2, 24), zero_update=shares)
+    expected = []
+    above = False
+    for k in range(24):
+        now = k >= 4 and shares[k - 4:k + 1, 1].mean() > 0.5
+        if now and not above:
+            expected.append(k)
+        above = now
+    assert len(expected) == 2
+    assert [k for k, alerts in enumerate(begun) if "update_stall" in alerts] == expected
+    assert begun[expected[0]]["update_stall"].tolist() == [0.0, pytest.approx(0.6)]
+
+
+def test_bad_steps_are_counted_and_patience_is_in_a_row():
+    losses = np.ones(8)
+    bad = [True, True, False, True, False, True, True, True]
+    losses[[k for k, b in enumerate(bad) if b]] = np.nan
+    monitor, *_ = run_monitor(losses, bad=bad)
+    assert (int(monitor.bad_steps), int(monitor.first_bad_step), int(monitor.bad_streak)) == (6, 1, 3)
+    assert bool(stability.is_frozen(monitor, THRESHOLDS))
+    monitor, *_ = run_monitor(losses[:7], bad=bad[:7])
+    assert not bool(stability.is_frozen(monitor, THRESHOLDS))
+    assert float(monitor.initial_loss) == 1.0 and int(monitor.seen) == 2
