@@ -1,0 +1,725 @@
+"""Checkpoints: written beside the training, verified when read, never half there. The only file that imports orbax.
+
+What it decides, and why:
+
+- **A save costs the training one copy on the device.** `save` copies the arrays (`device_put(may_alias=False)`,
+  an asynchronous copy, no compilation) and returns; the originals may be donated at once. One worker thread takes
+  it from there: sha256, Orbax, rotation. That thread runs the *synchronous* CheckpointManager. Orbax's own
+  asynchronous manager blocks for the transfer from the device, returns success although the disk is full, and
+  when a save fails has already struck the steps it was going to delete from its list, so that these are never
+  deleted again. Here a save either is complete or is an outcome with an error, and a failed one leaves nothing.
+- **Nothing unverified is accepted.** Each checkpoint carries `meta/meta.json` with dtype, shape and sha256 of every
+  array, itself protected by a sha256. Restoring compares dtypes and shapes with the wanted state before it reads
+  an array (Orbax would cast without a word), and the hashes before it hands one out.
+- **Nothing half-written or half-deleted is listed.** Orbax writes to a temporary name and renames. Deletion is a
+  rename into `.deleted/` first. Both kinds of remains are purged when the run folder is opened for training.
+- **Layout:** OCDBT over zarr3 without compression: trained float32 weights compress by 8% at three times the cost, and
+  one array a file would be some 450 files a checkpoint.
+- **Which are kept** is decided by `kept_steps`, from the validation losses that stand in the checkpoints themselves,
+  so it is the same after a restart.
+
+In a run folder:
+
+    <step>/state/              the arrays (Orbax), a tree of dicts: params/block_0/mlp_up/kernel, opt_state/1/0/mu/...
+    <step>/meta/meta.json      {"schema_version", "step", "val_loss", "arrays": {path: {dtype, shape, sha256}}, "meta"}
+    anomaly/<step>/            the same, outside the rotation
+    damaged/<step>-<k>/        set aside because it did not verify
+    superseded/<step>-<k>/     set aside because the run went back to an earlier step
+
+Everything here assumes one process, which may drive any number of devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from altgrad_jax.errors import UserError
+
+SCHEMA_VERSION = 1
+ANOMALY, DAMAGED, SUPERSEDED, DELETED = "anomaly", "damaged", "superseded", ".deleted"
+_STATE, _META, _META_FILE = "state", "meta", "meta.json"
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
+_NAMED_IN_A_MESSAGE = 4
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are missing, unreadable, or not the bytes that were written; `reason` says which."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"the checkpoint {path} is damaged ({reason}): use another step")
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveOutcome:
+    """What became of one save.
+
+    Attributes:
+      step: the step of the checkpoint.
+      path: where it lies, or would lie.
+      error: None, or one sentence; then nothing of this save is left on the disk.
+      n_bytes: bytes of all arrays.
+      blocked_s: seconds for which the caller was held.
+      background_s: seconds the worker took, of which
+      digest_s: seconds went into sha256 (the wait for the device's copy included).
+    """
+
+    step: int
+    path: Path
+    error: str | None = None
+    n_bytes: int = 0
+    blocked_s: float = 0.0
+    background_s: float = 0.0
+    digest_s: float = 0.0
+
+
+class _OrbaxIsQuiet(logging.Filter):
+    """Keeps Orbax's own log lines off the console unless absl's verbosity asks for information.
+
+    Whatever goes wrong reaches the user as an error or a `SaveOutcome`; Orbax would print a traceback beside it.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        from_orbax = "/orbax/checkpoint/" in record.pathname.replace("\\", "/")
+        return not from_orbax or absl_logging.get_verbosity() >= absl_logging.INFO
+
+
+absl_logging.get_absl_logger().addFilter(_OrbaxIsQuiet())
+
+
+# Which checkpoints are kept.
+
+
+def kept_steps(val_losses: Mapping[int, float | None], max_checkpoints: int) -> set[int]:
+    """The steps to keep: the one with the best finite validation loss, and the newest others.
+
+    Args:
+      val_losses: step -> validation loss; None, NaN and infinities never count as best.
+      max_checkpoints: how many to keep; exactly so many are, once they exist. With 1 it is the newest.
+
+    Returns:
+      The steps to keep. Of equal losses the newest is the best.
+    """
+    newest_first = sorted(val_losses, reverse=True)
+    best = best_step(val_losses)
+    if best is None or max_checkpoints == 1:
+        return set(newest_first[:max_checkpoints])
+    others = [step for step in newest_first if step != best]
+    return {best, *others[: max_checkpoints - 1]}
+
+
+def best_step(val_losses: Mapping[int, float | None]) -> int | None:
+    """The step with the lowest finite validation loss, the newest of equals; None where there is none."""
+    finite = {step: loss for step, loss in val_losses.items() if loss is not None and math.isfinite(loss)}
+    return min(finite, key=lambda step: (finite[step], -step)) if finite else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeepBestAndNewest:
+    """Orbax's PreservationPolicy over `kept_steps`.
+
+    Orbax can keep metrics itself, but one flipped bit in such a file stops its manager from opening the folder.
+    The losses come from our own records instead: `val_losses` belongs to `Checkpoints` and is read when asked.
+    """
+
+    val_losses: Mapping[int, float | None]
+    max_checkpoints: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = kept_steps({step: self.val_losses.get(step) for step in steps}, self.max_checkpoints)
+        return [step in kept for step in steps]
+
+
+# Trees, paths and digests.
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    raise TypeError(f"a tree path with a key of type {type(key).__name__} cannot be stored")
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """{"params/block_0/mlp_up/kernel": leaf, ...}: dict keys, tuple positions and field names joined by '/'."""
+    flat = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        names = [_key_name(key) for key in keys]
+        path = "/".join(names)
+        if path in flat or any("/" in name for name in names):
+            raise ValueError(f"the tree path {path!r} is not unique once its parts are joined by '/'")
+        flat[path] = leaf
+    return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_flatten`, with a dict at every level."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def _digest(array: np.ndarray) -> str:
+    """sha256 over dtype, shape and the bytes in C order."""
+    digest = hashlib.sha256(f"{array.dtype.name}{list(array.shape)}".encode())
+    if array.size:
+        # ml_dtypes' types have no buffer protocol, hence the view as bytes.
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _document_digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    """An exception as one short line: Orbax's and TensorStore's messages run over many."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+# Writing.
+
+
+def _has_room_for_a_copy(leaves: Sequence[jax.Array]) -> bool:
+    """Whether each device can hold a second set of `leaves` beside the most that it ever held.
+
+    Devices that do not report their memory (the CPU) are taken to have room.
+    """
+    needed: Counter[jax.Device] = Counter()
+    for leaf in leaves:
+        for shard in leaf.addressable_shards:
+            needed[shard.device] += shard.data.nbytes
+    for device, n_bytes in needed.items():
+        memory = device.memory_stats() or {}
+        # The peak, not the present use: the next step needs its temporaries while the copy is still alive.
+        free = memory.get("bytes_limit", math.inf) - memory.get("peak_bytes_in_use", 0)
+        if free < 1.25 * n_bytes:
+            return False
+    return True
+
+
+def _snapshot(state: Any) -> dict[str, Any]:
+    """Path -> a copy that outlives the donation of `state`: on the device, or on the host if the device is full."""
+    flat = _flatten(state)
+    leaves = list(flat.values())
+    if _has_room_for_a_copy(leaves):
+        copies = jax.device_put(leaves, [leaf.sharding for leaf in leaves], may_alias=False)
+    else:
+        for leaf in leaves:
+            leaf.copy_to_host_async()
+        copies = [np.array(leaf) for leaf in leaves]
+    return dict(zip(flat, copies))
+
+
+def _describe(step: int, val_loss: float | None, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of meta.json, with the sha256 of each array and of itself. Waits for the arrays."""
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "step": step,
+        "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+        "arrays": {
+            path: {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": _digest(np.asarray(array))}
+            for path, array in arrays.items()
+        },
+        "meta": meta,
+    }
+    return {**document, "sha256": _document_digest(document)}
+
+
+def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+    """Our two items and how each is written; see the module's docstring for the choice of layout."""
+    arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
+    document = ocp.JsonCheckpointHandler(filename=_META_FILE)
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add(_STATE, ocp.args.PyTreeSave, arrays)
+    registry.add(_META, ocp.args.JsonSave, document)
+    return registry
+
+
+def _items(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> ocp.args.Composite:
+    # Orbax refuses arrays without elements. Dtype and shape say all there is to know of them.
+    with_elements = {path: array for path, array in arrays.items() if array.size}
+    return ocp.args.Composite(
+        **{_STATE: ocp.args.PyTreeSave(_nest(with_elements)), _META: ocp.args.JsonSave(document)}
+    )
+
+
+def save_anomaly(run_dir: str | Path, step: int, state: Any, meta: Mapping[str, Any]) -> SaveOutcome:
+    """Writes `state` to `<run_dir>/anomaly/<step>/`, outside the rotation, and waits until it is there.
+
+    Does not raise: the training that met an anomaly goes on or stops by its own rules. A checkpoint that already
+    lies there, from the same step before a resume, is kept.
+
+    Args:
+      run_dir: the run folder.
+      step: the step of `state`.
+      state: pytree of jax arrays.
+      meta: JSON data, returned by `restore_path` and `load_params`.
+    """
+    started = time.perf_counter()
+    path = Path(run_dir).absolute() / ANOMALY / str(step)
+    if path.is_dir():
+        return SaveOutcome(step, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = _snapshot(state)
+        document = _describe(step, None, arrays, json.loads(json.dumps(meta)))
+        digest_s = time.perf_counter() - started
+        checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler(handler_registry=_handlers()))
+        try:
+            checkpointer.save(path, args=_items(arrays, document))
+        finally:
+            checkpointer.close()
+    except Exception as error:
+        _remove_unfinished(path.parent, step)
+        message = f"the checkpoint of the anomaly at step {step} was not written to {path}: {_one_line(error)}"
+        return SaveOutcome(step, path, error=message)
+    elapsed = time.perf_counter() - started
+    n_bytes = sum(array.nbytes for array in arrays.values())
+    return SaveOutcome(step, path, n_bytes=n_bytes, blocked_s=elapsed, digest_s=digest_s)
+
+
+# Reading.
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    """meta.json of the checkpoint at `path`, verified against its own sha256."""
+    file = f"{_META}/{_META_FILE}"
+    try:
+        document = json.loads((path / file).read_bytes())
+        sha256 = document.pop("sha256")
+    except OSError as error:
+        raise DamagedCheckpoint(path, f"{file}: {error.strerror}") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise DamagedCheckpoint(path, f"{file} is not the JSON it was") from None
+    if sha256 != _document_digest(document):
+        raise DamagedCheckpoint(path, f"{file} does not match its sha256")
+    if document["schema_version"] != SCHEMA_VERSION:
+        raise UserError(
+            f"the checkpoint {path} has schema version {document['schema_version']}, but this program reads"
+            f" version {SCHEMA_VERSION}: use the program that wrote it"
+        )
+    return document
+
+
+def _named(items: Sequence[str]) -> str:
+    more = len(items) - _NAMED_IN_A_MESSAGE
+    return "; ".join(items[:_NAMED_IN_A_MESSAGE]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _read_arrays(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Reads the arrays named in `described` ({path: {dtype, shape, sha256}}) and verifies each one's bytes."""
+    empty = {name: d for name, d in described.items() if 0 in d["shape"]}
+    stored = {name: d for name, d in described.items() if name not in empty}
+    arrays: dict[str, np.ndarray] = {}
+    if stored:
+        # No dtype is asked for: Orbax casts to the one that is, and what lies on the disk is what must be compared.
+        as_stored = ocp.RestoreArgs(restore_type=np.ndarray)
+        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        try:
+            tree = checkpointer.restore(
+                path / _STATE,
+                args=ocp.args.PyTreeRestore(
+                    item=_nest({name: 0 for name in stored}),
+                    restore_args=_nest({name: as_stored for name in stored}),
+                    partial_restore=True,
+                ),
+            )
+            arrays = _flatten(tree)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise DamagedCheckpoint(path, f"the arrays are not readable, {_one_line(error)}") from error
+        finally:
+            checkpointer.close()
+    for name, description in empty.items():
+        arrays[name] = np.zeros(description["shape"], jax.numpy.dtype(description["dtype"]))
+    wrong = []
+    for name, description in described.items():
+        array = arrays.get(name)
+        if not isinstance(array, np.ndarray) or _signature(array) != _signature_of(description):
+            wrong.append(f"{name} is not {_signature_of(description)}")
+        elif _digest(array) != description["sha256"]:
+            wrong.append(f"the bytes of {name} do not match their sha256")
+    if wrong:
+        raise DamagedCheckpoint(path, _named(wrong))
+    return arrays
+
+
+def _signature(array: Any) -> str:
+    """'float32[384, 1152]', of anything with a dtype and a shape."""
+    return f"{np.dtype(array.dtype).name}{list(array.shape)}"
+
+
+def _signature_of(description: Mapping[str, Any]) -> str:
+    return f"{description['dtype']}{list(description['shape'])}"
+
+
+def _refuse_differences(path: Path, described: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    differences = []
+    for name in sorted({*described, *wanted}):
+        if name not in described:
+            differences.append(f"{name} is missing in it")
+        elif name not in wanted:
+            differences.append(f"{name} is only in it")
+        elif _signature_of(described[name]) != _signature(wanted[name]):
+            differences.append(f"{name} is {_signature_of(described[name])} in it, {_signature(wanted[name])} wanted")
+    if differences:
+        raise UserError(
+            f"the checkpoint {path} holds another state than this run's ({_named(differences)}):"
+            " use the config it was written with, or another run folder"
+        )
+
+
+def restore_path(path: str | Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    """Reads the checkpoint folder `path` into the shape of `abstract_state`.
+
+    Args:
+      path: one checkpoint: `<run folder>/<step>` or `<run folder>/anomaly/<step>`.
+      abstract_state: pytree of jax.ShapeDtypeStruct (from jax.eval_shape); leaves with a sharding are placed by it.
+
+    Returns:
+      (state, meta): the pytree with jax arrays as leaves, and the JSON data given at the save.
+
+    Raises:
+      UserError: a leaf's dtype or shape differs from what is stored, or leaves are missing or too many.
+      DamagedCheckpoint: files are missing or unreadable, or an array's bytes are not those that were saved.
+    """
+    path = _existing(path)
+    document = _read_document(path)
+    wanted = _flatten(abstract_state)
+    _refuse_differences(path, document["arrays"], wanted)
+    arrays = _read_arrays(path, document["arrays"])
+    leaves = [
+        # A copy of its own: jax may otherwise alias the NumPy memory, which cannot be donated to the first step.
+        jax.device_put(arrays[name], getattr(leaf, "sharding", None), may_alias=False)
+        for name, leaf in wanted.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), document["meta"]
+
+
+def load_params(path: str | Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads only the parameters of a checkpoint; needs no model.
+
+    Args:
+      path: a run folder, or one checkpoint in it.
+      step: which checkpoint of the run folder; None is the newest.
+
+    Returns:
+      (params, meta): nested dict of NumPy arrays, verified like a full restore, and the JSON data given at the save.
+
+    Raises:
+      UserError: there is no such checkpoint. DamagedCheckpoint: as `restore_path`.
+    """
+    path = _existing(path)
+    if not (path / _META).is_dir():
+        path = _step_path(path, step)
+    elif step is not None and path.name != str(step):
+        raise UserError(f"step {step} was asked for, but {path} is one checkpoint: give the run folder or drop the step")
+    document = _read_document(path)
+    described = {name: d for name, d in document["arrays"].items() if name.startswith("params/")}
+    if not described:
+        raise UserError(f"the checkpoint {path} holds no parameters: give one that the training wrote")
+    return _nest(_read_arrays(path, described))["params"], document["meta"]
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise UserError(f"there is no checkpoint folder {path}: give a run folder or a checkpoint in it")
+    return path
+
+
+def list_steps(run_dir: str | Path) -> list[int]:
+    """The steps of the complete checkpoints in `run_dir`, ascending; empty where the folder does not exist."""
+    run_dir = Path(run_dir).absolute()
+    if not run_dir.is_dir():
+        return []
+    names = (entry.name for entry in run_dir.iterdir() if entry.is_dir())
+    # Only the names that Orbax gives a finished step: no sign, no leading zero.
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and str(int(name)) == name)
+
+
+def _step_path(run_dir: Path, step: int | None) -> Path:
+    steps = list_steps(run_dir)
+    if not steps:
+        raise UserError(f"{run_dir} holds no checkpoint: give the folder of a run that has saved one")
+    if step is None:
+        step = steps[-1]
+    if step not in steps:
+        raise UserError(f"{run_dir} holds no checkpoint of step {step}: it has {', '.join(map(str, steps))}")
+    return run_dir / str(step)
+
+
+# The run folder, while it is trained into.
+
+
+def _remove_unfinished(folder: Path, step: int | None = None) -> None:
+    if folder.is_dir():
+        for path in folder.glob(_UNFINISHED if step is None else f"{step}{_UNFINISHED[1:]}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _set_aside(run_dir: Path, step: int, folder: str) -> Path:
+    """Renames `<run_dir>/<step>` to the first free `<run_dir>/<folder>/<step>-<k>`."""
+    (run_dir / folder).mkdir(exist_ok=True)
+    k = 1
+    while (target := run_dir / folder / f"{step}-{k}").exists():
+        k += 1
+    return (run_dir / str(step)).rename(target)
+
+
+def _val_loss_of(path: Path) -> float | None:
+    """The validation loss that stands in a checkpoint; None where it has none or cannot be read."""
+    try:
+        return _read_document(path)["val_loss"]
+    except (UserError, OSError):
+        return None
+
+
+def open_checkpoints(run_dir: str | Path, max_checkpoints: int) -> Checkpoints:
+    """Opens a run folder for training: makes it where it is missing, purges what killed runs left half-done.
+
+    Args:
+      run_dir: the run folder; may hold any other files.
+      max_checkpoints: how many checkpoints to keep, at least 1; see `kept_steps`.
+
+    Raises:
+      UserError: the folder cannot be made or written to.
+    """
+    run_dir = Path(run_dir).absolute()
+    if max_checkpoints < 1:
+        raise UserError(f"max_checkpoints is {max_checkpoints}, but at least 1 must be kept: set it to 1 or more")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        # Making and removing the folder for deletions shows that the run folder can be written to.
+        (run_dir / DELETED).mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the run folder {run_dir} cannot be written to ({error.strerror}): choose another with --workdir"
+        ) from None
+    shutil.rmtree(run_dir / DELETED, ignore_errors=True)
+    _remove_unfinished(run_dir)
+    _remove_unfinished(run_dir / ANOMALY)
+    return Checkpoints(run_dir, max_checkpoints)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; made by `open_checkpoints`, released by `close`.
+
+    Methods are called from one thread. `save` hands its work to a worker thread; one save is under way at a time.
+    """
+
+    def __init__(self, run_dir: Path, max_checkpoints: int):
+        self.run_dir = run_dir
+        self.max_checkpoints = max_checkpoints
+        self._val_losses = {step: _val_loss_of(run_dir / str(step)) for step in list_steps(run_dir)}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[SaveOutcome] | None = None
+        self._finished: list[SaveOutcome] = []
+        # Made by the worker when first needed. Dropped whenever its list of steps may be wrong: it reads it anew.
+        self._manager: ocp.CheckpointManager | None = None
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints on the disk, ascending; one still being written is not among them."""
+        return list_steps(self.run_dir)
+
+    def latest(self) -> int | None:
+        """The newest of `steps`, or None."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The one of `steps` with the best finite validation loss, or None."""
+        return best_step({step: self._val_losses.get(step) for step in self.steps()})
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any], val_loss: float | None = None) -> bool:
+        """Starts to save `state` as checkpoint `step`; never raises for want of disk, memory or rights.
+
+        Waits for an earlier save that is still being written, so that at most one copy of the state is alive.
+
+        Args:
+          step: updates made so far; the folder's name.
+          state: pytree of jax arrays. They may be donated as soon as this returns.
+          meta: JSON data: config, data fingerprint, W&B run id, ... Tuples come back as lists.
+          val_loss: the validation loss of this very state, where there is one.
+
+        Returns:
+          True if a save was started, False if checkpoint `step` is there already. What became of a save is
+          told by `check`; after a failed one the caller simply saves at the next interval.
+        """
+        started = time.perf_counter()
+        self.wait()
+        if step in self.steps():
+            return False
+        try:
+            meta = json.loads(json.dumps(meta))
+            arrays = _snapshot(state)
+        except Exception as error:
+            self._finished.append(self._failure(step, error))
+            return True
+        val_loss = None if val_loss is None else float(val_loss)
+        blocked_s = time.perf_counter() - started
+        self._running = self._worker.submit(self._write, step, arrays, meta, val_loss, blocked_s)
+        return True
+
+    def wait(self) -> None:
+        """Blocks until no save is under way. Never raises for a save that failed: `check` tells."""
+        if self._running is not None:
+            outcome = self._running.result()
+            self._running = None
+            self._finished.append(outcome)
+
+    def check(self) -> list[SaveOutcome]:
+        """The saves that ended since the last call, in order; does not block. A failed one has its `error` set."""
+        if self._running is not None and self._running.done():
+            self.wait()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads checkpoint `step`; arguments, result and errors as `restore_path`, UserError if there is none."""
+        self.wait()
+        return restore_path(_step_path(self.run_dir, step), abstract_state)
+
+    def restore_newest(
+        self, abstract_state: Any, on_damaged: Callable[[int, str], None]
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """Reads the newest checkpoint that verifies.
+
+        Damaged ones on the way are told to `on_damaged(step, reason)`. Once a good one is found they are renamed to
+        `damaged/<step>-<k>`; before that nothing is moved, so that a folder with only damaged ones stays an error
+        however often it is tried, and never turns into a fresh start.
+
+        Returns:
+          (step, state, meta), or None where the run folder holds no checkpoint at all.
+
+        Raises:
+          UserError: every checkpoint is damaged, or the newest good one holds another state than `abstract_state`.
+        """
+        self.wait()
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                state, meta = restore_path(self.run_dir / str(step), abstract_state)
+            except DamagedCheckpoint as error:
+                damaged.append(step)
+                on_damaged(step, error.reason)
+                continue
+            self._move(damaged, DAMAGED)
+            return step, state, meta
+        if damaged:
+            raise UserError(
+                f"every checkpoint in {self.run_dir} is damaged (steps {', '.join(map(str, sorted(damaged)))});"
+                " nothing was deleted: bring back a copy, or start again in another folder with --workdir"
+            )
+        if (self.run_dir / DAMAGED).is_dir() and any((self.run_dir / DAMAGED).iterdir()):
+            raise UserError(
+                f"{self.run_dir} holds only checkpoints that were set aside as damaged, in {DAMAGED}/:"
+                " bring back a copy, or start again in another folder with --workdir"
+            )
+        return None
+
+    def set_aside_newer_than(self, step: int) -> list[int]:
+        """Renames every checkpoint after `step` to `superseded/<step>-<k>`; for a run that goes back to `step`.
+
+        Returns:
+          The steps that were moved, ascending.
+        """
+        self.wait()
+        newer = [other for other in self.steps() if other > step]
+        self._move(newer, SUPERSEDED)
+        return newer
+
+    def close(self) -> None:
+        """Waits for a save under way and releases the worker. `check` may still be called."""
+        self.wait()
+        self._worker.submit(self._drop_manager).result()
+        self._worker.shutdown()
+
+    def _move(self, steps: Sequence[int], folder: str) -> None:
+        for step in steps:
+            _set_aside(self.run_dir, step, folder)
+            self._val_losses.pop(step, None)
+        if steps:
+            self._worker.submit(self._drop_manager).result()
+
+    def _failure(self, step: int, error: Exception, **timings: Any) -> SaveOutcome:
+        path = self.run_dir / str(step)
+        message = f"checkpoint {step} was not saved to {path}: {_one_line(error)}"
+        return SaveOutcome(step, path, error=message, **timings)
+
+    # The worker's side.
+
+    def _drop_manager(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            manager.close()
+
+    def _write(
+        self, step: int, arrays: dict[str, Any], meta: dict[str, Any], val_loss: float | None, blocked_s: float
+    ) -> SaveOutcome:
+        started = time.perf_counter()
+        path = self.run_dir / str(step)
+        try:
+            n_bytes = sum(array.nbytes for array in arrays.values())
+            document = _describe(step, val_loss, arrays, meta)
+            digest_s = time.perf_counter() - started
+            self._val_losses[step] = document["val_loss"]
+            self._rotate_in(step, _items(arrays, document))
+        except Exception as error:
+            self._val_losses.pop(step, None)
+            self._clean_up_after_failure(step)
+            elapsed = time.perf_counter() - started
+            return self._failure(step, error, blocked_s=blocked_s, background_s=elapsed)
+        elapsed = time.perf_counter() - started
+        return SaveOutcome(
+            step, path, n_bytes=n_bytes, blocked_s=blocked_s, background_s=elapsed, digest_s=digest_s
+        )
+
+    def _rotate_in(self, step: int, items: ocp.args.Composite) -> None:
+        if self._manager is None:
+            self._manager = ocp.CheckpointManager(
+                self.run_dir,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_KeepBestAndNewest(self._val_losses, self.max_checkpoints),
+                    enable_async_checkpointing=False,
+                    todelete_subdir=DELETED,
+                    # The list of steps is all that it needs from the disk; see _KeepBestAndNewest.
+                    lightweight_initialize=True,
+                ),
+                handler_registry=_handlers(),
+            )
+        # force: whether a save is due was decided by the caller.
+        self._manager.save(step, args=items, force=True)
+        shutil.rmtree(self.run_dir / DELETED, ignore_errors=True)
+
+    def _clean_up_after_failure(self, step: int) -> None:
+        try:
+            self._drop_manager()
+        except Exception:  # It already failed once, and is replaced by a new one.
+            self._manager = None
+        _remove_unfinished(self.run_dir, step)
