@@ -1,0 +1,352 @@
+"""How every script reads its command line and how it ends.
+
+The flags are those of ml_collections' config_flags: `--config FILE`, `--config=FILE:ARGUMENT` (the argument goes
+to get_config), `--config.FIELD=VALUE` or `--config.FIELD VALUE`, `--config.FLAG` and `--noconfig.FLAG` for a
+yes-or-no field, a tuple as `--config.tags=a,b` or by repeating the flag; else the last of two values wins. The
+parsing is our own, for config_flags answers a typo with a traceback, wants `--config` before the overrides, says
+nothing of `x=8` without its dashes or of a missing file, and makes one tag of `a,b`.
+
+A mistake of the user (UserError) is one `error: ...` on stderr and exit code 2; any other exception is a defect
+and keeps its traceback (exit code 1). No jax here: help comes at once, and a script may set XLA's flags before
+jax starts.
+"""
+
+import inspect
+import os
+import re
+import sys
+import textwrap
+import traceback
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ml_collections
+
+from altgrad_jax import config as settings
+from altgrad_jax.errors import UserError
+
+_YES = ("true", "t", "1", "yes")
+_NO = ("false", "f", "0", "no")
+_BASELINE = "configs/bf16_baseline.py"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of one script, `--name=VALUE`, which reaches its run function as the keyword `name`.
+
+    `default` is text that `parse` accepts; a {field} in it is replaced by that setting's value. None: the keyword
+    is None where the flag is absent. `parse` turns text into the value, or raises UserError naming the flag.
+    """
+
+    name: str
+    default: str | None
+    meaning: str
+    parse: Callable[[str], Any] = str
+
+
+def folder(flag: str) -> Callable[[str], str]:
+    """A parser for a flag that names a folder, which need not exist yet."""
+
+    def parse(text: str) -> str:
+        if not settings.FIELDS["checkpoint_dir"].rule.accepts(text):
+            raise UserError(f"--{flag}={text!r} cannot be used: give the path of a local folder")
+        if Path(text).exists() and not Path(text).is_dir():
+            raise UserError(f"--{flag}={text} is a file: give a folder")
+        return text
+
+    return parse
+
+
+def resume_choice(text: str) -> str | int:
+    """The value of --resume: "auto", "never", or the step of a checkpoint."""
+    if text in ("auto", "never"):
+        return text
+    if re.fullmatch("[0-9]{1,10}", text) and int(text) <= settings.INT32_MAX:
+        return int(text)
+    raise UserError(
+        f"--resume={text} cannot be used: give auto (go on from the newest checkpoint, if there is one), never "
+        "(start anew), or the step of a checkpoint such as 1000"
+    )
+
+
+TRAIN_FLAGS = (
+    Flag("data_dir", "data/{tokenizer}", "folder of the token files (train.bin, val.bin, meta.json)",
+         folder("data_dir")),
+    Flag("workdir", None, "folder of this run, in place of the config's checkpoint_dir", folder("workdir")),
+    Flag("resume", "auto",
+         "auto = go on from the newest checkpoint that restores, if there is one; never = start anew, in an "
+         "empty folder; a number = go on from that step's checkpoint", resume_choice),
+)
+
+
+def main(
+    run: Callable[..., int], *, flags: Sequence[Flag] = TRAIN_FLAGS, usage: str, argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Reads the command line, calls `run(config, **{flag.name: value})` and exits with the code it returns.
+
+    Args:
+      run: takes the validated, locked ConfigDict and a keyword for each of `flags`.
+      flags: the script's own flags, beside --config, --config.FIELD and --help.
+      usage: what --help prints first; usually the script's docstring.
+      argv: the arguments without the program's name; those of the process by default.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+
+    def parse_and_run() -> int:
+        if "--help" in argv or "-h" in argv:
+            print(help_text(usage, flags))
+            return 0
+        config, values = parse(argv, flags)
+        return run(config, **values)
+
+    run_script(parse_and_run)
+
+
+def run_script(function: Callable[[], int | None]) -> NoReturn:
+    """Calls `function` and exits: with the code it returns (None is 0), 2 for a UserError, 130 for Ctrl-C."""
+    try:
+        code = function()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of `script | head` left; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def help_text(usage: str, flags: Sequence[Flag]) -> str:
+    """What --help prints: the usage, the script's flags, and every setting of a config."""
+    lines = [inspect.cleandoc(usage), "", "Flags"]
+    config_flag = Flag(
+        "config", None, f"Python file whose get_config() returns the settings, such as {_BASELINE}; required"
+    )
+    for flag in (config_flag, *flags):
+        default = "" if flag.default is None else f" [default {flag.default}]"
+        lines += textwrap.wrap(
+            flag.meaning + default, width=100, initial_indent=f"  --{flag.name}".ljust(16),
+            subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False,
+        )
+    lines += [
+        "",
+        "Settings: the config file holds them, and --config.NAME=VALUE overrides one. The values here are the",
+        "baseline's. Those marked * may be changed when a run is resumed.",
+        "",
+        settings.describe(),
+    ]
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str], flags: Sequence[Flag]) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+    """The validated, locked config and the values of `flags` by name that `argv` asks for; UserError if wrong."""
+    texts, overrides = _split(argv, flags)
+    values = {flag.name: flag.parse(texts[flag.name]) for flag in flags if flag.name in texts}
+    if "config" not in texts:
+        raise UserError(f"no config is given: add --config {_BASELINE}, or the path of your own config file")
+    config = load_config(texts["config"])
+    with config.unlocked():
+        for name, value in overrides.items():
+            try:
+                config[name] = value
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"--config.{name} cannot be used, because {texts['config']} gave {name} the value "
+                    f"{config[name]!r} of type {type(config[name]).__name__}: start from default_config() there"
+                ) from None
+    settings.validate(config)
+    config.lock()
+    for flag in flags:
+        if flag.name not in values:
+            text = flag.default and flag.default.format_map(settings.to_dict(config))
+            values[flag.name] = None if text is None else flag.parse(text)
+    return config, values
+
+
+def _split(argv: Sequence[str], flags: Sequence[Flag]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The text of --config and of each of `flags` that is given, and the parsed value of each override."""
+    names = {"config", *(flag.name for flag in flags)}
+    texts: dict[str, str] = {}
+    overrides: dict[str, Any] = {}
+    waiting = list(argv)
+    while waiting:
+        argument = waiting.pop(0)
+        if not re.match("--?[A-Za-z_]", argument):
+            raise UserError(_stray(argument))
+        name, equals, text = argument.lstrip("-").partition("=")
+        given = text if equals else None
+        prefix, dot, field_name = name.partition(".")
+        if dot and prefix in ("config", "noconfig"):
+            field = settings.FIELDS.get(field_name)
+            if field is None:
+                raise UserError(_unknown_override(field_name))
+            value = _override(field, given, waiting, negated=prefix == "noconfig")
+            if field.kind is tuple and field_name in overrides:
+                value = overrides[field_name] + value
+            overrides[field_name] = value
+        elif name in names:
+            texts[name] = _value_of(f"--{name}", given, waiting)
+        else:
+            raise UserError(_unknown_flag(name, names))
+    return texts, overrides
+
+
+def _override(field: settings.Field, given: str | None, waiting: list[str], negated: bool) -> Any:
+    """The value of --config.FIELD (--noconfig.FIELD if `negated`), from `given` or the arguments that follow."""
+    if negated:
+        if field.kind is not bool or given is not None:
+            raise UserError(
+                f"--noconfig.{field.name} is only for a yes-or-no setting, without a value: "
+                f"write --config.{field.name}=VALUE"
+            )
+        return False
+    if field.kind is bool and given is None:
+        # config_flags would take the flag as True and drop a False that follows.
+        follows = waiting and waiting[0].lower() in _YES + _NO
+        return parse_value(field, waiting.pop(0)) if follows else True
+    return parse_value(field, _value_of(f"--config.{field.name}", given, waiting))
+
+
+def _value_of(flag: str, given: str | None, waiting: list[str]) -> str:
+    if given is not None:
+        return given
+    if not waiting or re.match("--?[A-Za-z_]", waiting[0]):
+        raise UserError(f"{flag} needs a value: write {flag}=VALUE")
+    return waiting.pop(0)
+
+
+def parse_value(field: settings.Field, text: str) -> Any:
+    """The value that `text` writes for `field`, of its type and in its range; UserError if there is none."""
+    try:
+        value = _READERS[field.kind](text)
+        if field.rule.accepts(value):
+            return value
+    except ValueError:
+        pass
+    shown = text if text.isprintable() and len(text) <= 80 else repr(text[:60])
+    raise UserError(f"--config.{settings.cannot_use(field, shown)}")
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() in _YES + _NO:
+        return text.lower() in _YES
+    raise ValueError(text)
+
+
+def _read_tuple(text: str) -> tuple[str, ...]:
+    inside = text.strip()
+    if inside[:1] + inside[-1:] in ("()", "[]"):
+        inside = inside[1:-1].strip().removesuffix(",")
+    return tuple(item.strip().strip("'\"") for item in inside.split(",")) if inside else ()
+
+
+_READERS: Mapping[type, Callable[[str], Any]] = {
+    bool: _read_bool, int: int, float: float, str: str, tuple: _read_tuple,
+}
+
+
+def _stray(argument: str) -> str:
+    name, equals, value = argument.removeprefix("config.").partition("=")
+    if argument.endswith(".py"):
+        return f"unexpected argument {argument!r}: write --config {argument}"
+    if equals and name in settings.FIELDS:
+        return f"unexpected argument {argument!r}: a setting needs its dashes, write --config.{name}={value}"
+    return f"unexpected argument {argument!r}: all are flags, such as --config {_BASELINE} or --config.seed=1"
+
+
+def _unknown_override(name: str) -> str:
+    guess = settings.nearest_field(name)
+    hint = f"did you mean --config.{guess}?" if guess else "--help lists the settings"
+    return f"there is no setting --config.{name}; {hint}"
+
+
+def _unknown_flag(name: str, names: set[str]) -> str:
+    plain = name.replace("-", "_")
+    guess = settings.nearest(plain.partition(".")[0], names | {"help"})
+    if "." in name and guess == "config":
+        guess = f"config.{settings.nearest_field(name) or 'NAME'}"
+    elif plain in settings.FIELDS or guess is None and settings.nearest_field(plain):
+        guess = f"config.{settings.nearest_field(plain)}"
+    hint = f"did you mean --{guess}?" if guess else "--help lists the flags"
+    return f"there is no flag --{name}; {hint}"
+
+
+def load_config(spec: str) -> ml_collections.ConfigDict:
+    """What get_config() of a config file returns, not validated yet.
+
+    Args:
+      spec: `PATH` or `PATH:ARGUMENT`; get_config is called with the argument, a string, where there is one.
+
+    Raises:
+      UserError: the file is missing, fails, has no get_config, or returns something else than a ConfigDict.
+    """
+    path, colon, argument = spec.partition(":")
+    if Path(path).is_dir() or not path:
+        raise UserError(f"--config={spec} is not a file: give a config file, such as --config {_BASELINE}")
+    if not Path(path).exists():
+        folders = (Path(path).parent, Path("configs"))
+        guess = settings.nearest(path, [str(file) for place in folders for file in sorted(place.glob("*.py"))])
+        hint = f"did you mean {guess}?" if guess else f"the baseline is {_BASELINE}"
+        raise UserError(f"--config={path} does not exist in {Path.cwd()}; {hint}")
+
+    # Compiled from the source each time: Python's cache goes by the second and the size, and would miss
+    # `seed = 2` written over `seed = 1`.
+    module = types.ModuleType("altgrad_jax_config_file")
+    module.__file__ = path
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise UserError(
+                f"{path} has no function get_config(), so it is no config file; see {_BASELINE} for one that is"
+            )
+        arguments = (argument,) if colon else ()
+        _check_takes(get_config, arguments, path)
+        config = get_config(*arguments)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(_failure_of(path, error)) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"get_config() of {path} returned a {type(config).__name__}; it must return the ConfigDict of "
+            "altgrad_jax.config.default_config(), changed as you like"
+        )
+    return config
+
+
+def _check_takes(get_config: Callable[..., Any], arguments: tuple[str, ...], path: str) -> None:
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        if arguments:
+            raise UserError(
+                f"get_config() of {path} takes no argument, but --config gave it {arguments[0]!r}: "
+                f"write --config {path}"
+            ) from None
+        raise UserError(f"get_config() of {path} needs an argument: write --config {path}:ARGUMENT") from None
+
+
+def _failure_of(path: str, error: BaseException) -> str:
+    """One sentence: where in the config file, and what."""
+    if isinstance(error, SyntaxError):
+        line, what = error.lineno, error.msg
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == path), None)
+        what = str(error).strip().partition("\n")[0]
+    unknown = re.search('Key "([^"]*)" does not exist', what)
+    if unknown:
+        what = settings.unknown_field(unknown[1])
+    else:
+        what = f"{type(error).__name__}: {what}" if what else type(error).__name__
+        what = what if len(what) <= 200 else what[:200] + "..."
+    where = f"line {line} of {path}" if line else path
+    return f"{where} fails: {what}"
