@@ -1,0 +1,333 @@
+"""Which tokens step k sees: token files -> window indices -> windows.
+
+A *window* is block_size + 1 tokens (inputs and targets overlap by all but one) that start at a multiple of
+block_size; it crosses documents, whose separator is a token like any other. T tokens hold n = (T - 1) //
+block_size windows.
+
+The run consumes windows number i = 0, 1, 2, ... Window number i is entry i mod n of a permutation of [0, n)
+that depends on (seed, i div n) alone: each window once per epoch, another order every epoch, and no state to
+save. So the batch of step k is a pure function of (seed, k), the same on the host, on the device, after a
+resume, in every format.
+
+The permutation is a keyed bijection computed per element, for sorting random keys at every step would cost
+O(n log n) and storing a permutation O(n). With a = ceil(sqrt n) and b = ceil(n / a), a number x < a*b is the
+pair (x div b, x mod b), and ``ROUNDS`` rounds of an alternating Feistel network
+
+    left  = (left  + F(right)) mod a        right = (right + F(left)) mod b
+
+each undone by a subtraction, permute [0, a*b). F is a 32-bit mixing hash (the constants of "lowbias32", Chris
+Wellons, https://nullprogram.com/blog/2018/07/31) keyed by seed, epoch and round. A result >= n is put through
+again until it is < n ("cycle walking", Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"),
+which leaves a bijection of [0, n). a*b exceeds n by less than a, so walking is rare, unlike on a power of
+two, where up to half go on.
+
+The functions that take ``xp`` (numpy, or jax.numpy also inside jit) give the same integers under both.
+
+Axes: B windows, L = block_size + 1 tokens of a window, T tokens of a file.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import math
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from altgrad_jax.data.prepare import read_meta
+from altgrad_jax.errors import UserError
+
+ROUNDS = 8
+VALIDATION_SEED = 0x56414C  # fixed: every run on the same data is evaluated on the same windows
+_GOLDEN = 0x9E3779B9
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenData:
+    """Verified token files. ``train_T`` and ``val_T`` are read-only uint16 memory maps; ``fingerprint`` is a
+    sha256 over both files' sha256 and the tokenizer's name: equal fingerprints mean equal data."""
+
+    dir: Path
+    train_T: np.ndarray
+    val_T: np.ndarray
+    meta: dict
+    fingerprint: str
+    n_train_windows: int
+    n_val_windows: int
+
+
+def load_token_data(
+    data_dir: str | os.PathLike, *, vocab_size: int, block_size: int, tokenizer: str | None = None
+) -> TokenData:
+    """Opens ``train.bin`` and ``val.bin`` and checks them: every byte is read once.
+
+    ``vocab_size``: the model's, which may exceed the tokenizer's. ``tokenizer``: the name the data must have;
+    also names the tokenizer of files without ``meta.json`` (nanoGPT's), whose source is "unknown".
+
+    Raises: UserError: a file is missing, empty, of odd length, altered since it was prepared, of another
+        tokenizer, holds a
+            token the model has no embedding for, or is shorter than one window.
+    """
+    folder = Path(data_dir)
+    meta = read_meta(folder)
+    if tokenizer is not None and meta["tokenizer"] not in (None, tokenizer):
+        raise UserError(
+            f"the data in {str(folder)!r} was made by the tokenizer {meta['tokenizer']!r} but "
+            f"{tokenizer!r} is asked for; set config.tokenizer to {meta['tokenizer']!r} or choose another "
+            "--data_dir"
+        )
+    tokens, sha256, largest, n_windows = {}, {}, {}, {}
+    for name in ("train", "val"):
+        path = folder / f"{name}.bin"
+        tokens[name] = _open_tokens(path, block_size)
+        sha256[path.name], largest[name] = _scan(tokens[name])
+        recorded = meta.get("sha256", sha256).get(path.name)
+        if sha256[path.name] != recorded:
+            raise UserError(
+                f"{path} has changed since it was prepared (sha256 {sha256[path.name]}, meta.json says "
+                f"{recorded}); prepare it again with scripts/prepare_data.py --force"
+            )
+        if largest[name] >= vocab_size:
+            raise UserError(
+                f"{path} holds the token {largest[name]} but vocab_size is {vocab_size}; set "
+                f"config.vocab_size to at least {largest[name] + 1} or choose another --data_dir"
+            )
+        n_windows[name] = (len(tokens[name]) - 1) // block_size
+    meta = {
+        **meta,
+        "tokenizer": meta["tokenizer"] or tokenizer,
+        "sha256": sha256,
+        "largest_token": max(largest.values()),
+    }
+    parts = "\n".join([str(meta["tokenizer"]), sha256["train.bin"], sha256["val.bin"]])
+    return TokenData(
+        folder,
+        tokens["train"],
+        tokens["val"],
+        meta,
+        hashlib.sha256(parts.encode()).hexdigest(),
+        n_windows["train"],
+        n_windows["val"],
+    )
+
+
+def _open_tokens(path: Path, block_size: int) -> np.ndarray:
+    n_bytes = path.stat().st_size
+    if n_bytes % 2:
+        raise UserError(
+            f"{path} has {n_bytes:,} bytes, an odd number, so it is no file of uint16 tokens or it was cut "
+            "off; prepare it again with scripts/prepare_data.py --force"
+        )
+    if n_bytes // 2 < block_size + 1:
+        raise UserError(
+            f"{path} holds {n_bytes // 2:,} tokens, fewer than one window of block_size + 1 = "
+            f"{block_size + 1}; use a smaller config.block_size or more text"
+        )
+    return np.memmap(path, "<u2", mode="r")
+
+
+def _scan(tokens_T: np.ndarray) -> tuple[str, int]:
+    """(sha256, largest token) in one pass."""
+    digest, largest = hashlib.sha256(), 0
+    for start in range(0, len(tokens_T), 2**22):
+        piece = tokens_T[start : start + 2**22]
+        digest.update(piece)
+        largest = max(largest, int(piece.max()))
+    return digest.hexdigest(), largest
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The order of the windows
+
+
+def _mix(x, xp):
+    """A bijection of uint32 that spreads every input bit over the word (lowbias32)."""
+    x = (x ^ (x >> xp.uint32(16))) * xp.uint32(0x7FEB352D)
+    x = (x ^ (x >> xp.uint32(15))) * xp.uint32(0x846CA68B)
+    return x ^ (x >> xp.uint32(16))
+
+
+def permute_windows(numbers, n_windows: int, seed: int, xp=np):
+    """Window numbers of a run -> indices of windows, int32 of the same shape.
+
+    ``numbers``: integers in [0, 2^32), any shape; number i belongs to epoch i // n_windows, and within an
+    epoch the result is a permutation of [0, n_windows). ``n_windows``: a Python int, 1 to 2^31 - 1. ``seed``:
+    any Python int (its lower 64 bits count) or, for seeds as traced data, a uint32 scalar, which gives what
+    the same Python int gives.
+    """
+    assert 1 <= n_windows < 2**31, n_windows
+    u = xp.uint32
+    # Arrays, never NumPy scalars: scalars warn when they wrap around.
+    shape = xp.shape(numbers)
+    i_N = xp.asarray(numbers).astype(xp.uint32).reshape(-1)
+    n = u(n_windows)
+    a = math.isqrt(n_windows - 1) + 1
+    b = -(-n_windows // a)
+
+    low, high = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF) if isinstance(seed, int) else (seed, 0)
+    key_N = _mix(xp.full(i_N.shape, low, xp.uint32), xp) ^ u(high)
+    key_N = _mix(_mix(key_N, xp) + i_N // n, xp)
+    round_keys = [_mix(key_N + u((r + 1) * _GOLDEN & 0xFFFFFFFF), xp) for r in range(ROUNDS)]
+
+    def feistel(x_N):
+        left, right = x_N // u(b), x_N % u(b)
+        for r, key in enumerate(round_keys):
+            if r % 2 == 0:
+                left = (left + _mix(right ^ key, xp) % u(a)) % u(a)
+            else:
+                right = (right + _mix(left ^ key, xp) % u(b)) % u(b)
+        return left * u(b) + right
+
+    def walk(x_N):
+        return xp.where(x_N >= n, feistel(x_N), x_N)
+
+    x_N = feistel(i_N % n)
+    if xp is np:
+        while (x_N >= n).any():
+            x_N = walk(x_N)
+    else:
+        from jax import lax
+
+        x_N = lax.while_loop(lambda x: xp.any(x >= n), walk, x_N)
+    return x_N.astype(xp.int32).reshape(shape)
+
+
+def window_indices(first, count: int, n_windows: int, seed: int, xp=np):
+    """The window indices, int32[count], of the run's windows number first .. first + count - 1 (below 2^32).
+
+    A step that consumes B windows has ``first`` = step * B. ``first`` may be traced; ``count`` and
+    ``n_windows`` are Python ints.
+    """
+    first = (
+        xp.asarray(first).astype(xp.uint32).reshape(-1)
+    )  # one element: a NumPy scalar would warn on wrap-around
+    return permute_windows(first + xp.arange(count, dtype=xp.uint32), n_windows, seed, xp)
+
+
+def validation_windows(n_val_windows: int, count: int) -> np.ndarray:
+    """``count`` distinct indices of validation windows, int32[count]: the same for every run on the same
+    data.
+
+    A smaller count is a prefix of a larger one.
+
+    Raises:
+        UserError: there are fewer than ``count`` windows, or count is not positive.
+    """
+    if not 1 <= count <= n_val_windows:
+        raise UserError(
+            f"{count} validation windows are asked for but the validation data holds {n_val_windows}; set "
+            f"config.eval_windows to a number from 1 to {n_val_windows}, or prepare more validation text"
+        )
+    return window_indices(0, count, n_val_windows, VALIDATION_SEED)
+
+
+def gather_windows(tokens_T, index_B, block_size: int, xp=np):
+    """The tokens of windows ``index_B`` (any shape B, values in [0, (T - 1) // block_size)): dtype of
+    ``tokens_T``, shape B + [block_size + 1].
+
+    Under jax.numpy positions are int32, so T must be below 2^31 (4 GiB of tokens; ``HostStream`` serves
+    larger files).
+    """
+    if xp is np:
+        starts = np.asarray(index_B, np.int64)[..., None] * block_size
+        return np.asarray(tokens_T[starts + np.arange(block_size + 1)])
+    import jax
+
+    assert tokens_T.shape[0] < 2**31, "token positions must fit int32: stream this file from the host"
+
+    def one(index):
+        return jax.lax.dynamic_slice(tokens_T, (index * block_size,), (block_size + 1,))
+
+    index_B = xp.asarray(index_B, xp.int32)
+    return jax.vmap(one)(index_B.reshape(-1)).reshape(*index_B.shape, block_size + 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# From the host, for a corpus too large for the device
+
+
+class HostStream:
+    """The same batches from the file, read ahead by a thread: ``get(first_step, n_steps)`` -> uint16[n, B,
+    L].
+
+    ``batch_size``: windows per step. The thread stays up to ``depth`` steps ahead; asking for a step out of
+    order is allowed and makes it start again there. ``close()`` (or leaving a ``with`` block) ends the
+    thread.
+    """
+
+    def __init__(self, tokens_T: np.ndarray, *, batch_size: int, block_size: int, seed: int, depth: int = 16):
+        self._tokens_T, self._block_size, self._seed = tokens_T, block_size, seed
+        self._batch_size, self._depth = batch_size, depth
+        self._n_windows = (len(tokens_T) - 1) // block_size
+        self._ready: collections.deque[np.ndarray] = (
+            collections.deque()
+        )  # batches of steps _next, _next + 1, ...
+        self._next = 0
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._read_ahead, name="token-stream", daemon=True)
+        self._thread.start()
+
+    def get(self, first_step: int, n_steps: int) -> np.ndarray:
+        """The batches of steps first_step .. first_step + n_steps - 1. Raises what the reading raised."""
+        batches = []
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the token stream is closed")
+            while self._ready and self._next < first_step:
+                self._ready.popleft()
+                self._next += 1
+            if self._next != first_step:
+                self._ready.clear()
+                self._next = first_step
+            while len(batches) < n_steps:
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+                if self._error is not None:
+                    raise self._error
+                if self._closed:
+                    raise RuntimeError("the token stream was closed while a batch was waited for")
+                batches.append(self._ready.popleft())
+                self._next += 1
+            self._changed.notify_all()
+        return np.stack(batches)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> HostStream:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _read_ahead(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
+                    if self._closed:
+                        return
+                    step = self._next + len(self._ready)
+                batch = self._batch(step)  # outside the lock: this is what takes time
+                with self._changed:
+                    # A get() meanwhile may have moved on; then this batch is nobody's.
+                    if step == self._next + len(self._ready):
+                        self._ready.append(batch)
+                        self._changed.notify_all()
+        except BaseException as e:  # whatever it is, it belongs to the caller of get()
+            with self._changed:
+                self._error = e
+                self._changed.notify_all()
+
+    def _batch(self, step: int) -> np.ndarray:
+        index_B = window_indices(step * self._batch_size, self._batch_size, self._n_windows, self._seed)
+        return gather_windows(self._tokens_T, index_B, self._block_size)

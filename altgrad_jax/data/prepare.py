@@ -1,0 +1,519 @@
+"""Text to token files: ``train.bin``, ``val.bin`` (nanoGPT's layout) and ``meta.json``.
+
+- A ``.bin`` is the tokens and nothing else: uint16, little endian, every document followed by the tokenizer's
+separator.
+- ``meta.json`` says what they are (source, licence, counts, tokenizer, split, sha256 of both). It holds no
+  time, path or version, so preparing the same text again gives the same three files to the byte, on any
+  machine.
+- Split. The source's own validation split where it has one. Else ``val_fraction`` of the *documents*, at
+  least one and at most all but one: those with the smallest sha256 of (seed, document number). Documents are
+  never cut, so no validation text stands in the training file.
+- Atomic. Everything is written to a hidden directory beside the output, which is renamed when it is complete:
+  a killed run leaves nothing that looks finished. The next preparation removes what it left. A lock on the
+  parent directory keeps two preparations apart.
+- Memory is bounded by a batch of documents: tokens go to the disk as they come. All documents are tokenized
+  into one file first, for only then is their number known, and the split with it; the copy into two files
+  costs little.
+
+``resolve`` is what a training run calls: it finds prepared data or prepares it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from altgrad_jax.data import sources
+from altgrad_jax.data.sources import Source, SourceUnavailable
+from altgrad_jax.data.tokenizer import Tokenizer, get_tokenizer
+from altgrad_jax.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: preparing twice at once is then the user's to avoid
+    fcntl = None
+
+SCHEMA_VERSION = 1
+DATA_SOURCES = ("auto", "prepared", *sources.SOURCES)
+SPLIT_SEED = 42
+VAL_FRACTION = 0.05
+BIN_FILES = ("train.bin", "val.bin")
+
+# Characters tokenized in one go: enough documents to keep the threads busy, few enough to hold.
+_BATCH_CHARS = 2**22
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """A directory of token files. ``warnings`` are sentences the user must see; ``is_sample``: it is the
+    small sample, not the corpus a result should be based on."""
+
+    dir: Path
+    meta: dict
+    is_sample: bool
+    warnings: tuple[str, ...] = ()
+
+
+def prepare(
+    source: Source,
+    out_dir: str | os.PathLike,
+    tokenizer: Tokenizer,
+    *,
+    split_seed: int = SPLIT_SEED,
+    val_fraction: float = VAL_FRACTION,
+    progress: bool = True,
+    force: bool = False,
+) -> dict:
+    """Tokenizes ``source`` into ``out_dir`` and returns the contents of its ``meta.json``.
+
+    ``split_seed`` and ``val_fraction`` (of the documents, in (0, 1)) matter only where the source has no
+    split.
+
+    Raises: UserError: a bad fraction, no usable documents, a directory that holds something else (or prepared
+        data, without
+            ``force``), no room to write; and whatever the source raises.
+    """
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction is {val_fraction}; it must lie between 0 and 1, e.g. {VAL_FRACTION}")
+    out = Path(out_dir).resolve()
+    _check_replaceable(out, force)
+    # The first document is taken before anything is written, so that a source that cannot be had leaves no
+    # trace.
+    documents = _chain_first(source.documents())
+    with _written_atomically(out, force) as work:
+        meta = _write(source, documents, work, tokenizer, split_seed, val_fraction, progress)
+    return meta
+
+
+def resolve(
+    data_dir: str | os.PathLike | None,
+    data_source: str,
+    tokenizer: str,
+    *,
+    split_seed: int | None = None,
+    val_fraction: float | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> PreparedData:
+    """The data of a run: what ``data_dir`` (default ``data/<tokenizer>``) holds, or else prepared there now.
+
+    ``data_source``:
+        ``auto``: prepared data if there; else ``eurlex57k``; else, with a warning, ``sample``.
+        ``prepared``: it must be there.
+        ``eurlex57k``, ``lex_glue``, ``sample``: that corpus, prepared if not there.
+
+    Token files without ``meta.json`` (made by nanoGPT) count as prepared under ``auto`` and ``prepared``.
+    ``split_seed`` and ``val_fraction``: None takes what is there, and the defaults when preparing.
+
+    Raises:
+        UserError: unknown source; data there that contradicts the request; no data to be had.
+    """
+    tok = get_tokenizer(tokenizer)
+    out = Path(data_dir if data_dir is not None else Path("data") / tokenizer)
+    if data_source not in DATA_SOURCES:
+        raise UserError(
+            f"data_source is {data_source!r}; it must be one of {', '.join(map(repr, DATA_SOURCES))} (local "
+            "documents are prepared with scripts/prepare_data.py --input, then 'prepared')"
+        )
+    if has_tokens(out):
+        meta = read_meta(out)
+        _check_agrees(out, meta, data_source, tok, split_seed, val_fraction)
+        return _prepared(out, meta, ())
+    if data_source == "prepared":
+        raise UserError(
+            f"data_source is 'prepared' but {str(out)!r} holds no {' and '.join(BIN_FILES)}; run "
+            "scripts/prepare_data.py, or let data_source=auto prepare them"
+        )
+
+    try:
+        return prepare_source(
+            data_source,
+            out,
+            tok,
+            split_seed=SPLIT_SEED if split_seed is None else split_seed,
+            val_fraction=VAL_FRACTION if val_fraction is None else val_fraction,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    except AlreadyPrepared:  # by another process, while this one waited for it
+        meta = read_meta(out)
+        _check_agrees(out, meta, data_source, tok, split_seed, val_fraction)
+        return _prepared(out, meta, ())
+
+
+def prepare_source(
+    name: str,
+    out_dir: str | os.PathLike,
+    tokenizer: Tokenizer,
+    *,
+    text_field: str | None = None,
+    split_seed: int = SPLIT_SEED,
+    val_fraction: float = VAL_FRACTION,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    force: bool = False,
+) -> PreparedData:
+    """``prepare`` for a source given by name (``auto`` included) or by the path of local documents.
+
+    Raises:
+        UserError: as ``prepare``; under ``auto``, neither eurlex57k nor the sample can be had.
+    """
+
+    def make(source: Source, *warnings: str) -> PreparedData:
+        meta = prepare(
+            source,
+            out_dir,
+            tokenizer,
+            split_seed=split_seed,
+            val_fraction=val_fraction,
+            progress=progress,
+            force=force,
+        )
+        return _prepared(Path(out_dir), meta, warnings)
+
+    def get(source_name: str) -> Source:
+        return sources.get_source(source_name, cache_dir=cache_dir, progress=progress)
+
+    if name in sources.SOURCES:
+        return make(get(name))
+    if name != "auto":
+        return make(sources.local(name, text_field=text_field))
+    try:
+        return make(get("eurlex57k"))
+    except SourceUnavailable as e:
+        reason = str(e)
+    try:
+        return make(get("sample"), f"the corpus eurlex57k could not be had: {reason}")
+    except SourceUnavailable as e:
+        raise UserError(f"no training data: {reason}; and neither could the sample be had: {e}") from None
+
+
+def has_tokens(data_dir: str | os.PathLike) -> bool:
+    """Whether ``data_dir`` holds anything that claims to be prepared data, complete or not."""
+    return any((Path(data_dir) / name).exists() for name in (*BIN_FILES, "meta.json"))
+
+
+def read_meta(data_dir: str | os.PathLike) -> dict:
+    """The ``meta.json`` of prepared data; for nanoGPT's token files, which have none, ``{"source": "unknown",
+    ...}`` with the counts alone.
+
+    Raises:
+        UserError: a file is missing, or ``meta.json`` cannot be read or is of another schema.
+    """
+    folder = Path(data_dir)
+    missing = [name for name in BIN_FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"the data directory {str(folder)!r} has no {' and no '.join(missing)}; prepare it again with "
+            "scripts/prepare_data.py --force"
+        )
+    path = folder / "meta.json"
+    again = "prepare the data again with scripts/prepare_data.py --force"
+    if not path.exists():
+        counts = {split: (folder / f"{split}.bin").stat().st_size // 2 for split in ("train", "val")}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "source": "unknown",
+            "licence": "unknown",
+            "tokenizer": None,
+            "n_tokens": counts,
+        }
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({sources.first_line(e)}); {again}") from None
+    version = meta.get("schema_version") if isinstance(meta, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path} has schema_version {version!r} where {SCHEMA_VERSION} is expected; {again}")
+    absent = [key for key in ("source", "licence", "tokenizer", "n_tokens", "sha256") if key not in meta]
+    if absent:
+        raise UserError(f"{path} has no {', '.join(map(repr, absent))}; {again}")
+    return meta
+
+
+def summary(out_dir: str | os.PathLike, meta: dict) -> str:
+    """What was prepared, in a few lines."""
+    lines = [
+        f"{out_dir}: {meta.get('title', meta['source'])}, licence {meta['licence']}, tokenizer"
+        f" {meta['tokenizer']}"
+    ]
+    for split in ("train", "val"):
+        documents = f"{meta['n_documents'][split]:>9,} documents  " if "n_documents" in meta else ""
+        lines.append(f"  {split + '.bin':<10}{documents}{meta['n_tokens'][split]:>13,} tokens")
+    if meta.get("n_empty_documents"):
+        lines.append(f"  {meta['n_empty_documents']:,} empty documents were skipped")
+    return "\n".join(lines)
+
+
+def banner(warnings: Iterable[str]) -> str:
+    """Sentences in one frame that is not overlooked among other lines."""
+    lines = [line for warning in warnings for line in textwrap.wrap(warning, 100)]
+    return "\n".join(["!" * 108, *(f"!!! {line:<100} !!!" for line in lines), "!" * 108])
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+class AlreadyPrepared(UserError):
+    """The output directory holds prepared data, and ``force`` was not given."""
+
+
+def _prepared(out: Path, meta: dict, warnings: tuple[str, ...]) -> PreparedData:
+    is_sample = meta["source"] == "sample"
+    if is_sample:
+        n = meta["n_tokens"]["train"]
+        warnings += (
+            (
+                f"TRAINING ON THE SMALL SAMPLE: {n:,} tokens of {meta.get('title', 'EU acts')}. A model sees"
+                " each of them many times and will learn them by heart; loss and perplexity say nothing"
+                " about EU legislation. For the real corpus: scripts/prepare_data.py --source eurlex57k"
+                f" --tokenizer {meta['tokenizer']} --out {out} --force"
+            ),
+        )
+    return PreparedData(out, meta, is_sample, warnings)
+
+
+def _check_agrees(
+    out: Path,
+    meta: dict,
+    data_source: str,
+    tok: Tokenizer,
+    split_seed: int | None,
+    val_fraction: float | None,
+) -> None:
+    """Data found under ``out`` must be what was asked for: a run never trains on another corpus than it
+    names."""
+
+    def differs(what: str, found: object, wanted: object) -> UserError:
+        return UserError(
+            f"the data in {str(out)!r} has {what} {found!r} but {wanted!r} is asked for; choose another "
+            "--data_dir, ask for what is there, or prepare it again with scripts/prepare_data.py --force"
+        )
+
+    if meta["tokenizer"] is not None and meta["tokenizer"] != tok.name:
+        raise differs("tokenizer", meta["tokenizer"], tok.name)
+    if data_source not in ("auto", "prepared", meta["source"]):
+        raise differs("source", meta["source"], data_source)
+    if meta.get("split") == "seed":
+        if split_seed is not None and meta["split_seed"] != split_seed:
+            raise differs("split_seed", meta["split_seed"], split_seed)
+        if val_fraction is not None and meta["val_fraction"] != val_fraction:
+            raise differs("val_fraction", meta["val_fraction"], val_fraction)
+
+
+def _check_replaceable(out: Path, force: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"the output {str(out)!r} is a file; give a directory with --out")
+    others = sorted({p.name for p in out.iterdir()} - {*BIN_FILES, "meta.json"})
+    if others:
+        raise UserError(
+            f"the output directory {str(out)!r} holds other files ({', '.join(others[:3])}); it is replaced"
+            " as a whole, so give a new or empty directory with --out"
+        )
+    if has_tokens(out) and not force:
+        raise AlreadyPrepared(
+            f"the output directory {str(out)!r} already holds token files; give --force to replace them, "
+            "or another --out"
+        )
+
+
+def _chain_first(documents: Iterator[sources.Document]) -> Iterator[sources.Document]:
+    """``documents``, its first element already fetched."""
+    first = next(documents, None)
+
+    def chained() -> Iterator[sources.Document]:
+        if first is not None:
+            yield first
+            yield from documents
+
+    return chained()
+
+
+@contextlib.contextmanager
+def _written_atomically(out: Path, force: bool) -> Iterator[Path]:
+    """A hidden directory beside ``out`` that becomes ``out`` when the block ends well, and is gone when it
+    does not."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(out.parent):
+            for leftover in out.parent.glob(f".{out.name}.*.tmp"):
+                shutil.rmtree(leftover)
+            _check_replaceable(out, force)
+            work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+            try:
+                new, old = work / "new", work / "old"
+                new.mkdir()
+                yield new
+                for path in new.iterdir():
+                    _sync(path)
+                if (
+                    out.exists()
+                ):  # a directory cannot be renamed onto a full one; between these two nothing is there
+                    os.rename(out, old)
+                os.rename(new, out)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as e:
+        raise UserError(
+            f"cannot write the prepared data to {str(out)!r} ({e.strerror}: {e.filename}); make room there or"
+            " give another directory with --out"
+        ) from None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds an advisory lock on the directory, which leaves no lock file and ends with the process. Where the
+    file system has no such locks (some network ones) it goes on without."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"waiting for another preparation in {folder}", file=sys.stderr, flush=True)
+                    fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write(
+    source: Source,
+    documents: Iterable[sources.Document],
+    work: Path,
+    tok: Tokenizer,
+    split_seed: int,
+    val_fraction: float,
+    progress: bool,
+) -> dict:
+    """Tokenizes into ``work``: train.bin, val.bin, and meta.json last. Returns meta."""
+    everything = work / "all.bin"
+    ends, splits, n_empty, text_digest = [], [], 0, hashlib.sha256()
+    n_tokens = 0
+    with (
+        open(everything, "wb") as f,
+        sources.progress_bar(
+            f"tokenizing {source.title}", source.n_documents, "documents", enabled=progress
+        ) as advance,
+    ):
+        for batch in _batches(documents):
+            kept = [d for d in batch if d.text.strip()]
+            n_empty += len(batch) - len(kept)
+            for document, ids in zip(kept, tok.encode_batch([d.text for d in kept])):
+                n_tokens += len(ids) + 1
+                f.write(np.append(ids, np.uint16(tok.eot)).astype("<u2", copy=False).tobytes())
+                ends.append(n_tokens)
+                splits.append(document.split)
+            for document in kept:
+                text = document.text.encode("utf-8", "replace")
+                text_digest.update(len(text).to_bytes(8, "little") + text)
+            advance(len(batch), f"{n_tokens:,} tokens")
+    in_val, own_split = _choose_split(splits, split_seed, val_fraction, source.title, n_empty)
+    counts = _copy_split(everything, ends, in_val, work)
+    everything.unlink()
+    meta = {
+        "schema_version": SCHEMA_VERSION,
+        "source": source.name,
+        "title": source.title,
+        "input": source.input_name,
+        "licence": source.licence,
+        "url": source.url,
+        "document": source.unit,
+        "n_documents": {"train": len(ends) - sum(in_val), "val": sum(in_val)},
+        "n_empty_documents": n_empty,
+        "n_tokens": {name: counts[name]["n_tokens"] for name in ("train", "val")},
+        "tokenizer": tok.name,
+        "vocab_size": tok.vocab_size,
+        "separator": tok.eot,
+        "largest_token": max(c["largest"] for c in counts.values()),
+        "dtype": "uint16, little endian",
+        "split": "source" if own_split else "seed",
+        "split_seed": None if own_split else split_seed,
+        "val_fraction": None if own_split else val_fraction,
+        "n_bytes": {f"{name}.bin": 2 * c["n_tokens"] for name, c in counts.items()},
+        "sha256": {f"{name}.bin": c["sha256"] for name, c in counts.items()},
+        "text_sha256": text_digest.hexdigest(),
+    }
+    meta = {
+        key: value
+        for key, value in meta.items()
+        if value is not None or key in ("split_seed", "val_fraction")
+    }
+    (work / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return meta
+
+
+def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Document]]:
+    batch, chars = [], 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document.text)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _choose_split(
+    splits: list[str | None], seed: int, val_fraction: float, title: str, n_empty: int
+) -> tuple[list[bool], bool]:
+    """For each document whether it is validation, and whether the source said so."""
+    skipped = f" ({n_empty:,} empty ones were skipped)" if n_empty else ""
+    if len(splits) < 2:
+        raise UserError(
+            f"{title} has {len(splits)} documents with text{skipped}; at least 2 are needed, one for training"
+            " and one for validation"
+        )
+    if any(splits):
+        in_val = [split == "validation" for split in splits]
+        if all(in_val) or not any(in_val):
+            raise UserError(
+                f"{title} has no documents with text in its {'training' if all(in_val) else 'validation'} "
+                f"split{skipped}; give documents for both"
+            )
+        return in_val, True
+    n_val = min(max(1, round(val_fraction * len(splits))), len(splits) - 1)
+    by_hash = sorted(range(len(splits)), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+    chosen = set(by_hash[:n_val])
+    return [i in chosen for i in range(len(splits))], False
+
+
+def _copy_split(everything: Path, ends: list[int], in_val: list[bool], work: Path) -> dict[str, dict]:
+    """Copies each document's tokens to train.bin or val.bin; count, largest token and sha256 of each."""
+    tokens_T = np.memmap(everything, "<u2", mode="r")
+    facts = {}
+    for name, wanted in (("train", False), ("val", True)):
+        digest, n_tokens, largest = hashlib.sha256(), 0, 0
+        with open(work / f"{name}.bin", "wb") as f:
+            for start, end, val in zip([0, *ends[:-1]], ends, in_val):
+                if val == wanted:
+                    piece = tokens_T[start:end]
+                    data = piece.tobytes()
+                    f.write(data)
+                    digest.update(data)
+                    n_tokens, largest = n_tokens + end - start, max(largest, int(piece.max()))
+        facts[name] = {"n_tokens": n_tokens, "largest": largest, "sha256": digest.hexdigest()}
+    return facts
