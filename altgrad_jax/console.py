@@ -1,0 +1,194 @@
+"""What a person sees while the run goes: one live line on a terminal, a few plain lines in a file or a pipe.
+
+Three consoles with one interface: update(step, loss, val_loss, tokens_per_s), message(text), alert(text), close(). They
+are called from the host loop and from the writer's thread, so each call takes a lock. Which plain lines appear depends
+on step numbers only, never on the clock: a log is the same length on a slow machine and on a fast one. A console whose
+reader has gone (`| head`) falls silent; it never ends the run.
+"""
+
+import math
+import sys
+import threading
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from altgrad_jax.errors import UserError
+
+MODES = ("auto", "live", "plain", "quiet")
+PLAIN_LINES = 50  # of a run, beside evaluations and alerts
+_SETTLE_S = 0.05  # rows of one dispatch arrive closer together than this
+
+
+def make_console(mode, max_steps, stream=None, clock=time.monotonic):
+    """A console on `stream` (default: standard output). `auto`: live where it is a terminal, else plain.
+
+    `quiet` prints alerts, and messages (the end of the run, warnings), but no progress.
+
+    Raises:
+      UserError: an unknown mode.
+    """
+    if mode not in MODES:
+        raise UserError(f"console is {mode!r}; allowed are {', '.join(MODES)}")
+    stream = sys.stdout if stream is None else stream
+    if mode == "quiet":
+        return PlainConsole(max_steps, stream, clock, progress=False)
+    if mode == "live" or (mode == "auto" and stream.isatty() and Console(file=stream).is_terminal
+                          and not Console(file=stream).is_dumb_terminal):
+        return LiveConsole(max_steps, stream, clock)
+    return PlainConsole(max_steps, stream, clock)
+
+
+def show_rate(tokens_per_s):
+    """1234567 -> "1.23M tok/s"."""
+    if tokens_per_s is None:
+        return "- tok/s"
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if tokens_per_s >= size:
+            return f"{tokens_per_s / size:.3g}{unit} tok/s" if tokens_per_s < 1000 * size else \
+                f"{tokens_per_s / size:.0f}{unit} tok/s"
+    return f"{tokens_per_s:.3g} tok/s"
+
+
+def show_duration(seconds):
+    """3725 -> "1:02:05"; "-" where it is not known."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class _Progress:
+    """The last known numbers, and the time left from the pace since the first dispatch, which held the compilation."""
+
+    def __init__(self, max_steps, clock):
+        self.max_steps, self._clock = max_steps, clock
+        self.step, self.loss, self.val_loss, self.tokens_per_s, self.alerts = 0, None, None, None, 0
+        self._base = None  # (step, time) from which the pace is measured
+
+    def update(self, step, loss, val_loss, tokens_per_s):
+        now = self._clock()
+        if loss is not None and (self._base is None or now - self._base[1] < _SETTLE_S):
+            self._base = step, now
+        self.step = step
+        self.loss = self.loss if loss is None else loss
+        self.val_loss = self.val_loss if val_loss is None else val_loss
+        self.tokens_per_s = self.tokens_per_s if tokens_per_s is None else tokens_per_s
+
+    def eta(self):
+        """Seconds left, or None."""
+        if self._base is None or self.step <= self._base[0]:
+            return 0.0 if self.step >= self.max_steps else None
+        step, since = self._base
+        return (self.max_steps - self.step) * (self._clock() - since) / (self.step - step)
+
+    def fields(self):
+        """The parts of the progress line after the step."""
+        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
+        parts += [] if self.val_loss is None else [f"val {self.val_loss:.4f}"]
+        parts += [] if self.tokens_per_s is None else [show_rate(self.tokens_per_s)]
+        return parts + [f"ETA {show_duration(self.eta())}"]
+
+
+class PlainConsole:
+    """Lines of text without escape codes: the first step, every evaluation, about fifty steps, messages, alerts."""
+
+    def __init__(self, max_steps, stream, clock, progress=True):
+        self._progress = _Progress(max_steps, clock)
+        self._every = max(1, math.ceil(max_steps / PLAIN_LINES))
+        self._stream, self._shows_progress = stream, progress
+        self._lock = threading.RLock()
+
+    def update(self, step, loss=None, val_loss=None, tokens_per_s=None):
+        with self._lock:
+            first = self._progress.loss is None and loss is not None
+            self._progress.update(step, loss, val_loss, tokens_per_s)
+            if self._shows_progress and (first or val_loss is not None or step % self._every == 0
+                                         or step == self._progress.max_steps):
+                # Only what this step measured: an old validation loss on a new line reads as a new one.
+                parts = [] if loss is None else [f"loss {loss:.4f}"]
+                parts += [] if val_loss is None else [f"val_loss {val_loss:.4f}"]
+                parts += [] if tokens_per_s is None else [show_rate(tokens_per_s)]
+                if (eta := self._progress.eta()) is not None and step < self._progress.max_steps:
+                    parts.append(f"ETA {show_duration(eta)}")
+                width = len(str(self._progress.max_steps))
+                self._print(f"step {step:>{width}}/{self._progress.max_steps}  " + "  ".join(parts))
+
+    def message(self, text):
+        with self._lock:
+            self._print(text)
+
+    def alert(self, text):
+        with self._lock:
+            self._progress.alerts += 1
+            self._print(f"ALERT {text}")
+
+    def close(self):
+        """Nothing to put back."""
+
+    def _print(self, text):
+        if self._stream is not None:
+            try:
+                print(text, file=self._stream, flush=True)
+            except (OSError, ValueError):  # ValueError: the stream was closed
+                self._stream = None
+
+
+class LiveConsole:
+    """One line at the bottom of a terminal, redrawn a few times a second; alerts and messages scroll above it."""
+
+    def __init__(self, max_steps, stream, clock):
+        self._progress = _Progress(max_steps, clock)
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._lock = threading.RLock()
+        # The thread that redraws is rich's own; print() from elsewhere (warnings, absl) also lands above the line.
+        self._live = Live(console=self._console, get_renderable=self._line, refresh_per_second=5)
+        self._live.start()
+        self._open = True
+
+    def _line(self):
+        with self._lock:
+            p = self._progress
+            width = len(str(p.max_steps))
+            text = Text(f" {p.step:>{width}}/{p.max_steps}  " + "  ".join(p.fields()), no_wrap=True,
+                        overflow="ellipsis")
+            if p.alerts:
+                text.append(f"  {p.alerts} alert{'s' if p.alerts > 1 else ''}", style="bold yellow")
+            if self._console.width < 90:
+                return text
+            line = Table.grid()
+            line.add_row(ProgressBar(total=max(p.max_steps, 1), completed=p.step, width=20), text)
+            return line
+
+    def update(self, step, loss=None, val_loss=None, tokens_per_s=None):
+        with self._lock:
+            self._progress.update(step, loss, val_loss, tokens_per_s)
+
+    def message(self, text):
+        self._print(Text(text))
+
+    def alert(self, text):
+        with self._lock:
+            self._progress.alerts += 1
+        self._print(Text.assemble(("ALERT ", "bold yellow"), text))
+
+    def close(self):
+        """Leave the last state of the line on the screen and give the terminal back."""
+        if self._open:
+            self._open = False
+            try:
+                self._live.stop()
+            except (OSError, ValueError):
+                pass  # the terminal has gone
+
+    def _print(self, text):
+        # Not under our lock: rich takes its own, which its redrawing thread holds while it asks for ours.
+        try:
+            self._console.print(text)
+        except (OSError, ValueError):
+            self.close()
