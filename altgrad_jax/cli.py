@@ -1,14 +1,14 @@
 """How every script reads its command line and how it ends.
 
-The flags are those of ml_collections' config_flags: `--config FILE`, `--config=FILE:ARGUMENT` (the argument goes
-to get_config), `--config.FIELD=VALUE` or `--config.FIELD VALUE`, `--config.FLAG` and `--noconfig.FLAG` for a
-yes-or-no field, a tuple as `--config.tags=a,b` or by repeating the flag; else the last of two values wins. The
-parsing is our own, for config_flags answers a typo with a traceback, wants `--config` before the overrides, says
-nothing of `x=8` without its dashes or of a missing file, and makes one tag of `a,b`.
+The flags are those of ml_collections' config_flags: `--config FILE`, `--config=FILE:ARGUMENT` (the argument
+goes to get_config), `--config.FIELD=VALUE` or `--config.FIELD VALUE`, `--config.FLAG` and `--noconfig.FLAG`
+for a yes-or-no field, a tuple as `--config.tags=a,b` or by repeating the flag; else the last of two values
+wins. The parsing is our own, for config_flags answers a typo with a traceback, wants `--config` before the
+overrides, says nothing of `x=8` without its dashes or of a missing file, and makes one tag of `a,b`.
 
-A mistake of the user (UserError) is one `error: ...` on stderr and exit code 2; any other exception is a defect
-and keeps its traceback (exit code 1). No jax here: help comes at once, and a script may set XLA's flags before
-jax starts.
+A mistake of the user (UserError) is one `error: ...` on stderr and exit code 2; any other exception is a
+defect and keeps its traceback (exit code 1). No jax here: help comes at once, and a script may set XLA's
+flags before jax starts.
 """
 
 import inspect
@@ -37,8 +37,9 @@ _BASELINE = "configs/bf16_baseline.py"
 class Flag:
     """A flag of one script, `--name=VALUE`, which reaches its run function as the keyword `name`.
 
-    `default` is text that `parse` accepts; a {field} in it is replaced by that setting's value. None: the keyword
-    is None where the flag is absent. `parse` turns text into the value, or raises UserError naming the flag.
+    `default` is text that `parse` accepts; a {field} in it is replaced by that setting's value. None: the
+    keyword is None where the flag is absent. `parse` turns text into the value, or raises UserError naming
+    the flag.
     """
 
     name: str
@@ -67,8 +68,8 @@ def resume_choice(text: str) -> str | int:
     if re.fullmatch("[0-9]{1,10}", text) and int(text) <= settings.INT32_MAX:
         return int(text)
     raise UserError(
-        f"--resume={text} cannot be used: give auto (go on from the newest checkpoint, if there is one), never "
-        "(start anew), or the step of a checkpoint such as 1000"
+        f"--resume={text} cannot be used: give auto (go on from the newest checkpoint, if there is one), "
+        "never (start anew), or the step of a checkpoint such as 1000"
     )
 
 
@@ -83,21 +84,25 @@ TRAIN_FLAGS = (
 
 
 def main(
-    run: Callable[..., int], *, flags: Sequence[Flag] = TRAIN_FLAGS, usage: str, argv: Sequence[str] | None = None
+    run: Callable[..., int],
+    *,
+    usage: str,
+    flags: Sequence[Flag] = TRAIN_FLAGS,
+    argv: Sequence[str] | None = None,
 ) -> NoReturn:
     """Reads the command line, calls `run(config, **{flag.name: value})` and exits with the code it returns.
 
     Args:
       run: takes the validated, locked ConfigDict and a keyword for each of `flags`.
-      flags: the script's own flags, beside --config, --config.FIELD and --help.
       usage: what --help prints first; usually the script's docstring.
+      flags: the script's own flags, beside --config, --config.FIELD and --help.
       argv: the arguments without the program's name; those of the process by default.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
 
     def parse_and_run() -> int:
         if "--help" in argv or "-h" in argv:
-            print(help_text(usage, flags))
+            _print_to_reader(help_text(usage, flags))
             return 0
         config, values = parse(argv, flags)
         return run(config, **values)
@@ -109,22 +114,26 @@ def run_script(function: Callable[[], int | None]) -> NoReturn:
     """Calls `function` and exits: with the code it returns (None is 0), 2 for a UserError, 130 for Ctrl-C."""
     try:
         code = function()
-        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # the reader of `script | head` left; Python would complain once more at exit
+    sys.exit(code or 0)
+
+
+def _print_to_reader(text: str) -> None:
+    """print, to a reader who may leave early, as the one of `--help | head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # Python would try once more at exit, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    sys.exit(code)
 
 
 def help_text(usage: str, flags: Sequence[Flag]) -> str:
     """What --help prints: the usage, the script's flags, and every setting of a config."""
-    lines = [inspect.cleandoc(usage), "", "Flags"]
+    lines = [usage.strip(), "", "Flags"]
     config_flag = Flag(
         "config", None, f"Python file whose get_config() returns the settings, such as {_BASELINE}; required"
     )
@@ -136,8 +145,8 @@ def help_text(usage: str, flags: Sequence[Flag]) -> str:
         )
     lines += [
         "",
-        "Settings: the config file holds them, and --config.NAME=VALUE overrides one. The values here are the",
-        "baseline's. Those marked * may be changed when a run is resumed.",
+        "Settings: the config file holds them, and --config.NAME=VALUE overrides one. The values here are",
+        "the baseline's. Those marked * may be changed when a run is resumed.",
         "",
         settings.describe(),
     ]
@@ -145,7 +154,7 @@ def help_text(usage: str, flags: Sequence[Flag]) -> str:
 
 
 def parse(argv: Sequence[str], flags: Sequence[Flag]) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
-    """The validated, locked config and the values of `flags` by name that `argv` asks for; UserError if wrong."""
+    """The validated, locked config and the values of `flags` by name that `argv` asks for, or UserError."""
     texts, overrides = _split(argv, flags)
     values = {flag.name: flag.parse(texts[flag.name]) for flag in flags if flag.name in texts}
     if "config" not in texts:
@@ -156,9 +165,10 @@ def parse(argv: Sequence[str], flags: Sequence[Flag]) -> tuple[ml_collections.Co
             try:
                 config[name] = value
             except (TypeError, ValueError):
+                there = f"{settings.show(config[name])} of type {type(config[name]).__name__}"
                 raise UserError(
-                    f"--config.{name} cannot be used, because {texts['config']} gave {name} the value "
-                    f"{config[name]!r} of type {type(config[name]).__name__}: start from default_config() there"
+                    f"--config.{name} cannot replace what {texts['config']} gave {name}, {there}: start from "
+                    "default_config() there"
                 ) from None
     settings.validate(config)
     config.lock()
@@ -198,7 +208,7 @@ def _split(argv: Sequence[str], flags: Sequence[Flag]) -> tuple[dict[str, str], 
 
 
 def _override(field: settings.Field, given: str | None, waiting: list[str], negated: bool) -> Any:
-    """The value of --config.FIELD (--noconfig.FIELD if `negated`), from `given` or the arguments that follow."""
+    """The value of --config.FIELD (--noconfig.FIELD if `negated`), from `given` or from what follows it."""
     if negated:
         if field.kind is not bool or given is not None:
             raise UserError(
@@ -229,7 +239,7 @@ def parse_value(field: settings.Field, text: str) -> Any:
             return value
     except ValueError:
         pass
-    shown = text if text.isprintable() and len(text) <= 80 else repr(text[:60])
+    shown = text if text.isprintable() and len(text) <= 80 else settings.show(text)
     raise UserError(f"--config.{settings.cannot_use(field, shown)}")
 
 
@@ -291,7 +301,8 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         raise UserError(f"--config={spec} is not a file: give a config file, such as --config {_BASELINE}")
     if not Path(path).exists():
         folders = (Path(path).parent, Path("configs"))
-        guess = settings.nearest(path, [str(file) for place in folders for file in sorted(place.glob("*.py"))])
+        files = [str(file) for place in folders for file in sorted(place.glob("*.py"))]
+        guess = settings.nearest(path, files)
         hint = f"did you mean {guess}?" if guess else f"the baseline is {_BASELINE}"
         raise UserError(f"--config={path} does not exist in {Path.cwd()}; {hint}")
 
@@ -305,7 +316,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         get_config = getattr(module, "get_config", None)
         if not callable(get_config):
             raise UserError(
-                f"{path} has no function get_config(), so it is no config file; see {_BASELINE} for one that is"
+                f"{path} has no function get_config(), so it is no config file; see {_BASELINE} for one"
             )
         arguments = (argument,) if colon else ()
         _check_takes(get_config, arguments, path)

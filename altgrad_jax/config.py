@@ -190,7 +190,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("dead_neuron_threshold", 1e-8, _POSITIVE_SHARE,
               "L2 norm of an output unit's unclipped gradient below which the unit counts as silent"),
         Field("dead_neuron_window", 100, _whole(1), "silent updates in a row after which a unit is dead"),
-        Field("spike_window", 100, _whole(4, 2**16), "losses that a loss's robust z-score looks back on"),
+        Field("spike_window", 100, _whole(20, 2**16),
+              "losses that a loss's robust z-score looks back on; fewer than 20 say too little"),
         Field("spike_threshold", 8.0, _number(0.1, 1e6), "robust z-score above which a loss is a spike"),
         Field("val_patience", 3, _whole(1, 2**16),
               "rises of the validation loss in a row that are flagged as divergence"),
@@ -276,15 +277,15 @@ def problems(values: Mapping[str, Any]) -> list[str]:
         if name not in values:
             found.append(f"the setting {name} is missing: start from altgrad_jax.config.default_config()")
         elif type(values[name]) is not field.kind:
-            found.append(cannot_use(field, f"{_show(values[name])} ({type(values[name]).__name__})"))
+            found.append(cannot_use(field, f"{show(values[name])} ({type(values[name]).__name__})"))
         elif not field.rule.accepts(values[name]):
-            found.append(cannot_use(field, _show(values[name])))
+            found.append(cannot_use(field, show(values[name])))
     return found or _conflicts(values)  # how fields fit together is a question only once each is right
 
 
 def cannot_use(field: Field, shown: str) -> str:
     """The sentence that refuses a value of `field`; `shown` is that value as text."""
-    baseline = _show(field.default)
+    baseline = show(field.default)
     return f"{field.name}={shown} cannot be used: give {field.rule.words} (the baseline has {baseline})"
 
 
@@ -292,7 +293,7 @@ def unknown_field(name: str) -> str:
     """The sentence that refuses a name that no field has, with the nearest one that exists."""
     guess = nearest_field(name)
     hint = f"did you mean {guess}?" if guess else "--help lists them all"
-    return f"there is no setting {_show(name)}; {hint}"
+    return f"there is no setting {show(name)}; {hint}"
 
 
 def nearest_field(name: str) -> str | None:
@@ -307,9 +308,10 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """`value` as one line of at most about 80 characters, whatever it is."""
     try:
-        text = repr(value)
+        text = repr(value).replace("\n", " ")
     except Exception:  # Python refuses to print a whole number of more than 4300 digits
         return f"<a {type(value).__name__} that cannot be printed>"
     return text if len(text) <= 80 else text[:60] + "..."
@@ -449,8 +451,8 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
         before, now = _as_json(old.get(name)), _as_json(new.get(name))
         if name in free or (name in old) == (name in new) and before == now:
             continue
-        words_before = f"{_show(before)} in the run" if name in old else "not a setting of the run"
-        words_now = f"{_show(now)} now" if name in new else "not a setting now"
+        words_before = f"{show(before)} in the run" if name in old else "not a setting of the run"
+        words_now = f"{show(now)} now" if name in new else "not a setting now"
         why = f" (with schedule={schedule!r} it changes the learning rate)" if name == "max_steps" else ""
         lines.append(f"{name}: {words_before}, {words_now}{why}")
     return lines

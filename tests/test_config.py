@@ -1,0 +1,370 @@
+"""The table of settings: its defaults, everything it must refuse, and what it says while doing so."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+from ml_collections import config_dict
+
+from altgrad_jax import cli, stability
+from altgrad_jax import config as settings
+from altgrad_jax.config import FIELDS, RESUMABLE_FIELDS, default_config, from_dict, to_dict, validate
+from altgrad_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+# The baseline as it was ordered, then what joined it.
+ORDERED = {
+    "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 50257, "dropout": 0.0,
+    "batch_size": 12, "learning_rate": 6e-4, "max_steps": 2000, "warmup_steps": 100, "grad_clip": 1.0,
+    "use_fp8": False, "use_shadow": False,
+    "checkpoint_interval": 100, "checkpoint_dir": "checkpoints/bf16_baseline", "max_checkpoints": 3,
+    "nan_patience": 10, "bit_stall_threshold": 0.5, "overflow_threshold": 0.01,
+    "dead_neuron_threshold": 1e-8, "dead_neuron_window": 100,
+    "log_interval": 1, "eval_interval": 100,
+    "project": "altgrad", "run_name": "bf16-baseline", "tags": ("baseline", "bf16", "eurlex"),
+    "seed": 42,
+}
+JOINED = {
+    "compute_dtype": "bfloat16", "attention": "auto", "grad_accum_steps": 1, "schedule": "constant",
+    "min_lr_ratio": 0.1, "decay_fraction": 0.2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
+    "adam_eps": 1e-8,
+    "tokenizer": "gpt2", "data_source": "auto", "data_seed": 1337, "data_placement": "auto",
+    "eval_windows": 128, "eval_batch_size": 16, "steps_per_dispatch": 0, "metrics": "all",
+    "spike_window": 100, "spike_threshold": 8.0, "stall_window": 100, "val_patience": 3,
+    "deterministic": False, "wandb_mode": "auto", "wandb_entity": "", "alert_interval": 100, "console": "auto",
+}
+WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
+
+
+def changed(**values) -> ml_collections.ConfigDict:
+    """The baseline with any values at all, past the type checks of ml_collections."""
+    return ml_collections.ConfigDict({**default_config().to_dict(), **values}, type_safe=False)
+
+
+def refusal(**values) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(changed(**values))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name, value", [*ORDERED.items(), *JOINED.items()])
+def test_default(name, value):
+    got = default_config()[name]
+    assert type(got) is type(value)
+    assert got == value
+
+
+def test_there_are_no_other_fields():
+    assert set(FIELDS) == {*ORDERED, *JOINED}
+    assert len(FIELDS) == sum(len(group) for _, group in settings.GROUPS)  # no name stands in two places
+
+
+def test_the_default_config_is_valid_locked_and_typed():
+    config = default_config()
+    validate(config)
+    with pytest.raises(AttributeError):
+        config.batchsize = 8
+    with pytest.raises(TypeError):
+        config.n_layer = 2.5
+
+
+def test_a_field_cannot_be_changed_in_the_table():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FIELDS["seed"].default = 1
+    with pytest.raises(TypeError):
+        FIELDS["new"] = FIELDS["seed"]
+
+
+# --- values that are wrong by themselves ----------------------------------------------------------
+
+WRONG_FOR_ANY = [None, object(), b"1", {}, [1], ("x", 3), math.nan, 10**5000]
+WRONG_FOR = {
+    int: [True, False, 1.0, "1", np.int64(1), -1, -(2**70), 2**31, 2**70, math.inf],
+    float: [True, 1, "0.5", np.float64(0.5), -1.0, -1e-12, math.inf, -math.inf, 1e39],
+    str: [1, True, "None", "x\ny", "x\0y", "\ud800", " x", "x ", "y" * 5000, ("x",)],
+    bool: [0, 1, "False", 0.0, np.bool_(True)],
+    tuple: [
+        "a", ["a"], ("a,b",), ("",), ("None",), (" a",), ("a\n",), ("a", "a"), ("y" * 65,), (1,), (("a",),),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_field_accepts_a_value_of_the_wrong_kind(name):
+    for value in WRONG_FOR_ANY + WRONG_FOR[FIELDS[name].kind]:
+        message = refusal(**{name: value})
+        assert message.startswith(f"{name}=")
+        assert "\n" not in message
+        assert FIELDS[name].rule.words in message
+        assert len(message) < 400
+
+
+OUT_OF_RANGE = [
+    *[(name, 0) for name in WHOLE if name not in
+      ("warmup_steps", "seed", "data_seed", "steps_per_dispatch")],
+    ("vocab_size", 1), ("vocab_size", 65537), ("n_layer", 10**6), ("n_embd", 10**9), ("block_size", 2**21),
+    ("spike_window", 19), ("steps_per_dispatch", 10**6),
+    ("dropout", 1.0), ("dropout", 1 - 1e-12), ("beta1", 1.0), ("beta2", 1 - 1e-12), ("beta2", 1.5),
+    ("learning_rate", 0.0), ("learning_rate", 1e-50), ("learning_rate", 101.0),
+    ("adam_eps", 0.0), ("adam_eps", 1e-50), ("adam_eps", 2.0), ("grad_clip", 1e-50), ("weight_decay", 1001.0),
+    ("min_lr_ratio", 1.1), ("decay_fraction", 0.0), ("decay_fraction", 1.1),
+    *[(name, value) for name in ("bit_stall_threshold", "overflow_threshold", "dead_neuron_threshold")
+      for value in (0.0, 1e-50, 1.0000001)],
+    ("spike_threshold", 0.0), ("spike_threshold", 1e9),
+    ("compute_dtype", "float16"), ("compute_dtype", "BFLOAT16"), ("attention", "flash"),
+    ("schedule", "linear"), ("tokenizer", "gpt4"), ("data_source", "wikipedia"), ("data_placement", "gpu"), ("wandb_mode", "on"),
+    ("console", "loud"), ("compute_dtype", ""), ("run_name", ""), ("project", ""), ("checkpoint_dir", ""),
+    ("project", "a/b"), ("project", "50%"), ("project", "y" * 129), ("run_name", "y" * 129),
+    ("checkpoint_dir", "gs://bucket/run"), ("wandb_entity", " "),
+    ("metrics", ""), ("metrics", "grads"), ("metrics", "grad,"), ("metrics", "grad,grad"),
+    ("metrics", "all,grad"), ("metrics", "grad, param"),
+]
+
+
+@pytest.mark.parametrize("name, value", OUT_OF_RANGE)
+def test_out_of_range(name, value):
+    message = refusal(**{name: value})
+    assert message.startswith(f"{name}=")
+    assert FIELDS[name].rule.words in message
+    assert f"the baseline has {FIELDS[name].default!r}" in message
+
+
+@pytest.mark.parametrize("values", [
+    {"warmup_steps": 0}, {"warmup_steps": 2000}, {"grad_clip": 0.0}, {"weight_decay": 0.0},
+    {"dropout": 0.999}, {"beta1": 0.0}, {"bit_stall_threshold": 1.0}, {"dead_neuron_threshold": 1e-30}, {"seed": 0},
+    {"seed": 2**31 - 1}, {"vocab_size": 65536}, {"max_steps": 1, "warmup_steps": 0}, {"tags": ()},
+    {"max_steps": 2**31 - 1, "batch_size": 1}, {"max_checkpoints": 1}, {"wandb_entity": "team"},
+    {"batch_size": 12, "grad_accum_steps": 12}, {"eval_windows": 16}, {"metrics": "none"},
+    {"metrics": "update,grad"}, {"attention": "cudnn"}, {"compute_dtype": "float32"},
+    {"run_name": "Lauf ä #1"}, {"tokenizer": "bytes", "vocab_size": 256}, {"schedule": "cosine", "min_lr_ratio": 0.0},
+    {"schedule": "wsd", "decay_fraction": 0.95},
+    {"schedule": "wsd", "decay_fraction": 1.0, "warmup_steps": 0},
+])
+def test_the_edges_of_what_is_allowed(values):
+    validate(changed(**values))
+
+
+def test_limits_are_those_of_float32():
+    assert settings.FLOAT32_TINY == np.finfo(np.float32).tiny
+    assert np.float32(settings.FLOAT32_BELOW_1) == np.nextafter(np.float32(1), np.float32(0))
+    assert np.float32((1 + settings.FLOAT32_BELOW_1) / 2) == 1
+
+
+def test_the_spike_window_holds_as_many_losses_as_the_monitor_needs():
+    accepts = FIELDS["spike_window"].rule.accepts
+    assert accepts(stability.MIN_LOSSES)
+    assert not accepts(stability.MIN_LOSSES - 1)
+
+
+# --- values that do not fit each other ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"use_fp8": True}, ["use_fp8=True asks for 8-bit training", "set use_fp8=False"]),
+    ({"use_shadow": True}, ["use_shadow=True", "set use_shadow=False"]),
+    ({"n_head": 5}, ["n_embd=384", "n_head=5", "n_embd=385"]),
+    ({"n_embd": 4}, ["n_embd=4", "n_head=6", "n_embd=6"]),
+    ({"vocab_size": 50256}, ["vocab_size=50256", "'gpt2'", "50257"]),
+    ({"vocab_size": 255, "tokenizer": "bytes"}, ["vocab_size=255", "'bytes'", "256"]),
+    ({"attention": "cudnn", "compute_dtype": "float32"}, ["attention='cudnn'", "compute_dtype='float32'"]),
+    ({"attention": "cudnn", "n_embd": 390, "n_head": 6}, ["attention='cudnn'", "65", "multiples of 8"]),
+    ({"grad_accum_steps": 5}, ["batch_size=12", "grad_accum_steps=5"]),
+    ({"grad_accum_steps": 24}, ["batch_size=12", "grad_accum_steps=24"]),
+    ({"eval_batch_size": 24}, ["eval_windows=128", "eval_batch_size=24"]),
+    ({"eval_windows": 8}, ["eval_windows=8", "eval_batch_size=16"]),
+    ({"max_steps": 2**30}, ["max_steps=1073741824", "batch_size=12", "32 bits"]),
+    ({"batch_size": 2**20, "block_size": 2**11}, ["batch_size=1048576", "block_size=2048"]),
+    ({"eval_batch_size": 2**20, "eval_windows": 2**20, "block_size": 2**11},
+     ["eval_batch_size=1048576", "block_size=2048"]),
+    ({"warmup_steps": 2001}, ["warmup_steps=2001", "max_steps=2000"]),
+    ({"max_steps": 50}, ["warmup_steps=100", "max_steps=50"]),
+    ({"max_steps": 100, "schedule": "cosine"}, ["schedule='cosine'", "warmup_steps=100"]),
+    ({"schedule": "wsd", "decay_fraction": 0.96}, ["decay_fraction=0.96", "1900", "warmup_steps=100"]),
+    ({"schedule": "wsd", "decay_fraction": 1e-4}, ["decay_fraction=0.0001", "at least 1"]),
+    ({"min_lr_ratio": 0.0}, ["min_lr_ratio=0.0 has no effect", "schedule='constant'"]),
+    ({"decay_fraction": 0.5}, ["decay_fraction=0.5 has no effect", "schedule='constant'"]),
+    ({"decay_fraction": 0.5, "schedule": "cosine"}, ["decay_fraction=0.5 has no", "schedule='cosine'"]),
+])
+def test_settings_that_do_not_fit_each_other(values, words):
+    message = refusal(**values)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_every_wrong_setting_is_told_at_once():
+    lines = refusal(n_layer=0, seed=-1, tags=("a,b",)).split("\n")
+    assert lines[0] == "3 settings cannot be used:"
+    assert [line.split("=")[0] for line in lines[1:]] == ["  - n_layer", "  - seed", "  - tags"]
+
+
+def test_missing_and_unknown_fields():
+    values = default_config().to_dict()
+    del values["seed"]
+    with pytest.raises(UserError, match="^the setting seed is missing"):
+        validate(ml_collections.ConfigDict(values))
+    with pytest.raises(UserError, match="^there is no setting 'batchsize'; did you mean batch_size"):
+        validate(changed(batchsize=8))
+    with pytest.raises(UserError, match="^there is no setting 'zzz'; --help lists them all"):
+        validate(changed(zzz=8))
+
+
+@pytest.mark.parametrize("typo, name", [
+    ("lr", "learning_rate"), ("batchsize", "batch_size"), ("batch-size", "batch_size"),
+    ("N_LAYER", "n_layer"), ("model.n_head", "n_head"), ("wd", "weight_decay"), ("qqq", None),
+])
+def test_nearest_field(typo, name):
+    assert settings.nearest_field(typo) == name
+
+
+@pytest.mark.parametrize("not_a_config", [None, {}, 3, [("seed", 1)]])
+def test_something_else_than_a_config(not_a_config):
+    with pytest.raises(UserError, match="ConfigDict"):
+        validate(not_a_config)
+
+
+def test_a_placeholder_that_was_never_filled():
+    for placeholder in (config_dict.placeholder(int), config_dict.required_placeholder(int)):
+        with pytest.raises(UserError, match=r"^seed=None \(NoneType\) cannot be used"):
+            validate(changed(seed=placeholder))
+
+
+# --- to JSON and back, and what may change on resume ----------------------------------------------
+
+
+def test_json_round_trip_is_exact():
+    config = changed(learning_rate=0.1 + 0.2, tags=("ä", "b"), schedule="wsd")
+    back = from_dict(json.loads(json.dumps(to_dict(config), allow_nan=False)))
+    assert back.to_dict() == config.to_dict()
+    assert all(type(back[name]) is field.kind for name, field in FIELDS.items())
+    assert back.is_locked
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"zzz": 1}, "zzz"), ({"seed": "42"}, "seed"), ({"tags": "a"}, "tags"), ({"n_head": 5}, "n_head"),
+])
+def test_from_dict_refuses_what_cannot_be_run(change, word):
+    with pytest.raises(UserError, match=word):
+        from_dict({**to_dict(default_config()), **change})
+
+
+def test_what_may_differ_on_resume():
+    assert RESUMABLE_FIELDS == {
+        "max_steps", "checkpoint_interval", "eval_interval", "log_interval", "project", "run_name", "tags",
+        "wandb_mode", "wandb_entity", "alert_interval", "console", "checkpoint_dir", "max_checkpoints",
+        "steps_per_dispatch",
+    }
+    old = to_dict(default_config())
+    other = {int: 7, float: 0.25, str: "other", bool: True, tuple: ["other"]}
+    for name, field in FIELDS.items():
+        lines = settings.config_difference(old, {**old, name: other[field.kind]})
+        if name in RESUMABLE_FIELDS:
+            assert lines == []
+        else:
+            shown = old[name], other[field.kind]
+            assert lines == [f"{name}: {shown[0]!r} in the run, {shown[1]!r} now"]
+
+
+def test_difference_after_json_is_empty():
+    config = default_config()
+    as_read = json.loads(json.dumps(to_dict(config)))
+    assert settings.config_difference(as_read, config.to_dict()) == []
+    assert settings.config_difference(config.to_dict(), as_read) == []
+
+
+def test_difference_lists_fields_in_order_and_names_absent_ones():
+    old = to_dict(default_config())
+    new = {**old, "seed": 1, "n_layer": 2}
+    del new["beta1"]
+    old["retired"] = 3
+    assert settings.config_difference(old, new) == [
+        "n_layer: 6 in the run, 2 now",
+        "beta1: 0.9 in the run, not a setting now",
+        "seed: 42 in the run, 1 now",
+        "retired: 3 in the run, not a setting now",
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_max_steps_is_fixed_where_it_shapes_the_learning_rate(schedule):
+    old = to_dict(changed(schedule=schedule))
+    (line,) = settings.config_difference(old, {**old, "max_steps": 3000})
+    assert line.startswith("max_steps: 2000 in the run, 3000 now") and schedule in line
+
+
+def test_metric_groups():
+    assert settings.metric_groups("all") == settings.METRIC_GROUPS
+    assert settings.metric_groups("none") == ()
+    assert settings.metric_groups("param,grad") == ("grad", "param")
+
+
+def test_decay_steps():
+    assert settings.decay_steps(0.2, 2000) == 400
+    assert settings.decay_steps(1.0, 7) == 7
+
+
+# --- the help text --------------------------------------------------------------------------------
+
+
+def test_help_describes_every_field():
+    lines = settings.describe().split("\n")
+    assert max(map(len, lines)) <= 100
+    for name, field in FIELDS.items():
+        default = ",".join(field.default) if field.kind is tuple else str(field.default)
+        left = f"  {name}={default}"
+        assert sum(line.startswith((left + " ", left + "\n")) or line == left for line in lines) == 1, name
+    text = " ".join(settings.describe().split())
+    for field in FIELDS.values():
+        assert field.meaning in text
+    for title, _ in settings.GROUPS:
+        assert title in lines
+
+
+def test_help_says_that_no_overflow_is_watched_without_8_bits():
+    meaning = FIELDS["overflow_threshold"].meaning
+    assert "quantized" in meaning and "use_fp8=False" in meaning
+
+
+# --- the config files -----------------------------------------------------------------------------
+
+DIFFERS_FROM_THE_BASELINE = {
+    "bf16_baseline": {},
+    "smoke": {
+        "tokenizer": "bytes", "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64,
+        "batch_size": 8, "max_steps": 200, "warmup_steps": 20, "checkpoint_interval": 50, "eval_interval": 50,
+        "eval_windows": 32, "dead_neuron_window": 20, "run_name": "smoke",
+        "checkpoint_dir": "checkpoints/smoke", "tags": ("smoke", "bf16", "bytes"),
+    },
+}
+
+
+@pytest.mark.parametrize("name, differences", DIFFERS_FROM_THE_BASELINE.items())
+def test_a_config_file_differs_only_where_it_says(name, differences):
+    config = cli.load_config(str(ROOT / f"configs/{name}.py"))
+    validate(config)
+    assert config.is_locked
+    assert config.to_dict() == {**default_config().to_dict(), **differences}
+
+
+def test_config_files_do_not_share_a_folder_or_a_name():
+    files = sorted((ROOT / "configs").glob("*.py"))
+    assert set(DIFFERS_FROM_THE_BASELINE) <= {file.stem for file in files}
+    for file in files:
+        docstring = file.read_text().split('"""')[1]
+        for part in (f"--config configs/{file.name}", "Command:", "Time:", "Expected:"):
+            assert part in docstring, (file.name, part)
+    configs = [cli.load_config(str(ROOT / f"configs/{name}.py")) for name in DIFFERS_FROM_THE_BASELINE]
+    assert len({config.run_name for config in configs}) == len(configs)
+    assert len({config.checkpoint_dir for config in configs}) == len(configs)
+
+
+def test_jax_is_not_imported():
+    code = "import sys, altgrad_jax.cli; sys.exit(bool({'jax', 'flax', 'wandb', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
