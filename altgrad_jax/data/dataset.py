@@ -68,9 +68,9 @@ def load_token_data(
     ``vocab_size``: the model's, which may exceed the tokenizer's. ``tokenizer``: the name the data must have;
     also names the tokenizer of files without ``meta.json`` (nanoGPT's), whose source is "unknown".
 
-    Raises: UserError: a file is missing, empty, of odd length, altered since it was prepared, of another
-        tokenizer, holds a
-            token the model has no embedding for, or is shorter than one window.
+    Raises:
+        UserError: a file is missing, empty, of odd length, altered since it was prepared, of another
+            tokenizer, holds a token the model has no embedding for, or is shorter than one window.
     """
     folder = Path(data_dir)
     meta = read_meta(folder)

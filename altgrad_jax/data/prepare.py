@@ -1,7 +1,7 @@
 """Text to token files: ``train.bin``, ``val.bin`` (nanoGPT's layout) and ``meta.json``.
 
 - A ``.bin`` is the tokens and nothing else: uint16, little endian, every document followed by the tokenizer's
-separator.
+  separator.
 - ``meta.json`` says what they are (source, licence, counts, tokenizer, split, sha256 of both). It holds no
   time, path or version, so preparing the same text again gives the same three files to the byte, on any
   machine.
@@ -80,9 +80,9 @@ def prepare(
     ``split_seed`` and ``val_fraction`` (of the documents, in (0, 1)) matter only where the source has no
     split.
 
-    Raises: UserError: a bad fraction, no usable documents, a directory that holds something else (or prepared
-        data, without
-            ``force``), no room to write; and whatever the source raises.
+    Raises:
+        UserError: a bad fraction, no usable documents, a directory that holds something else (or prepared
+            data, without ``force``), no room to write; and whatever the source raises.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}; it must lie between 0 and 1, e.g. {VAL_FRACTION}")
@@ -153,7 +153,7 @@ def resolve(
 
 
 def prepare_source(
-    name: str,
+    what: str | Path,
     out_dir: str | os.PathLike,
     tokenizer: Tokenizer,
     *,
@@ -164,11 +164,14 @@ def prepare_source(
     progress: bool = True,
     force: bool = False,
 ) -> PreparedData:
-    """``prepare`` for a source given by name (``auto`` included) or by the path of local documents.
+    """``prepare`` for a source given by its name (a string, ``auto`` included) or local documents (a Path).
 
     Raises:
-        UserError: as ``prepare``; under ``auto``, neither eurlex57k nor the sample can be had.
+        UserError: as ``prepare``; under ``auto``, neither eurlex57k nor the sample can be had; a text field
+            for a named source, whose field is known.
     """
+    if text_field is not None and not isinstance(what, Path):
+        raise UserError(f"text_field is {text_field!r} but the source is {what!r}; it is for --input only")
 
     def make(source: Source, *warnings: str) -> PreparedData:
         meta = prepare(
@@ -185,10 +188,10 @@ def prepare_source(
     def get(source_name: str) -> Source:
         return sources.get_source(source_name, cache_dir=cache_dir, progress=progress)
 
-    if name in sources.SOURCES:
-        return make(get(name))
-    if name != "auto":
-        return make(sources.local(name, text_field=text_field))
+    if isinstance(what, Path):
+        return make(sources.local(what, text_field=text_field))
+    if what != "auto":
+        return make(get(what))
     try:
         return make(get("eurlex57k"))
     except SourceUnavailable as e:
@@ -245,12 +248,14 @@ def read_meta(data_dir: str | os.PathLike) -> dict:
 def summary(out_dir: str | os.PathLike, meta: dict) -> str:
     """What was prepared, in a few lines."""
     lines = [
-        f"{out_dir}: {meta.get('title', meta['source'])}, licence {meta['licence']}, tokenizer"
-        f" {meta['tokenizer']}"
+        f"{out_dir}: {meta.get('title', meta['source'])}",
+        f"  tokenizer {meta['tokenizer']}, licence {meta['licence']}",
     ]
     for split in ("train", "val"):
         documents = f"{meta['n_documents'][split]:>9,} documents  " if "n_documents" in meta else ""
         lines.append(f"  {split + '.bin':<10}{documents}{meta['n_tokens'][split]:>13,} tokens")
+    if "left_out" in meta:
+        lines.append(f"  not used: {meta['left_out']}")
     if meta.get("n_empty_documents"):
         lines.append(f"  {meta['n_empty_documents']:,} empty documents were skipped")
     return "\n".join(lines)
@@ -441,6 +446,7 @@ def _write(
         "licence": source.licence,
         "url": source.url,
         "document": source.unit,
+        "left_out": source.left_out,
         "n_documents": {"train": len(ends) - sum(in_val), "val": sum(in_val)},
         "n_empty_documents": n_empty,
         "n_tokens": {name: counts[name]["n_tokens"] for name in ("train", "val")},

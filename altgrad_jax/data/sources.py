@@ -9,7 +9,7 @@ Decisions:
   source; a wrong checksum is an ordinary ``UserError``, for it means that something answered, and it must be
   looked at.
 - Archives are never unpacked: members are streamed by name, so no path inside an archive is ever used as a
-path here.
+  path here.
 - A source with a validation split of its own keeps it, and its test split is left out of training. Elsewhere
   the split of a document is None and ``prepare`` decides.
 - Nothing is skipped in silence: a line that cannot be read ends the preparation with its file and line. Empty
@@ -65,6 +65,7 @@ TRANSFER_SECONDS = 1800.0
 ATTEMPTS = 2
 PIP_SECONDS = 180.0
 
+_TEST_SPLIT = "the test split, which stays held out"
 _HUB = 'pip install "altgrad-jax[hub]"'
 _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
 _SUFFIXES = (*_JSONL_SUFFIXES, ".json", ".txt", ".parquet")
@@ -99,7 +100,8 @@ class Source:
     """A corpus: what it is, and ``documents()``, which fetches what it needs and then streams.
 
     ``unit`` says what one document is. ``n_documents`` is the expected number where it is known beforehand
-    (for progress only); ``input_name`` is the file or directory name of local documents.
+    (for progress only); ``input_name`` is the file or directory name of local documents; ``left_out`` says
+    which part of the corpus is not used.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Source:
     documents: Callable[[], Iterator[Document]]
     n_documents: int | None = None
     input_name: str | None = None
+    left_out: str | None = None
 
 
 def get_source(name: str, *, cache_dir: str | os.PathLike | None = None, progress: bool = True) -> Source:
@@ -154,7 +157,14 @@ def eurlex57k(cache_dir: Path, *, progress: bool = True) -> Source:
         yield from read_split_zip(path)
 
     return Source(
-        "eurlex57k", "EURLEX57K", "CC-BY-SA-4.0", EURLEX57K_URL, "an EU legal act", documents, 51_000
+        "eurlex57k",
+        "EURLEX57K",
+        "CC-BY-SA-4.0",
+        EURLEX57K_URL,
+        "an EU legal act",
+        documents,
+        n_documents=51_000,
+        left_out=_TEST_SPLIT,
     )
 
 
@@ -185,7 +195,8 @@ def lex_glue() -> Source:
         "https://huggingface.co/datasets/coastalcph/lex_glue",
         "an EU legal act",
         documents,
-        60_000,
+        n_documents=60_000,
+        left_out=_TEST_SPLIT,
     )
 
 
@@ -206,7 +217,7 @@ def sample(cache_dir: Path) -> Source:
         "https://eur-lex.europa.eu",
         "an article of an EU act",
         documents,
-        404,
+        n_documents=404,
     )
 
 
@@ -216,7 +227,8 @@ def local(path: str | os.PathLike, *, text_field: str | None = None) -> Source:
 
     A directory is read recursively in the order of its paths; hidden files and files of other kinds are left
     alone. Where its entries at the top are named after splits, train and dev (or val, valid, validation)
-    among them, that split is kept and test left out. The text of a record is found by ``document_text``.
+    among them, that split is kept and test left out; without both there is no split. The text of a record is
+    found by ``document_text``.
 
     Raises:
         UserError: nothing there, or nothing readable there.
@@ -227,10 +239,14 @@ def local(path: str | os.PathLike, *, text_field: str | None = None) -> Source:
             f"input {str(path)!r} does not exist; give a file or directory of documents "
             f"({', '.join(_SUFFIXES)})"
         )
+    left_out = None
     if path.is_dir():
         files = _directory_files(path)
+        if any(split == "test" for split, _ in files):
+            files = [(split, file) for split, file in files if split != "test"]
+            left_out = _TEST_SPLIT
     elif path.name.endswith(".zip"):
-        files = None
+        files, left_out = None, _TEST_SPLIT
     elif path.name.endswith(_SUFFIXES):
         files = [(None, path)]
     else:
@@ -241,7 +257,7 @@ def local(path: str | os.PathLike, *, text_field: str | None = None) -> Source:
 
     def documents() -> Iterator[Document]:
         if files is None:
-            yield from read_split_zip(path)
+            yield from read_split_zip(path, text_field)
             return
         for split, file in files:
             for where, text in read_file(file, text_field):
@@ -256,11 +272,13 @@ def local(path: str | os.PathLike, *, text_field: str | None = None) -> Source:
         "a record of the input",
         documents,
         input_name=name,
+        left_out=left_out,
     )
 
 
 def _directory_files(root: Path) -> list[tuple[str | None, Path]]:
-    """(split, path) of every document file under ``root``, sorted by path."""
+    """(split, path) of every document file under ``root``, sorted by path; the split is None throughout where
+    the entries at the top are not named after splits."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"cannot list the directory {error.filename} ({error.strerror}); make it readable")
@@ -272,16 +290,22 @@ def _directory_files(root: Path) -> list[tuple[str | None, Path]]:
     files.sort(key=lambda p: p.relative_to(root).as_posix())
     if not files:
         raise UserError(f"the directory {str(root)!r} holds no document files ({', '.join(_SUFFIXES)})")
-    splits = [_split_of(p.relative_to(root).parts[0]) for p in files]
-    if {"train", "validation"} <= set(splits) and None not in splits:
-        return [(s, p) for s, p in zip(splits, files) if s != "test"]
-    return [(None, p) for p in files]
+    tops = [p.relative_to(root).parts[0] for p in files]
+    splits = [_split_of(top) for top in tops]
+    if not {"train", "validation"} <= set(splits):
+        return [(None, p) for p in files]
+    if None in splits:
+        raise UserError(
+            f"the directory {str(root)!r} has entries named after splits and, beside them, "
+            f"{tops[splits.index(None)]!r}, whose split is not known; move it elsewhere"
+        )
+    return list(zip(splits, files))
 
 
 def _split_of(name: str) -> str | None:
-    """The split a file or folder is named after: ``dev.jsonl`` and ``validation-00000-of-00001.parquet``
-    too."""
-    return _SPLIT_NAMES.get(re.split(r"[.\-_]", name.lower(), maxsplit=1)[0])
+    """The split a file or folder is named after: ``dev.jsonl``, ``validation-00000-of-00001.parquet``."""
+    stem = re.sub(r"-\d+-of-\d+$", "", name.lower().split(".")[0])
+    return _SPLIT_NAMES.get(stem)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -374,7 +398,7 @@ def _field_text(record: dict, field: str, where: str) -> str:
     )
 
 
-def read_split_zip(path: Path) -> Iterator[Document]:
+def read_split_zip(path: Path, text_field: str | None = None) -> Iterator[Document]:
     """The acts of EURLEX57K's dataset.zip: ``train.jsonl`` and ``dev.jsonl``, in whatever folder the archive
     has them.
 
@@ -384,8 +408,8 @@ def read_split_zip(path: Path) -> Iterator[Document]:
     with _reading(path), zipfile.ZipFile(path) as archive:
         for base, split in (("train.jsonl", "train"), ("dev.jsonl", "validation")):
             with archive.open(_member(archive, base, path)) as stream:
-                # A ZipExtFile has no bounded readline of its own worth using; BufferedReader's is fast.
-                for where, text in read_jsonl(io.BufferedReader(stream, 2**20), f"{path}/{base}"):
+                # ZipExtFile's own readline is slow when given a limit.
+                for where, text in read_jsonl(io.BufferedReader(stream, 2**20), f"{path}/{base}", text_field):
                     yield Document(split, where, text)
 
 
@@ -491,7 +515,8 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._plain:
-            self._compressed = self._compressed or self._raw.read(2**17)
+            # 8 KiB unpack to 256 MiB at the very most, so a file made to unpack without end stays small.
+            self._compressed = self._compressed or self._raw.read(2**13)
             if not self._compressed:
                 if self._frame is not None:
                     raise EOFError("it ends in the middle of a zstd frame")
@@ -600,18 +625,17 @@ def download(
         return target
     deadline = time.monotonic() + total_seconds
     for attempt in range(1, ATTEMPTS + 1):
-        with _temporary_beside(target) as part:
-            try:
+        try:
+            with _temporary_beside(target) as part:
                 found = _transfer(url, part, target, n_bytes, sha256, progress, stall_seconds, deadline)
-            except _Interrupted as e:
-                if attempt < ATTEMPTS and e.worth_a_retry:
-                    continue
+                _check_sha256(url, found, sha256)
+            return target
+        except _Interrupted as e:
+            if attempt == ATTEMPTS or not e.worth_a_retry:
                 raise SourceUnavailable(
                     f"{url} could not be fetched ({e}); check the network, or fetch the file by other "
                     "means and give it with --input"
                 ) from None
-            _check_sha256(url, found, sha256)
-        return target
     raise AssertionError("the last attempt returns or raises")
 
 
