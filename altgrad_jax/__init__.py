@@ -1,0 +1,18 @@
+"""altgrad_jax: in which number format can a transformer be trained, and where does each one fail first?
+
+    from altgrad_jax import default_config, train
+    result = train(default_config())
+"""
+
+from altgrad_jax.config import default_config
+
+__all__ = ["default_config", "train"]
+
+
+def __getattr__(name):
+    # On demand, so that importing the package (for --help, say) does not import jax.
+    if name == "train":
+        from altgrad_jax.training import train
+
+        return train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,16 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-GROUPS = ("grad", "update", "param", "dead", "activation")
-
-
-def parse_groups(text):
-    """Metric groups of a config string: "all", "none", or names out of GROUPS separated by commas."""
-    if text in ("all", "none"):
-        return GROUPS if text == "all" else ()
-    return tuple(part.strip() for part in text.split(","))
-
-
 def by_layer(tree):
     """{layer: {array name: array}} of a tree shaped like the parameters, in the order the model applies them."""
     layers = {}

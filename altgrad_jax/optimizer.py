@@ -11,21 +11,21 @@ import optax
 SCHEDULES = ("constant", "cosine", "wsd")
 
 
-def learning_rate(step, *, peak, warmup_steps, max_steps, schedule, min_lr_ratio, decay_fraction):
+def learning_rate(step, *, peak, warmup_steps, max_steps, schedule, min_lr_ratio, decay_steps):
     """Learning rate of the update made from state `step` (counted from 0), float32.
 
     Warm-up is linear, peak * (step + 1) / warmup_steps, reaching the peak at update warmup_steps - 1. After it:
       constant: the peak.
       cosine: half a cosine from the peak down to min_lr_ratio * peak at the last update.
-      wsd (warm-up, stable, decay): the peak, then linear to min_lr_ratio * peak over the last decay_fraction of
-        max_steps (Hu et al. 2024, "MiniCPM").
+      wsd (warm-up, stable, decay): the peak, then linear to min_lr_ratio * peak over the last decay_steps updates
+        (Hu et al. 2024, "MiniCPM").
     """
     step = jnp.asarray(step, jnp.float32)
     warm = jnp.minimum(1.0, (step + 1.0) / max(1, warmup_steps))
     if schedule == "constant":
         shape = 1.0
     else:
-        start = warmup_steps if schedule == "cosine" else max(warmup_steps, round(max_steps * (1 - decay_fraction)))
+        start = warmup_steps if schedule == "cosine" else max_steps - decay_steps
         done = jnp.clip((step - start) / max(1, max_steps - 1 - start), 0.0, 1.0)
         fall = 0.5 * (1.0 + jnp.cos(jnp.pi * done)) if schedule == "cosine" else 1.0 - done
         shape = min_lr_ratio + (1.0 - min_lr_ratio) * fall

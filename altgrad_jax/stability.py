@@ -49,7 +49,7 @@ class Monitor(NamedTuple):
     seen: jax.Array  # int32: finite steps seen
     initial_loss: jax.Array  # float32: the first finite loss, NaN before it
     losses_W: jax.Array  # float32 [spike_window]: ring of the last finite losses, NaN where empty
-    dead_streak: dict  # {layer: int32 [outputs]}: steps in a row below dead_neuron_threshold
+    dead_streak: tuple  # of int32 [outputs], in the order of neuron_layers: steps in a row below the threshold
     zero_update_WS: jax.Array  # float32 [stall_window, layers]: ring of zero_update
     active: dict  # {kind: bool or bool [layers]}: condition held at the last step
 
@@ -60,7 +60,7 @@ def init_monitor(thresholds, neurons, n_layers):
     return Monitor(bad_streak=jnp.int32(0), bad_steps=jnp.int32(0), first_bad_step=jnp.int32(-1), seen=jnp.int32(0),
                    initial_loss=jnp.float32(jnp.nan),
                    losses_W=jnp.full(thresholds.spike_window, jnp.nan, jnp.float32),
-                   dead_streak={layer: jnp.zeros(n, jnp.int32) for layer, n in neurons.items()},
+                   dead_streak=tuple(jnp.zeros(n, jnp.int32) for n in neurons.values()),
                    zero_update_WS=jnp.zeros((thresholds.stall_window, n_layers), jnp.float32),
                    active={"loss_spike": no, "divergence": no, "dead_layer": jnp.zeros(len(neurons), bool),
                            "update_stall": jnp.zeros(n_layers, bool)})
@@ -88,16 +88,15 @@ def update_dead_streaks(monitor, neuron_square_sum, thresholds, ok):
     A neuron is an output column of a kernel with its bias; what is compared with dead_neuron_threshold is the L2 norm of
     its unclipped gradient. A non-finite step (`ok` false) says nothing and changes no streak.
     """
-    streaks, metrics = {}, {}
-    for layer, squares in neuron_square_sum.items():
-        old = monitor.dead_streak[layer]
+    streaks, metrics = [], {}
+    for old, (layer, squares) in zip(monitor.dead_streak, neuron_square_sum.items(), strict=True):
         # The cap keeps the counter from wrapping on endless runs.
         new = jnp.where(squares < thresholds.dead_neuron_threshold ** 2,
                         jnp.minimum(old + 1, thresholds.dead_neuron_window), 0)
-        streaks[layer] = jnp.where(ok, new, old)
-        dead = streaks[layer] >= thresholds.dead_neuron_window
+        streaks.append(jnp.where(ok, new, old))
+        dead = streaks[-1] >= thresholds.dead_neuron_window
         metrics[f"dead_neurons/{layer}"] = jnp.mean(dead, dtype=jnp.float32)
-    return streaks, metrics
+    return tuple(streaks), metrics
 
 
 def _push(ring, slot, value, ok):
@@ -110,7 +109,7 @@ def update_monitor(monitor, *, row_number, loss, bad, dead_streak, dead_shares, 
     Args:
       row_number: int32, the step's row (state.step + 1).
       loss: float32 scalar. bad: bool, whether the step was non-finite in any way.
-      dead_streak: {layer: int32 [outputs]} from update_dead_streaks.
+      dead_streak: from update_dead_streaks.
       dead_shares: float32 [layers with neurons]; zero_update_S: float32 [layers].
 
     Returns:

@@ -24,6 +24,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from altgrad_jax import metrics, optimizer, stability
+from altgrad_jax.config import METRIC_GROUPS
 from altgrad_jax.data.dataset import gather_windows, permute_windows
 from altgrad_jax.model import GPT, GPTConfig, init_params
 
@@ -50,14 +51,14 @@ class StepOptions:
     grad_accum_steps: int = 1
     schedule: str = "constant"
     min_lr_ratio: float = 0.1
-    decay_fraction: float = 0.2
+    decay_steps: int = 1
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip: float = 1.0
     data_seed: int = 0
-    metric_groups: tuple = metrics.GROUPS
+    metric_groups: tuple = METRIC_GROUPS
     data_on_device: bool = True  # else a dispatch is given its batches by the host
 
 
@@ -158,7 +159,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         factor = optimizer.clip_factor(grad_norm, o.grad_clip)
         lr = optimizer.learning_rate(state.step, peak=o.learning_rate, warmup_steps=o.warmup_steps,
                                      max_steps=o.max_steps, schedule=o.schedule, min_lr_ratio=o.min_lr_ratio,
-                                     decay_fraction=o.decay_fraction)
+                                     decay_steps=o.decay_steps)
 
         clipped = jax.tree.map(lambda g: g * factor, grads)
         directions, opt_state = adam.update(clipped, state.opt_state, state.params)
@@ -199,7 +200,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
             row |= dead_metrics
         if "activation" in groups:
             row |= metrics.activation_metrics(output)
-        row |= _alert_columns(begins, layers, list(streaks), row["nonfinite_loss"], nonfinite_grads_S,
+        row |= _alert_columns(begins, layers, list(stats.neuron_square_sum), row["nonfinite_loss"], nonfinite_grads_S,
                               nonfinite_params_S, nonfinite_updates_S)
         return TrainState(state.step + 1, params, opt_state, monitor), row
 

@@ -106,8 +106,3 @@ def test_pack_keeps_names_and_values_together():
     assert names == ("b", "a/c") and values.dtype == jnp.float32
     np.testing.assert_array_equal(values, [1.0, 1.0])
 
-
-def test_groups_are_read_from_the_config_string():
-    assert metrics.parse_groups("all") == metrics.GROUPS
-    assert metrics.parse_groups("none") == ()
-    assert metrics.parse_groups("grad,dead") == ("grad", "dead")

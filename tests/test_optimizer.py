@@ -8,7 +8,7 @@ import pytest
 
 from altgrad_jax import optimizer
 
-SETTINGS = dict(peak=6e-4, warmup_steps=10, max_steps=100, min_lr_ratio=0.1, decay_fraction=0.2)
+SETTINGS = dict(peak=6e-4, warmup_steps=10, max_steps=100, min_lr_ratio=0.1, decay_steps=20)
 
 
 def rates(schedule, **overrides):
@@ -57,7 +57,7 @@ def test_adamw_times_the_rate_is_optax_adamw():
         grads = tree(k + 1)
         direction, state = ours.update(grads, state, params)
         rate = optimizer.learning_rate(k, peak=1e-2, warmup_steps=5, max_steps=20, schedule="constant",
-                                       min_lr_ratio=0.1, decay_fraction=0.2)
+                                       min_lr_ratio=0.1, decay_steps=20)
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
         updates, their_state = theirs.update(grads, their_state, reference)
         reference = optax.apply_updates(reference, updates)

@@ -1,0 +1,34 @@
+"""How much arithmetic a token costs, and how much the device can do: the two halves of MFU."""
+
+# Dense bfloat16 peak with float32 accumulation, FLOP/s, from the vendors' datasheets. The longest match wins.
+PEAK_BF16_FLOPS = {
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def training_flops_per_token(*, n_layer, n_embd, block_size, vocab_size):
+    """Floating-point operations of forward and backward for one token, counted as PaLM does (Chowdhery et al. 2022,
+    appendix B): 6 per weight of every matrix product, the tied head included, and 12 n_layer n_embd block_size for the
+    two attention products over the full, unmasked square."""
+    weights = 12 * n_layer * n_embd ** 2 + vocab_size * n_embd
+    return 6 * weights + 12 * n_layer * n_embd * block_size
+
+
+def peak_flops(device_kind, n_devices, compute_dtype):
+    """Peak FLOP/s of the devices together, or None where it is not known (CPUs, other devices, float32)."""
+    if compute_dtype != "bfloat16":
+        return None
+    matches = [name for name in PEAK_BF16_FLOPS if device_kind.startswith(name)]
+    return n_devices * PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None

@@ -1,0 +1,532 @@
+"""train(config), also offered as altgrad_jax.train: the host loop around the compiled step. No numerics here.
+
+Phases of a run: check every setting; find or prepare the data; find out whether the run folder is new, unfinished or
+finished; compile; then dispatch after dispatch, each ending at the next evaluation or checkpoint or after about a
+second; at the end the verdict.
+
+The loop waits for one small array a dispatch, which is what lets it look at the state it may have to save. At about a
+second a dispatch that wait costs nothing that can be measured; rows are formatted and written on a thread meanwhile.
+
+Order on the disk: the rows up to step k are flushed before checkpoint k is begun, so whatever checkpoint a resume finds,
+the record reaches it.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from altgrad_jax import config as settings
+from altgrad_jax import flops, stability, verdict
+from altgrad_jax.checkpoint import list_steps, open_checkpoints, save_anomaly
+from altgrad_jax.console import make_console
+from altgrad_jax.data.dataset import (HostStream, gather_windows, load_token_data, permute_windows,
+                                      validation_windows)
+from altgrad_jax.data.prepare import banner, resolve
+from altgrad_jax.errors import UserError
+from altgrad_jax.logger import (DispatchRecord, MANIFEST, METRICS, Record, ValRising, Writer, new_run_id, open_wandb,
+                                read_manifest, write_manifest)
+from altgrad_jax.model import GPTConfig, count_params
+from altgrad_jax.step import StepOptions, data_mesh, make_step_functions
+
+FINISHED, STOPPED_NON_FINITE = 0, 3
+SAMPLE_TAG = "eurlex-sample"
+# With steps_per_dispatch=0: rows of the metrics buffer, and the time a dispatch is steered to.
+AUTO_DISPATCH_STEPS = 100
+AUTO_DISPATCH_SECONDS = 1.0
+DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
+PACKAGES = ("altgrad-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "wandb",
+            "tiktoken")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What train() returns.
+
+    Attributes:
+      exit_code: 0 finished; 3 stopped after nan_patience non-finite steps in a row; 128 + signal number if interrupted.
+      run_dir: the run's folder.
+      verdict: the contents of verdict.json; None if interrupted.
+      history: {metric: float array over the recorded rows}, "step" included; NaN where a row lacks the metric.
+    """
+
+    exit_code: int
+    run_dir: Path
+    verdict: dict | None
+    history: dict[str, np.ndarray]
+
+
+def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
+    """Runs, or continues, the training that `config` describes; works in a script and in a notebook.
+
+    Args:
+      config: ConfigDict from config.default_config(), with any field changed.
+      data_dir: folder of the token files; default data/<tokenizer>. Prepared there first where it is empty.
+      workdir: the run's folder; default config.checkpoint_dir.
+      resume: "auto" continues from the newest checkpoint that restores, if there is one; "never" demands an empty
+        folder; a number continues from that step, and sets later checkpoints aside.
+
+    Returns:
+      Result.
+
+    Raises:
+      UserError: any setting, file or folder that cannot be used; before the first step.
+    """
+    settings.validate(config)
+    run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
+    finished = _already_finished(run_dir, config, resume)
+    if finished is not None:
+        return finished
+    _use_deterministic_operations(config)
+    with contextlib.ExitStack() as resources:
+        stop = resources.enter_context(_StopRequest())
+        console = make_console(config.console, config.max_steps)
+        resources.callback(console.close)
+        run = _Run(config, data_dir, run_dir, resume, console, stop, resources)
+        exit_code = run.loop()
+        run.finish(exit_code)
+    interrupted = exit_code not in (FINISHED, STOPPED_NON_FINITE)
+    return Result(exit_code, run_dir, None if interrupted else _read_verdict(run_dir),
+                  verdict.read_history(run_dir))
+
+
+# ------------------------------------------------------------------------------------------------- before the first step
+
+
+def _already_finished(run_dir, config, resume):
+    """The Result of a run that has nothing left to do, or None."""
+    if resume != "auto" or not (run_dir / verdict.VERDICT).exists() or not (run_dir / MANIFEST).exists():
+        return None
+    steps = list_steps(run_dir)
+    if not steps or max(steps) < config.max_steps:
+        return None
+    _refuse_other_config(run_dir, read_manifest(run_dir), config)
+    print(f"{run_dir} is finished: it has made {max(steps)} of max_steps={config.max_steps} steps; raise max_steps to go "
+          "on, or give another --workdir to start a new run")
+    return Result(FINISHED, run_dir, _read_verdict(run_dir), verdict.read_history(run_dir))
+
+
+def _read_verdict(run_dir):
+    return json.loads((run_dir / verdict.VERDICT).read_bytes())
+
+
+def _refuse_other_config(run_dir, manifest, config):
+    lines = settings.config_difference(manifest["config"], settings.to_dict(config))
+    if lines:
+        raise UserError(f"{run_dir} was made with other settings, so it cannot be continued with these: "
+                        f"{'; '.join(lines)}. Set them back, or give another --workdir to start a new run")
+
+
+def _use_deterministic_operations(config):
+    """Asks XLA for operations that repeat to the bit, which must happen before jax first touches a GPU."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if not config.deterministic or DETERMINISTIC_FLAG in flags:
+        return
+    if jax._src.xla_bridge.backends_are_initialized() and jax.default_backend() != "cpu":
+        raise UserError("deterministic=True came too late: jax has already started on this device; set it before the "
+                        f"first jax computation of the process, or start with XLA_FLAGS={DETERMINISTIC_FLAG}")
+    os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC_FLAG}".strip()
+
+
+def _attention_kernel(config, platform_name):
+    """The attention implementation to compile: cuDNN where it can run and was not declined."""
+    head_width = config.n_embd // config.n_head
+    fits = platform_name == "gpu" and config.compute_dtype == "bfloat16" and head_width % 8 == 0 and head_width <= 128
+    if config.attention == "cudnn" and platform_name != "gpu":
+        raise UserError(f"attention='cudnn' cannot run on this machine's {platform_name} backend: set attention='auto' "
+                        "or 'xla'")
+    if config.attention == "auto":
+        return "cudnn" if fits else "xla"
+    return config.attention
+
+
+def _fits_on_device(n_tokens, device):
+    """Whether the token file may lie on the device: positions are 32-bit, and it may take a quarter of its memory."""
+    limit = (device.memory_stats() or {}).get("bytes_limit", 2 ** 33)
+    return n_tokens < 2 ** 31 and 2 * n_tokens <= limit // 4
+
+
+def _git_commit():
+    """{"commit": hash, "dirty": bool} of the checkout this code runs from, or None outside one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        if commit.returncode or git("ls-files", "--error-unmatch", __file__).returncode:
+            return None
+        return {"commit": commit.stdout.strip(), "dirty": bool(git("status", "--porcelain").stdout.strip())}
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _versions():
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+class _StopRequest:
+    """Catches SIGINT and SIGTERM: the first asks the loop to save and stop, a second one leaves at once.
+
+    Outside the main thread (some notebooks) signals cannot be caught, and nothing is.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.number = None
+        self._old = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._catch) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number, frame):
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this dispatch, then stopping; once more to leave at "
+                    "once\n".encode())
+
+
+class _Run:
+    """Everything that is open while a run goes on. Built in the order in which things can be refused."""
+
+    def __init__(self, config, data_dir, run_dir, resume, console, stop, resources):
+        self.config, self.run_dir, self.console, self.stop = config, run_dir, console, stop
+        self.resources = resources
+        self.started = time.time()
+        self._check_folder(resume)
+        self._open_data(data_dir)
+        self._build_step()
+        self._restore_or_start(resume)
+
+    # Data, model and functions.
+
+    def _open_data(self, data_dir):
+        config = self.config
+        prepared = resolve(data_dir, config.data_source, config.tokenizer)
+        for warning in prepared.warnings:
+            self.console.message(banner(warning))
+        self.data = load_token_data(prepared.dir, vocab_size=config.vocab_size, block_size=config.block_size,
+                                    tokenizer=config.tokenizer)
+        self.tags = tuple(config.tags) + ((SAMPLE_TAG,) if prepared.is_sample else ())
+        if prepared.is_sample:
+            self.console.message(f"this run trains on the small sample and is tagged {SAMPLE_TAG}: its figures are not "
+                                 "the baseline's")
+        n_val = min(config.eval_windows, self.data.n_val_windows)
+        if n_val < config.eval_windows:
+            self.console.message(f"eval_windows={config.eval_windows}, but the validation data holds {n_val}: each "
+                                 f"evaluation uses these {n_val}")
+        # The largest batch that divides what there is; eval_batch_size itself unless windows ran out.
+        self.eval_batch_size = max(size for size in range(1, min(config.eval_batch_size, n_val) + 1)
+                                   if n_val % size == 0)
+        index_E = validation_windows(self.data.n_val_windows, n_val)
+        self.val_windows = gather_windows(self.data.val_T, index_E, config.block_size, xp=np)
+
+    def _build_step(self):
+        config = self.config
+        self.mesh = data_mesh()
+        self.device = self.mesh.devices.flat[0]
+        if config.batch_size // config.grad_accum_steps % self.mesh.size:
+            raise UserError(f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps} parts cannot be "
+                            f"split over {self.mesh.size} devices: make batch_size / grad_accum_steps a multiple of it, or "
+                            "hide devices with CUDA_VISIBLE_DEVICES")
+        fits = _fits_on_device(len(self.data.train_T), self.device)
+        if config.data_placement == "device" and not fits:
+            raise UserError(f"data_placement='device' cannot hold {len(self.data.train_T)} tokens in a quarter of the device's "
+                            "memory: set data_placement to auto or host")
+        self.on_device = fits if config.data_placement == "auto" else config.data_placement == "device"
+        model_config = GPTConfig(config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size,
+                                 config.dropout, config.compute_dtype,
+                                 _attention_kernel(config, self.device.platform))
+        self.thresholds = stability.Thresholds(**{name: config[name] for name in stability.Thresholds._fields})
+        self.buffer_steps = min(config.steps_per_dispatch or AUTO_DISPATCH_STEPS, config.max_steps)
+        options = StepOptions(
+            batch_size=config.batch_size, steps_per_dispatch=self.buffer_steps, learning_rate=config.learning_rate,
+            max_steps=config.max_steps, warmup_steps=config.warmup_steps, thresholds=self.thresholds,
+            grad_accum_steps=config.grad_accum_steps, schedule=config.schedule, min_lr_ratio=config.min_lr_ratio,
+            decay_steps=settings.decay_steps(config.decay_fraction, config.max_steps),
+            weight_decay=config.weight_decay, beta1=config.beta1, beta2=config.beta2, adam_eps=config.adam_eps,
+            grad_clip=config.grad_clip, data_seed=config.data_seed,
+            metric_groups=settings.metric_groups(config.metrics), data_on_device=self.on_device)
+        self.functions = make_step_functions(
+            model_config, options, self.mesh, n_train_windows=self.data.n_train_windows,
+            eval_batch_size=self.eval_batch_size, seed=config.seed)
+        self.column = {name: i for i, name in enumerate(self.functions.metric_names)}
+        self.tokens_per_step = config.batch_size * config.block_size
+        self.flops_per_step = self.tokens_per_step * flops.training_flops_per_token(
+            n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size)
+        self.peak_flops = flops.peak_flops(self.device.device_kind, self.mesh.size, config.compute_dtype)
+
+    # The run folder: new, or to be continued.
+
+    def _check_folder(self, resume):
+        """Refuses a folder that this run may not use, before anything expensive is done; reads its manifest."""
+        run_dir = self.run_dir
+        if run_dir.exists() and not run_dir.is_dir():
+            raise UserError(f"{run_dir} is a file: give a folder with --workdir")
+        self.manifest = None
+        if resume == "never":
+            if run_dir.is_dir() and any(run_dir.iterdir()):
+                raise UserError(f"{run_dir} is not empty and --resume=never starts anew: give an empty folder with "
+                                "--workdir, or continue with --resume=auto")
+        elif (run_dir / MANIFEST).exists():
+            self.manifest = read_manifest(run_dir)
+            _refuse_other_config(run_dir, self.manifest, self.config)
+        elif run_dir.is_dir() and (list_steps(run_dir) or (run_dir / METRICS).exists()):
+            raise UserError(f"{run_dir} holds a run without its {MANIFEST}: bring that file back, or give another "
+                            "--workdir to start a new run")
+        if isinstance(resume, int) and resume not in (list_steps(run_dir) if run_dir.is_dir() else ()):
+            there = ", ".join(map(str, list_steps(run_dir))) if run_dir.is_dir() else ""
+            raise UserError(f"--resume={resume} names a checkpoint that {run_dir} does not hold; it has "
+                            f"{there or 'none'}")
+
+    def _restore_or_start(self, resume):
+        config, run_dir = self.config, self.run_dir
+        if self.manifest and self.manifest["data"]["fingerprint"] != self.data.fingerprint:
+            raise UserError(f"{run_dir} was trained on other data (fingerprint {self.manifest['data']['fingerprint'][:12]}, "
+                            f"{self.data.dir} has {self.data.fingerprint[:12]}): give the --data_dir it was made with, or "
+                            "another --workdir to start a new run")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self.checkpoints = open_checkpoints(run_dir, config.max_checkpoints)
+        except OSError as error:
+            raise UserError(f"{run_dir} cannot be written to ({error.strerror}): give another folder with "
+                            "--workdir") from None
+        self.resources.callback(self.checkpoints.close)
+        restored = None
+        if isinstance(resume, int):
+            state, _ = self.checkpoints.restore(resume, self.functions.abstract_state)
+            superseded = self.checkpoints.set_aside_newer_than(resume)
+            if superseded:
+                self.console.message(f"checkpoints after step {resume} were set aside: {', '.join(map(str, superseded))}")
+            restored = resume, state
+        elif self.manifest is not None:
+            found = self.checkpoints.restore_newest(
+                self.functions.abstract_state,
+                on_damaged=lambda step, reason: self.console.alert(
+                    f"checkpoint {step} is damaged ({reason}); it is set aside and an older one is used"))
+            restored = found and found[:2]
+
+        self.step, self.state = restored or (0, self.functions.init(config.seed))
+        self.resumed = restored is not None
+        self._write_manifest()
+        resume_step = self.step if self.resumed else (None if self.manifest_was_new else -1)
+        record = Record.open(run_dir, resume_step, log_interval=config.log_interval)
+        self.writer = Writer(
+            record, max_steps=config.max_steps, tokens_per_step=self.tokens_per_step, log_interval=config.log_interval,
+            console=self.console, alert_interval=config.alert_interval,
+            val_rising=ValRising(config.val_patience, record.val_losses), flops_per_step=self.flops_per_step,
+            peak_flops=self.peak_flops)
+        self.resources.callback(self.writer.close)
+        self.wandb = open_wandb(
+            run_dir, mode=config.wandb_mode, run_id=self.run_id, project=config.project, name=config.run_name,
+            tags=self.tags, config=settings.to_dict(config),
+            resume_step=self.step if self.resumed else None, alert_interval=config.alert_interval,
+            say=self.console.message, event=self.writer.event)
+        self._introduce()
+
+    def _write_manifest(self):
+        """What this run is. A resumed run keeps what was true at its start and adds how it was continued."""
+        config = self.config
+        start = {"time": round(self.started, 3), "step": self.step, "argv": sys.argv, "versions": _versions(),
+                 "git": _git_commit(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
+                 "device": {"platform": self.device.platform, "kind": self.device.device_kind, "count": self.mesh.size}}
+        self.manifest_was_new = self.manifest is None
+        if self.manifest_was_new:
+            self.manifest = {
+                "run_id": new_run_id(), "tags": list(self.tags), "starts": [],
+                "data": {"fingerprint": self.data.fingerprint, "dir": str(self.data.dir), "meta": self.data.meta,
+                         "placement": "device" if self.on_device else "host", "eval_windows": len(self.val_windows)},
+                "model": {"parameters": count_params(self.functions.abstract_state.params),
+                          "flops_per_step": self.flops_per_step},
+            }
+        self.run_id = self.manifest["run_id"]
+        self.manifest = self.manifest | {"config": settings.to_dict(config),
+                                         "starts": self.manifest["starts"] + [start]}
+        write_manifest(self.run_dir, self.manifest)
+
+    def _introduce(self):
+        config, say = self.config, self.console.message
+        meta = self.data.meta
+        n_tokens = meta["n_tokens"]
+        say(f"{config.run_name}: {self.manifest['model']['parameters']:,} parameters in {config.compute_dtype}, "
+            f"{config.max_steps} steps of {config.batch_size} x {config.block_size} tokens")
+        say(f"data: {meta['source']}, {n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens, in "
+            f"{self.data.dir}")
+        say(f"device: {self.mesh.size} x {self.device.device_kind} ({self.device.platform})")
+        say(f"run folder: {self.run_dir}" + (f", continued from step {self.step}" if self.resumed else ""))
+
+    # The loop.
+
+    def loop(self):
+        """Trains to max_steps, to the first unrecoverable step, or to a signal. Returns the exit code."""
+        config = self.config
+        compiled_at = time.perf_counter()
+        run, evaluate = self._compile()
+        self.writer.event("compiled", self.step, seconds=round(time.perf_counter() - compiled_at, 3))
+        val_windows = jax.device_put(self.val_windows)
+        data, next_batches = self._feed()
+        self.last_saved = self.step if self.resumed else -1
+        seconds_per_step = None
+        frozen = bool(stability.is_frozen(self.state.monitor, self.thresholds))
+
+        if self.step == 0 and not self.resumed and not self.stop.number:
+            started = time.perf_counter()
+            self.writer.submit(DispatchRecord(0, evaluation=self._evaluate(evaluate, val_windows), dispatched_at=started))
+
+        while self.step < config.max_steps and not frozen and not self.stop.number:
+            n = self._dispatch_length(seconds_per_step)
+            started = time.perf_counter()
+            state, rows_KM = run(self.state, data if self.on_device else next_batches(self.step, n), np.int32(n))
+            first_row, self.state = self.step + 1, state
+            rows_KM = np.asarray(rows_KM)
+            # Rows of steps that were not made, because the state froze, are NaN throughout.
+            made = int(np.sum(~np.isnan(rows_KM[:n, self.column["learning_rate"]])))
+            seconds_per_step = (time.perf_counter() - started) / max(1, made)
+            self.step += made
+            frozen = bool(stability.is_frozen(self.state.monitor, self.thresholds))
+            evaluation = None
+            if self._is_due(config.eval_interval) and not frozen:
+                evaluation = self._evaluate(evaluate, val_windows)
+            self.writer.submit(DispatchRecord(first_row, self.functions.metric_names, rows_KM, made, evaluation, started))
+            self._save_anomaly(first_row, rows_KM[:made])
+            self._tell_saves()
+            if self._is_due(config.checkpoint_interval) or frozen:
+                self._save(None if evaluation is None else evaluation["val_loss"])
+        if self.stop.number and self.step > max(0, self.last_saved):
+            self._save(None)
+        self.checkpoints.wait()
+        self._tell_saves()
+        if frozen:
+            return STOPPED_NON_FINITE
+        return 128 + self.stop.number if self.stop.number and self.step < config.max_steps else FINISHED
+
+    def _compile(self):
+        """Both programs, compiled ahead of the first step: a call with other shapes is an error, never a recompilation."""
+        config = self.config
+        self.console.message("compiling ...")
+        shape = ((len(self.data.train_T),) if self.on_device
+                 else (self.buffer_steps, config.batch_size, config.block_size + 1))
+        tokens = jax.ShapeDtypeStruct(shape, np.uint16)
+        abstract = self.functions.abstract_state
+        run = self.functions.run.lower(abstract, tokens, jax.ShapeDtypeStruct((), np.int32)).compile()
+        windows = jax.ShapeDtypeStruct(self.val_windows.shape, np.uint16)
+        return run, self.functions.evaluate.lower(abstract.params, windows).compile()
+
+    def _feed(self):
+        """(token array on the device, None), or (None, function (first step, n) -> batches [K, B, L+1])."""
+        if self.on_device:
+            return jax.device_put(np.asarray(self.data.train_T)), None
+        config = self.config
+        stream = HostStream(self.data.train, batch_size=config.batch_size, block_size=config.block_size,
+                            seed=config.data_seed)
+        self.resources.callback(stream.close)
+        batches_KBL = np.zeros((self.buffer_steps, config.batch_size, config.block_size + 1), np.uint16)
+
+        def next_batches(step, n):
+            batches_KBL[:n] = stream.get(step, n)
+            return batches_KBL
+
+        return None, next_batches
+
+    def _dispatch_length(self, seconds_per_step):
+        """Steps of the next dispatch: as many as take about a second, up to the next evaluation or checkpoint."""
+        config = self.config
+        longest = self.buffer_steps
+        if not config.steps_per_dispatch:
+            # The first dispatch is a single step: it tells how long one takes.
+            longest = min(longest, max(1, int(AUTO_DISPATCH_SECONDS / seconds_per_step)) if seconds_per_step else 1)
+        to_next = [interval - self.step % interval for interval in (config.eval_interval, config.checkpoint_interval)]
+        return min(longest, *to_next, config.max_steps - self.step)
+
+    def _is_due(self, interval):
+        return self.step % interval == 0 or self.step == self.config.max_steps
+
+    def _evaluate(self, evaluate, val_windows):
+        loss = float(evaluate(self.state.params, val_windows))
+        with np.errstate(over="ignore"):
+            return {"val_loss": loss, "val_perplexity": float(np.exp(np.float32(loss)))}
+
+    def _meta(self):
+        return {"config": settings.to_dict(self.config), "data_fingerprint": self.data.fingerprint,
+                "run_id": self.run_id, "step": self.step}
+
+    def _save(self, val_loss):
+        self.writer.flush()
+        self.checkpoints.save(self.step, self.state, self._meta(), val_loss)
+        self.last_saved = self.step
+
+    def _tell_saves(self):
+        for outcome in self.checkpoints.check():
+            if outcome.error:
+                self.console.alert(f"{outcome.error}; training goes on and saves again at the next interval")
+                self.writer.event("checkpoint_failed", outcome.step, reason=outcome.error)
+            else:
+                self.writer.event("checkpoint", outcome.step, bytes=outcome.n_bytes,
+                                  blocked_s=round(outcome.blocked_s, 4), background_s=round(outcome.background_s, 3))
+
+    def _save_anomaly(self, first_row, rows_KM):
+        """At the run's first non-finite step: the end state of its dispatch, and how to see that step again."""
+        bad_row = int(self.state.monitor.first_bad_step)
+        if not first_row <= bad_row < first_row + len(rows_KM):
+            return
+        B = self.config.batch_size
+        numbers = np.arange((bad_row - 1) * B, bad_row * B, dtype=np.uint32)
+        windows = permute_windows(numbers, self.data.n_train_windows, self.config.data_seed, xp=np)
+        row = rows_KM[bad_row - first_row]
+        where = {name: float(row[i]) for name, i in self.column.items()
+                 if name.startswith("alert/nonfinite") and row[i] != 0}
+        self.writer.flush()
+        outcome = save_anomaly(self.run_dir, self.step, self.state, self._meta() | {
+            "first_bad_step": bad_row, "windows": windows.tolist(),
+            "found": {name.removeprefix("alert/"): count for name, count in where.items()}})
+        self.writer.event("anomaly", self.step, first_bad_step=bad_row, path=str(outcome.path), error=outcome.error)
+        self.console.alert(outcome.error or f"step {bad_row} was not finite; the state at step {self.step} is kept in "
+                                            f"{outcome.path}")
+
+    # The end.
+
+    def finish(self, exit_code):
+        """Closes the record, then says how it went: the verdict, or how to resume."""
+        self.writer.close()
+        interrupted = exit_code not in (FINISHED, STOPPED_NON_FINITE)
+        if not interrupted:
+            reason = None if exit_code == FINISHED else (
+                f"{self.config.nan_patience} non-finite steps in a row, the last at step {self.step}")
+            result = verdict.make_verdict(self.run_dir, stopped=reason)
+            verdict.plot_loss(self.run_dir)
+            verdict.write_verdict(self.run_dir, result)
+        if self.wandb is not None:
+            self.wandb.close(drain_timeout=10.0 if interrupted else 300.0,
+                             summary={} if interrupted else {"verdict": result["verdict"]})
+        self.console.close()
+        if interrupted:
+            print(f"{signal.Signals(exit_code - 128).name}: stopped after step {self.step} of {self.config.max_steps}; the "
+                  f"same command continues from checkpoint {max(list_steps(self.run_dir), default=0)}")
+        else:
+            verdict.print_verdict(result)
+

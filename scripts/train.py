@@ -1,0 +1,21 @@
+"""Train a GPT on EU legislation, or continue a run.
+
+  python scripts/train.py --config configs/bf16_baseline.py
+  python scripts/train.py --config configs/smoke.py --config.batch_size=4 --workdir=runs/small-batch
+
+Exit codes: 0 finished, 2 a setting or file cannot be used, 3 stopped by non-finite steps, 130 or 143 interrupted and
+saved (the same command continues).
+"""
+
+from altgrad_jax import cli
+
+
+def run(config, *, data_dir, workdir, resume):
+    # Only now: --help and every complaint about a setting come without waiting for jax.
+    from altgrad_jax.training import train
+
+    return train(config, data_dir=data_dir, workdir=workdir, resume=resume).exit_code
+
+
+if __name__ == "__main__":
+    cli.main(run, usage=__doc__)
