@@ -1,36 +1,40 @@
-"""Checkpoints: written beside the training, verified when read, never half there. The only file that imports orbax.
+"""Checkpoints: written beside the training, verified when read, never half there.
 
-What it decides, and why:
+The only file that imports orbax. What it decides, and why:
 
-- **A save costs the training one copy on the device.** `save` copies the arrays (`device_put(may_alias=False)`,
-  an asynchronous copy, no compilation) and returns; the originals may be donated at once. One worker thread takes
-  it from there: sha256, Orbax, rotation. That thread runs the *synchronous* CheckpointManager. Orbax's own
-  asynchronous manager blocks for the transfer from the device, returns success although the disk is full, and
-  when a save fails has already struck the steps it was going to delete from its list, so that these are never
-  deleted again. Here a save either is complete or is an outcome with an error, and a failed one leaves nothing.
-- **Nothing unverified is accepted.** Each checkpoint carries `meta/meta.json` with dtype, shape and sha256 of every
-  array, itself protected by a sha256. Restoring compares dtypes and shapes with the wanted state before it reads
-  an array (Orbax would cast without a word), and the hashes before it hands one out.
-- **Nothing half-written or half-deleted is listed.** Orbax writes to a temporary name and renames. Deletion is a
-  rename into `.deleted/` first. Both kinds of remains are purged when the run folder is opened for training.
-- **Layout:** OCDBT over zarr3 without compression: trained float32 weights compress by 8% at three times the cost, and
-  one array a file would be some 450 files a checkpoint.
-- **Which are kept** is decided by `kept_steps`, from the validation losses that stand in the checkpoints themselves,
-  so it is the same after a restart.
+- **A save costs the training one copy on the device.** `save` copies the arrays
+  (`device_put(may_alias=False)`: asynchronous, nothing is compiled) and returns; the originals may be
+  donated at once. One worker thread takes it from there: sha256, Orbax, rotation. That thread runs the
+  *synchronous* CheckpointManager. The asynchronous one holds its caller for the transfer from the device,
+  returns success although the disk is full, and when a save fails it has already struck the steps that were
+  to be deleted from its list, so that they stay for ever. Here a save ends as a complete checkpoint or as
+  an outcome with an error, and a failed one leaves nothing behind.
+- **Nothing unverified is accepted.** Each checkpoint carries `meta/meta.json` with dtype, shape and sha256
+  of each array, itself under a sha256. Restoring compares dtypes and shapes with the wanted state before it
+  reads an array (Orbax would cast without a word), and the hashes before it hands one out.
+- **Nothing half-written or half-deleted is listed.** Orbax writes to a temporary name and renames. Deletion
+  is a rename into `.deleted/` first. The remains of both are purged when the run folder is opened for
+  training.
+- **Layout:** OCDBT over zarr3, not compressed. Compression saves 8% of float32 noise and doubles the time;
+  without OCDBT the baseline's state is some 450 files a checkpoint, with it 18, at the same speed.
+- **Which are kept** is decided by `kept_steps` from the validation losses that stand in the checkpoints
+  themselves, and so is the same after a restart.
 
 In a run folder:
 
-    <step>/state/              the arrays (Orbax), a tree of dicts: params/block_0/mlp_up/kernel, opt_state/1/0/mu/...
-    <step>/meta/meta.json      {"schema_version", "step", "val_loss", "arrays": {path: {dtype, shape, sha256}}, "meta"}
-    anomaly/<step>/            the same, outside the rotation
-    damaged/<step>-<k>/        set aside because it did not verify
-    superseded/<step>-<k>/     set aside because the run went back to an earlier step
+    <step>/state/            the arrays (Orbax), dicts in dicts: params/block_0/mlp_up/kernel, ...
+    <step>/meta/meta.json    {"schema_version", "step", "val_loss", "arrays": {path: {dtype, shape, sha256}},
+                              "meta": the caller's JSON data, "sha256": of the rest}
+    anomaly/<step>/          the same, outside the rotation
+    damaged/<step>-<k>/      set aside because it did not verify
+    superseded/<step>-<k>/   set aside because the run went back to an earlier step
 
 Everything here assumes one process, which may drive any number of devices.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import json
@@ -59,7 +63,11 @@ _NAMED_IN_A_MESSAGE = 4
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint whose files are missing, unreadable, or not the bytes that were written; `reason` says which."""
+    """A checkpoint whose files are missing, unreadable, or not the bytes that were written.
+
+    Attributes:
+      reason: what is wrong with it, without its path.
+    """
 
     def __init__(self, path: Path, reason: str):
         super().__init__(f"the checkpoint {path} is damaged ({reason}): use another step")
@@ -92,7 +100,7 @@ class SaveOutcome:
 class _OrbaxIsQuiet(logging.Filter):
     """Keeps Orbax's own log lines off the console unless absl's verbosity asks for information.
 
-    Whatever goes wrong reaches the user as an error or a `SaveOutcome`; Orbax would print a traceback beside it.
+    What goes wrong reaches the user as an error or a `SaveOutcome`; Orbax would print a traceback beside it.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -134,8 +142,8 @@ def best_step(val_losses: Mapping[int, float | None]) -> int | None:
 class _KeepBestAndNewest:
     """Orbax's PreservationPolicy over `kept_steps`.
 
-    Orbax can keep metrics itself, but one flipped bit in such a file stops its manager from opening the folder.
-    The losses come from our own records instead: `val_losses` belongs to `Checkpoints` and is read when asked.
+    Orbax can keep metrics itself, but one flipped bit in such a file stops its manager from opening the
+    folder. So the losses come from our own records: `val_losses` belongs to `Checkpoints`, read when asked.
     """
 
     val_losses: Mapping[int, float | None]
@@ -159,13 +167,13 @@ def _key_name(key: Any) -> str:
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
-    """{"params/block_0/mlp_up/kernel": leaf, ...}: dict keys, tuple positions and field names joined by '/'."""
+    """{"params/block_0/mlp_up/kernel": leaf}: dict keys, tuple positions and field names, joined by '/'."""
     flat = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         names = [_key_name(key) for key in keys]
         path = "/".join(names)
         if path in flat or any("/" in name for name in names):
-            raise ValueError(f"the tree path {path!r} is not unique once its parts are joined by '/'")
+            raise ValueError(f"the tree path {names} cannot be named by its parts joined with '/'")
         flat[path] = leaf
     return flat
 
@@ -223,7 +231,7 @@ def _has_room_for_a_copy(leaves: Sequence[jax.Array]) -> bool:
 
 
 def _snapshot(state: Any) -> dict[str, Any]:
-    """Path -> a copy that outlives the donation of `state`: on the device, or on the host if the device is full."""
+    """Path -> a copy that outlives the donation of `state`: on the device or, if that is full, the host."""
     flat = _flatten(state)
     leaves = list(flat.values())
     if _has_room_for_a_copy(leaves):
@@ -235,15 +243,17 @@ def _snapshot(state: Any) -> dict[str, Any]:
     return dict(zip(flat, copies))
 
 
-def _describe(step: int, val_loss: float | None, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+def _describe(
+    step: int, val_loss: float | None, arrays: Mapping[str, Any], meta: Mapping[str, Any]
+) -> dict[str, Any]:
     """The content of meta.json, with the sha256 of each array and of itself. Waits for the arrays."""
     document = {
         "schema_version": SCHEMA_VERSION,
         "step": step,
         "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
         "arrays": {
-            path: {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": _digest(np.asarray(array))}
-            for path, array in arrays.items()
+            path: {"dtype": leaf.dtype.name, "shape": list(leaf.shape), "sha256": _digest(np.asarray(leaf))}
+            for path, leaf in arrays.items()
         },
         "meta": meta,
     }
@@ -271,8 +281,8 @@ def _items(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> ocp.args.C
 def save_anomaly(run_dir: str | Path, step: int, state: Any, meta: Mapping[str, Any]) -> SaveOutcome:
     """Writes `state` to `<run_dir>/anomaly/<step>/`, outside the rotation, and waits until it is there.
 
-    Does not raise: the training that met an anomaly goes on or stops by its own rules. A checkpoint that already
-    lies there, from the same step before a resume, is kept.
+    Does not raise: a training that met an anomaly goes on or stops by its own rules. A checkpoint that lies
+    there already, from the same step before a resume, is kept.
 
     Args:
       run_dir: the run folder.
@@ -296,7 +306,7 @@ def save_anomaly(run_dir: str | Path, step: int, state: Any, meta: Mapping[str, 
             checkpointer.close()
     except Exception as error:
         _remove_unfinished(path.parent, step)
-        message = f"the checkpoint of the anomaly at step {step} was not written to {path}: {_one_line(error)}"
+        message = f"the anomaly checkpoint of step {step} was not saved to {path}: {_one_line(error)}"
         return SaveOutcome(step, path, error=message)
     elapsed = time.perf_counter() - started
     n_bytes = sum(array.nbytes for array in arrays.values())
@@ -331,15 +341,35 @@ def _named(items: Sequence[str]) -> str:
     return "; ".join(items[:_NAMED_IN_A_MESSAGE]) + (f"; and {more} more" if more > 0 else "")
 
 
+class _NumpyReader(ocp.type_handlers.NumpyHandler):
+    """Reads arrays as Orbax does, but ends only when the last of them has been read or has failed.
+
+    Orbax's handler leaves at the first failure and closes the event loop while TensorStore reads the others;
+    each of these then prints a RuntimeError past everything that could catch it.
+    """
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[np.ndarray]:
+        args = args or [ocp.RestoreArgs()] * len(infos)
+        read_one = super().deserialize
+        results = await asyncio.gather(
+            *(read_one([info], [arg]) for info, arg in zip(infos, args)), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [array for (array,) in results]
+
+
 def _read_arrays(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Reads the arrays named in `described` ({path: {dtype, shape, sha256}}) and verifies each one's bytes."""
+    """Reads the arrays named in `described` ({path: {dtype, shape, sha256}}) and verifies each."""
     empty = {name: d for name, d in described.items() if 0 in d["shape"]}
     stored = {name: d for name, d in described.items() if name not in empty}
     arrays: dict[str, np.ndarray] = {}
     if stored:
-        # No dtype is asked for: Orbax casts to the one that is, and what lies on the disk is what must be compared.
+        # No dtype is asked for: Orbax would cast to it, and what lies on the disk is what must be compared.
         as_stored = ocp.RestoreArgs(restore_type=np.ndarray)
-        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _NumpyReader()))
+        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
         try:
             tree = checkpointer.restore(
                 path / _STATE,
@@ -387,7 +417,8 @@ def _refuse_differences(path: Path, described: Mapping[str, Any], wanted: Mappin
         elif name not in wanted:
             differences.append(f"{name} is only in it")
         elif _signature_of(described[name]) != _signature(wanted[name]):
-            differences.append(f"{name} is {_signature_of(described[name])} in it, {_signature(wanted[name])} wanted")
+            stored = _signature_of(described[name])
+            differences.append(f"{name} is {stored}, wanted is {_signature(wanted[name])}")
     if differences:
         raise UserError(
             f"the checkpoint {path} holds another state than this run's ({_named(differences)}):"
@@ -400,7 +431,7 @@ def restore_path(path: str | Path, abstract_state: Any) -> tuple[Any, dict[str, 
 
     Args:
       path: one checkpoint: `<run folder>/<step>` or `<run folder>/anomaly/<step>`.
-      abstract_state: pytree of jax.ShapeDtypeStruct (from jax.eval_shape); leaves with a sharding are placed by it.
+      abstract_state: pytree of jax.ShapeDtypeStruct (from jax.eval_shape); a leaf's sharding places it.
 
     Returns:
       (state, meta): the pytree with jax arrays as leaves, and the JSON data given at the save.
@@ -415,11 +446,18 @@ def restore_path(path: str | Path, abstract_state: Any) -> tuple[Any, dict[str, 
     _refuse_differences(path, document["arrays"], wanted)
     arrays = _read_arrays(path, document["arrays"])
     leaves = [
-        # A copy of its own: jax may otherwise alias the NumPy memory, which cannot be donated to the first step.
-        jax.device_put(arrays[name], getattr(leaf, "sharding", None), may_alias=False)
+        # A copy of its own: jax may else alias the NumPy memory, which cannot be donated to the first step.
+        jax.device_put(arrays[name], _placement(leaf), may_alias=False)
         for name, leaf in wanted.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), document["meta"]
+
+
+def _placement(leaf: Any) -> jax.sharding.Sharding | None:
+    """Where `leaf` says it lies. On a mesh without devices, as jax.eval_shape leaves it, it says nothing."""
+    sharding = getattr(leaf, "sharding", None)
+    without_devices = isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
+    return None if without_devices else sharding
 
 
 def load_params(path: str | Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -430,7 +468,7 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[dict[str, An
       step: which checkpoint of the run folder; None is the newest.
 
     Returns:
-      (params, meta): nested dict of NumPy arrays, verified like a full restore, and the JSON data given at the save.
+      (params, meta): nested dict of NumPy arrays, verified as by a full restore; the JSON data of the save.
 
     Raises:
       UserError: there is no such checkpoint. DamagedCheckpoint: as `restore_path`.
@@ -439,7 +477,7 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[dict[str, An
     if not (path / _META).is_dir():
         path = _step_path(path, step)
     elif step is not None and path.name != str(step):
-        raise UserError(f"step {step} was asked for, but {path} is one checkpoint: give the run folder or drop the step")
+        raise UserError(f"step {step} was asked for, but {path} is one checkpoint: give the run folder")
     document = _read_document(path)
     described = {name: d for name, d in document["arrays"].items() if name.startswith("params/")}
     if not described:
@@ -455,7 +493,7 @@ def _existing(path: str | Path) -> Path:
 
 
 def list_steps(run_dir: str | Path) -> list[int]:
-    """The steps of the complete checkpoints in `run_dir`, ascending; empty where the folder does not exist."""
+    """The steps of the complete checkpoints in `run_dir`, ascending; [] where the folder does not exist."""
     run_dir = Path(run_dir).absolute()
     if not run_dir.is_dir():
         return []
@@ -513,7 +551,7 @@ def open_checkpoints(run_dir: str | Path, max_checkpoints: int) -> Checkpoints:
     """
     run_dir = Path(run_dir).absolute()
     if max_checkpoints < 1:
-        raise UserError(f"max_checkpoints is {max_checkpoints}, but at least 1 must be kept: set it to 1 or more")
+        raise UserError(f"max_checkpoints is {max_checkpoints}, but must be at least 1: set it to 1 or more")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Making and removing the folder for deletions shows that the run folder can be written to.
@@ -531,7 +569,7 @@ def open_checkpoints(run_dir: str | Path, max_checkpoints: int) -> Checkpoints:
 class Checkpoints:
     """The checkpoints of one run folder; made by `open_checkpoints`, released by `close`.
 
-    Methods are called from one thread. `save` hands its work to a worker thread; one save is under way at a time.
+    Methods are called from one thread. `save` hands its work to a worker thread; one save runs at a time.
     """
 
     def __init__(self, run_dir: Path, max_checkpoints: int):
@@ -541,11 +579,11 @@ class Checkpoints:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[SaveOutcome] | None = None
         self._finished: list[SaveOutcome] = []
-        # Made by the worker when first needed. Dropped whenever its list of steps may be wrong: it reads it anew.
+        # Made by the worker when needed, dropped when its list of steps may be wrong: a new one looks again.
         self._manager: ocp.CheckpointManager | None = None
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints on the disk, ascending; one still being written is not among them."""
+        """The steps of the complete checkpoints on the disk, ascending, without one that is being written."""
         return list_steps(self.run_dir)
 
     def latest(self) -> int | None:
@@ -594,14 +632,14 @@ class Checkpoints:
             self._finished.append(outcome)
 
     def check(self) -> list[SaveOutcome]:
-        """The saves that ended since the last call, in order; does not block. A failed one has its `error` set."""
+        """The saves that ended since the last call, in order, without waiting; a failed one has `error`."""
         if self._running is not None and self._running.done():
             self.wait()
         finished, self._finished = self._finished, []
         return finished
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads checkpoint `step`; arguments, result and errors as `restore_path`, UserError if there is none."""
+        """Reads checkpoint `step`, or raises UserError if there is none; the rest as `restore_path`."""
         self.wait()
         return restore_path(_step_path(self.run_dir, step), abstract_state)
 
@@ -610,15 +648,15 @@ class Checkpoints:
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """Reads the newest checkpoint that verifies.
 
-        Damaged ones on the way are told to `on_damaged(step, reason)`. Once a good one is found they are renamed to
-        `damaged/<step>-<k>`; before that nothing is moved, so that a folder with only damaged ones stays an error
-        however often it is tried, and never turns into a fresh start.
+        Damaged ones on the way are told to `on_damaged(step, reason)`. Once a good one is found they are
+        renamed to `damaged/<step>-<k>`; before that nothing is moved, so that a folder with only damaged ones
+        stays an error however often it is tried, and never turns into a fresh start.
 
         Returns:
           (step, state, meta), or None where the run folder holds no checkpoint at all.
 
         Raises:
-          UserError: every checkpoint is damaged, or the newest good one holds another state than `abstract_state`.
+          UserError: every checkpoint is damaged, or the newest good one holds a state of another structure.
         """
         self.wait()
         damaged = []
@@ -633,7 +671,7 @@ class Checkpoints:
             return step, state, meta
         if damaged:
             raise UserError(
-                f"every checkpoint in {self.run_dir} is damaged (steps {', '.join(map(str, sorted(damaged)))});"
+                f"every checkpoint in {self.run_dir} is damaged (steps {', '.join(map(str, damaged[::-1]))});"
                 " nothing was deleted: bring back a copy, or start again in another folder with --workdir"
             )
         if (self.run_dir / DAMAGED).is_dir() and any((self.run_dir / DAMAGED).iterdir()):
@@ -644,7 +682,7 @@ class Checkpoints:
         return None
 
     def set_aside_newer_than(self, step: int) -> list[int]:
-        """Renames every checkpoint after `step` to `superseded/<step>-<k>`; for a run that goes back to `step`.
+        """Renames each checkpoint after `step` to `superseded/<step>-<k>`: the run goes back to `step`.
 
         Returns:
           The steps that were moved, ascending.
@@ -655,16 +693,17 @@ class Checkpoints:
         return newer
 
     def close(self) -> None:
-        """Waits for a save under way and releases the worker. `check` may still be called."""
+        """Waits for a save under way and releases the worker. `check` may still be called, `close` again."""
         self.wait()
-        self._worker.submit(self._drop_manager).result()
+        if self._manager is not None:
+            self._worker.submit(self._drop_manager).result()
         self._worker.shutdown()
 
     def _move(self, steps: Sequence[int], folder: str) -> None:
         for step in steps:
             _set_aside(self.run_dir, step, folder)
             self._val_losses.pop(step, None)
-        if steps:
+        if steps and self._manager is not None:
             self._worker.submit(self._drop_manager).result()
 
     def _failure(self, step: int, error: Exception, **timings: Any) -> SaveOutcome:
@@ -680,7 +719,12 @@ class Checkpoints:
             manager.close()
 
     def _write(
-        self, step: int, arrays: dict[str, Any], meta: dict[str, Any], val_loss: float | None, blocked_s: float
+        self,
+        step: int,
+        arrays: dict[str, Any],
+        meta: dict[str, Any],
+        val_loss: float | None,
+        blocked_s: float,
     ) -> SaveOutcome:
         started = time.perf_counter()
         path = self.run_dir / str(step)
