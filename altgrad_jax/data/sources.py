@@ -458,21 +458,15 @@ def read_sample_wheel(wheel: Path, *, db_sha256: str | None = None) -> Iterator[
 
 
 def _read_parquet(path: Path, text_field: str | None) -> Iterator[tuple[str, str]]:
+    pa = _optional("pyarrow", f"parquet input ({path})")
     pq = _optional("pyarrow.parquet", f"parquet input ({path})")
-    import pyarrow as pa
-
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            wanted = (
-                (text_field,)
-                if text_field
-                else ("text", "title", "header", "recitals", "main_body", "content")
-            )
+            wanted = ("text",) if "text" in names else ("title", "header", "recitals", "main_body", "content")
+            wanted = (text_field,) if text_field else wanted
             # Only the text's columns are decoded; if there are none, document_text says which there are.
-            columns = [n for n in wanted if n in names] or names
-            if "text" in columns:
-                columns = ["text"]
+            columns = [n for n in names if n in wanted] or names
             row = 0
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for record in batch.to_pylist():
