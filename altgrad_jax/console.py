@@ -3,7 +3,7 @@
 Three consoles with one interface: update(step, loss, val_loss, tokens_per_s), message(text), alert(text), close(). They
 are called from the host loop and from the writer's thread, so each call takes a lock. Which plain lines appear depends
 on step numbers only, never on the clock: a log is the same length on a slow machine and on a fast one. A console whose
-reader has gone (`| head`) falls silent; it never ends the run.
+reader has gone (`| head`, a closed terminal) falls silent; it never ends the run, as rich by itself would.
 """
 
 import math
@@ -34,13 +34,36 @@ def make_console(mode, max_steps, stream=None, clock=time.monotonic):
     """
     if mode not in MODES:
         raise UserError(f"console is {mode!r}; allowed are {', '.join(MODES)}")
-    stream = sys.stdout if stream is None else stream
+    stream = Lasting(sys.stdout if stream is None else stream)
     if mode == "quiet":
         return PlainConsole(max_steps, stream, clock, progress=False)
     if mode == "live" or (mode == "auto" and stream.isatty() and Console(file=stream).is_terminal
                           and not Console(file=stream).is_dumb_terminal):
         return LiveConsole(max_steps, stream, clock)
     return PlainConsole(max_steps, stream, clock)
+
+
+class Lasting:
+    """A text stream that takes writes in silence once the one behind it is broken or closed."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError):  # ValueError: closed
+            pass
+        return len(text)
+
+    def flush(self):
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            pass
 
 
 def show_rate(tokens_per_s):
@@ -132,11 +155,7 @@ class PlainConsole:
         """Nothing to put back."""
 
     def _print(self, text):
-        if self._stream is not None:
-            try:
-                print(text, file=self._stream, flush=True)
-            except (OSError, ValueError):  # ValueError: the stream was closed
-                self._stream = None
+        print(text, file=self._stream, flush=True)
 
 
 class LiveConsole:
@@ -181,14 +200,8 @@ class LiveConsole:
         """Leave the last state of the line on the screen and give the terminal back."""
         if self._open:
             self._open = False
-            try:
-                self._live.stop()
-            except (OSError, ValueError):
-                pass  # the terminal has gone
+            self._live.stop()
 
     def _print(self, text):
         # Not under our lock: rich takes its own, which its redrawing thread holds while it asks for ours.
-        try:
-            self._console.print(text)
-        except (OSError, ValueError):
-            self.close()
+        self._console.print(text)

@@ -113,8 +113,7 @@ class _Formatter:
                 value = column.get(ALERT_VALUE + name[len(ALERT):], i)
                 self.alerts.append((i, kind, layer or None, value))
         self.alert_columns = np.array([i for i, *_ in self.alerts], int)
-        self.template = "".join(f", {json.dumps(key)}: %s".replace("%s", "\0").replace("%", "%%").replace("\0", "%s")
-                                for key in self.keys)
+        self.template = "".join(", " + json.dumps(key).replace("%", "%%") + ": %s" for key in self.keys)
 
     def alerts_of(self, values_M):
         """The alerts that begin in one row of packed values."""
@@ -661,7 +660,7 @@ class WandbSink:
         self._run_dir = Path(spec["run_dir"])
         self._lock = threading.Lock()
         self._warned = False
-        self._ready = self._closing = False
+        self._ready = self._closing = self._killed = False
         self.last_sent = -1 if spec["resume_step"] is None else spec["resume_step"]
         self._start(mode)
         self._reader = threading.Thread(target=self._listen, name="wandb-listener", daemon=True)
@@ -691,6 +690,7 @@ class WandbSink:
                 self._kill()
 
     def _kill(self):
+        self._killed = True
         # The group, since wandb starts a service process of its own.
         try:
             os.killpg(self._child.pid, signal.SIGKILL)
@@ -714,12 +714,13 @@ class WandbSink:
                 again = not finished and not self._ready and not self._closing and self._mode == "online"
                 if again:
                     self._child.stdin.close()
+                    self._killed = False
                     self._start("offline")
             if again:
                 self._warn(f"no answer within {self._spec['init_timeout']:g} s, so this run is kept offline; to send it "
                            f"later: {_sync_command(self._run_dir)}")
                 continue
-            if not finished and not self._closing:
+            if not finished and not self._killed:
                 self._warn(f"its process ended with code {self._child.returncode}")
             return
 
@@ -834,19 +835,17 @@ def _init_wandb(wandb, spec, mode):
     return wandb.init(**spec["init"], dir=spec["run_dir"], mode=mode, resume="allow", settings=settings)
 
 
-def _insist(action, tell, *, first_pause=0.5, attempts=7):
-    """Do it, again and again with growing pauses (half a minute in all). Raises the last failure."""
-    pause = first_pause
-    for attempt in range(attempts):
+def _insist(action, tell):
+    """Do it, again and again with growing pauses (five minutes in all). Raises the last failure."""
+    for pause in (0.5, 1, 2, 4, 8, 16, 32, 60, 60, 60, 60, None):
         try:
             return action()
         except Exception as error:
-            if attempt == 0:
-                tell(error)
-            if attempt == attempts - 1:
+            if pause is None:
                 raise
+            if pause == 0.5:
+                tell(error)
             time.sleep(pause)
-            pause *= 2
 
 
 def _feed(spec, orders, tell):

@@ -1,15 +1,16 @@
 """Was the run sound? Decided from its folder alone, so it can be asked again later, on another machine.
 
-A run is sound when it made all its steps, its loss fell, no step was non-finite, and it ended neither diverged nor with
-a validation loss that had been rising. "Fell" compares the mean loss of the first 5% of the steps with that of the last
-5% (at least one step each). Alerts of other kinds (a loss spike, a dead layer) are counted and shown, but a run that
-took them and still learned is sound.
+A run is sound when it made all its steps, its loss fell, no step was non-finite, and neither `divergence` nor
+`val_rising` was raised. "Fell" compares the mean loss of the first 5% of the steps with that of the last 5% (at least
+one step each). Alerts of other kinds (a loss spike, a dead layer) are counted and shown, but a run that took them and
+still learned is sound.
 """
 
 import json
 import math
 import re
 import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from altgrad_jax.console import show_duration, show_rate
+from altgrad_jax.console import Lasting, show_duration, show_rate
 from altgrad_jax.errors import UserError
 from altgrad_jax.logger import MANIFEST, METRICS, TIMING, parse_row, write_atomically
 
@@ -286,7 +287,7 @@ def print_verdict(verdict, stream=None, seconds=None):
     facts = list(_facts(verdict))
     if seconds is not None:
         facts.append(("wall time", show_duration(seconds)))
-    console = Console(file=stream, highlight=False)
+    console = Console(file=Lasting(sys.stdout if stream is None else stream), highlight=False)
     if console.is_terminal:
         # Long paths fold rather than being cut: they are there to be copied.
         table = Table(box=box.ROUNDED, show_header=False, title_justify="left", expand=False,
@@ -353,12 +354,9 @@ def plot_loss(run_dir, title=None):
     rate.set_ylabel("learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     rate.set_ylim(bottom=0)
-    _draw(norm, steps, column["grad_norm"], color=FAINT, lw=0.9, label="gradient norm")
-    _draw(norm, steps, column["grad_norm_clipped"], color=INK, lw=1.0, label="after clipping")
-    norm.set_ylabel("gradient norm")
-    if np.nanmin(column["grad_norm"], initial=np.inf) > 0 and np.isfinite(column["grad_norm"]).any():
-        norm.set_yscale("log")
+    _draw_norm(norm, steps, column["grad_norm"], column["grad_norm_clipped"])
     norm.set_xlabel("step")
+    norm.xaxis.get_major_locator().set_params(integer=True)
     for axis in (top, rate, norm):
         axis.grid(True, color="#e6e6e6", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -376,6 +374,25 @@ def _draw(axis, steps, values, **style):
     """A line, and a dot where it has a single point, which a line would not show."""
     if np.isfinite(values).any():
         axis.plot(steps, values, marker="o" if np.isfinite(values).sum() == 1 else None, ms=4, **style)
+
+
+def _draw_norm(axis, steps, norm, clipped):
+    finite = norm[np.isfinite(norm)]
+    window = max(1, len(finite) // 50)
+    _draw(axis, steps, norm, color=FAINT if window > 1 else INK, lw=0.8, label="gradient norm")
+    if window > 1:
+        _draw(axis, steps, _smooth(norm, window), color=INK, lw=1.6, label=f"mean of {window} steps")
+    # Where clipping acts, what is left of the norm is the threshold.
+    acts = clipped < 0.999 * norm
+    if acts.any():
+        axis.axhline(np.max(clipped[acts]), color=VALIDATION, lw=1.0, ls="--",
+                     label=f"clipped here ({100 * acts.sum() / len(finite):.0f}% of steps)")
+    axis.set_ylabel("gradient norm")
+    if len(finite) and finite.min() > 0 and finite.max() > 20 * finite.min():
+        axis.set_yscale("log")
+        # 0.3, not 3 x 10^-1.
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
 
 
 def _draw_loss(axis, steps, column, alerts, bad, resumes):

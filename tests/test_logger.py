@@ -1,0 +1,677 @@
+"""The record holds every step to the bit through kills and resumes, and W&B can do nothing to the run."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from altgrad_jax import logger
+from altgrad_jax.errors import UserError
+from altgrad_jax.logger import DispatchRecord, Record, ValRising, Writer, format_row, keep_row, parse_row
+
+NAMES = ("loss", "grad_norm/block_0/mlp_up", "100%s", "alert/loss_spike", "alert/dead_layer/block_0/mlp_up",
+         "alert_value/dead_layer/block_0/mlp_up")
+
+
+def _refuse_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def strict_json(line):
+    return json.loads(line, parse_constant=_refuse_constant)
+
+
+def packed(steps, seed=0):
+    """[steps, NAMES] without alerts; a function of the step alone, as in a resumed run."""
+    values = [np.random.default_rng([seed, step]).standard_normal(len(NAMES)) for step in steps]
+    values_KM = np.array(values, np.float32).reshape(-1, len(NAMES))
+    values_KM[:, 3:] = 0
+    return values_KM
+
+
+def rows_of(run_dir):
+    return [parse_row(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timing_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "timing.jsonl").read_text().splitlines()]
+
+
+def fill(run_dir, last, resume_step=None, log_interval=1):
+    record = Record.open(run_dir, resume_step, log_interval=log_interval)
+    for step in range(0 if resume_step is None else resume_step + 1, last + 1):
+        if keep_row(step, log_interval=log_interval):
+            record.write([{"step": step, "loss": 1 / (step + 1)}], [{"step": step, "time": 1.0}])
+    record.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_numbers_are_the_shortest_float32():
+    bits = np.random.default_rng(0).integers(0, 2**32, 20000, dtype=np.uint64).astype(np.uint32)
+    bits = np.concatenate([bits, [0, 0x80000000, 1, 0x7F7FFFFF, 0x00800000, 0x3DCCCCCD]]).astype(np.uint32)
+    values = bits.view(np.float32)
+    values = values[np.isfinite(values)]
+    row = strict_json(format_row({"step": 1, **{f"m/{i}": x for i, x in enumerate(values)}}))
+    back = np.array([row[f"m/{i}"] for i in range(len(values))])
+    assert (back.astype(np.float32).view(np.uint32) == values.view(np.uint32)).all()
+    assert '"m/0": 0.1}' in format_row({"step": 1, "m/0": np.float32(0.1)})
+    # Shortest: no decimal with fewer digits gives the same float32.
+    for text in [str(x) for x in np.abs(back[:2000])]:
+        digits = len(text.split("e")[0].replace(".", "").strip("0")) - 1
+        assert digits == 0 or np.float32(f"{float(text):.{digits - 1}e}") != np.float32(text)
+
+
+def test_nonfinite_numbers_are_strings_and_come_back():
+    row = {"step": 7, "a": math.nan, "b": math.inf, "c": -math.inf,
+           "alerts": [{"kind": "x", "layer": None, "value": math.inf}]}
+    line = format_row(row)
+    assert line == ('{"step": 7, "a": "NaN", "b": "Infinity", "c": "-Infinity", '
+                    '"alerts": [{"kind": "x", "layer": null, "value": "Infinity"}]}')
+    strict_json(line)
+    back = parse_row(line)
+    assert math.isnan(back["a"]) and (back["b"], back["c"]) == (math.inf, -math.inf)
+    assert back["alerts"][0]["value"] == math.inf
+    assert format_row(back) == line
+
+
+def test_a_row_begins_with_its_step():
+    with pytest.raises(ValueError, match="begins with its step"):
+        format_row({"loss": 1.0, "step": 1})
+
+
+def test_the_fast_formatter_equals_format_row():
+    formatter = logger._Formatter(NAMES)
+    for seed, nonfinite in ((0, None), (1, math.nan), (2, -math.inf)):
+        values = packed([seed])[0]
+        if nonfinite is not None:
+            values[1] = nonfinite
+        values[3:] = 2.5, 1.0, 0.25
+        alerts = formatter.alerts_of(values)
+        assert alerts == [{"kind": "loss_spike", "layer": None, "value": 2.5},
+                          {"kind": "dead_layer", "layer": "block_0/mlp_up", "value": 0.25}]
+        evaluation = {"val_loss": 0.1, "val_perplexity": math.inf}
+        row = {"step": 3, "loss": values[0], NAMES[1]: values[1], NAMES[2]: values[2], **evaluation, "alerts": alerts}
+        assert formatter.line(3, values, evaluation, alerts) == format_row(row)
+
+
+def test_which_rows_are_kept():
+    kept = [step for step in range(26) if keep_row(step, log_interval=10, max_steps=25, notable=step == 7)]
+    assert kept == [0, 7, 10, 20, 25]
+    assert all(keep_row(step, log_interval=1) for step in range(5))
+
+
+# -------------------------------------------------------------------------------------------------------------- record
+
+
+def test_a_fresh_run_refuses_an_old_record(tmp_path):
+    fill(tmp_path / "run", 3)
+    with pytest.raises(UserError, match=r"metrics\.jsonl already holds a run.*--resume=auto"):
+        Record.open(tmp_path / "run")
+    assert len(rows_of(tmp_path / "run")) == 4
+
+
+def test_a_resumed_record_has_the_bytes_of_an_uninterrupted_one(tmp_path):
+    fill(tmp_path / "whole", 20)
+    fill(tmp_path / "cut", 17)
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 18, "lo')
+    with open(tmp_path / "cut" / "timing.jsonl", "a") as file:
+        file.write('{"step": 18, "ti')
+    fill(tmp_path / "cut", 20, resume_step=9)
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    timing = timing_of(tmp_path / "cut")  # every line parses again, and the history is kept
+    assert [row["step"] for row in timing if "event" not in row] == [*range(18), *range(10, 21)]
+    assert [(row["event"], row["step"]) for row in timing if "event" in row] == [("start", 0), ("resume", 9)]
+
+
+@pytest.mark.parametrize("torn", [b"", b"\0" * 300, b'{"step": 6, "loss": 0.1}', b"\xff\xfe\n", b'{"st\n{"step": 7}\n'])
+def test_any_tail_behind_the_checkpoint_is_cut(tmp_path, torn):
+    fill(tmp_path, 5)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(whole + torn)
+    Record.open(tmp_path, 5).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", [
+    lambda lines: lines[:4] + lines[5:],
+    lambda lines: lines[:4] + [b'{"step": 4, "lo\n'] + lines[5:],
+    lambda lines: lines[:4] + [b"\0" * len(lines[4][:-1]) + b"\n"] + lines[5:],
+    lambda lines: lines[:4],
+])
+def test_missing_rows_are_named(tmp_path, damage):
+    fill(tmp_path, 8)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    damaged = b"".join(damage(lines))
+    (tmp_path / "metrics.jsonl").write_bytes(damaged)
+    with pytest.raises(UserError, match="rows up to step 8, the first at step 4"):
+        Record.open(tmp_path, 8)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == damaged  # refused before anything was cut
+
+
+def test_rows_out_of_order_are_refused(tmp_path):
+    fill(tmp_path, 3)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(UserError, match="line 5 holds step 2 after step 3"):
+        Record.open(tmp_path, 3)
+    record = Record.open(tmp_path / "other")
+    record.write([{"step": 1}])
+    with pytest.raises(ValueError, match="row 1 follows row 1"):
+        record.write([{"step": 1}])
+    record.close()
+
+
+def test_a_missing_record_is_an_error_unless_nothing_is_kept(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl is missing"):
+        Record.open(tmp_path, 5)
+    fill(tmp_path / "died", 3)
+    Record.open(tmp_path / "died", -1).close()
+    assert (tmp_path / "died" / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_changed_log_interval_is_judged_by_the_rows_that_were_due(tmp_path):
+    fill(tmp_path, 20, log_interval=5)
+    fill(tmp_path, 30, resume_step=20, log_interval=1)
+    fill(tmp_path, 44, resume_step=28, log_interval=2)
+    Record.open(tmp_path, 44).close()
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(line for line in lines if b'"step": 23,' not in line))
+    with pytest.raises(UserError, match="lacks 1 of the rows up to step 44, the first at step 23"):
+        Record.open(tmp_path, 44)
+
+
+KILLED = """
+import sys, numpy as np
+from altgrad_jax.logger import *
+writer = Writer(Record.open(sys.argv[1]), max_steps=10**9, tokens_per_step=1)
+names = ("loss",) + tuple(f"norm/{i}" for i in range(99))
+for start in range(1, 10**9, 10):
+    writer.submit(DispatchRecord(start, names, np.full((10, 100), start, np.float32)))
+    writer.flush(fsync=False)
+    print(start + 9, flush=True)
+"""
+
+
+def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path.cwd(),
+                             env={**os.environ, "PYTHONPATH": str(Path(logger.__file__).parent.parent)})
+    with child:
+        flushed = [child.stdout.readline() for _ in range(40)]
+        child.kill()
+        flushed += child.stdout.readlines()
+    last = int([line for line in flushed if line.endswith(b"\n")][-1])
+    Record.open(tmp_path, last).close()
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, last + 1))
+
+
+# -------------------------------------------------------------------------------------------------------------- writer
+
+
+class ConsoleSpy:
+    def __init__(self):
+        self.updates, self.alerts = [], []
+
+    def update(self, step, loss, val_loss, tokens_per_s):
+        self.updates.append((step, loss, val_loss))
+
+    def alert(self, text):
+        self.alerts.append(text)
+
+
+class NotReady:
+    """An array that is computed while somebody waits for it."""
+
+    def __init__(self, array, seconds=0.0):
+        self.array, self.seconds, self.thread = array, seconds, None
+
+    def __array__(self, dtype=None, copy=None):
+        self.thread = threading.current_thread()
+        time.sleep(self.seconds)
+        return np.asarray(self.array)
+
+
+def run_writer(run_dir, steps, *, resume_step=None, per_dispatch=4, eval_every=5, val=lambda step: 5.0, alert_at=(),
+               **settings):
+    first = 1 if resume_step is None else resume_step + 1
+    record = Record.open(run_dir, resume_step, log_interval=settings.get("log_interval", 1))
+    writer = Writer(record, max_steps=settings.pop("max_steps", steps), tokens_per_step=100,
+                    val_rising=ValRising(2, record.val_losses), **settings)
+    if resume_step is None:
+        writer.submit(DispatchRecord(0, evaluation={"val_loss": np.float32(val(0))}))
+    while first <= steps:
+        last = min(steps, first + per_dispatch - 1, (first - 1) // eval_every * eval_every + eval_every)
+        values = packed(range(first, last + 1))
+        for step in alert_at:
+            if first <= step <= last:
+                values[step - first, 3] = 9.5
+        evaluation = {"val_loss": NotReady(np.float32(val(last)))} if last % eval_every == 0 or last == steps else None
+        writer.submit(DispatchRecord(first, NAMES, values, evaluation=evaluation, dispatched_at=time.perf_counter()))
+        first = last + 1
+    return writer
+
+
+def test_rows_of_a_run(tmp_path):
+    console = ConsoleSpy()
+    run_writer(tmp_path, 12, console=console, alert_at=(3, 6)).close()
+    rows = rows_of(tmp_path)
+    assert rows[0] == {"step": 0, "val_loss": 5.0}
+    assert [row["step"] for row in rows] == list(range(13))
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 5, 10, 12]
+    assert [row["step"] for row in rows if "alerts" in row] == [3, 6]
+    assert rows[3]["alerts"] == [{"kind": "loss_spike", "layer": None, "value": 9.5}]
+    for row in rows[1:]:
+        expected = packed([row["step"]])[0]
+        assert [np.float32(row[name]) for name in NAMES[:3]] == list(expected[:3])
+        assert not any(name.startswith("alert") and name != "alerts" for name in row)
+    assert [step for step, *_ in console.updates] == list(range(13))
+    # The second one comes within 100 steps of the first: recorded, not told.
+    assert console.alerts == ["step 3: loss_spike, value 9.5"]
+    timing = timing_of(tmp_path)
+    assert [row["step"] for row in timing if "event" not in row] == list(range(1, 13))
+    assert [row["step"] for row in timing if row.get("event") == "eval"] == [0, 5, 10, 12]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    # Rises at 10 and, after the resume, at 15: the count must survive it, and begin once.
+    val = {0: 5.0, 5: 4.0, 10: 4.1, 15: 4.2, 20: 4.3}.get
+    run_writer(tmp_path / "whole", 20, val=val).close()
+    run_writer(tmp_path / "cut", 13, val=lambda step: val(step, 9.0), max_steps=20, per_dispatch=3, alert_at=(12,)).close()
+    run_writer(tmp_path / "cut", 20, val=val, resume_step=10).close()
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    alerts = {row["step"]: row["alerts"] for row in rows_of(tmp_path / "whole") if "alerts" in row}
+    assert alerts == {15: [{"kind": "val_rising", "layer": None, "value": pytest.approx(4.2)}]}
+
+
+def test_log_interval_keeps_what_matters(tmp_path):
+    console = ConsoleSpy()
+    run_writer(tmp_path, 33, log_interval=10, eval_every=15, alert_at=(7,), console=console).close()
+    assert [row["step"] for row in rows_of(tmp_path)] == [0, 7, 10, 15, 20, 30, 33]
+    assert [row["step"] for row in timing_of(tmp_path) if "event" not in row] == [7, 10, 15, 20, 30, 33]
+    assert [step for step, *_ in console.updates] == list(range(34))
+    Record.open(tmp_path, 33, log_interval=10).close()
+
+
+def test_an_interruption_is_not_the_last_step(tmp_path):
+    run_writer(tmp_path, 7, log_interval=5, eval_every=100, max_steps=20, val=lambda step: 5.0).close()
+    assert [row["step"] for row in rows_of(tmp_path)] == [0, 5, 7]  # 7: it was evaluated
+    writer = Writer(Record.open(tmp_path / "x", log_interval=5), max_steps=20, tokens_per_step=1, log_interval=5)
+    writer.submit(DispatchRecord(1, NAMES, packed(range(1, 8))))
+    writer.close()
+    assert [row["step"] for row in rows_of(tmp_path / "x")] == [5]
+
+
+def test_only_the_steps_that_were_made_become_rows(tmp_path):
+    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=1)
+    writer.submit(DispatchRecord(1, NAMES, packed(range(1, 9)), n_rows=NotReady(np.int32(3))))
+    writer.submit(DispatchRecord(4, NAMES, packed(range(4, 9)), n_rows=0, evaluation={"val_loss": 1.0}))
+    writer.close()
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+
+
+def test_waiting_for_the_device_happens_on_the_thread(tmp_path):
+    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=1)
+    slow = NotReady(packed([1]), seconds=0.5)
+    start = time.perf_counter()
+    writer.submit(DispatchRecord(1, NAMES, slow))
+    assert time.perf_counter() - start < 0.4
+    writer.flush()
+    assert slow.thread is not threading.main_thread() and len(rows_of(tmp_path)) == 1
+    writer.close()
+
+
+def test_step_time_counts_from_the_dispatch_or_the_one_before(tmp_path):
+    now = iter([12.0, 18.0, 19.0])
+    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=100, flops_per_step=50.0, peak_flops=100.0,
+                    clock=lambda: next(now))
+    # Ready at 12, 18 and 19; the second was dispatched while the first ran, the third after a pause.
+    for first, dispatched_at in ((1, 10.0), (3, 11.0), (5, 18.5)):
+        writer.submit(DispatchRecord(first, NAMES, packed([first, first + 1]), dispatched_at=dispatched_at))
+    writer.close()
+    rows = [row for row in timing_of(tmp_path) if "event" not in row]
+    assert [row["step_time_s"] for row in rows] == [1.0, 1.0, 3.0, 3.0, 0.25, 0.25]
+    assert rows[0]["tokens_per_s"] == 100.0 and rows[0]["mfu"] == 0.5
+
+
+def test_a_full_queue_blocks_and_drops_nothing(tmp_path):
+    writer = Writer(Record.open(tmp_path), max_steps=99, tokens_per_step=1, queue_size=2)
+    gate = threading.Event()
+    writer.submit(gate.wait)
+    submitted = []
+
+    def produce():
+        for step in range(1, 21):
+            writer.submit(DispatchRecord(step, NAMES, packed([step])))
+            submitted.append(step)
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    producer.join(0.3)
+    assert producer.is_alive() and len(submitted) <= 3
+    gate.set()
+    producer.join()
+    writer.close()
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("then", ["submit", "flush", "close"])
+def test_an_error_on_the_thread_reaches_the_caller(tmp_path, then):
+    writer = Writer(Record.open(tmp_path), max_steps=99, tokens_per_step=1, queue_size=2)
+    writer.submit(DispatchRecord(1, NAMES, packed([1])))
+    writer.flush()
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    writer.submit(fail)
+    for step in range(2, 4):
+        writer._queue.put(DispatchRecord(step, NAMES, packed([step])))
+    wait_for(lambda: writer._error is not None)
+    with pytest.raises(OSError, match="No space left"):
+        {"submit": lambda: writer.submit(print), "flush": writer.flush, "close": writer.close}[then]()
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    assert [row["step"] for row in rows_of(tmp_path)] == [1]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    run = tmp_path / "run"
+    record = Record.open(run)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, record._metrics_fd)
+    os.close(full)
+    writer = Writer(record, max_steps=9, tokens_per_step=1)
+    writer.submit(DispatchRecord(1, NAMES, packed([1])))
+    with pytest.raises(OSError, match=r"the record cannot be written: No space left.*metrics\.jsonl"):
+        writer.flush(fsync=False)
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+
+
+def test_wrong_shapes_are_an_error(tmp_path):
+    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=1)
+    writer.submit(DispatchRecord(1, NAMES, packed([1])[:, :-1]))
+    with pytest.raises(ValueError, match=r"float32\[1, 5\], expected float32 \[>= 1, 6\]"):
+        writer.close()
+
+
+# -------------------------------------------------------------------------------------------------------------- alerts
+
+
+def test_rising_validation_begins_once_and_is_rearmed():
+    losses = [5, 4, 4.1, 4.2, 4.3, math.nan, 4.4, 4.0, 4.1, math.nan, 4.2]
+    rule = ValRising(2)
+    assert [i for i, loss in enumerate(losses) if rule.begins(loss)] == [3, 10]
+    assert not any(ValRising(0).begins(loss) for loss in (1, 2, 3, 4))
+
+
+def test_alerts_are_limited_per_kind_and_say_what_was_held_back():
+    gate = logger.AlertGate(100)
+
+    def alerts(kind, *layers):
+        return [{"kind": kind, "layer": layer, "value": 0.75} for layer in layers]
+
+    assert gate.messages(5, alerts("dead_layer", "block_0/mlp_up", "ln_f") + alerts("loss_spike", None)) == [
+        ("dead_layer", "step 5: dead_layer in block_0/mlp_up and 1 more, value 0.75"),
+        ("loss_spike", "step 5: loss_spike, value 0.75")]
+    assert gate.messages(104, alerts("dead_layer", "a", "b")) == []
+    assert gate.messages(105, alerts("dead_layer", "c")) == [
+        ("dead_layer", "step 105: dead_layer in c, value 0.75 (2 more since step 5)")]
+
+
+# ------------------------------------------------------------------------------------------------------------ manifest
+
+
+def test_manifest_round_trip_and_its_errors(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        logger.read_manifest(tmp_path)
+    logger.write_manifest(tmp_path, {"config": {"lr": 6e-4}, "a": [1, "é"]})
+    assert logger.read_manifest(tmp_path) == {"config": {"lr": 6e-4}, "a": [1, "é"], "schema_version": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    for text, error in (('{"schema_version": 2}', "schema_version 2, this program reads 1"), ("[1]", "None"),
+                        ('{"schema_version": 1', "cannot be read")):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match=error):
+            logger.read_manifest(tmp_path)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    logger.write_atomically(tmp_path / "f", b"old")
+    with pytest.raises(TypeError):
+        logger.write_atomically(tmp_path / "f", "not bytes")
+    assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- W&B
+
+FAKE = '''
+import json, os, time
+from types import SimpleNamespace
+
+def Settings(**kw): return kw
+
+class Run:
+    url = "https://wandb.test/run"
+    summary = {{}}
+    def __init__(self, kw):
+        self.out = open(OUT, "a")
+        self.put(init={{k: kw[k] for k in ("id", "mode", "resume", "dir", "project")}}, console=kw["settings"]["console"])
+        self.starting_step = {starting_step}
+    def put(self, **message):
+        print(json.dumps(message), file=self.out, flush=True)
+    def log(self, row, step):
+        self.step = step
+        {log}
+        assert all(type(v) is float for v in row.values()), row
+        self.put(step=step, row=row)
+    def alert(self, title, text, level, wait_duration):
+        self.put(alert=text)
+    def finish(self):
+        {finish}
+        self.put(finish=self.summary)
+
+def init(**kw):
+    {init}
+    return Run(kw)
+'''
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """fake(log="...") makes a module that plays wandb with that fault in it; returns (its name, what it received)."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    for name in [name for name in os.environ if name.startswith("WANDB")] + ["NETRC"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+
+    def make(log="pass", init="pass", finish="pass", starting_step=0):
+        out = folder / "received.jsonl"
+        text = FAKE.format(log=log, init=init, finish=finish, starting_step=starting_step)
+        (folder / "fake_wandb.py").write_text(f"OUT = {str(out)!r}\n" + text)
+
+        def received(key):
+            messages = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+            return [message for message in messages if key in message]
+
+        return "fake_wandb", received
+
+    return make
+
+
+def wait_for(condition):
+    """Wait until it holds; the start of a process may take seconds on a loaded machine."""
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+class Feed:
+    """A run of `steps` rows with a sink beside it; how long the training was held up, and what was said."""
+
+    def __init__(self, run_dir, module, steps=12, **settings):
+        self.said, self.events = [], []
+        self.writer = run_writer(run_dir, 0 if settings.get("resume_step") is None else settings["resume_step"],
+                                 resume_step=settings.get("resume_step"), max_steps=steps)
+        start = time.perf_counter()
+        self.sink = logger.open_wandb(
+            run_dir, module=module, project="p", name="n", run_id="abc", config={"x": 1}, say=self.said.append,
+            event=lambda kind, step, **fields: self.events.append((kind, step, fields)),
+            **{"mode": "online", "init_timeout": 20.0, **settings})
+        for step in range((settings.get("resume_step") or 0) + 1, steps + 1):
+            values = packed([step])
+            values[0, 3] = 9.5 if step == 3 else 0
+            self.writer.submit(DispatchRecord(step, NAMES, values, dispatched_at=time.perf_counter()))
+        self.writer.flush()
+        self.held_up = time.perf_counter() - start
+
+    def close(self, drain_timeout=20.0):
+        start = time.perf_counter()
+        unsent = self.sink.close(drain_timeout, summary={"best": 1.5})
+        self.writer.close()
+        self.draining = time.perf_counter() - start
+        return unsent
+
+
+def test_wandb_gets_every_key_of_every_row(tmp_path, fake):
+    module, received = fake()
+    feed = Feed(tmp_path / "run", module)
+    assert feed.close() == 0
+    first = received("init")[0]
+    assert first["init"] == {"id": "abc", "mode": "online", "resume": "allow", "dir": str(tmp_path / "run"),
+                             "project": "p"} and first["console"] == "off"
+    sent = received("step")
+    assert [message["step"] for message in sent] == list(range(13))
+    for row, message in zip(rows_of(tmp_path / "run"), sent, strict=True):
+        assert {key: value for key, value in row.items() if key not in ("step", "alerts")}.items() \
+            <= message["row"].items()
+        assert row["step"] == 0 or {"step_time_s", "tokens_per_s", "time"} <= message["row"].keys()
+    assert [message["alert"] for message in received("alert")] == ["step 3: loss_spike, value 9.5"]
+    assert received("finish")[0]["finish"] == {"best": 1.5}
+    assert feed.said == ["W&B: https://wandb.test/run"] and not feed.events
+
+
+@pytest.mark.parametrize("fault", [
+    {"log": "time.sleep(0.3)"}, {"log": "time.sleep(999)"}, {"log": "raise RuntimeError('no route')"},
+    {"init": "time.sleep(999)"}, {"init": "raise RuntimeError('no\\nroute')"}, {"finish": "time.sleep(999)"},
+    {"log": "os._exit(3)"}, {"log": "print('noise', flush=True)"},
+], ids=lambda fault: " ".join(map(" ".join, fault.items())))
+def test_no_fault_of_wandb_holds_the_run_up(tmp_path, fake, fault):
+    module, received = fake(**fault)
+    feed = Feed(tmp_path / "run", module, steps=30)
+    assert feed.held_up < 5.0  # a child process was started and 30 rows were written; no fault's time is in it
+    harmless = "noise" in str(fault)
+    if "finish" in fault:
+        wait_for(lambda: len(received("step")) == 31)
+    elif "raise" in str(fault) or "_exit" in str(fault):
+        wait_for(lambda: feed.events)
+    unsent = feed.close(drain_timeout=20.0 if harmless else 2.5)
+    assert feed.draining < 15
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(31))
+    assert feed.sink._child.poll() is not None  # nothing is left behind
+    if harmless or "finish" in fault:
+        assert unsent == 0 and [message["step"] for message in received("step")] == list(range(31))
+    else:
+        assert 0 < unsent <= 31
+        assert any(f"{unsent} rows were not sent" in text for text in feed.said), feed.said
+    warnings = [text for text in feed.said if text.startswith("warning: W&B")]
+    assert len(warnings) <= 1
+    if "raise" in str(fault) or "_exit" in str(fault):
+        assert len(warnings) == 1 and "the run goes on" in warnings[0] and "\n" not in warnings[0]
+        assert feed.events[0][0] == "wandb_failed"
+
+
+@pytest.mark.parametrize("init", ["kw['mode'] == 'online' and 1 / 0", "kw['mode'] == 'online' and time.sleep(999)"])
+def test_without_an_answer_the_run_is_kept_offline(tmp_path, fake, init):
+    module, received = fake(init=init)
+    feed = Feed(tmp_path / "run", module, init_timeout=1.0)
+    wait_for(lambda: received("init"))
+    assert feed.close() == 0
+    assert [message["init"]["mode"] for message in received("init")] == ["offline"]
+    assert [message["step"] for message in received("step")] == list(range(13))
+    assert len(feed.said) == 1 and "kept offline" in feed.said[0] and "wandb sync" in feed.said[0]
+
+
+def test_a_failing_row_is_tried_again(tmp_path, fake):
+    module, received = fake(log="self.tries = getattr(self, 'tries', 0) + 1\n        "
+                                "if step == 4 and self.tries < 7: raise OSError('down')")
+    feed = Feed(tmp_path / "run", module)
+    assert feed.close() == 0
+    assert [message["step"] for message in received("step")] == list(range(13))
+    assert len([text for text in feed.said if "warning" in text]) == 1
+
+
+@pytest.mark.parametrize(("mode", "starting_step", "sent_from"),
+                         [("online", 9, 9), ("online", 14, 14), ("online", 0, 0), ("offline", 0, 11)])
+def test_a_resumed_run_sends_what_wandb_lacks(tmp_path, fake, mode, starting_step, sent_from):
+    run_writer(tmp_path / "run", 12).close()
+    module, received = fake(starting_step=starting_step)
+    feed = Feed(tmp_path / "run", module, steps=20, resume_step=10, mode=mode)
+    assert feed.close() == 0
+    sent = received("step")
+    assert [message["step"] for message in sent] == list(range(sent_from, 21))
+    assert all("step_time_s" in message["row"] for message in sent if message["step"] > 0)
+
+
+ORPHAN = """
+import os, signal, sys
+from altgrad_jax.logger import *
+from test_logger import Feed
+Feed(sys.argv[1], "fake_wandb")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_rows_recorded_before_kill_9_are_still_sent(tmp_path, fake):
+    _, received = fake()
+    root = str(Path(logger.__file__).parent.parent)
+    died = subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path / "run")], cwd=root,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], root, root + "/tests"])})
+    assert died.returncode == -signal.SIGKILL
+    wait_for(lambda: received("finish"))
+    assert [message["step"] for message in received("step")] == list(range(13)) and received("finish")
+
+
+def test_wandb_modes(tmp_path):
+    home = {"HOME": str(tmp_path)}
+    assert logger.resolve_wandb_mode("auto", home) == "offline"
+    assert logger.resolve_wandb_mode("auto", {**home, "WANDB_API_KEY": "k"}) == "online"
+    assert logger.resolve_wandb_mode("auto", {**home, "WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}) == "disabled"
+    assert logger.resolve_wandb_mode("offline", {**home, "WANDB_API_KEY": "k"}) == "offline"
+    with pytest.raises(UserError, match="no W&B login"):
+        logger.resolve_wandb_mode("online", home)
+    with pytest.raises(UserError, match="'on'; allowed are auto"):
+        logger.resolve_wandb_mode("on", home)
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert logger.resolve_wandb_mode("auto", home) == "online"
+    assert logger.resolve_wandb_mode("auto", {**home, "WANDB_BASE_URL": "https://elsewhere.org"}) == "offline"
+
+
+def test_disabled_starts_nothing_and_offline_says_how_to_sync(tmp_path, fake):
+    module, _ = fake()
+    said = []
+    assert logger.open_wandb(tmp_path, mode="disabled", run_id="a", project="p", name="n", say=said.append) is None
+    assert said == []
+    feed = Feed(tmp_path / "run", module, mode="offline")
+    assert feed.close() == 0
+    assert len(feed.said) == 1 and f"wandb sync {tmp_path / 'run'}/wandb/offline-run-*" in feed.said[0]
+
+
+def test_the_real_wandb_offline(tmp_path, fake):
+    feed = Feed(tmp_path / "run", "wandb", mode="offline")
+    assert feed.close(drain_timeout=60.0) == 0
+    assert len(feed.said) == 1 and not feed.events  # and the training's output has nothing of wandb's
+    [stored] = (tmp_path / "run" / "wandb").glob("offline-run-*/run-abc.wandb")
+    assert stored.read_bytes().count(b"grad_norm/block_0/mlp_up") >= 12
