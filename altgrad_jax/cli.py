@@ -297,7 +297,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
       UserError: the file is missing, fails, has no get_config, or returns something else than a ConfigDict.
     """
     path, colon, argument = spec.partition(":")
-    if Path(path).is_dir() or not path:
+    if Path(path).is_dir():  # an empty path is the current folder
         raise UserError(f"--config={spec} is not a file: give a config file, such as --config {_BASELINE}")
     if not Path(path).exists():
         folders = (Path(path).parent, Path("configs"))

@@ -92,8 +92,10 @@ def test_a_false_after_a_space_is_false():
     assert parse("--config.deterministic", CONFIG)[0].deterministic is True
 
 
-def test_the_config_that_comes_back_is_locked():
+def test_the_config_that_comes_back_is_locked(tmp_path):
     assert parse(CONFIG, "--config.seed=1")[0].is_locked
+    path = config_file(tmp_path, GOOD + "    config.unlock()\n    return config\n")
+    assert parse(f"--config={path}", "--config.seed=1")[0].is_locked
 
 
 def test_flags_of_the_training_script():
@@ -110,7 +112,8 @@ def test_a_config_file_may_take_an_argument(tmp_path):
     assert parse(f"--config={path}")[0].run_name == "none"
 
 
-def test_a_config_file_is_read_anew_each_time(tmp_path):
+def test_a_config_file_is_read_anew_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for seed in "12":  # equal in size and time: what Python's cache of compiled files cannot tell apart
         path = config_file(tmp_path, GOOD + f"    config.seed = {seed}\n    return config\n")
         os.utime(path, (1, 1))
@@ -169,7 +172,7 @@ def test_a_reference_in_a_config_file_follows_an_override(tmp_path):
     (["--config.n_head=5"], ["n_embd=384", "n_head=5"]),
     (["--resume=maybe"], ["--resume=maybe", "auto", "never", "1000"]),
     (["--resume=-1"], ["--resume=-1"]),
-    (["--resume=99999999999"], ["--resume=99999999999"]),
+    (["--resume=2147483648"], ["--resume=2147483648"]),
     (["--resume="], ["--resume= cannot"]),
     (["--data_dir="], ["--data_dir=''"]),
     (["--workdir=gs://bucket/x"], ["--workdir='gs://bucket/x'", "local folder"]),

@@ -38,7 +38,8 @@ JOINED = {
     "tokenizer": "gpt2", "data_source": "auto", "data_seed": 1337, "data_placement": "auto",
     "eval_windows": 128, "eval_batch_size": 16, "steps_per_dispatch": 0, "metrics": "all",
     "spike_window": 100, "spike_threshold": 8.0, "stall_window": 100, "val_patience": 3,
-    "deterministic": False, "wandb_mode": "auto", "wandb_entity": "", "alert_interval": 100, "console": "auto",
+    "deterministic": False, "wandb_mode": "auto", "wandb_entity": "", "alert_interval": 100,
+    "console": "auto",
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -119,7 +120,8 @@ OUT_OF_RANGE = [
       for value in (0.0, 1e-50, 1.0000001)],
     ("spike_threshold", 0.0), ("spike_threshold", 1e9),
     ("compute_dtype", "float16"), ("compute_dtype", "BFLOAT16"), ("attention", "flash"),
-    ("schedule", "linear"), ("tokenizer", "gpt4"), ("data_source", "wikipedia"), ("data_placement", "gpu"), ("wandb_mode", "on"),
+    ("schedule", "linear"), ("tokenizer", "gpt4"), ("data_source", "wikipedia"),
+    ("data_placement", "gpu"), ("wandb_mode", "on"),
     ("console", "loud"), ("compute_dtype", ""), ("run_name", ""), ("project", ""), ("checkpoint_dir", ""),
     ("project", "a/b"), ("project", "50%"), ("project", "y" * 129), ("run_name", "y" * 129),
     ("checkpoint_dir", "gs://bucket/run"), ("wandb_entity", " "),
@@ -138,12 +140,14 @@ def test_out_of_range(name, value):
 
 @pytest.mark.parametrize("values", [
     {"warmup_steps": 0}, {"warmup_steps": 2000}, {"grad_clip": 0.0}, {"weight_decay": 0.0},
-    {"dropout": 0.999}, {"beta1": 0.0}, {"bit_stall_threshold": 1.0}, {"dead_neuron_threshold": 1e-30}, {"seed": 0},
+    {"dropout": 0.999}, {"beta1": 0.0}, {"bit_stall_threshold": 1.0}, {"dead_neuron_threshold": 1e-30},
+    {"seed": 0},
     {"seed": 2**31 - 1}, {"vocab_size": 65536}, {"max_steps": 1, "warmup_steps": 0}, {"tags": ()},
     {"max_steps": 2**31 - 1, "batch_size": 1}, {"max_checkpoints": 1}, {"wandb_entity": "team"},
     {"batch_size": 12, "grad_accum_steps": 12}, {"eval_windows": 16}, {"metrics": "none"},
     {"metrics": "update,grad"}, {"attention": "cudnn"}, {"compute_dtype": "float32"},
-    {"run_name": "Lauf ä #1"}, {"tokenizer": "bytes", "vocab_size": 256}, {"schedule": "cosine", "min_lr_ratio": 0.0},
+    {"run_name": "Lauf ä #1"}, {"tokenizer": "bytes", "vocab_size": 256},
+    {"schedule": "cosine", "min_lr_ratio": 0.0},
     {"schedule": "wsd", "decay_fraction": 0.95},
     {"schedule": "wsd", "decay_fraction": 1.0, "warmup_steps": 0},
 ])
@@ -277,6 +281,7 @@ def test_difference_after_json_is_empty():
     as_read = json.loads(json.dumps(to_dict(config)))
     assert settings.config_difference(as_read, config.to_dict()) == []
     assert settings.config_difference(config.to_dict(), as_read) == []
+    assert settings.config_difference({**as_read, "other": [1, 2]}, {**as_read, "other": (1, 2)}) == []
 
 
 def test_difference_lists_fields_in_order_and_names_absent_ones():
