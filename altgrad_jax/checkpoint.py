@@ -36,10 +36,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
 import math
+import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -204,9 +207,13 @@ def _document_digest(document: Mapping[str, Any]) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    """An exception as one short line: Orbax's and TensorStore's messages run over many."""
+    """An exception as one short line; TensorStore's messages run over many, with their cause far back."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    if code := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 # Writing.
@@ -244,30 +251,92 @@ def _snapshot(state: Any) -> dict[str, Any]:
 
 
 def _describe(
-    step: int, val_loss: float | None, arrays: Mapping[str, Any], meta: Mapping[str, Any]
+    step: int, val_loss: float | None, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The content of meta.json, with the sha256 of each array and of itself. Waits for the arrays."""
+    """The content of meta.json, with the sha256 of each array and of itself."""
     document = {
         "schema_version": SCHEMA_VERSION,
         "step": step,
         "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
         "arrays": {
-            path: {"dtype": leaf.dtype.name, "shape": list(leaf.shape), "sha256": _digest(np.asarray(leaf))}
-            for path, leaf in arrays.items()
+            path: {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": _digest(array)}
+            for path, array in arrays.items()
         },
         "meta": meta,
     }
     return {**document, "sha256": _document_digest(document)}
 
 
+class _AllOrAnError(ocp.type_handlers.NumpyHandler):
+    """Reads and writes NumPy arrays as Orbax does, but ends only when the last of them is done or has failed.
+
+    Orbax's handler leaves at the first failure. TensorStore still works on the other arrays then: writes go on
+    into the folder that is being removed, and each one prints a RuntimeError about a closed event loop, past
+    everything that could catch it.
+    """
+
+    def __init__(self) -> None:
+        # The arrays are ours alone, so Orbax need not copy them against changes.
+        super().__init__(deepcopy_host_arrays=False)
+        self._failures: list[Exception] = []
+
+    async def _open_and_write(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            await super()._open_and_write(*args, **kwargs)
+        except Exception as error:
+            self._failures.append(error)
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list[Any]:
+        self._failures = []
+        writes = await super().serialize(values, infos, args)
+        return [_Checked(write, self._failures) for write in writes]
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> list[np.ndarray]:
+        args = args or [ocp.RestoreArgs()] * len(infos)
+        read = super().deserialize
+        reads = (read([info], [arg]) for info, arg in zip(infos, args, strict=True))
+        results = await asyncio.gather(*reads, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [array for (array,) in results]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """An Orbax future that raises the first of `failures` once the work is done."""
+
+    future: Any
+    failures: list[Exception]
+
+    def result(self, timeout: float | None = None) -> Any:
+        result = self.future.result(timeout=timeout)
+        if self.failures:
+            raise self.failures[0]
+        return result
+
+
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+    """How arrays are written and read; see the module's docstring for the choice of layout."""
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _AllOrAnError()))
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry
+    )
+
+
 def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    """Our two items and how each is written; see the module's docstring for the choice of layout."""
-    arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
-    document = ocp.JsonCheckpointHandler(filename=_META_FILE)
+    """The two items of a checkpoint."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add(_STATE, ocp.args.PyTreeSave, arrays)
-    registry.add(_META, ocp.args.JsonSave, document)
+    registry.add(_STATE, ocp.args.PyTreeSave, _array_handler())
+    registry.add(_META, ocp.args.JsonSave, ocp.JsonCheckpointHandler(filename=_META_FILE))
     return registry
+
+
+def _refuse_a_full_disk(folder: Path, n_bytes: int) -> None:
+    # Clearer than what TensorStore says, and sooner. Quotas do not show here; they fail in the writing.
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise OSError(errno.ENOSPC, f"it needs {n_bytes / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
 
 
 def _items(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> ocp.args.Composite:
@@ -296,7 +365,8 @@ def save_anomaly(run_dir: str | Path, step: int, state: Any, meta: Mapping[str, 
         return SaveOutcome(step, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = _snapshot(state)
+        arrays = {name: np.asarray(leaf) for name, leaf in _flatten(state).items()}
+        _refuse_a_full_disk(path.parent, sum(array.nbytes for array in arrays.values()))
         document = _describe(step, None, arrays, json.loads(json.dumps(meta)))
         digest_s = time.perf_counter() - started
         checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler(handler_registry=_handlers()))
@@ -305,7 +375,7 @@ def save_anomaly(run_dir: str | Path, step: int, state: Any, meta: Mapping[str, 
         finally:
             checkpointer.close()
     except Exception as error:
-        _remove_unfinished(path.parent, step)
+        _remove_unfinished(path.parent)
         message = f"the anomaly checkpoint of step {step} was not saved to {path}: {_one_line(error)}"
         return SaveOutcome(step, path, error=message)
     elapsed = time.perf_counter() - started
@@ -341,25 +411,6 @@ def _named(items: Sequence[str]) -> str:
     return "; ".join(items[:_NAMED_IN_A_MESSAGE]) + (f"; and {more} more" if more > 0 else "")
 
 
-class _NumpyReader(ocp.type_handlers.NumpyHandler):
-    """Reads arrays as Orbax does, but ends only when the last of them has been read or has failed.
-
-    Orbax's handler leaves at the first failure and closes the event loop while TensorStore reads the others;
-    each of these then prints a RuntimeError past everything that could catch it.
-    """
-
-    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[np.ndarray]:
-        args = args or [ocp.RestoreArgs()] * len(infos)
-        read_one = super().deserialize
-        results = await asyncio.gather(
-            *(read_one([info], [arg]) for info, arg in zip(infos, args)), return_exceptions=True
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return [array for (array,) in results]
-
-
 def _read_arrays(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Reads the arrays named in `described` ({path: {dtype, shape, sha256}}) and verifies each."""
     empty = {name: d for name, d in described.items() if 0 in d["shape"]}
@@ -368,8 +419,7 @@ def _read_arrays(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict
     if stored:
         # No dtype is asked for: Orbax would cast to it, and what lies on the disk is what must be compared.
         as_stored = ocp.RestoreArgs(restore_type=np.ndarray)
-        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _NumpyReader()))
-        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
+        checkpointer = ocp.Checkpointer(_array_handler())
         try:
             tree = checkpointer.restore(
                 path / _STATE,
@@ -516,10 +566,9 @@ def _step_path(run_dir: Path, step: int | None) -> Path:
 # The run folder, while it is trained into.
 
 
-def _remove_unfinished(folder: Path, step: int | None = None) -> None:
-    if folder.is_dir():
-        for path in folder.glob(_UNFINISHED if step is None else f"{step}{_UNFINISHED[1:]}"):
-            shutil.rmtree(path, ignore_errors=True)
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob(_UNFINISHED) if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _set_aside(run_dir: Path, step: int, folder: str) -> Path:
@@ -615,13 +664,13 @@ class Checkpoints:
             return False
         try:
             meta = json.loads(json.dumps(meta))
-            arrays = _snapshot(state)
+            copies = _snapshot(state)
         except Exception as error:
             self._finished.append(self._failure(step, error))
             return True
         val_loss = None if val_loss is None else float(val_loss)
         blocked_s = time.perf_counter() - started
-        self._running = self._worker.submit(self._write, step, arrays, meta, val_loss, blocked_s)
+        self._running = self._worker.submit(self._write, step, copies, meta, val_loss, blocked_s)
         return True
 
     def wait(self) -> None:
@@ -721,7 +770,7 @@ class Checkpoints:
     def _write(
         self,
         step: int,
-        arrays: dict[str, Any],
+        copies: dict[str, Any],
         meta: dict[str, Any],
         val_loss: float | None,
         blocked_s: float,
@@ -729,7 +778,10 @@ class Checkpoints:
         started = time.perf_counter()
         path = self.run_dir / str(step)
         try:
-            n_bytes = sum(array.nbytes for array in arrays.values())
+            n_bytes = sum(copy.nbytes for copy in copies.values())
+            _refuse_a_full_disk(self.run_dir, n_bytes)
+            # One by one, so that the device's copy goes as the host's comes.
+            arrays = {name: np.asarray(copies.pop(name)) for name in list(copies)}
             document = _describe(step, val_loss, arrays, meta)
             digest_s = time.perf_counter() - started
             self._val_losses[step] = document["val_loss"]
@@ -766,4 +818,4 @@ class Checkpoints:
             self._drop_manager()
         except Exception:  # It already failed once, and is replaced by a new one.
             self._manager = None
-        _remove_unfinished(self.run_dir, step)
+        _remove_unfinished(self.run_dir)

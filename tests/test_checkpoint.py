@@ -1,11 +1,13 @@
 """Checkpoints: what is kept, what is refused, what survives a kill, a full disk and a flipped bit."""
 
+import errno
 import hashlib
 import json
 import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -328,7 +330,7 @@ def test_impossible_requests_name_what_is_possible(tmp_path, opened):
 
 
 def test_every_flipped_bit_is_harmless_or_detected(tmp_path, opened):
-    """In each file of a checkpoint, at several places: the state that is restored is the right one, or none."""
+    """In each file of a checkpoint, at several places: the state that is restored is right, or there is none."""
     checkpoints = opened(tmp_path)
     save(checkpoints, 1)
     expected, rng = make_state(1), random.Random(0)
@@ -445,15 +447,29 @@ def test_a_failed_save_is_told_cleaned_up_and_the_next_one_works(tmp_path, opene
         anomaly = checkpoint.save_anomaly(tmp_path, 3, make_state(3), META)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert outcome.error.startswith(f"checkpoint 3 was not saved to {tmp_path / '3'}: ")
-    assert anomaly.error.startswith("the anomaly checkpoint of step 3 was not saved to ")
-    assert "\n" not in outcome.error + anomaly.error
+    reason = os.strerror(errno.EFBIG)
+    assert outcome.error == f"checkpoint 3 was not saved to {tmp_path / '3'}: {reason}"
+    aside = tmp_path / "anomaly" / "3"
+    assert anomaly.error == f"the anomaly checkpoint of step 3 was not saved to {aside}: {reason}"
     assert checkpoints.steps() == [1, 2]
     assert {entry.name for entry in tmp_path.rglob("*") if "tmp" in entry.name} == set()
     # Those that the failed save would have replaced are still rotated out by the next.
     assert save(checkpoints, 3).error is None
     assert checkpoints.steps() == [2, 3]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, opened, monkeypatch):
+    checkpoints = opened(tmp_path)
+    n_bytes = sum(x.nbytes for x in jax.tree.leaves(make_state(1)))
+    usage = shutil.disk_usage(tmp_path)
+    for free, error in ((n_bytes - 1, "checkpoint 1 was not saved"), (n_bytes, None)):
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=free))
+        outcome = save(checkpoints, 1)
+        assert (error is None) == (outcome.error is None)
+        if error:
+            assert outcome.error.startswith(error) and "0 MB are free" in outcome.error
+            assert list(tmp_path.iterdir()) == []
 
 
 def test_a_save_that_cannot_be_described_is_an_outcome_too(tmp_path, opened):
