@@ -1,0 +1,238 @@
+"""Generation: the cache changes nothing, a seed decides everything, and the samples follow the model's distribution."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from altgrad_jax import checkpoint, generate as generate_module
+from altgrad_jax.config import default_config, to_dict
+from altgrad_jax.errors import UserError
+from altgrad_jax.generate import generate, load_model, sample_token
+from altgrad_jax.model import GPT, GPTConfig, init_params
+
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=256, compute_dtype="float32")
+ROOT = Path(__file__).parents[1]
+PROMPT = [5, 0, 17, 200]
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Parameters far enough from uniform predictions that argmax has no near ties."""
+    tree = jax.jit(init_params, static_argnums=0)(TINY, 0)
+    return jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim == 2 else leaf, tree)
+
+
+@pytest.fixture(scope="module")
+def logits_after(params):
+    """tokens -> float32 logits [V] of the next token, by a full forward pass without a cache."""
+    apply = jax.jit(lambda tokens_BL: GPT(TINY).apply({"params": params}, tokens_BL).logits)
+
+    def logits(tokens):
+        padded = np.zeros((1, TINY.block_size), np.int32)  # causal: what follows changes nothing
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(apply(padded))[0, len(tokens) - 1]
+
+    return logits
+
+
+@pytest.fixture(scope="module")
+def run_dir(params, tmp_path_factory):
+    """A run folder whose newest checkpoint (step 4) holds `params`."""
+    folder = tmp_path_factory.mktemp("run")
+    config = default_config()
+    config.update({"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 256})
+    config.update({"compute_dtype": "float32", "tokenizer": "bytes"})
+    checkpoints = checkpoint.open_checkpoints(folder, max_checkpoints=2)
+    for step, factor in ((2, 0.5), (4, 1.0)):
+        state = {"params": jax.tree.map(lambda leaf: leaf * factor, params)}
+        checkpoints.save(step, state, {"config": to_dict(config)})
+    checkpoints.close()
+    assert [outcome.error for outcome in checkpoints.check()] == [None, None]
+    return folder
+
+
+@pytest.mark.parametrize("length", [1, 4, 16])
+def test_greedy_with_cache_is_greedy_without(params, logits_after, length):
+    context = (PROMPT * 4)[:length]
+    n_new = TINY.block_size - length + 1
+    for token in generate(params, TINY, context, max_new_tokens=n_new, temperature=0.0):
+        assert token == logits_after(context).argmax()
+        context = [*context, token]
+    assert len(context) == TINY.block_size + 1
+
+
+def test_a_full_context_starts_over_from_its_last_half(params, logits_after):
+    new_ids = generate(params, TINY, PROMPT, max_new_tokens=40, temperature=0.0)
+    assert new_ids.shape == (40,) and new_ids.dtype == np.int32
+    text, window = list(PROMPT), list(PROMPT)
+    for token in new_ids:
+        if len(window) > TINY.block_size:
+            window = text[-TINY.block_size // 2 :]
+        assert token == logits_after(window).argmax()
+        text.append(token)
+        window.append(token)
+
+
+def test_of_a_long_prompt_the_last_block_is_read(params):
+    long = np.random.default_rng(0).integers(0, 256, 50)
+    np.testing.assert_array_equal(generate(params, TINY, long, max_new_tokens=1, temperature=0.0),
+                                  generate(params, TINY, long[-16:], max_new_tokens=1, temperature=0.0))
+    other = np.concatenate([long[:-16], (long[-16:-15] + 1) % 256, long[-15:]])
+    assert len(generate(params, TINY, other, max_new_tokens=30)) == 30
+
+
+def test_same_seed_same_text_and_longer_texts_begin_with_shorter_ones(params):
+    a, b = (generate(params, TINY, PROMPT, max_new_tokens=30, seed=3) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(generate(params, TINY, PROMPT, max_new_tokens=7, seed=3), a[:7])
+    assert not np.array_equal(generate(params, TINY, PROMPT, max_new_tokens=30, seed=4), a)
+
+
+def test_top_k_of_one_is_greedy_and_zero_is_off(params):
+    def ids(**options):
+        return generate(params, TINY, PROMPT, max_new_tokens=20, seed=1, **options)
+
+    np.testing.assert_array_equal(ids(temperature=5.0, top_k=1), ids(temperature=0.0))
+    np.testing.assert_array_equal(ids(temperature=1.0, top_k=0), ids(temperature=1.0, top_k=None))
+    np.testing.assert_array_equal(ids(temperature=1e-38), ids(temperature=0.0))
+    np.testing.assert_array_equal(ids(temperature=0.0, top_k=7), ids(temperature=0.0))
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, None), (2.0, 3), (1.0, 2)])
+def test_samples_follow_the_distribution(temperature, top_k):
+    logits_V = jnp.array([0.0, 2.0, -1.0, 1.0, 0.5])
+    wanted_V = np.exp(np.asarray(logits_V, np.float64) / temperature)
+    if top_k is not None:
+        wanted_V[np.argsort(wanted_V)[:-top_k]] = 0
+    wanted_V /= wanted_V.sum()
+    draw = jax.jit(jax.vmap(lambda key: sample_token(logits_V, key, temperature, top_k)))
+    n = 40_000
+    frequency_V = np.bincount(draw(jax.random.split(jax.random.key(0), n)), minlength=5) / n
+    # five standard deviations of a frequency
+    np.testing.assert_array_less(np.abs(frequency_V - wanted_V), 5 * np.sqrt(wanted_V * (1 - wanted_V) / n) + 1e-9)
+
+
+def test_generated_tokens_follow_the_models_distribution(params, logits_after):
+    """The first new token over many seeds, at a temperature that makes several likely."""
+    logits_V = logits_after(PROMPT).astype(np.float64) / 3
+    probability_V = np.exp(logits_V - logits_V.max())
+    probability_V /= probability_V.sum()
+    n = 400
+    tokens = [int(generate(params, TINY, PROMPT, max_new_tokens=1, temperature=3.0, seed=seed)[0]) for seed in range(n)]
+    # surprise of the samples against the entropy: a normalised sum with known mean and variance
+    surprise = -np.log(probability_V)
+    mean = (probability_V * surprise).sum()
+    std = np.sqrt((probability_V * (surprise - mean) ** 2).sum())
+    assert std > 0.1
+    assert abs(surprise[tokens].mean() - mean) < 5 * std / np.sqrt(n)
+
+
+def test_it_stops_after_the_end_token(params):
+    text = generate(params, TINY, PROMPT, max_new_tokens=40, temperature=3.0, seed=2)
+    for end_id in (text[5], text[30]):
+        first = list(text).index(end_id)
+        got = generate(params, TINY, PROMPT, max_new_tokens=40, temperature=3.0, seed=2, end_id=int(end_id))
+        np.testing.assert_array_equal(got, text[: first + 1])
+    # An end token that ends the prompt is no reason to stop.
+    assert len(generate(params, TINY, [*PROMPT, 9], max_new_tokens=3, temperature=3.0, end_id=9)) >= 1
+
+
+def test_one_compile_serves_prompts_lengths_temperatures_and_seeds(params):
+    generate(params, TINY, PROMPT, max_new_tokens=3, top_k=7)
+    before = generate_module._continue._cache_size()
+    for length, temperature, seed in ((1, 0.0, 1), (9, 0.7, 2), (16, 2.0, 3)):
+        generate(params, TINY, (PROMPT * 4)[:length], max_new_tokens=20, temperature=temperature, seed=seed, top_k=7,
+                 end_id=3)
+    assert generate_module._continue._cache_size() == before
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_the_smallest_contexts_work(block_size):
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=block_size, vocab_size=7)
+    small = jax.jit(init_params, static_argnums=0)(config, 0)
+    new_ids = generate(small, config, [1, 2], max_new_tokens=9)
+    assert len(new_ids) == 9 and set(new_ids) <= set(range(7))
+
+
+@pytest.mark.parametrize("options, complaint", [
+    ({"max_new_tokens": 0}, "max_new_tokens = 0"), ({"temperature": -1.0}, "temperature = -1"),
+    ({"temperature": float("nan")}, "temperature = nan"), ({"temperature": float("inf")}, "temperature = inf"),
+    ({"top_k": -1}, "top_k = -1"), ({"top_k": 257}, "top_k = 257"), ({"seed": -1}, "seed = -1"),
+    ({"seed": 2**31}, "seed = 2147483648"), ({"prompt_ids_L": []}, "no token"), ({"prompt_ids_L": [256]}, "token 256"),
+])
+def test_arguments_out_of_range_are_refused(params, options, complaint):
+    arguments = {"prompt_ids_L": PROMPT, "max_new_tokens": 1} | options
+    with pytest.raises(UserError, match=complaint):
+        generate(params, TINY, **arguments)
+
+
+def test_a_broken_model_is_an_error_not_a_text(params):
+    broken = params | {"ln_f": {"scale": params["ln_f"]["scale"] * np.nan, "bias": params["ln_f"]["bias"]}}
+    with pytest.raises(UserError, match="not finite"):
+        generate(broken, TINY, PROMPT, max_new_tokens=5)
+
+
+def test_load_model(run_dir, params, tmp_path):
+    got, config, settings = load_model(run_dir)
+    assert config == TINY and settings["tokenizer"] == "bytes"
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(params)):
+        np.testing.assert_array_equal(a, b)
+    half, _, _ = load_model(run_dir, 2)
+    np.testing.assert_array_equal(half["embed"]["embedding"], params["embed"]["embedding"] / 2)
+    with pytest.raises(UserError, match="no checkpoint folder"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_without_settings_is_refused(params, tmp_path):
+    checkpoints = checkpoint.open_checkpoints(tmp_path, max_checkpoints=1)
+    checkpoints.save(0, {"params": params}, {})
+    checkpoints.close()
+    with pytest.raises(UserError, match="does not record n_layer"):
+        load_model(tmp_path)
+
+
+def sample(run_dir, *arguments):
+    """scripts/sample.py in this process."""
+    spec = importlib.util.spec_from_file_location("sample", ROOT / "scripts" / "sample.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(module.parse_args([str(run_dir), *arguments]))
+
+
+def test_script_prints_samples(run_dir, params, capsys):
+    sample(run_dir, "--prompt", "ab", "--max_new_tokens", "6", "--temperature", "0")
+    out, err = capsys.readouterr()
+    new_ids = generate(params, TINY, list(b"ab"), max_new_tokens=6, temperature=0.0, end_id=255)
+    assert out == "ab" + bytes(token for token in new_ids if token != 255).decode(errors="replace") + "\n"
+    assert err == ""
+
+    sample(run_dir, "--num_samples", "2", "--seed", "7", "--max_new_tokens", "30")
+    two, note = capsys.readouterr()
+    assert "--- sample 2 of 2, seed 8\n" in two and "last 8 tokens" in note
+    sample(run_dir, "--seed", "8", "--max_new_tokens", "30")
+    assert two.endswith(capsys.readouterr().out)
+    sample(run_dir, "--seed", "8", "--max_new_tokens", "30", "--step", "2")
+    assert not two.endswith(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["--num_samples", "0"], "num_samples"), (["--step", "3"], "step 3"), (["--top_k", "300"], "top_k = 300"),
+    (["--temperature", "-1"], "temperature"),
+])
+def test_script_refuses_what_it_cannot_do(run_dir, arguments, complaint):
+    with pytest.raises(UserError, match=complaint):
+        sample(run_dir, *arguments)
+
+
+def test_script_ends_with_one_line_and_code_2(tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "scripts" / "sample.py", tmp_path / "nowhere"], cwd=tmp_path,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
