@@ -206,8 +206,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
     )),
     ("Logging", (
         Field("log_interval", 1, _whole(1),
-              "updates between two rows of the record and of W&B; a row with an evaluation or an alert and the "
-              "last one are always kept", resumable=True),
+              "updates between two rows of the record and of W&B; a row with an evaluation or an alert, and "
+              "the last one, are always kept", resumable=True),
         Field("alert_interval", 100, _whole(1),
               "least updates between two alerts of one kind on console and W&B; the record keeps all",
               resumable=True),
@@ -219,7 +219,7 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               "auto = online where W&B finds credentials, else offline", resumable=True),
         Field("wandb_entity", "", _ENTITY, "W&B user or team; empty = the account's own", resumable=True),
         Field("console", "auto", _one_of("auto", "plain", "quiet"),
-              "auto = one live line on a terminal, plain lines when piped; quiet = alerts, messages and the end",
+              "auto = one live line on a terminal, plain lines when piped; quiet = alerts and messages",
               resumable=True),
     )),
     ("Execution", (
