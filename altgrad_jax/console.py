@@ -1,9 +1,10 @@
 """What a person sees while the run goes: one live line on a terminal, a few plain lines in a file or a pipe.
 
-Three consoles with one interface: update(step, loss, val_loss, tokens_per_s), message(text), alert(text), close(). They
-are called from the host loop and from the writer's thread, so each call takes a lock. Which plain lines appear depends
-on step numbers only, never on the clock: a log is the same length on a slow machine and on a fast one. A console whose
-reader has gone (`| head`, a closed terminal) falls silent; it never ends the run, as rich by itself would.
+Three consoles with one interface: update(step, loss, val_loss, tokens_per_s), message(text), alert(text),
+close(). They are called from the host loop and from the writer's thread, so each call takes a lock. Which
+plain lines appear depends on step numbers only, never on the clock: a log is the same length on a slow
+machine and on a fast one. A console whose reader has gone (`| head`, a closed terminal) falls silent; it
+never ends the run, as rich by itself would.
 """
 
 import math
@@ -87,7 +88,8 @@ def show_duration(seconds):
 
 
 class _Progress:
-    """The last known numbers, and the time left from the pace since the first dispatch, which held the compilation."""
+    """The last known numbers. The pace counts from the end of the first dispatch, which held the
+    compilation."""
 
     def __init__(self, max_steps, clock):
         self.max_steps, self._clock = max_steps, clock
@@ -119,7 +121,7 @@ class _Progress:
 
 
 class PlainConsole:
-    """Lines of text without escape codes: the first step, every evaluation, about fifty steps, messages, alerts."""
+    """Text without escape codes: the first step, every evaluation, about fifty steps, messages, alerts."""
 
     def __init__(self, max_steps, stream, clock, progress=True):
         self._progress = _Progress(max_steps, clock)
@@ -159,13 +161,13 @@ class PlainConsole:
 
 
 class LiveConsole:
-    """One line at the bottom of a terminal, redrawn a few times a second; alerts and messages scroll above it."""
+    """One line at the bottom of a terminal, redrawn five times a second; the rest scrolls above it."""
 
     def __init__(self, max_steps, stream, clock):
         self._progress = _Progress(max_steps, clock)
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._lock = threading.RLock()
-        # The thread that redraws is rich's own; print() from elsewhere (warnings, absl) also lands above the line.
+        # Rich redraws in a thread of its own; print() from elsewhere (warnings, absl) lands above the line.
         self._live = Live(console=self._console, get_renderable=self._line, refresh_per_second=5)
         self._live.start()
         self._open = True

@@ -1,18 +1,20 @@
 """The run's record: one row per step on disk, always; Weights & Biases fed from it, when asked.
 
-The record decides what is true about a run, so it is written first and depends on nothing else. Two append-only files
-in the run folder:
+The record decides what is true about a run, so it is written first and depends on nothing else. Two
+append-only files in the run folder:
 
-metrics.jsonl  deterministic values only, one row per step. Two runs of one config have equal bytes, and a run that was
-               killed and resumed has the bytes of one that was not. Floats are the shortest decimal that gives the
-               same float32 back (0.1, not 0.10000000149); NaN and infinities, which JSON lacks, are strings.
-timing.jsonl   wall-clock values of the same rows, and events ("start", "resume", "eval", ...). A resumed run appends:
-               replayed steps stand in it twice, the last one counts.
+metrics.jsonl  deterministic values only, one row per step. Two runs of one config have equal bytes, and a run
+               that was killed and resumed has the bytes of one that was not. Floats are the shortest decimal
+               that gives the same float32 back (0.1, not 0.10000000149); NaN and infinities, which JSON
+               lacks, are strings.
+timing.jsonl   wall-clock values of the same rows, and events ("start", "resume", "eval", ...). A resumed run
+               appends: replayed steps stand in it twice, the last one counts.
 
-Who does what: the host loop hands each dispatch, not yet computed, to the `Writer`. Its thread waits for the numbers,
-formats them, and writes metrics and timing. W&B lives in a *process* of its own that reads the record as it grows: the
-record is its queue. A slow, hanging or failing W&B therefore shares neither the interpreter lock nor signal handlers,
-exit hooks or standard output with the training, and after kill -9 of the training it still sends what was recorded.
+Who does what: the host loop hands each dispatch, not yet computed, to the `Writer`. Its thread waits for the
+numbers, formats them, and writes metrics and timing. W&B lives in a *process* of its own that reads the
+record as it grows: the record is its queue. A slow, hanging or failing W&B therefore shares neither the
+interpreter lock nor signal handlers, exit hooks or standard output with the training, and after kill -9 of
+the training it still sends what was recorded.
 """
 
 import importlib
@@ -50,7 +52,7 @@ _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------------------------- rows
 
 
 def _number(value):
@@ -79,7 +81,8 @@ def _fields(row):
 def format_row(row):
     """One line of metrics.jsonl, without the newline, from {"step": int, name: number, ..., "alerts": [...]}.
 
-    Every number but the step is taken as float32. The order of the keys is kept, so equal rows give equal bytes.
+    Every number but the step is taken as float32. The order of the keys is kept, so equal rows give equal
+    bytes.
     """
     if next(iter(row), None) != "step":
         raise ValueError(f"a row begins with its step, not with {next(iter(row), None)!r}")
@@ -99,7 +102,7 @@ def parse_row(line):
 
 
 class _Formatter:
-    """Lines of one dispatch. Columns are split once per tuple of names; a row costs 0.4 us a number (measured)."""
+    """Lines of one dispatch. Columns are split once per tuple of names; a number costs 0.5 us (measured)."""
 
     def __init__(self, names):
         self.names = names
@@ -131,17 +134,21 @@ class _Formatter:
         rest = dict(evaluation or {})
         if alerts:
             rest["alerts"] = alerts
-        return f'{{"step": {step}' + self.template % shown + "".join(", " + field for field in _fields(rest)) + "}"
+        tail = "".join(", " + field for field in _fields(rest))
+        return f'{{"step": {step}' + self.template % shown + tail + "}"
 
 
 def keep_row(step, *, log_interval, max_steps=None, notable=False):
-    """Whether the row of this step is recorded: every log_interval steps, the run's last step (max_steps, not where a
-    run happens to be interrupted: a resumed record must equal an uninterrupted one), and every row that carries an
-    alert or a validation loss (`notable`)."""
+    """Whether the row of this step is recorded: every log_interval steps, the run's last step, and every row
+    that carries an alert or a validation loss (`notable`).
+
+    The last step is max_steps, not where a run happens to be interrupted: a resumed record must equal an
+    uninterrupted one.
+    """
     return notable or step % log_interval == 0 or step == max_steps
 
 
-# -------------------------------------------------------------------------------------------------------------- record
+# ----------------------------------------------------------------------------------------------------- record
 
 
 def _append(path, fd, data):
@@ -171,7 +178,7 @@ def _repair_tail(path):
 
 
 def _log_intervals(timing_path, default):
-    """[(first step, log_interval)] by which the record was written so far, from its start and resume events."""
+    """[(first step, log_interval)] by which the record was written, from its start and resume events."""
     segments = []
     with open(timing_path, "rb") as file:
         for line in file:
@@ -188,8 +195,8 @@ def _log_intervals(timing_path, default):
 def _scan(path, resume_step):
     """Read the record up to resume_step. Returns (bytes to keep, steps, [(step, val_loss)]).
 
-    Stops at the first row past resume_step. A damaged line is an error only if rows up to resume_step lie behind it:
-    a torn tail is what a killed run leaves, and is dropped.
+    Stops at the first row past resume_step. A damaged line is an error only if rows up to resume_step lie
+    behind it: a torn tail is what a killed run leaves, and is dropped.
     """
     keep, steps, validation = 0, [], []
     with open(path, "rb") as file:
@@ -201,8 +208,8 @@ def _scan(path, resume_step):
             if step > resume_step:
                 break
             if steps and step <= steps[-1]:
-                raise UserError(f"{path} is damaged: line {len(steps) + 1} holds step {step} after step {steps[-1]}; "
-                                "restore it from a copy, or start over in a new folder")
+                raise UserError(f"{path} is damaged: line {len(steps) + 1} holds step {step} after step "
+                                f"{steps[-1]}; restore it from a copy, or start over in a new folder")
             if b'"val_loss"' in line:
                 validation.append((step, parse_row(line)["val_loss"]))
             steps.append(step)
@@ -224,10 +231,10 @@ class Record:
     def open(cls, run_dir, resume_step=None, *, log_interval=1):
         """Create the record of a fresh run (resume_step None), or cut an existing one back to resume_step.
 
-        The cut truncates in place, at the end of a row: one system call, so a kill leaves the old length or the new
-        one, and it needs no second copy of a record that may be gigabytes. resume_step -1 keeps no row: an earlier
-        attempt died before its first checkpoint. timing.jsonl keeps its history and gets an event "start" or
-        "resume" that says from which step on which log_interval holds.
+        The cut truncates in place, at the end of a row: one system call, so a kill leaves the old length or
+        the new one, and it needs no second copy of a record that may be gigabytes. resume_step -1 keeps no
+        row: an earlier attempt died before its first checkpoint. timing.jsonl keeps its history and gets an
+        event "start" or "resume" that says from which step on which log_interval holds.
 
         Raises:
           UserError: a fresh run finds a record; a resumed one lacks rows up to resume_step.
@@ -237,8 +244,8 @@ class Record:
         if resume_step is None:
             for path in (metrics, timing):
                 if path.exists() and path.stat().st_size:
-                    raise UserError(f"{path} already holds a run: continue it with --resume=auto, or choose another "
-                                    "folder with --workdir")
+                    raise UserError(f"{path} already holds a run: continue it with --resume=auto, or choose "
+                                    "another folder with --workdir")
             run_dir.mkdir(parents=True, exist_ok=True)
             metrics.touch()
             timing.touch()
@@ -247,8 +254,8 @@ class Record:
             timing.touch()
             _repair_tail(timing)
             if not metrics.exists() and resume_step >= 0:
-                raise UserError(f"{metrics} is missing, so the run cannot be continued at step {resume_step} with a "
-                                "whole record: restore the file, or start over in a new folder")
+                raise UserError(f"{metrics} is missing, so the run cannot be continued at step {resume_step} "
+                                "with a whole record: restore the file, or start over in a new folder")
             metrics.touch()
             keep, steps, validation = _scan(metrics, resume_step)
             _require_rows(metrics, steps, resume_step, _log_intervals(timing, log_interval))
@@ -302,15 +309,16 @@ def _require_rows(path, steps, resume_step, segments):
                if keep_row(step, log_interval=interval)]
         missing += [step for step in due if not present[step]]
     if missing:
-        raise UserError(f"{path} lacks {len(missing)} of the rows up to step {resume_step}, the first at step "
-                        f"{missing[0]}: resume from a checkpoint before it, or start over in a new folder")
+        raise UserError(f"{path} lacks {len(missing)} of the rows up to step {resume_step}, the first at "
+                        f"step {missing[0]}: resume from a checkpoint before it, or start over in a new "
+                        "folder")
 
 
-# ------------------------------------------------------------------------------------------------------------ manifest
+# --------------------------------------------------------------------------------------------------- manifest
 
 
 def write_atomically(path, data):
-    """Write bytes so that a reader, or a restart after a power cut, sees the old file or the whole new one."""
+    """Write bytes so that a reader, or a restart after a power cut, sees the old file or the new one."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -330,37 +338,40 @@ def write_atomically(path, data):
 
 
 def write_manifest(run_dir, manifest):
-    """Write manifest.json: what the run is (config, versions, device, data), sorted, with its schema version."""
+    """Write manifest.json: what the run is (config, versions, device, data), sorted, with SCHEMA_VERSION."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**manifest, "schema_version": SCHEMA_VERSION}, indent=2, sort_keys=True, allow_nan=False)
+    manifest = {**manifest, "schema_version": SCHEMA_VERSION}
+    text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False)
     write_atomically(Path(run_dir) / MANIFEST, (text + "\n").encode())
 
 
 def read_manifest(run_dir):
-    """The manifest of a run folder. UserError where it is missing, broken, or of a version this code cannot read."""
+    """The manifest of a run folder. UserError where it is missing, broken, or of another schema version."""
     path = Path(run_dir) / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a run") from None
+        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a "
+                        "run") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it from a copy, or start over in a new "
                         "folder") from None
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version != SCHEMA_VERSION:
-        raise UserError(f"{path} has schema_version {version!r}, this program reads {SCHEMA_VERSION}: use the version "
-                        "of altgrad_jax that wrote it")
+        raise UserError(f"{path} has schema_version {version!r}, this program reads {SCHEMA_VERSION}: use "
+                        "the version of altgrad_jax that wrote it")
     return manifest
 
 
-# -------------------------------------------------------------------------------------------------------------- alerts
+# ----------------------------------------------------------------------------------------------------- alerts
 
 
 class ValRising:
-    """The one condition decided on the host: the validation loss rose `patience` evaluations in a row (0: never).
+    """The one condition decided on the host: validation loss rose `patience` evaluations in a row (0: never).
 
-    Its state follows from the validation losses in the record, so a resumed run decides the same. It begins once and
-    is re-armed by an evaluation that does not rise. A loss that is not finite is passed over: it has its own alerts.
+    Its state follows from the validation losses in the record, so a resumed run decides the same. It begins
+    once and is re-armed by an evaluation that does not rise. A loss that is not finite is passed over: it has
+    its own alerts.
     """
 
     def __init__(self, patience, val_losses=()):
@@ -378,7 +389,7 @@ class ValRising:
 
 
 class AlertGate:
-    """What is told to people: at most one message per kind every `interval` steps. The record holds every alert."""
+    """What is told to people: at most one message per kind every `interval` steps."""
 
     def __init__(self, interval):
         self.interval, self._last, self._held = interval, {}, {}
@@ -400,7 +411,7 @@ class AlertGate:
         return told
 
 
-# -------------------------------------------------------------------------------------------------------------- writer
+# ----------------------------------------------------------------------------------------------------- writer
 
 
 @dataclass(frozen=True)
@@ -408,11 +419,14 @@ class DispatchRecord:
     """What one dispatch of n steps leaves behind; arrays may be JAX arrays that are not computed yet.
 
     Attributes:
-      first_step: row number of the first row (state.step before the dispatch + 1; 0 for the evaluation at step 0).
-      names: names of the M columns. `alert/kind` and `alert/kind/layer` are 0 except where the alert begins; its value
-        is that of column `alert_value/kind[/layer]` if there is one, else its own. Neither is a metric of the row.
+      first_step: row number of the first row (state.step before the dispatch + 1; 0 for the evaluation at
+        step 0).
+      names: names of the M columns. `alert/kind` and `alert/kind/layer` are 0 except where the alert begins;
+        its value is that of column `alert_value/kind[/layer]` if there is one, else its own. Neither is a
+        metric of the row.
       values: float32 [>= n, M], or None for an evaluation alone.
-      n_rows: how many leading rows of `values` are steps that were made (int or array); None: all. 0 writes nothing.
+      n_rows: how many leading rows of `values` are steps that were made (int or array); None: all. 0 writes
+        nothing.
       evaluation: {name: scalar} for the last row, or for a row of its own where there are no values.
       dispatched_at: time.perf_counter() when the dispatch was handed to the device.
     """
@@ -426,28 +440,32 @@ class DispatchRecord:
 
 
 class Writer:
-    """A thread that turns dispatches into rows, in order, behind a bounded queue that blocks rather than drops.
+    """A thread that turns dispatches into rows, in order; its bounded queue blocks rather than drops.
 
-    An exception on the thread is raised in the caller's thread by the next submit, flush or close, and by every one
-    after it; what was queued behind it is discarded, so that nothing waits for ever.
+    An exception on the thread is raised in the caller's thread by the next submit, flush or close, and by
+    every one after it; what was queued behind it is discarded, so that nothing waits for ever.
     """
 
-    def __init__(self, record, *, max_steps, tokens_per_step, log_interval=1, console=None, alert_interval=100,
-                 val_rising=None, flops_per_step=None, peak_flops=None, on_row=None, queue_size=8,
-                 clock=time.perf_counter):
-        """
+    def __init__(self, record, *, max_steps, tokens_per_step, log_interval=1, console=None,
+                 alert_interval=100, val_rising=None, flops_per_step=None, peak_flops=None, on_row=None,
+                 queue_size=8, clock=time.perf_counter):
+        """Start the thread.
+
         Args:
           record: the open Record; the writer closes it.
-          tokens_per_step: tokens of one update, for tokens/s. flops_per_step, peak_flops: for MFU; None: not given.
+          tokens_per_step: tokens of one update, for tokens/s. flops_per_step, peak_flops: for MFU; None: not
+            given.
           console: object with update and alert (see console.py), or None.
           alert_interval: fewest steps between two console messages of one kind of alert.
           val_rising: the ValRising rule, or None.
-          on_row: called on the thread for every step as on_row(step, {name: float of the evaluation}, alerts).
+          on_row: called on the thread for every step as on_row(step, {name: float of the evaluation},
+            alerts).
           queue_size: dispatches that may wait; more make submit wait.
         """
         self._record, self._console, self._val_rising, self._on_row = record, console, val_rising, on_row
         self._max_steps, self._log_interval = max_steps, log_interval
-        self._tokens_per_step, self._flops_per_step, self._peak_flops = tokens_per_step, flops_per_step, peak_flops
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
         self._gate = AlertGate(alert_interval)
         self._formatter = _Formatter(())
         self._clock, self._ready_at = clock, None
@@ -458,13 +476,19 @@ class Writer:
         self._thread.start()
 
     def submit(self, item):
-        """Queue a DispatchRecord, or a callable to be run on the thread between the rows before and after it."""
+        """Queue a DispatchRecord, or a callable to run on the thread when what is before it is written."""
         self._check()
+        for array in (getattr(item, "values", None), *(getattr(item, "evaluation", None) or {}).values()):
+            if hasattr(array, "copy_to_host_async"):  # a JAX array: the copy starts when it is computed
+                array.copy_to_host_async()
         self._queue.put(item)
 
     def event(self, kind, step, **fields):
-        """Queue an event row for timing.jsonl, from any thread. Lost without a word once the thread has failed or the
-        writer is closed: that failure is told where it belongs."""
+        """Queue an event row for timing.jsonl, from any thread.
+
+        It is lost without a word once the thread has failed or the writer is closed: the failure itself is
+        raised where the rows are submitted.
+        """
         if not self._closed and self._error is None:
             self._queue.put(lambda: self._record.event(kind, step, **fields))
 
@@ -507,7 +531,8 @@ class Writer:
         if item.values is None:
             started = self._clock() if item.dispatched_at is None else item.dispatched_at
             evaluation, event = self._evaluate(item.evaluation, item.first_step, started)
-            self._write_rows(_Formatter(()), [(item.first_step, np.zeros(0, np.float32))], evaluation, None, [event])
+            rows = [(item.first_step, np.zeros(0, np.float32))]
+            self._write_rows(_Formatter(()), rows, evaluation, None, [event])
             return
         values_KM = np.asarray(item.values)  # waits for the device
         n_rows = len(values_KM) if item.n_rows is None else int(np.asarray(item.n_rows))
@@ -516,7 +541,8 @@ class Writer:
         started, self._ready_at = max(starts, default=ready), ready
         if n_rows == 0:
             return
-        if values_KM.dtype != np.float32 or values_KM.shape[1:] != (len(item.names),) or len(values_KM) < n_rows:
+        fits = values_KM.shape[1:] == (len(item.names),) and len(values_KM) >= n_rows
+        if values_KM.dtype != np.float32 or not fits:
             raise ValueError(f"packed metrics are {values_KM.dtype}{list(values_KM.shape)}, expected float32 "
                              f"[>= {n_rows}, {len(item.names)}]")
         if self._formatter.names != item.names:
@@ -559,8 +585,8 @@ class Writer:
                 lines.append(formatter.line(step, values_M, own_evaluation, alerts))
                 if timing is not None:
                     timing_rows.append({"step": step, **timing})
-            shown.append((step, None if loss_column is None else float(values_M[loss_column]), val_loss, alerts,
-                          own_evaluation))
+            loss = None if loss_column is None else float(values_M[loss_column])
+            shown.append((step, loss, val_loss, alerts, own_evaluation))
         self._record.append(steps, lines, timing_rows + events)
         # People are told only what is already recorded.
         for step, loss, val_loss, alerts, own_evaluation in shown:
@@ -577,11 +603,11 @@ def _round(value):
     return float(f"{value:.6g}")
 
 
-# ----------------------------------------------------------------------------------------------------------------- W&B
+# -------------------------------------------------------------------------------------------------------- W&B
 
 
 def new_run_id():
-    """An id for the W&B run: eight characters out of a-z and 0-9, kept in the manifest so that a resume continues it."""
+    """Eight characters out of a-z and 0-9; kept in the manifest so that a resume continues the W&B run."""
     return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8))
 
 
@@ -614,24 +640,24 @@ def resolve_wandb_mode(mode, environ=os.environ):
     if mode not in allowed:
         raise UserError(f"wandb_mode is {mode!r}; allowed are auto, online, offline and disabled")
     if mode == "online" and not has_wandb_credentials(environ):
-        raise UserError("wandb_mode is online but there is no W&B login on this machine: run `wandb login`, set "
-                        "WANDB_API_KEY, or set wandb_mode to auto or offline")
+        raise UserError("wandb_mode is online but there is no W&B login on this machine: run `wandb login`, "
+                        "set WANDB_API_KEY, or set wandb_mode to auto or offline")
     return mode
 
 
-def open_wandb(run_dir, *, mode, run_id, project, name, tags=(), config=None, resume_step=None, alert_interval=100,
-               say=print, event=None, module="wandb", init_timeout=90.0):
+def open_wandb(run_dir, *, mode, run_id, project, name, tags=(), config=None, resume_step=None,
+               alert_interval=100, say=print, event=None, module="wandb", init_timeout=90.0):
     """Start feeding W&B from the record in run_dir. Returns a WandbSink, or None for disabled.
 
     Args:
       mode: auto, online, offline or disabled (see resolve_wandb_mode).
       run_id: of the W&B run; the same one continues it.
       config: the run's config, JSON-serializable.
-      resume_step: the step the run resumes from, None for a fresh run. Online, sending starts after the last step that
-        W&B already has (also when that is earlier: the gap is filled from the record); offline, where that is
-        unknown, at resume_step + 1.
-      say: called with one line of text now and then, from another thread. event: called as event(kind, step, **fields)
-        where something went wrong, e.g. Writer.event.
+      resume_step: the step the run resumes from, None for a fresh run. Online, sending starts after the last
+        step that W&B already has (also when that is earlier: the gap is filled from the record); offline,
+        where that is unknown, at resume_step + 1.
+      say: called with one line of text now and then, from another thread. event: called as event(kind, step,
+        **fields) where something went wrong, e.g. Writer.event.
       module: name of the module that plays wandb's part.
       init_timeout: seconds for wandb.init; after that the run is recorded in W&B's offline format.
     """
@@ -639,7 +665,8 @@ def open_wandb(run_dir, *, mode, run_id, project, name, tags=(), config=None, re
     if resolved == "disabled":
         return None
     if resolved == "offline":
-        why = "no login was found on this machine" if mode == "auto" and not has_wandb_credentials() else "as asked"
+        unasked = mode == "auto" and not has_wandb_credentials()
+        why = "no login was found on this machine" if unasked else "as asked"
         say(f"W&B is offline ({why}); to send the run later: {_sync_command(run_dir)}")
     init = {"project": project, "name": name, "tags": list(tags), "config": config, "id": run_id}
     spec = {"run_dir": str(run_dir), "init": init, "module": module, "init_timeout": init_timeout,
@@ -670,11 +697,12 @@ class WandbSink:
         self._mode = mode
         package = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join([package] + [p for p in [os.environ.get("PYTHONPATH")] if p])
-        # -P: no module of the working directory may stand in for wandb. A session of its own: Ctrl-C at the terminal
-        # is the training's business.
-        # wandb's own timeout comes first; this one is for an init that ignores it. It starts when the import is done.
+        # wandb's own timeout comes first; this one is for an init that ignores it. It starts when the import
+        # is done.
         self._watchdog = threading.Timer(1.1 * self._spec["init_timeout"], self._kill_if_not_ready)
         self._watchdog.daemon = True
+        # -P: no module of the working directory may stand in for wandb. A session of its own: Ctrl-C at the
+        # terminal is the training's business.
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", "altgrad_jax.logger"], env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -717,8 +745,8 @@ class WandbSink:
                     self._killed = False
                     self._start("offline")
             if again:
-                self._warn(f"no answer within {self._spec['init_timeout']:g} s, so this run is kept offline; to send it "
-                           f"later: {_sync_command(self._run_dir)}")
+                self._warn(f"no answer within {self._spec['init_timeout']:g} s, so this run is kept offline; "
+                           f"to send it later: {_sync_command(self._run_dir)}")
                 continue
             if not finished and not self._killed:
                 self._warn(f"its process ended with code {self._child.returncode}")
@@ -752,7 +780,7 @@ class WandbSink:
         return finished
 
     def close(self, drain_timeout=300.0, summary=None):
-        """Send what is left, and end the W&B run. Call it after Writer.flush. Returns the number of rows not sent.
+        """Send what is left, and end the W&B run; after Writer.flush. Returns the number of rows not sent.
 
         Waits at most drain_timeout seconds, with a line every few seconds; then the process is killed.
 
@@ -762,7 +790,8 @@ class WandbSink:
         self._closing = True
         deadline = time.monotonic() + drain_timeout
         try:
-            self._child.stdin.write((json.dumps({"finish": summary or {}, "within": drain_timeout}) + "\n").encode())
+            order = {"finish": summary or {}, "within": drain_timeout}
+            self._child.stdin.write((json.dumps(order) + "\n").encode())
             self._child.stdin.close()
         except (BrokenPipeError, ValueError):
             pass
@@ -830,8 +859,8 @@ class _Orders(threading.Thread):
 
 def _init_wandb(wandb, spec, mode):
     """Start the W&B run quietly: no console capture, no output, statistics of the training's process."""
-    settings = wandb.Settings(console="off", silent=True, init_timeout=spec["init_timeout"], program=spec["program"],
-                              x_stats_pid=spec["pid"], disable_job_creation=True)
+    settings = wandb.Settings(console="off", silent=True, init_timeout=spec["init_timeout"],
+                              program=spec["program"], x_stats_pid=spec["pid"], disable_job_creation=True)
     return wandb.init(**spec["init"], dir=spec["run_dir"], mode=mode, resume="allow", settings=settings)
 
 
@@ -889,7 +918,7 @@ def _feed(spec, orders, tell):
                 for kind, text in gate.messages(last, alerts):
                     try:
                         run.alert(title=kind, text=text, level="WARN", wait_duration=0)
-                    except Exception as error:  # the row is sent; the console and the record have the alert too
+                    except Exception as error:  # the row is sent; console and record have the alert too
                         tell(failed=f"an alert could not be sent ({_brief(error)})")
                 if time.monotonic() - told > 0.5:
                     told = time.monotonic()

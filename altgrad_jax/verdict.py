@@ -1,9 +1,9 @@
 """Was the run sound? Decided from its folder alone, so it can be asked again later, on another machine.
 
 A run is sound when it made all its steps, its loss fell, no step was non-finite, and neither `divergence` nor
-`val_rising` was raised. "Fell" compares the mean loss of the first 5% of the steps with that of the last 5% (at least
-one step each). Alerts of other kinds (a loss spike, a dead layer) are counted and shown, but a run that took them and
-still learned is sound.
+`val_rising` was raised. "Fell" compares the mean loss of the first 5% of the steps with that of the last 5%
+(at least one step each). Alerts of other kinds (a loss spike, a dead layer) are counted and shown, but a run
+that took them and still learned is sound.
 """
 
 import json
@@ -24,37 +24,39 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.logger import MANIFEST, METRICS, TIMING, parse_row, write_atomically
 
 SHARE = 0.05  # of the steps, at either end
-UNSOUND_ALERTS = ("divergence", "val_rising")
+UNSOUND_ALERTS = {"divergence": "the loss rose above where it began",
+                  "val_rising": "the validation loss kept rising"}
 VERDICT = "verdict.json"
 LOSS_PLOT = "loss.png"
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 def read_rows(run_dir):
     """The rows of metrics.jsonl in order: {"step": int, name: float, ..., "alerts": [...]}.
 
-    A torn last line, which a killed run leaves, is passed over. UserError where the file is missing, or damaged
-    before its end.
+    A torn last line, which a killed run leaves, is passed over. UserError where the file is missing, or
+    damaged before its end.
     """
     path = Path(run_dir) / METRICS
     try:
         file = open(path, encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a run") from None
+        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a "
+                        "run") from None
     with file:
         for number, line in enumerate(file, 1):
             if line.endswith("\n"):
                 try:
                     yield parse_row(line)
                 except (ValueError, KeyError, AttributeError, TypeError):
-                    raise UserError(f"{path} is damaged in line {number}; restore it from a copy, or resume the run "
-                                    "from a checkpoint before that row") from None
+                    raise UserError(f"{path} is damaged in line {number}; restore it from a copy, or resume "
+                                    "the run from a checkpoint before that row") from None
 
 
 def read_timing(run_dir):
-    """(rows, events) of timing.jsonl; damaged lines are passed over: it is history, not evidence. Empty if missing."""
+    """(rows, events) of timing.jsonl, empty if missing. Damaged lines are passed over."""
     rows, events = [], []
     path = Path(run_dir) / TIMING
     if path.exists():
@@ -70,10 +72,11 @@ def read_timing(run_dir):
 
 
 def read_history(run_dir, keys=None):
-    """Columns of the record: {"step": int64 [rows], name: float32 [rows], ...}, NaN where a row lacks the name.
+    """Columns of the record: {"step": int64 [rows], name: float32 [rows], ...}, NaN where a row has no such.
 
     Args:
-      keys: the names wanted; None: every name of any row (alerts are not a column). A name no row has gives all NaN.
+      keys: the names wanted; None: every name of any row (alerts are not a column). A name no row has gives
+        all NaN.
     """
     steps, columns = [], {key: [] for key in keys or ()}
     for row in read_rows(run_dir):
@@ -89,11 +92,11 @@ def read_history(run_dir, keys=None):
     return history
 
 
-# ------------------------------------------------------------------------------------------------------------- verdict
+# ---------------------------------------------------------------------------------------------------- verdict
 
 
 def _is_nonfinite(row):
-    """Whether the update this row describes was non-finite somewhere. Rows of an evaluation alone never are."""
+    """Whether the update this row describes was non-finite somewhere."""
     if any(not math.isfinite(row[key]) for key in ("loss", "grad_norm") if key in row):
         return True
     return any(value > 0 or not math.isfinite(value) for key, value in row.items()
@@ -111,8 +114,8 @@ def _end_means(losses):
 
 
 def _typical_speed(timing, events):
-    """Medians of (tokens_per_s, step_time_s) over the last timing of each step, without each process's first dispatch:
-    it holds the compilation. (None, None) where nothing else is left."""
+    """Medians of (tokens_per_s, step_time_s) over the last timing of each step, without each process's first
+    dispatch: it holds the compilation. (None, None) where nothing else is left."""
     starts = sorted(event["time"] for event in events if event["event"] in ("start", "resume")) or [-math.inf]
     first = {}  # start of a process -> time of its first rows
     for row in timing:
@@ -142,12 +145,12 @@ def make_verdict(run_dir, *, max_steps=None, stopped=None):
       stopped: why it ended early, in a few words ("10 non-finite steps in a row"); None: derived.
 
     Returns:
-      dict with `verdict` ("sound ...", or "not sound: ..."), `sound`, `steps`, `max_steps`, `finished`, `stopped`,
-      `loss_fell` (None: too few steps to tell), `loss_first`, `loss_last` (means of the first and last 5%),
-      `initial_loss`, `final_loss`, `final_perplexity`, `nonfinite_steps`, `first_nonfinite_step`, `alerts` ({kind:
-      count}), `validation` ([[step, loss]]), `best_val_loss`, `best_val_step`, `final_val_loss`,
-      `final_val_perplexity`, `checkpoints`, `anomalies` (steps), `tokens_per_s`, `step_time_s`, `paths`. Losses are
-      nats per token; what is not finite is a string.
+      dict with `verdict` ("sound ...", or "not sound: ..."), `sound`, `steps`, `max_steps`, `finished`,
+      `stopped`, `loss_fell` (None: too few steps to tell), `loss_first`, `loss_last` (means of the first and
+      last 5%), `initial_loss`, `final_loss`, `final_perplexity`, `nonfinite_steps`, `first_nonfinite_step`,
+      `alerts` ({kind: count}), `validation` ([[step, loss]]), `best_val_loss`, `best_val_step`,
+      `final_val_loss`, `final_val_perplexity`, `checkpoints`, `anomalies` (steps), `tokens_per_s`,
+      `step_time_s`, `paths`. Losses are nats per token; what is not finite is a string.
     """
     run_dir = Path(run_dir)
     max_steps = _max_steps(run_dir) if max_steps is None else max_steps
@@ -175,11 +178,13 @@ def make_verdict(run_dir, *, max_steps=None, stopped=None):
     remark = f", with alerts: {_count(mild)}" if mild else ""
     return _jsonable({
         "verdict": "not sound: " + "; ".join(reasons) if reasons else
-                   f"sound: {steps} steps, loss fell from {first:.4f} to {last:.4f}, every step finite{remark}",
+                   f"sound: {steps} steps, loss fell from {first:.4f} to {last:.4f}, every step "
+                   f"finite{remark}",
         "sound": not reasons, "steps": steps, "max_steps": max_steps, "finished": finished,
         "stopped": stopped or (None if finished else "before its last step"),
         "loss_fell": fell, "loss_first": first, "loss_last": last,
-        "initial_loss": losses[0] if losses else None, "final_loss": final_loss, "final_perplexity": _exp(final_loss),
+        "initial_loss": losses[0] if losses else None,
+        "final_loss": final_loss, "final_perplexity": _exp(final_loss),
         "nonfinite_steps": len(bad), "first_nonfinite_step": bad[0] if bad else None, "alerts": alerts,
         "validation": validation, "best_val_loss": best_loss, "best_val_step": best_step,
         "final_val_loss": final_val_loss, "final_val_perplexity": _exp(final_val_loss),
@@ -201,9 +206,7 @@ def _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, alerts
         reasons.append(f"the loss did not fall (first 5% of the steps {first:.4f}, last 5% {last:.4f})")
     if bad:
         reasons.append(f"{len(bad)} non-finite step{'s' if len(bad) > 1 else ''}, the first at step {bad[0]}")
-    reasons += [{"divergence": "the loss rose above where it began", "val_rising": "the validation loss kept rising"}
-                [kind] for kind in UNSOUND_ALERTS if kind in alerts]
-    return reasons
+    return reasons + [text for kind, text in UNSOUND_ALERTS.items() if kind in alerts]
 
 
 def _exp(loss):
@@ -219,7 +222,8 @@ def _count(alerts):
 def _step_folders(folder):
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if re.fullmatch(r"\d+", path.name) and path.is_dir())
+    return sorted(int(path.name) for path in folder.iterdir()
+                  if re.fullmatch(r"[0-9]+", path.name) and path.is_dir())
 
 
 def _jsonable(value):
@@ -238,7 +242,7 @@ def write_verdict(run_dir, verdict):
                      (json.dumps(verdict, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
-# ------------------------------------------------------------------------------------------------------------ printing
+# --------------------------------------------------------------------------------------------------- printing
 
 
 def _show(value, digits=4):
@@ -258,11 +262,16 @@ def _validation_line(validation, points=6):
 def _facts(v):
     of = "" if v["max_steps"] is None else f" of {v['max_steps']}"
     fell = {True: "yes", False: "NO", None: "cannot tell"}[v["loss_fell"]]
-    bad = "none" if not v["nonfinite_steps"] else f"{v['nonfinite_steps']}, the first at step {v['first_nonfinite_step']}"
-    best = "" if v["best_val_loss"] is None else f"; best {_show(v['best_val_loss'])} at step {v['best_val_step']}"
+    bad, best = "none", ""
+    if v["nonfinite_steps"]:
+        bad = f"{v['nonfinite_steps']}, the first at step {v['first_nonfinite_step']}"
+    if v["best_val_loss"] is not None:
+        best = f"; best {_show(v['best_val_loss'])} at step {v['best_val_step']}"
+    first, last = _show(v["loss_first"]), _show(v["loss_last"])
+    initial, final = _show(v["initial_loss"]), _show(v["final_loss"])
     yield "steps", f"{v['steps']}{of}" + ("" if v["finished"] else f", stopped: {v['stopped']}")
-    yield "loss fell", f"{fell} (first 5% of the steps {_show(v['loss_first'])}, last 5% {_show(v['loss_last'])})"
-    yield "loss", f"{_show(v['initial_loss'])} -> {_show(v['final_loss'])}, perplexity {_show(v['final_perplexity'], 1)}"
+    yield "loss fell", f"{fell} (first 5% of the steps {first}, last 5% {last})"
+    yield "loss", f"{initial} -> {final}, perplexity {_show(v['final_perplexity'], 1)}"
     yield "validation loss", _validation_line(v["validation"]) + best
     yield "validation perplexity", _show(v["final_val_perplexity"], 1)
     yield "non-finite steps", bad
@@ -290,8 +299,9 @@ def print_verdict(verdict, stream=None, seconds=None):
     console = Console(file=Lasting(sys.stdout if stream is None else stream), highlight=False)
     if console.is_terminal:
         # Long paths fold rather than being cut: they are there to be copied.
-        table = Table(box=box.ROUNDED, show_header=False, title_justify="left", expand=False,
-                      title=Text(f"{verdict['verdict']}", style="bold green" if verdict["sound"] else "bold red"))
+        style = "bold green" if verdict["sound"] else "bold red"
+        table = Table(box=box.ROUNDED, show_header=False, title=Text(verdict["verdict"], style=style),
+                      title_justify="left")
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for name, text in facts:
@@ -303,7 +313,7 @@ def print_verdict(verdict, stream=None, seconds=None):
     print("\n".join(["", *lines, "", verdict["verdict"]]), file=console.file, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ plotting
+# --------------------------------------------------------------------------------------------------- plotting
 
 
 def _smooth(losses, window):
@@ -323,7 +333,8 @@ INK, FAINT, VALIDATION, ALERT_COLOUR = "#1f4e79", "#9dbbd8", "#c8501e", "#b3261e
 def plot_loss(run_dir, title=None):
     """Draw loss.png: loss (raw, smoothed, validation), learning rate and gradient norm. Returns its path.
 
-    Red ticks at the foot of the loss mark steps with alerts, red lines non-finite steps, grey dotted lines resumes.
+    Red ticks at the foot of the loss mark steps with alerts, red lines non-finite steps, grey dotted lines
+    resumes.
     """
     # Imported here: it takes half a second, and a training that is resumed a hundred times never draws.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -407,7 +418,8 @@ def _draw_loss(axis, steps, column, alerts, bad, resumes):
         axis.plot(steps[evaluated], validation[evaluated], color=VALIDATION, lw=1.2, marker="o", ms=4,
                   label=f"validation loss (last {validation[evaluated][-1]:.3f})")
     if not trained and not evaluated.any():
-        axis.text(0.5, 0.5, "no finite loss in the record", transform=axis.transAxes, ha="center", color=ALERT_COLOUR)
+        axis.text(0.5, 0.5, "no finite loss in the record", transform=axis.transAxes, ha="center",
+                  color=ALERT_COLOUR)
     for step in resumes:
         axis.axvline(step, color="#888888", lw=0.8, ls=":", label="resumed" if step == resumes[0] else None)
     # In axis coordinates, so that neither moves the limits of the loss.
@@ -416,5 +428,6 @@ def _draw_loss(axis, steps, column, alerts, bad, resumes):
         axis.vlines(bad, 0, 1, transform=foot, color=ALERT_COLOUR, lw=0.6, alpha=0.25,
                     label=f"non-finite step ({len(bad)})")
     if alerts:
-        axis.vlines(alerts, 0, 0.04, transform=foot, color=ALERT_COLOUR, lw=1.2, label=f"alert ({len(alerts)} steps)")
+        axis.vlines(alerts, 0, 0.04, transform=foot, color=ALERT_COLOUR, lw=1.2,
+                    label=f"alert ({len(alerts)} steps)")
     axis.set_ylabel("loss (nats per token)")

@@ -131,7 +131,8 @@ def test_eta_leaves_the_first_dispatch_out():
 def test_numbers_for_people():
     assert [show_rate(x) for x in (None, 7.0, 999.0, 1536.0, 123456.0, 1.234e6, 2.5e9)] == [
         "- tok/s", "7 tok/s", "999 tok/s", "1.54k tok/s", "123k tok/s", "1.23M tok/s", "2500M tok/s"]
-    assert [show_duration(x) for x in (None, math.nan, 0, 59.6, 3725)] == ["-", "-", "0:00:00", "0:01:00", "1:02:05"]
+    assert [show_duration(x) for x in (None, math.nan, 0, 59.6, 3725)] == [
+        "-", "-", "0:00:00", "0:01:00", "1:02:05"]
 
 
 def test_an_unknown_mode_is_named():

@@ -45,6 +45,10 @@ def timing_of(run_dir):
     return [json.loads(line) for line in (run_dir / "timing.jsonl").read_text().splitlines()]
 
 
+def record_bytes(run_dir):
+    return (run_dir / "metrics.jsonl").read_bytes()
+
+
 def fill(run_dir, last, resume_step=None, log_interval=1):
     record = Record.open(run_dir, resume_step, log_interval=log_interval)
     for step in range(0 if resume_step is None else resume_step + 1, last + 1):
@@ -53,7 +57,7 @@ def fill(run_dir, last, resume_step=None, log_interval=1):
     record.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------------------------- rows
 
 
 def test_numbers_are_the_shortest_float32():
@@ -100,7 +104,7 @@ def test_the_fast_formatter_equals_format_row():
         assert alerts == [{"kind": "loss_spike", "layer": None, "value": 2.5},
                           {"kind": "dead_layer", "layer": "block_0/mlp_up", "value": 0.25}]
         evaluation = {"val_loss": 0.1, "val_perplexity": math.inf}
-        row = {"step": 3, "loss": values[0], NAMES[1]: values[1], NAMES[2]: values[2], **evaluation, "alerts": alerts}
+        row = {"step": 3, **dict(zip(NAMES[:3], values)), **evaluation, "alerts": alerts}
         assert formatter.line(3, values, evaluation, alerts) == format_row(row)
 
 
@@ -110,7 +114,7 @@ def test_which_rows_are_kept():
     assert all(keep_row(step, log_interval=1) for step in range(5))
 
 
-# -------------------------------------------------------------------------------------------------------------- record
+# ----------------------------------------------------------------------------------------------------- record
 
 
 def test_a_fresh_run_refuses_an_old_record(tmp_path):
@@ -128,13 +132,14 @@ def test_a_resumed_record_has_the_bytes_of_an_uninterrupted_one(tmp_path):
     with open(tmp_path / "cut" / "timing.jsonl", "a") as file:
         file.write('{"step": 18, "ti')
     fill(tmp_path / "cut", 20, resume_step=9)
-    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert record_bytes(tmp_path / "cut") == record_bytes(tmp_path / "whole")
     timing = timing_of(tmp_path / "cut")  # every line parses again, and the history is kept
     assert [row["step"] for row in timing if "event" not in row] == [*range(18), *range(10, 21)]
     assert [(row["event"], row["step"]) for row in timing if "event" in row] == [("start", 0), ("resume", 9)]
 
 
-@pytest.mark.parametrize("torn", [b"", b"\0" * 300, b'{"step": 6, "loss": 0.1}', b"\xff\xfe\n", b'{"st\n{"step": 7}\n'])
+@pytest.mark.parametrize("torn", [b"", b"\0" * 300, b'{"step": 6, "loss": 0.1}', b"\xff\xfe\n",
+                                  b'{"st\n{"step": 7}\n'])
 def test_any_tail_behind_the_checkpoint_is_cut(tmp_path, torn):
     fill(tmp_path, 5)
     whole = (tmp_path / "metrics.jsonl").read_bytes()
@@ -204,7 +209,7 @@ for start in range(1, 10**9, 10):
 
 
 def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path.cwd(),
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE,
                              env={**os.environ, "PYTHONPATH": str(Path(logger.__file__).parent.parent)})
     with child:
         flushed = [child.stdout.readline() for _ in range(40)]
@@ -215,7 +220,7 @@ def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
     assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, last + 1))
 
 
-# -------------------------------------------------------------------------------------------------------------- writer
+# ----------------------------------------------------------------------------------------------------- writer
 
 
 class ConsoleSpy:
@@ -241,8 +246,8 @@ class NotReady:
         return np.asarray(self.array)
 
 
-def run_writer(run_dir, steps, *, resume_step=None, per_dispatch=4, eval_every=5, val=lambda step: 5.0, alert_at=(),
-               **settings):
+def run_writer(run_dir, steps, *, resume_step=None, per_dispatch=4, eval_every=5, val=lambda step: 5.0,
+               alert_at=(), **settings):
     first = 1 if resume_step is None else resume_step + 1
     record = Record.open(run_dir, resume_step, log_interval=settings.get("log_interval", 1))
     writer = Writer(record, max_steps=settings.pop("max_steps", steps), tokens_per_step=100,
@@ -255,8 +260,9 @@ def run_writer(run_dir, steps, *, resume_step=None, per_dispatch=4, eval_every=5
         for step in alert_at:
             if first <= step <= last:
                 values[step - first, 3] = 9.5
-        evaluation = {"val_loss": NotReady(np.float32(val(last)))} if last % eval_every == 0 or last == steps else None
-        writer.submit(DispatchRecord(first, NAMES, values, evaluation=evaluation, dispatched_at=time.perf_counter()))
+        due = last % eval_every == 0 or last == steps
+        evaluation = {"val_loss": NotReady(np.float32(val(last)))} if due else None
+        writer.submit(DispatchRecord(first, NAMES, values, None, evaluation, time.perf_counter()))
         first = last + 1
     return writer
 
@@ -286,9 +292,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     # Rises at 10 and, after the resume, at 15: the count must survive it, and begin once.
     val = {0: 5.0, 5: 4.0, 10: 4.1, 15: 4.2, 20: 4.3}.get
     run_writer(tmp_path / "whole", 20, val=val).close()
-    run_writer(tmp_path / "cut", 13, val=lambda step: val(step, 9.0), max_steps=20, per_dispatch=3, alert_at=(12,)).close()
+    run_writer(tmp_path / "cut", 13, val=lambda step: val(step, 9.0), max_steps=20, per_dispatch=3,
+               alert_at=(12,)).close()
     run_writer(tmp_path / "cut", 20, val=val, resume_step=10).close()
-    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert record_bytes(tmp_path / "cut") == record_bytes(tmp_path / "whole")
     alerts = {row["step"]: row["alerts"] for row in rows_of(tmp_path / "whole") if "alerts" in row}
     assert alerts == {15: [{"kind": "val_rising", "layer": None, "value": pytest.approx(4.2)}]}
 
@@ -305,7 +312,8 @@ def test_log_interval_keeps_what_matters(tmp_path):
 def test_an_interruption_is_not_the_last_step(tmp_path):
     run_writer(tmp_path, 7, log_interval=5, eval_every=100, max_steps=20, val=lambda step: 5.0).close()
     assert [row["step"] for row in rows_of(tmp_path)] == [0, 5, 7]  # 7: it was evaluated
-    writer = Writer(Record.open(tmp_path / "x", log_interval=5), max_steps=20, tokens_per_step=1, log_interval=5)
+    writer = Writer(Record.open(tmp_path / "x", log_interval=5), max_steps=20, tokens_per_step=1,
+                    log_interval=5)
     writer.submit(DispatchRecord(1, NAMES, packed(range(1, 8))))
     writer.close()
     assert [row["step"] for row in rows_of(tmp_path / "x")] == [5]
@@ -332,8 +340,8 @@ def test_waiting_for_the_device_happens_on_the_thread(tmp_path):
 
 def test_step_time_counts_from_the_dispatch_or_the_one_before(tmp_path):
     now = iter([12.0, 18.0, 19.0])
-    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=100, flops_per_step=50.0, peak_flops=100.0,
-                    clock=lambda: next(now))
+    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=100, flops_per_step=50.0,
+                    peak_flops=100.0, clock=lambda: next(now))
     # Ready at 12, 18 and 19; the second was dispatched while the first ran, the third after a pause.
     for first, dispatched_at in ((1, 10.0), (3, 11.0), (5, 18.5)):
         writer.submit(DispatchRecord(first, NAMES, packed([first, first + 1]), dispatched_at=dispatched_at))
@@ -405,7 +413,7 @@ def test_wrong_shapes_are_an_error(tmp_path):
         writer.close()
 
 
-# -------------------------------------------------------------------------------------------------------------- alerts
+# ----------------------------------------------------------------------------------------------------- alerts
 
 
 def test_rising_validation_begins_once_and_is_rearmed():
@@ -429,7 +437,7 @@ def test_alerts_are_limited_per_kind_and_say_what_was_held_back():
         ("dead_layer", "step 105: dead_layer in c, value 0.75 (2 more since step 5)")]
 
 
-# ------------------------------------------------------------------------------------------------------------ manifest
+# --------------------------------------------------------------------------------------------------- manifest
 
 
 def test_manifest_round_trip_and_its_errors(tmp_path):
@@ -452,7 +460,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------- W&B
+# -------------------------------------------------------------------------------------------------------- W&B
 
 FAKE = '''
 import json, os, time
@@ -465,7 +473,8 @@ class Run:
     summary = {{}}
     def __init__(self, kw):
         self.out = open(OUT, "a")
-        self.put(init={{k: kw[k] for k in ("id", "mode", "resume", "dir", "project")}}, console=kw["settings"]["console"])
+        self.put(init={{k: kw[k] for k in ("id", "mode", "resume", "dir", "project")}},
+                 console=kw["settings"]["console"])
         self.starting_step = {starting_step}
     def put(self, **message):
         print(json.dumps(message), file=self.out, flush=True)
@@ -488,7 +497,7 @@ def init(**kw):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """fake(log="...") makes a module that plays wandb with that fault in it; returns (its name, what it received)."""
+    """fake(log="...") makes a module that plays wandb with that fault in it: (its name, what it received)."""
     folder = tmp_path / "modules"
     folder.mkdir()
     monkeypatch.setenv("PYTHONPATH", str(folder))
@@ -523,14 +532,14 @@ class Feed:
 
     def __init__(self, run_dir, module, steps=12, **settings):
         self.said, self.events = [], []
-        self.writer = run_writer(run_dir, 0 if settings.get("resume_step") is None else settings["resume_step"],
-                                 resume_step=settings.get("resume_step"), max_steps=steps)
+        resume_step = settings.get("resume_step")
+        self.writer = run_writer(run_dir, resume_step or 0, resume_step=resume_step, max_steps=steps)
         start = time.perf_counter()
         self.sink = logger.open_wandb(
-            run_dir, module=module, project="p", name="n", run_id="abc", config={"x": 1}, say=self.said.append,
-            event=lambda kind, step, **fields: self.events.append((kind, step, fields)),
+            run_dir, module=module, project="p", name="n", run_id="abc", config={"x": 1},
+            say=self.said.append, event=lambda kind, step, **fields: self.events.append((kind, step, fields)),
             **{"mode": "online", "init_timeout": 20.0, **settings})
-        for step in range((settings.get("resume_step") or 0) + 1, steps + 1):
+        for step in range((resume_step or 0) + 1, steps + 1):
             values = packed([step])
             values[0, 3] = 9.5 if step == 3 else 0
             self.writer.submit(DispatchRecord(step, NAMES, values, dispatched_at=time.perf_counter()))
@@ -571,7 +580,7 @@ def test_wandb_gets_every_key_of_every_row(tmp_path, fake):
 def test_no_fault_of_wandb_holds_the_run_up(tmp_path, fake, fault):
     module, received = fake(**fault)
     feed = Feed(tmp_path / "run", module, steps=30)
-    assert feed.held_up < 5.0  # a child process was started and 30 rows were written; no fault's time is in it
+    assert feed.held_up < 5.0  # a process was started and 30 rows were written; no fault's time is in it
     harmless = "noise" in str(fault)
     if "finish" in fault:
         wait_for(lambda: len(received("step")) == 31)
@@ -593,7 +602,8 @@ def test_no_fault_of_wandb_holds_the_run_up(tmp_path, fake, fault):
         assert feed.events[0][0] == "wandb_failed"
 
 
-@pytest.mark.parametrize("init", ["kw['mode'] == 'online' and 1 / 0", "kw['mode'] == 'online' and time.sleep(999)"])
+@pytest.mark.parametrize("init", ["kw['mode'] == 'online' and 1 / 0",
+                                  "kw['mode'] == 'online' and time.sleep(999)"])
 def test_without_an_answer_the_run_is_kept_offline(tmp_path, fake, init):
     module, received = fake(init=init)
     feed = Feed(tmp_path / "run", module, init_timeout=1.0)
@@ -637,8 +647,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_rows_recorded_before_kill_9_are_still_sent(tmp_path, fake):
     _, received = fake()
     root = str(Path(logger.__file__).parent.parent)
-    died = subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path / "run")], cwd=root,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], root, root + "/tests"])})
+    path = os.pathsep.join([os.environ["PYTHONPATH"], root, str(Path(__file__).parent)])
+    died = subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path / "run")],
+                          env={**os.environ, "PYTHONPATH": path})
     assert died.returncode == -signal.SIGKILL
     wait_for(lambda: received("finish"))
     assert [message["step"] for message in received("step")] == list(range(13)) and received("finish")
@@ -648,7 +659,7 @@ def test_wandb_modes(tmp_path):
     home = {"HOME": str(tmp_path)}
     assert logger.resolve_wandb_mode("auto", home) == "offline"
     assert logger.resolve_wandb_mode("auto", {**home, "WANDB_API_KEY": "k"}) == "online"
-    assert logger.resolve_wandb_mode("auto", {**home, "WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}) == "disabled"
+    assert logger.resolve_wandb_mode("auto", {**home, "WANDB_MODE": "disabled"}) == "disabled"
     assert logger.resolve_wandb_mode("offline", {**home, "WANDB_API_KEY": "k"}) == "offline"
     with pytest.raises(UserError, match="no W&B login"):
         logger.resolve_wandb_mode("online", home)
@@ -662,7 +673,8 @@ def test_wandb_modes(tmp_path):
 def test_disabled_starts_nothing_and_offline_says_how_to_sync(tmp_path, fake):
     module, _ = fake()
     said = []
-    assert logger.open_wandb(tmp_path, mode="disabled", run_id="a", project="p", name="n", say=said.append) is None
+    sink = logger.open_wandb(tmp_path, mode="disabled", run_id="a", project="p", name="n", say=said.append)
+    assert sink is None
     assert said == []
     feed = Feed(tmp_path / "run", module, mode="offline")
     assert feed.close() == 0
