@@ -17,11 +17,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
-    add("--source", choices=("auto", *sources.SOURCES), default="auto",
-        help="a named corpus; auto (the default) is eurlex57k, or the small sample if that cannot be had")
-    add("--input", metavar="PATH", type=Path,
-        help="local documents instead: JSONL (.gz, .zst), JSON, TXT, parquet, EURLEX57K's zip, a directory")
+    add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    either("--source", choices=("auto", *sources.SOURCES), default="auto",
+           help="a named corpus; auto (the default) is eurlex57k, or the small sample if that cannot be had")
+    either("--input", metavar="PATH", type=Path,
+           help="local documents instead: JSONL (.gz, .zst), JSON, TXT, parquet, EURLEX57K's zip, a folder")
     add("--out", metavar="DIR", help="where the token files go (default: data/<tokenizer>)")
     add("--tokenizer", choices=TOKENIZERS, default="gpt2", help="default: %(default)s")
     add("--text_field", metavar="NAME", help="the field of --input's records that holds the text")

@@ -264,6 +264,14 @@ def test_auto_falls_back_to_the_sample_with_a_warning(tmp_path, corpora):
     assert again.is_sample and "SMALL SAMPLE" in again.warnings[0]
 
 
+def test_force_never_replaces_data_by_the_sample(tmp_path, corpora):
+    make(tmp_path, TEXTS)
+    corpora[0].remove("eurlex57k")
+    with pytest.raises(SourceUnavailable):
+        prepare_source("auto", tmp_path / "data", BYTES, progress=False, force=True)
+    assert find(tmp_path, "auto").meta["source"] == "local"
+
+
 def test_auto_with_nothing_to_be_had(tmp_path, corpora):
     corpora[0].clear()
     with pytest.raises(

@@ -195,6 +195,8 @@ def prepare_source(
     try:
         return make(get("eurlex57k"))
     except SourceUnavailable as e:
+        if has_tokens(out_dir):
+            raise  # --force asked for something better than what is there, not for the sample in its place
         reason = str(e)
     try:
         return make(get("sample"), f"the corpus eurlex57k could not be had: {reason}")
