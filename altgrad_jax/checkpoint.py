@@ -270,8 +270,8 @@ def _describe(
 class _AllOrAnError(ocp.type_handlers.NumpyHandler):
     """Reads and writes NumPy arrays as Orbax does, but ends only when the last of them is done or has failed.
 
-    Orbax's handler leaves at the first failure. TensorStore still works on the other arrays then: writes go on
-    into the folder that is being removed, and each one prints a RuntimeError about a closed event loop, past
+    Orbax's handler leaves at the first failure. TensorStore still works on the other arrays then: writes go
+    on into the folder that is being removed, and each prints a RuntimeError about a closed event loop, past
     everything that could catch it.
     """
 

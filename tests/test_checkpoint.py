@@ -330,7 +330,7 @@ def test_impossible_requests_name_what_is_possible(tmp_path, opened):
 
 
 def test_every_flipped_bit_is_harmless_or_detected(tmp_path, opened):
-    """In each file of a checkpoint, at several places: the state that is restored is right, or there is none."""
+    """In each file of a checkpoint, at several places: the restored state is right, or there is none."""
     checkpoints = opened(tmp_path)
     save(checkpoints, 1)
     expected, rng = make_state(1), random.Random(0)
