@@ -1,17 +1,17 @@
 """Text from a model: a key-value cache, one compiled program, and the same tokens for the same seed.
 
-One call of the compiled function reads a context and continues it. The context lies in an array of block_size tokens
-with its length as a traced number, and so do the number of new tokens and the temperature: prompts of any length
-share one compile (top_k, which is a shape, does not). The context's keys and values are computed in one pass; then a
-loop feeds the last token, samples the next one, and so on. The positions behind the context hold padding, which is
-never attended to and is overwritten as the loop gets there.
+One call of the compiled function reads a context and continues it. The context lies in an array of block_size
+tokens with its length as a traced number, and so do the number of new tokens and the temperature: prompts of
+any length share one compile (top_k, which is a shape, does not). The context's keys and values are computed
+in one pass; then a loop feeds the last token, samples the next one, and so on. The positions behind the
+context hold padding, which is never attended to and is overwritten as the loop gets there.
 
-Positions are learned and absolute, and a cached key carries its position, so a full context cannot slide by one
-token. When it is full, the model starts over from its last block_size // 2 tokens, at position 0, and what lies
-further back is forgotten. Of a longer prompt, the last block_size tokens are read.
+Positions are learned and absolute, and a cached key carries its position, so a full context cannot slide by
+one token. When it is full, the model starts over from its last block_size // 2 tokens, at position 0, and
+what lies further back is forgotten. Of a longer prompt, the last block_size tokens are read.
 
-The random key of new token i is fold_in(key(seed), i): it depends on nothing else, so a longer text begins with the
-shorter one.
+The random key of new token i is fold_in(key(seed), i): it depends on nothing else, so a longer text begins
+with the shorter one.
 
 Axes: T positions of the context (block_size), V vocabulary, L any number of tokens.
 """
@@ -39,8 +39,8 @@ def load_model(path, step=None):
       step: which checkpoint of the run folder; None is the newest.
 
     Returns:
-      (params, config, settings): nested dict of NumPy float32 arrays, the GPTConfig, and the flat dict of the run's
-      settings as it stands in the checkpoint.
+      (params, config, settings): nested dict of NumPy float32 arrays, the GPTConfig, and the flat dict of the
+      run's settings as it stands in the checkpoint.
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged, or its settings describe no model.
@@ -51,13 +51,15 @@ def load_model(path, step=None):
     names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "attention"]
     missing = [name for name in names if name not in settings]
     if missing:
-        raise UserError(f"the checkpoint in {path} does not record {', '.join(missing)}; give one that was written by "
-                        "scripts/train.py or scripts/export_hf.py --import.")
+        raise UserError(
+            f"the checkpoint in {path} does not record {', '.join(missing)}; give one that was written by "
+            "scripts/train.py or scripts/export_hf.py --import."
+        )
     return params, GPTConfig(**{name: settings[name] for name in names}), settings
 
 
 def sample_token(logits_V, key, temperature, top_k):
-    """One token id, int32: drawn from softmax(logits / temperature) over the top_k largest logits (None: all).
+    """One token id, int32: drawn from softmax(logits / temperature) over the top_k largest (None: all).
 
     temperature 0 is the largest logit; of equal ones the lowest id. `temperature` may be traced, `top_k` not.
     """
@@ -73,7 +75,7 @@ def sample_token(logits_V, key, temperature, top_k):
 
 @partial(jax.jit, static_argnames=("config", "top_k"))
 def _continue(params, context_T, n_context, n_new, first, key, temperature, end_id, *, config, top_k):
-    """Continues the first `n_context` tokens of `context_T` by up to `n_new` tokens; it ends early after `end_id`.
+    """Continues the first `n_context` tokens of `context_T` by up to `n_new` tokens; `end_id` ends it early.
 
     The new tokens are number `first`, first + 1, ... of the whole text (for their random keys).
 
@@ -100,8 +102,17 @@ def _continue(params, context_T, n_context, n_new, first, key, temperature, end_
     return new_T, n_done, finite
 
 
-def generate(params, config: GPTConfig, prompt_ids_L, *, max_new_tokens, temperature=1.0, top_k=None, seed=0,
-             end_id=None):
+def generate(
+    params,
+    config: GPTConfig,
+    prompt_ids_L,
+    *,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    seed=0,
+    end_id=None,
+):
     """Continues a prompt; a pure function of its arguments on one machine.
 
     Args:
@@ -122,7 +133,8 @@ def generate(params, config: GPTConfig, prompt_ids_L, *, max_new_tokens, tempera
     """
     prompt_ids_L = np.asarray(prompt_ids_L)
     _check(prompt_ids_L, config, max_new_tokens, temperature, top_k, seed)
-    # The cached attention has one kernel; saying so keeps one compile for every config that differs in it alone.
+    # The cached attention has one kernel; saying so keeps one compile for every config that differs in it
+    # alone.
     config = dataclasses.replace(config, attention="xla")
     params = jax.device_put(params)
     key = jax.random.key(seed)
@@ -135,10 +147,21 @@ def generate(params, config: GPTConfig, prompt_ids_L, *, max_new_tokens, tempera
         padded_T = np.zeros(T, np.int32)
         padded_T[: len(context)] = context
         new_T, n_done, finite = _continue(
-            params, padded_T, len(context), n_new, len(new_ids), key, float(temperature), -1 if end_id is None else end_id,
-            config=config, top_k=top_k or None)
+            params,
+            padded_T,
+            len(context),
+            n_new,
+            len(new_ids),
+            key,
+            float(temperature),
+            -1 if end_id is None else end_id,
+            config=config,
+            top_k=top_k or None,
+        )
         if not finite:
-            raise UserError("the model's logits are not finite, so no token can be chosen; use an earlier checkpoint.")
+            raise UserError(
+                "the model's logits are not finite, so no token can be chosen; use an earlier checkpoint."
+            )
         new_ids = np.concatenate([new_ids, np.asarray(new_T)[: int(n_done)]])
         if n_done < n_new or new_ids[-1] == end_id:
             break
@@ -151,13 +174,19 @@ def _check(prompt_ids_L, config, max_new_tokens, temperature, top_k, seed):
         raise UserError("the prompt has no token; give at least one, such as the end-of-text token.")
     outside = prompt_ids_L[(prompt_ids_L < 0) | (prompt_ids_L >= config.vocab_size)]
     if outside.size:
-        raise UserError(f"the prompt holds the token {outside[0]}, but the model knows 0 to {config.vocab_size - 1}; use the "
-                        "tokenizer that it was trained with.")
+        raise UserError(
+            f"the prompt holds the token {outside[0]}, but the model knows 0 to {config.vocab_size - 1}; use "
+            "the tokenizer that it was trained with."
+        )
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens} cannot be used; give 1 or more.")
     if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature = {temperature} cannot be used; give 0 (the most likely token) or more.")
+        raise UserError(
+            f"temperature = {temperature} cannot be used; give 0 (the most likely token) or more."
+        )
     if top_k is not None and not 0 <= top_k <= config.vocab_size:
-        raise UserError(f"top_k = {top_k} cannot be used; give 0 (off) to {config.vocab_size}, the model's vocabulary.")
+        raise UserError(
+            f"top_k = {top_k} cannot be used; give 0 (off) to {config.vocab_size}, the model's vocabulary."
+        )
     if not 0 <= seed <= SEED_MAX:
         raise UserError(f"seed = {seed} cannot be used; give a whole number from 0 to {SEED_MAX}.")

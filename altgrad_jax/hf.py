@@ -1,13 +1,14 @@
 """GPT-2 weights to and from the Hugging Face folder format: config.json and model.safetensors.
 
-The layout is that of transformers' GPT2LMHeadModel. Its Conv1D stores a weight as [inputs, outputs], which is how our
-kernels lie, so nothing is transposed; its q, k and v stand side by side in c_attn in our order. The output head is the
-embedding table in both, so lm_head is not written, and a file that carries one must carry the same numbers.
+The layout is that of transformers' GPT2LMHeadModel. Its Conv1D stores a weight as [inputs, outputs], which is
+how our kernels lie, so nothing is transposed; its q, k and v stand side by side in c_attn in our order. The
+output head is the embedding table in both, so lm_head is not written, and a file that carries one must carry
+the same numbers.
 
-Everything that would make transformers compute another function than ours (activation, epsilon, MLP width, attention
-scaling, cross attention) is refused on import by the name of its field. What only concerns training is carried where
-we have it: `dropout` is transformers' resid_pdrop and embd_pdrop. Our model does not drop attention probabilities, so
-attn_pdrop is written as 0 and not read.
+Everything that would make transformers compute another function than ours (activation, epsilon, MLP width,
+attention scaling, cross attention) is refused on import by the name of its field. What only concerns training
+is carried where we have it: `dropout` is transformers' resid_pdrop and embd_pdrop. Our model does not drop
+attention probabilities, so attn_pdrop is written as 0 and not read.
 
 Only safetensors files are read: a pickle (pytorch_model.bin) can run code when it is opened.
 """
@@ -31,14 +32,32 @@ CONFIG_FILE = "config.json"
 GPT2_END_OF_TEXT = 50256
 
 # Sizes are read under these names; the right-hand side is the GPTConfig argument.
-_SIZES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_positions": "block_size",
-          "vocab_size": "vocab_size"}
-# Fields that change the function: the value a missing field stands for in transformers, which is also the one we have.
-_FIXED = {"model_type": "gpt2", "layer_norm_epsilon": LAYER_NORM_EPS, "scale_attn_weights": True,
-          "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
+_SIZES = {
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "n_positions": "block_size",
+    "vocab_size": "vocab_size",
+}
+# Fields that change the function: the value a missing field stands for in transformers, which is also the one
+# we have.
+_FIXED = {
+    "model_type": "gpt2",
+    "layer_norm_epsilon": LAYER_NORM_EPS,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
-_LAYERS = {"ln_1": "ln_1", "attn_qkv": "attn.c_attn", "attn_out": "attn.c_proj", "ln_2": "ln_2",
-           "mlp_up": "mlp.c_fc", "mlp_down": "mlp.c_proj"}
+_LAYERS = {
+    "ln_1": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_out": "attn.c_proj",
+    "ln_2": "ln_2",
+    "mlp_up": "mlp.c_fc",
+    "mlp_down": "mlp.c_proj",
+}
 _ARRAYS = {"kernel": "weight", "scale": "weight", "bias": "bias", "embedding": "weight"}
 # Causal masks that old files store beside the weights; they are constants.
 _MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
@@ -107,11 +126,12 @@ def from_hf(tensors, config_json):
       config_json: the content of config.json.
 
     Returns:
-      (params, sizes): nested dict of float32 NumPy arrays, and the arguments n_layer, n_head, n_embd, block_size,
-      vocab_size and dropout of a GPTConfig.
+      (params, sizes): nested dict of float32 NumPy arrays, and the arguments n_layer, n_head, n_embd,
+      block_size, vocab_size and dropout of a GPTConfig.
 
     Raises:
-      UserError: a field of the config that we cannot honour, a missing or unknown array, a wrong shape, an untied head.
+      UserError: a field of the config that we cannot honour, a missing or unknown array, a wrong shape, an
+        untied head.
     """
     sizes = _sizes_of(config_json)
     config = GPTConfig(**sizes)
@@ -120,23 +140,33 @@ def from_hf(tensors, config_json):
     params = {}
     for path, name, shape in _entries(config):
         if name not in tensors:
-            raise UserError(f"the weights have no array {name}, which a GPT-2 of {config.n_layer} blocks needs; check that "
-                            "config.json belongs to them.")
+            raise UserError(
+                f"the weights have no array {name}, which a GPT-2 of {config.n_layer} blocks needs; check "
+                "that config.json belongs to them."
+            )
         array = np.asarray(tensors.pop(name))
         if array.shape != shape:
-            raise UserError(f"the array {name} has shape {list(array.shape)} but config.json asks for {list(shape)}; "
-                            "check that config.json belongs to the weights.")
+            raise UserError(
+                f"the array {name} has shape {list(array.shape)} but config.json asks for {list(shape)}; "
+                "check that config.json belongs to the weights."
+            )
         parent = params
         for key in path[:-1]:
             parent = parent.setdefault(key, {})
         parent[path[-1]] = array.astype(np.float32)
     unknown = sorted(name for name in tensors if not _MASK.fullmatch(name))
     if unknown:
-        raise UserError(f"the weights hold {len(unknown)} arrays that GPT-2 does not have, the first being {unknown[0]}; "
-                        "only a plain GPT2LMHeadModel (without adapters) can be imported.")
-    if head is not None and not np.array_equal(np.asarray(head).astype(np.float32), params["embed"]["embedding"]):
-        raise UserError("the weights hold an lm_head.weight that differs from wte.weight, but the output head here is the "
-                        "embedding table; only models with tied embeddings can be imported.")
+        raise UserError(
+            f"the weights hold {len(unknown)} arrays that GPT-2 does not have, the first being {unknown[0]}; "
+            "only a plain GPT2LMHeadModel (without adapters) can be imported."
+        )
+    if head is not None and not np.array_equal(
+        np.asarray(head).astype(np.float32), params["embed"]["embedding"]
+    ):
+        raise UserError(
+            "the weights hold an lm_head.weight that differs from wte.weight, but the output head here is "
+            "the embedding table; only models with tied embeddings can be imported."
+        )
     return params, sizes
 
 
@@ -145,16 +175,22 @@ def _sizes_of(config_json):
     for field, wanted in _FIXED.items():
         value = config_json.get(field, wanted)
         if value != wanted:
-            raise UserError(f"config.json has {field} = {value!r}, but only {wanted!r} can be imported; the model here "
-                            "computes nothing else.")
+            raise UserError(
+                f"config.json has {field} = {value!r}, but only {wanted!r} can be imported; the model here "
+                "computes nothing else."
+            )
     activation = config_json.get("activation_function", "gelu_new")
     if activation not in _TANH_GELUS:
-        raise UserError(f"config.json has activation_function = {activation!r}, but only {' or '.join(_TANH_GELUS)} can "
-                        "be imported; the model here computes nothing else.")
+        raise UserError(
+            f"config.json has activation_function = {activation!r}, but only {' or '.join(_TANH_GELUS)} can "
+            "be imported; the model here computes nothing else."
+        )
     for field in ("quantization_config", "pruned_heads"):
         if config_json.get(field):
-            raise UserError(f"config.json has {field}, which cannot be imported; give the full model in float32, float16 "
-                            "or bfloat16.")
+            raise UserError(
+                f"config.json has {field}, which cannot be imported; give the full model in float32, float16 "
+                "or bfloat16."
+            )
     sizes = {}
     for field, name in _SIZES.items():
         value = config_json.get(field)
@@ -162,17 +198,25 @@ def _sizes_of(config_json):
             raise UserError(f"config.json has {field} = {value!r}, but a positive whole number is needed.")
         sizes[name] = value
     if sizes["n_embd"] % sizes["n_head"]:
-        raise UserError(f"config.json has n_embd = {sizes['n_embd']}, which n_head = {sizes['n_head']} does not divide.")
+        raise UserError(
+            f"config.json has n_embd = {sizes['n_embd']}, which n_head = {sizes['n_head']} does not divide."
+        )
     inner = config_json.get("n_inner")
     if inner not in (None, 4 * sizes["n_embd"]):
-        raise UserError(f"config.json has n_inner = {inner!r}, but only null or 4 n_embd = {4 * sizes['n_embd']} can be "
-                        "imported.")
+        raise UserError(
+            f"config.json has n_inner = {inner!r}, but only null or 4 n_embd = {4 * sizes['n_embd']} can be "
+            "imported."
+        )
     dropouts = [config_json.get(field, 0.1) for field in ("resid_pdrop", "embd_pdrop")]
     if dropouts[0] != dropouts[1]:
-        raise UserError(f"config.json has resid_pdrop = {dropouts[0]!r} and embd_pdrop = {dropouts[1]!r}, but there is one "
-                        "dropout here; make them equal.")
+        raise UserError(
+            f"config.json has resid_pdrop = {dropouts[0]!r} and embd_pdrop = {dropouts[1]!r}, but there is "
+            "one dropout here; make them equal."
+        )
     if type(dropouts[0]) not in (int, float) or not 0 <= dropouts[0] < 1:
-        raise UserError(f"config.json has resid_pdrop = {dropouts[0]!r}, but a number from 0 to below 1 is needed.")
+        raise UserError(
+            f"config.json has resid_pdrop = {dropouts[0]!r}, but a number from 0 to below 1 is needed."
+        )
     return sizes | {"dropout": float(dropouts[0])}
 
 
@@ -197,10 +241,12 @@ def write_folder(folder, tensors, config_json):
 
 
 def refuse_occupied(folder) -> Path:
-    """`folder` made absolute, if something can be written there without overwriting anything; else UserError."""
+    """`folder` made absolute, if nothing is overwritten by writing there; else UserError."""
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder; nothing is overwritten, so give another path.")
+        raise UserError(
+            f"{folder} exists and is not an empty folder; nothing is overwritten, so give another path."
+        )
     return folder
 
 
@@ -210,7 +256,8 @@ def read_folder(folder):
     Arrays of float16, bfloat16 and float64 come as they are in the file.
 
     Raises:
-      UserError: the folder or a file is missing or damaged, the weights are a pickle, or an array is not floating point.
+      UserError: the folder or a file is missing or damaged, the weights are a pickle, or an array is not
+        floating point.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -222,13 +269,19 @@ def read_folder(folder):
         weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
         files = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
         if not files or any(file != Path(file).name for file in files):
-            raise UserError(f"{folder / INDEX_FILE} has a weight_map that does not name files of the folder; download the "
-                            "folder again.")
+            raise UserError(
+                f"{folder / INDEX_FILE} has a weight_map that does not name files of the folder; download "
+                "the folder again."
+            )
     elif list(folder.glob("*.bin")):
-        raise UserError(f"{folder} has its weights as a pickle ({next(folder.glob('*.bin')).name}), which can run code when "
-                        "it is opened; convert it with transformers' save_pretrained(..., safe_serialization=True).")
+        raise UserError(
+            f"{folder} has its weights as a pickle ({next(folder.glob('*.bin')).name}), which can run code "
+            "when it is opened; convert it with transformers' save_pretrained(..., safe_serialization=True)."
+        )
     else:
-        raise UserError(f"{folder} has no {WEIGHTS_FILE}; give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+        raise UserError(
+            f"{folder} has no {WEIGHTS_FILE}; give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}."
+        )
     tensors = {}
     for file in files:
         tensors |= _read_safetensors(folder / file)
@@ -256,8 +309,10 @@ def _read_safetensors(path):
                 if _MASK.fullmatch(name.removeprefix("transformer.")):
                     continue
                 if kind not in _READABLE:
-                    raise UserError(f"{path} stores {name} as {kind}, but only {', '.join(_READABLE)} can be imported; "
-                                    "quantized weights cannot.")
+                    raise UserError(
+                        f"{path} stores {name} as {kind}, but only {', '.join(_READABLE)} can be imported; "
+                        "quantized weights cannot."
+                    )
                 tensors[name] = file.get_tensor(name)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; download the folder again.") from None

@@ -3,9 +3,9 @@
     python scripts/export_hf.py checkpoints/bf16_baseline exported/
     python scripts/export_hf.py --import downloaded/gpt2 checkpoints/gpt2
 
-The first folder loads with transformers' GPT2LMHeadModel.from_pretrained. The second becomes a run folder with one
-checkpoint, of step 0, that holds parameters and settings but no optimizer state: what scripts/sample.py and
-scripts/evaluate.py need.
+The first folder loads with transformers' GPT2LMHeadModel.from_pretrained. The second becomes a run folder
+with one checkpoint, of step 0, that holds parameters and settings but no optimizer state: what
+scripts/sample.py and scripts/evaluate.py need.
 """
 
 import argparse
@@ -18,14 +18,22 @@ TOKENIZER_KEY = "altgrad_tokenizer"  # our own key in config.json; transformers 
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("source", help="run folder or checkpoint; with --import, the Hugging Face folder")
     parser.add_argument("out", help="folder to write, which must not exist yet or be empty")
-    parser.add_argument("--import", dest="imports", action="store_true", help="from Hugging Face instead of to it")
-    parser.add_argument("--step", type=int, help="checkpoint of the run folder to export (default: the newest)")
-    parser.add_argument("--tokenizer", choices=settings_table.VOCABULARY_OF,
-                        help="with --import: tokenizer of the model (default: what config.json or vocab_size says)")
+    parser.add_argument(
+        "--import", dest="imports", action="store_true", help="from Hugging Face instead of to it"
+    )
+    parser.add_argument(
+        "--step", type=int, help="checkpoint of the run folder to export (default: the newest)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        choices=settings_table.VOCABULARY_OF,
+        help="with --import: tokenizer of the model (default: what config.json or vocab_size says)",
+    )
     return parser.parse_args(argv)
 
 
@@ -46,7 +54,9 @@ def export_checkpoint(args):
     params, config, settings = load_model(args.source, args.step)
     tensors, config_json = hf.to_hf(params, config)
     hf.write_folder(args.out, tensors, config_json | {TOKENIZER_KEY: settings["tokenizer"]})
-    print(f"wrote {args.out}: GPT-2 with {sum(array.size for array in tensors.values()):,} parameters, float32")
+    print(
+        f"wrote {args.out}: GPT-2 with {sum(array.size for array in tensors.values()):,} parameters, float32"
+    )
 
 
 def import_folder(args):
@@ -67,21 +77,29 @@ def import_folder(args):
     settings_table.validate(config)
     checkpoints = open_checkpoints(out, max_checkpoints=1)
     try:
-        checkpoints.save(0, {"params": tree.map(jnp.asarray, params)},
-                         {"config": settings_table.to_dict(config), "imported_config": config_json})
+        checkpoints.save(
+            0,
+            {"params": tree.map(jnp.asarray, params)},
+            {"config": settings_table.to_dict(config), "imported_config": config_json},
+        )
     finally:
         checkpoints.close()
     for outcome in checkpoints.check():
         if outcome.error:
             raise UserError(outcome.error)
-    print(f"wrote {out}: step 0, GPT-2 with {sum(leaf.size for leaf in tree.leaves(params)):,} parameters, "
-          f"tokenizer {config.tokenizer}")
+    print(
+        f"wrote {out}: step 0, GPT-2 with {sum(leaf.size for leaf in tree.leaves(params)):,} parameters, "
+        f"tokenizer {config.tokenizer}"
+    )
     if config_json.get("attn_pdrop", 0.1):
-        print("note: config.json's attn_pdrop is not carried over; training here does not drop attention probabilities")
+        print(
+            "note: config.json's attn_pdrop is not carried over; training here does not drop attention "
+            "probabilities"
+        )
 
 
 def tokenizer_of(config_json):
-    """The tokenizer that an imported model was trained with, as far as its config.json tells; else UserError."""
+    """The tokenizer that an imported model was trained with, as its config.json tells; else UserError."""
     recorded = config_json.get(TOKENIZER_KEY)
     if recorded in settings_table.VOCABULARY_OF:
         return recorded
@@ -89,8 +107,10 @@ def tokenizer_of(config_json):
     names = {size: name for name, size in settings_table.VOCABULARY_OF.items()} | {50304: "gpt2"}
     vocab_size = config_json["vocab_size"]
     if vocab_size not in names:
-        raise UserError(f"config.json has vocab_size = {vocab_size}, which does not tell the tokenizer: give --tokenizer "
-                        f"{' or '.join(settings_table.VOCABULARY_OF)}")
+        raise UserError(
+            f"config.json has vocab_size = {vocab_size}, which does not tell the tokenizer: give --tokenizer "
+            f"{' or '.join(settings_table.VOCABULARY_OF)}"
+        )
     return names[vocab_size]
 
 

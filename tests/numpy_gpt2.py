@@ -1,8 +1,9 @@
-"""GPT-2 in float64 NumPy, forward and backward by hand: the oracle for the model, written from the definition.
+"""GPT-2 in float64 NumPy, forward and backward by hand: the oracle of the model.
 
-Definition: Radford et al. 2019 and the published GPT-2 code (pre-LayerNorm, learned positions, tanh-GELU, tied head).
-Nothing here is taken from, or shared with, the package: attention is computed one sequence and one head at a time, and
-each backward function is the chain rule written out. Parameters are the package's nested dict of arrays.
+The definition is that of Radford et al. 2019 and the published GPT-2 code (pre-LayerNorm, learned
+positions, tanh-GELU, tied head). Nothing here is taken from, or shared with, the package: attention is
+computed one sequence and one head at a time, and each backward function is the chain rule written out.
+Parameters are the package's nested dict of arrays.
 
 Axes: B batch, L length, D width, C width of a head, V vocabulary, R rows (any leading axes).
 """
@@ -76,7 +77,7 @@ class Gelu:
 
 
 class Attention:
-    """Causal attention of one sequence, head by head; q, k, v, the probabilities and the result are rounded."""
+    """Causal attention of one sequence, head by head; q, k, v, probabilities and result are rounded."""
 
     def __init__(self, n_head, rounding):
         self.n_head, self.rounding = n_head, rounding
@@ -88,7 +89,9 @@ class Attention:
         out_LD = np.zeros((L, width))
         self.heads = []
         for h in range(self.n_head):
-            q_LC, k_LC, v_LC = (rounded[:, part * width + h * C : part * width + (h + 1) * C] for part in range(3))
+            q_LC, k_LC, v_LC = (
+                rounded[:, part * width + h * C : part * width + (h + 1) * C] for part in range(3)
+            )
             probability_LL = np.zeros((L, L))
             for t in range(L):
                 scores = np.array([q_LC[t] @ k_LC[s] for s in range(t + 1)]) / np.sqrt(C)
@@ -114,7 +117,9 @@ class Attention:
 class Block:
     def __init__(self, weights, n_head, rounding):
         self.layers = {name: LayerNorm(weights[name]) for name in ("ln_1", "ln_2")}
-        self.layers |= {name: Linear(weights[name], rounding) for name in ("attn_qkv", "attn_out", "mlp_up", "mlp_down")}
+        self.layers |= {
+            name: Linear(weights[name], rounding) for name in ("attn_qkv", "attn_out", "mlp_up", "mlp_down")
+        }
         self.attention, self.gelu = Attention(n_head, rounding), Gelu()
 
     def forward(self, x_LD):
@@ -172,8 +177,10 @@ def run(params, tokens_BL, n_head, targets_BL=None, rounding=lambda x: x):
             dlogits_LV[t] = probability_V / tokens_BL.size
             dlogits_LV[t, target] -= 1 / tokens_BL.size
         rounded_LV = rounding(dlogits_LV)
-        gradient = {"embed": {"embedding": rounded_LV.T @ head_in_LD},
-                    "pos_embed": {"embedding": np.zeros_like(positions)}}
+        gradient = {
+            "embed": {"embedding": rounded_LV.T @ head_in_LD},
+            "pos_embed": {"embedding": np.zeros_like(positions)},
+        }
         dx_LD = ln_f.backward(rounded_LV @ rounding(table))
         gradient["ln_f"] = ln_f.gradient
         for i in reversed(range(n_blocks)):

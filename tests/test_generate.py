@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, a seed decides everything, and the samples follow the model's distribution."""
+"""The cache changes nothing, a seed decides everything, and samples follow the model's distribution."""
 
 import importlib.util
 import os
@@ -82,8 +82,10 @@ def test_a_full_context_starts_over_from_its_last_half(params, logits_after):
 
 def test_of_a_long_prompt_the_last_block_is_read(params):
     long = np.random.default_rng(0).integers(0, 256, 50)
-    np.testing.assert_array_equal(generate(params, TINY, long, max_new_tokens=1, temperature=0.0),
-                                  generate(params, TINY, long[-16:], max_new_tokens=1, temperature=0.0))
+    np.testing.assert_array_equal(
+        generate(params, TINY, long, max_new_tokens=1, temperature=0.0),
+        generate(params, TINY, long[-16:], max_new_tokens=1, temperature=0.0),
+    )
     other = np.concatenate([long[:-16], (long[-16:-15] + 1) % 256, long[-15:]])
     assert len(generate(params, TINY, other, max_new_tokens=30)) == 30
 
@@ -116,7 +118,9 @@ def test_samples_follow_the_distribution(temperature, top_k):
     n = 40_000
     frequency_V = np.bincount(draw(jax.random.split(jax.random.key(0), n)), minlength=5) / n
     # five standard deviations of a frequency
-    np.testing.assert_array_less(np.abs(frequency_V - wanted_V), 5 * np.sqrt(wanted_V * (1 - wanted_V) / n) + 1e-9)
+    np.testing.assert_array_less(
+        np.abs(frequency_V - wanted_V), 5 * np.sqrt(wanted_V * (1 - wanted_V) / n) + 1e-9
+    )
 
 
 def test_generated_tokens_follow_the_models_distribution(params, logits_after):
@@ -125,7 +129,10 @@ def test_generated_tokens_follow_the_models_distribution(params, logits_after):
     probability_V = np.exp(logits_V - logits_V.max())
     probability_V /= probability_V.sum()
     n = 400
-    tokens = [int(generate(params, TINY, PROMPT, max_new_tokens=1, temperature=3.0, seed=seed)[0]) for seed in range(n)]
+    tokens = [
+        int(generate(params, TINY, PROMPT, max_new_tokens=1, temperature=3.0, seed=seed)[0])
+        for seed in range(n)
+    ]
     # surprise of the samples against the entropy: a normalised sum with known mean and variance
     surprise = -np.log(probability_V)
     mean = (probability_V * surprise).sum()
@@ -148,8 +155,16 @@ def test_one_compile_serves_prompts_lengths_temperatures_and_seeds(params):
     generate(params, TINY, PROMPT, max_new_tokens=3, top_k=7)
     before = generate_module._continue._cache_size()
     for length, temperature, seed in ((1, 0.0, 1), (9, 0.7, 2), (16, 2.0, 3)):
-        generate(params, TINY, (PROMPT * 4)[:length], max_new_tokens=20, temperature=temperature, seed=seed, top_k=7,
-                 end_id=3)
+        generate(
+            params,
+            TINY,
+            (PROMPT * 4)[:length],
+            max_new_tokens=20,
+            temperature=temperature,
+            seed=seed,
+            top_k=7,
+            end_id=3,
+        )
     assert generate_module._continue._cache_size() == before
 
 
@@ -161,12 +176,21 @@ def test_the_smallest_contexts_work(block_size):
     assert len(new_ids) == 9 and set(new_ids) <= set(range(7))
 
 
-@pytest.mark.parametrize("options, complaint", [
-    ({"max_new_tokens": 0}, "max_new_tokens = 0"), ({"temperature": -1.0}, "temperature = -1"),
-    ({"temperature": float("nan")}, "temperature = nan"), ({"temperature": float("inf")}, "temperature = inf"),
-    ({"top_k": -1}, "top_k = -1"), ({"top_k": 257}, "top_k = 257"), ({"seed": -1}, "seed = -1"),
-    ({"seed": 2**31}, "seed = 2147483648"), ({"prompt_ids_L": []}, "no token"), ({"prompt_ids_L": [256]}, "token 256"),
-])
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens = 0"),
+        ({"temperature": -1.0}, "temperature = -1"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": float("inf")}, "temperature = inf"),
+        ({"top_k": -1}, "top_k = -1"),
+        ({"top_k": 257}, "top_k = 257"),
+        ({"seed": -1}, "seed = -1"),
+        ({"seed": 2**31}, "seed = 2147483648"),
+        ({"prompt_ids_L": []}, "no token"),
+        ({"prompt_ids_L": [256]}, "token 256"),
+    ],
+)
 def test_arguments_out_of_range_are_refused(params, options, complaint):
     arguments = {"prompt_ids_L": PROMPT, "max_new_tokens": 1} | options
     with pytest.raises(UserError, match=complaint):
@@ -222,17 +246,27 @@ def test_script_prints_samples(run_dir, params, capsys):
     assert not two.endswith(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("arguments, complaint", [
-    (["--num_samples", "0"], "num_samples"), (["--step", "3"], "step 3"), (["--top_k", "300"], "top_k = 300"),
-    (["--temperature", "-1"], "temperature"),
-])
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--num_samples", "0"], "num_samples"),
+        (["--step", "3"], "step 3"),
+        (["--top_k", "300"], "top_k = 300"),
+        (["--temperature", "-1"], "temperature"),
+    ],
+)
 def test_script_refuses_what_it_cannot_do(run_dir, arguments, complaint):
     with pytest.raises(UserError, match=complaint):
         sample(run_dir, *arguments)
 
 
 def test_script_ends_with_one_line_and_code_2(tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "scripts" / "sample.py", tmp_path / "nowhere"], cwd=tmp_path,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "sample.py", tmp_path / "nowhere"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1

@@ -15,7 +15,9 @@ from altgrad_jax import hf
 from altgrad_jax.errors import UserError
 from altgrad_jax.model import GPTConfig, init_params
 
-TINY = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=31, dropout=0.25, compute_dtype="float32")
+TINY = GPTConfig(
+    n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=31, dropout=0.25, compute_dtype="float32"
+)
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export_hf.py"
 
 
@@ -24,7 +26,9 @@ def params():
     tree = jax.jit(init_params, static_argnums=0)(TINY, 0)
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(0)  # so that no two arrays, biases and scales included, are alike
-    return jax.tree.unflatten(structure, [rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
+    return jax.tree.unflatten(
+        structure, [rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    )
 
 
 @pytest.fixture
@@ -49,34 +53,65 @@ def assert_same_tree(a, b):
 
 def test_names_shapes_and_layout_are_gpt2s(params, exported):
     tensors, _ = exported
-    want = {"transformer.wte.weight": (31, 8), "transformer.wpe.weight": (12, 8),
-            "transformer.ln_f.weight": (8,), "transformer.ln_f.bias": (8,)}
+    want = {
+        "transformer.wte.weight": (31, 8),
+        "transformer.wpe.weight": (12, 8),
+        "transformer.ln_f.weight": (8,),
+        "transformer.ln_f.bias": (8,),
+    }
     for i in range(2):
-        for layer, shape in {"ln_1": (8,), "attn.c_attn": (8, 24), "attn.c_proj": (8, 8), "ln_2": (8,),
-                             "mlp.c_fc": (8, 32), "mlp.c_proj": (32, 8)}.items():
-            want |= {f"transformer.h.{i}.{layer}.weight": shape, f"transformer.h.{i}.{layer}.bias": shape[-1:]}
+        for layer, shape in {
+            "ln_1": (8,),
+            "attn.c_attn": (8, 24),
+            "attn.c_proj": (8, 8),
+            "ln_2": (8,),
+            "mlp.c_fc": (8, 32),
+            "mlp.c_proj": (32, 8),
+        }.items():
+            want |= {
+                f"transformer.h.{i}.{layer}.weight": shape,
+                f"transformer.h.{i}.{layer}.bias": shape[-1:],
+            }
     assert {name: array.shape for name, array in tensors.items()} == want
     assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
     block = params["block_1"]
-    for name, array in [("attn.c_attn.weight", block["attn_qkv"]["kernel"]), ("ln_2.weight", block["ln_2"]["scale"]),
-                        ("mlp.c_proj.weight", block["mlp_down"]["kernel"]), ("ln_1.bias", block["ln_1"]["bias"])]:
+    for name, array in [
+        ("attn.c_attn.weight", block["attn_qkv"]["kernel"]),
+        ("ln_2.weight", block["ln_2"]["scale"]),
+        ("mlp.c_proj.weight", block["mlp_down"]["kernel"]),
+        ("ln_1.bias", block["ln_1"]["bias"]),
+    ]:
         np.testing.assert_array_equal(tensors["transformer.h.1." + name], array)
 
 
 def test_config_json_says_what_transformers_needs(exported):
     _, config_json = exported
-    wanted = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 12, "vocab_size": 31,
-              "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.25,
-              "embd_pdrop": 0.25, "attn_pdrop": 0.0, "tie_word_embeddings": True, "bos_token_id": None,
-              "eos_token_id": None}
+    wanted = {
+        "model_type": "gpt2",
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 8,
+        "n_positions": 12,
+        "vocab_size": 31,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": 0.25,
+        "embd_pdrop": 0.25,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     assert {name: config_json[name] for name in wanted} == wanted
 
 
 def test_end_of_text_is_named_where_the_vocabulary_has_it():
     for vocab_size, token in [(50256, None), (50257, 50256)]:
         config = GPTConfig(n_layer=1, n_head=1, n_embd=1, block_size=1, vocab_size=vocab_size)
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32),
-                             jax.eval_shape(lambda: init_params(config, 0)))
+        zeros = jax.tree.map(
+            lambda leaf: np.zeros(leaf.shape, np.float32), jax.eval_shape(lambda: init_params(config, 0))
+        )
         _, config_json = hf.to_hf(zeros, config)
         assert (config_json["bos_token_id"], config_json["eos_token_id"]) == (token, token)
 
@@ -84,7 +119,10 @@ def test_end_of_text_is_named_where_the_vocabulary_has_it():
 def test_folder_and_back_is_the_identity(params, exported, tmp_path):
     hf.write_folder(tmp_path / "a" / "out", *exported)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["out"]
-    assert sorted(path.name for path in (tmp_path / "a" / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "a" / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     got, sizes = hf.from_hf(*hf.read_folder(tmp_path / "a" / "out"))
     assert_same_tree(got, params)
     assert GPTConfig(**sizes, compute_dtype="float32") == TINY
@@ -92,8 +130,11 @@ def test_folder_and_back_is_the_identity(params, exported, tmp_path):
 
 def test_old_files_have_no_prefix_and_carry_masks_and_the_head(params, exported):
     tensors = {name.removeprefix("transformer."): array for name, array in exported[0].items()}
-    tensors |= {"h.0.attn.bias": np.tril(np.ones((1, 1, 12, 12), np.uint8)), "h.1.attn.masked_bias": np.float32(-1e4),
-                "lm_head.weight": tensors["wte.weight"].copy()}
+    tensors |= {
+        "h.0.attn.bias": np.tril(np.ones((1, 1, 12, 12), np.uint8)),
+        "h.1.attn.masked_bias": np.float32(-1e4),
+        "lm_head.weight": tensors["wte.weight"].copy(),
+    }
     got, _ = hf.from_hf(tensors, exported[1])
     assert_same_tree(got, params)
 
@@ -107,11 +148,15 @@ def test_missing_config_fields_stand_for_transformers_defaults(params, exported)
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_float_types_become_float32(exported, tmp_path, dtype):
-    hf.write_folder(tmp_path / "out", {name: array.astype(dtype) for name, array in exported[0].items()}, exported[1])
+    hf.write_folder(
+        tmp_path / "out", {name: array.astype(dtype) for name, array in exported[0].items()}, exported[1]
+    )
     got, _ = hf.from_hf(*hf.read_folder(tmp_path / "out"))
     table = got["embed"]["embedding"]
     assert table.dtype == np.float32
-    np.testing.assert_array_equal(table, exported[0]["transformer.wte.weight"].astype(dtype).astype(np.float32))
+    np.testing.assert_array_equal(
+        table, exported[0]["transformer.wte.weight"].astype(dtype).astype(np.float32)
+    )
 
 
 def test_shards_are_read(params, exported, tmp_path):
@@ -129,25 +174,51 @@ def test_shards_are_read(params, exported, tmp_path):
     (tmp_path / "out" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="model-00002-of-00002.safetensors is missing"):
         hf.read_folder(tmp_path / "out")
-    (tmp_path / "out" / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../secret.safetensors"}}')
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"x": "../secret.safetensors"}}'
+    )
     with pytest.raises(UserError, match="weight_map"):
         hf.read_folder(tmp_path / "out")
 
 
-@pytest.mark.parametrize("field, value", [
-    ("model_type", "gptj"), ("activation_function", "gelu"), ("layer_norm_epsilon", 1e-6), ("n_inner", 31),
-    ("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True),
-    ("tie_word_embeddings", False), ("quantization_config", {"bits": 8}), ("pruned_heads", {"0": [1]}),
-    ("embd_pdrop", 0.5), ("resid_pdrop", None), ("n_layer", None), ("n_embd", 0), ("n_head", 3), ("n_head", True),
-    ("vocab_size", "31"), ("n_positions", 1.5),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model_type", "gptj"),
+        ("activation_function", "gelu"),
+        ("layer_norm_epsilon", 1e-6),
+        ("n_inner", 31),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("add_cross_attention", True),
+        ("tie_word_embeddings", False),
+        ("quantization_config", {"bits": 8}),
+        ("pruned_heads", {"0": [1]}),
+        ("embd_pdrop", 0.5),
+        ("resid_pdrop", None),
+        ("n_layer", None),
+        ("n_embd", 0),
+        ("n_head", 3),
+        ("n_head", True),
+        ("vocab_size", "31"),
+        ("n_positions", 1.5),
+    ],
+)
 def test_a_config_that_cannot_be_honoured_is_refused_by_field(exported, field, value):
     with pytest.raises(UserError, match=field):
         hf.from_hf(exported[0], exported[1] | {field: value})
 
 
-@pytest.mark.parametrize("fields", [{"n_inner": 32}, {"activation_function": "gelu_pytorch_tanh"}, {"n_ctx": 12},
-                                    {"attn_pdrop": 0.1}, {"reorder_and_upcast_attn": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_inner": 32},
+        {"activation_function": "gelu_pytorch_tanh"},
+        {"n_ctx": 12},
+        {"attn_pdrop": 0.1},
+        {"reorder_and_upcast_attn": True},
+    ],
+)
 def test_a_config_that_means_the_same_is_accepted(params, exported, fields):
     assert_same_tree(hf.from_hf(exported[0], exported[1] | fields)[0], params)
 
@@ -175,7 +246,9 @@ def test_a_folder_that_cannot_be_read_is_refused(exported, tmp_path):
         (folder / "model.safetensors").write_bytes(content)
         with pytest.raises(UserError, match="damaged"):
             hf.read_folder(folder)
-    safetensors.numpy.save_file({"transformer.wte.weight": np.ones((3, 2), np.int8)}, folder / "model.safetensors")
+    safetensors.numpy.save_file(
+        {"transformer.wte.weight": np.ones((3, 2), np.int8)}, folder / "model.safetensors"
+    )
     with pytest.raises(UserError, match="I8"):
         hf.read_folder(folder)
     (folder / "model.safetensors").unlink()
@@ -195,7 +268,9 @@ def test_a_folder_that_cannot_be_read_is_refused(exported, tmp_path):
 def test_a_pickle_is_never_opened(exported, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(exported[1]))
     # A pickle that would create a file if it were loaded.
-    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/ran'\ntR.")
+    (tmp_path / "pytorch_model.bin").write_bytes(
+        b"cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/ran'\ntR."
+    )
     with pytest.raises(UserError, match="convert it with transformers' save_pretrained"):
         hf.read_folder(tmp_path)
     assert not (tmp_path / "ran").exists()
@@ -231,7 +306,9 @@ def test_script_imports_a_folder_and_exports_the_same(params, exported, tmp_path
     assert not (tmp_path / "run").exists()
 
     config = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=256, compute_dtype="float32")
-    params = params | {"embed": {"embedding": np.random.default_rng(1).standard_normal((256, 8)).astype(np.float32)}}
+    params = params | {
+        "embed": {"embedding": np.random.default_rng(1).standard_normal((256, 8)).astype(np.float32)}
+    }
     hf.write_folder(tmp_path / "in256", *hf.to_hf(params, config))
     script.main(script.parse_args(["--import", str(tmp_path / "in256"), str(tmp_path / "run")]))
     assert "step 0" in capsys.readouterr().out
@@ -248,16 +325,23 @@ def test_script_imports_a_folder_and_exports_the_same(params, exported, tmp_path
         script.main(script.parse_args([str(tmp_path / "run"), str(tmp_path / "other"), "--step", "7"]))
 
 
-@pytest.mark.parametrize("arguments", [["--import", "a", "b", "--step", "1"], ["a", "b", "--tokenizer", "gpt2"]])
+@pytest.mark.parametrize(
+    "arguments", [["--import", "a", "b", "--step", "1"], ["a", "b", "--tokenizer", "gpt2"]]
+)
 def test_script_refuses_flags_that_it_would_ignore(script, arguments):
     with pytest.raises(UserError, match="cannot be used|only for"):
         script.main(script.parse_args(arguments))
 
 
-@pytest.mark.parametrize("config_json, tokenizer", [
-    ({"vocab_size": 50257}, "gpt2"), ({"vocab_size": 50304}, "gpt2"), ({"vocab_size": 256}, "bytes"),
-    ({"vocab_size": 300, "altgrad_tokenizer": "bytes"}, "bytes"),
-])
+@pytest.mark.parametrize(
+    "config_json, tokenizer",
+    [
+        ({"vocab_size": 50257}, "gpt2"),
+        ({"vocab_size": 50304}, "gpt2"),
+        ({"vocab_size": 256}, "bytes"),
+        ({"vocab_size": 300, "altgrad_tokenizer": "bytes"}, "bytes"),
+    ],
+)
 def test_tokenizer_of_an_imported_model(script, config_json, tokenizer):
     assert script.tokenizer_of(config_json) == tokenizer
 

@@ -1,7 +1,7 @@
 """Our GPT-2 against transformers' GPT2LMHeadModel, both ways through files on disk.
 
-Needs torch and transformers (the extra `oracle`), and so carries the mark `oracle`: `make test` leaves it out and
-.ci/run runs it. A missing package is a failure, never a skip. Nothing is downloaded: models are random.
+Needs torch and transformers (the extra `oracle`), and so carries the mark `oracle`: `make test` leaves it out
+and .ci/run runs it. A missing package is a failure, never a skip. Nothing is downloaded: models are random.
 """
 
 import os
@@ -45,7 +45,9 @@ def far_from_uniform(leaf, rng):
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: far_from_uniform(leaf, rng), jax.eval_shape(lambda: init_params(CONFIG, 0)))
+    return jax.tree.map(
+        lambda leaf: far_from_uniform(leaf, rng), jax.eval_shape(lambda: init_params(CONFIG, 0))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +75,16 @@ def assert_equal_logits(ours, theirs):
     assert np.abs(ours - theirs).max() < 1e-4
 
 
-def test_transformers_computes_our_logits_from_an_exported_folder(transformers, torch, params, tokens_BL, tmp_path):
+def test_transformers_computes_our_logits_from_an_exported_folder(
+    transformers, torch, params, tokens_BL, tmp_path
+):
     hf.write_folder(tmp_path / "out", *hf.to_hf(params, CONFIG))
     model, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
     assert model.dtype == torch.float32
     assert sum(parameter.numel() for parameter in model.parameters()) == sum(
-        leaf.size for leaf in jax.tree.leaves(params))
+        leaf.size for leaf in jax.tree.leaves(params)
+    )
     assert_equal_logits(our_logits(params, CONFIG, tokens_BL), their_logits(torch, model.eval(), tokens_BL))
 
 
@@ -88,7 +93,9 @@ def test_loss_and_every_gradient_are_transformers(transformers, torch, params, t
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
     # The last token is nobody's input here but would be theirs, so the loss is taken from the logits.
     logits = model(torch.from_numpy(tokens_BL[:, :-1])).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(tokens_BL[:, 1:]).flatten())
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(tokens_BL[:, 1:]).flatten()
+    )
     loss.backward()
     got_loss, got = jax.value_and_grad(our_loss)(params, CONFIG, tokens_BL)
     assert abs(float(got_loss) - loss.item()) < 1e-5
@@ -103,13 +110,29 @@ def test_loss_and_every_gradient_are_transformers(transformers, torch, params, t
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_we_compute_transformers_logits_from_its_folder(transformers, torch, tokens_BL, tmp_path, dtype):
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_layer=3, n_head=4, n_embd=64, n_positions=48, vocab_size=503, initializer_range=0.2,
-        bos_token_id=None, eos_token_id=None)).eval()
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=3,
+            n_head=4,
+            n_embd=64,
+            n_positions=48,
+            vocab_size=503,
+            initializer_range=0.2,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
     model = model.to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "theirs", safe_serialization=True)
     params, sizes = hf.from_hf(*hf.read_folder(tmp_path / "theirs"))
-    assert sizes == {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 48, "vocab_size": 503, "dropout": 0.1}
+    assert sizes == {
+        "n_layer": 3,
+        "n_head": 4,
+        "n_embd": 64,
+        "block_size": 48,
+        "vocab_size": 503,
+        "dropout": 0.1,
+    }
     config = GPTConfig(**sizes, compute_dtype="float32")
     # A bfloat16 file holds float32 numbers; from there both compute in float32.
     assert_equal_logits(our_logits(params, config, tokens_BL), their_logits(torch, model.float(), tokens_BL))

@@ -17,7 +17,7 @@ BASELINE = GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size
 
 
 def random_params(config, seed=0):
-    """Parameters with every array random (biases and scales too) and large enough that attention is far from uniform."""
+    """Parameters with every array random, biases and scales too, and attention far from uniform."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -71,7 +71,9 @@ def test_the_oracle_has_the_right_gradients():
             losses.append(numpy_gpt2.run(params, tokens_BL, TINY.n_head, targets_BL)[1])
             leaf -= sign * 1e-5 * direction
         slope = (losses[0] - losses[1]) / 2e-5
-        assert slope == pytest.approx(np.sum(direction * numpy_gpt2.flat(gradients)[name]), rel=1e-5, abs=1e-9), name
+        assert slope == pytest.approx(
+            np.sum(direction * numpy_gpt2.flat(gradients)[name]), rel=1e-5, abs=1e-9
+        ), name
 
 
 def test_float32_logits_loss_and_gradients_are_the_oracles():
@@ -92,14 +94,17 @@ def test_bfloat16_logits_loss_and_gradients_are_the_oracles_with_rounded_operand
     params = random_params(TINY_BF16)
     tokens_BL, targets_BL = random_batch(TINY_BF16)
     exact_BLV, _, _ = numpy_gpt2.run(params, tokens_BL, TINY_BF16.n_head)
-    logits_BLV, loss, gradients = numpy_gpt2.run(params, tokens_BL, TINY_BF16.n_head, targets_BL, rounding=to_bfloat16)
+    logits_BLV, loss, gradients = numpy_gpt2.run(
+        params, tokens_BL, TINY_BF16.n_head, targets_BL, rounding=to_bfloat16
+    )
     got_BLV = np.asarray(logits_of(params, TINY_BF16, tokens_BL))
     assert got_BLV.dtype == np.float32
 
     def rms(x):
         return np.sqrt(np.mean(np.square(x)))
 
-    # What is left against the emulation are values that float32 and float64 round to different bfloat16 neighbours.
+    # What is left against the emulation are values that float32 and float64 round to different bfloat16
+    # neighbours.
     assert rms(got_BLV - logits_BLV) < 0.25 * rms(exact_BLV - logits_BLV)
     assert rms(got_BLV - logits_BLV) < 2e-3 * rms(logits_BLV)
     got_loss, got = loss_and_gradients(params, TINY_BF16, tokens_BL, targets_BL)
@@ -128,12 +133,18 @@ def test_baseline_has_the_number_of_parameters_of_the_reference():
 
 def test_parameter_names_and_shapes():
     shapes = jax.eval_shape(partial(init_params, TINY, 0))
-    leaves = {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes)}
+    leaves = {
+        "/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes)
+    }
     D = TINY.n_embd
     want = {"embed/embedding": (31, D), "pos_embed/embedding": (12, D), "ln_f/scale": (D,), "ln_f/bias": (D,)}
     for i in range(2):
-        for layer, inputs, outputs in [("attn_qkv", D, 3 * D), ("attn_out", D, D), ("mlp_up", D, 4 * D),
-                                       ("mlp_down", 4 * D, D)]:
+        for layer, inputs, outputs in [
+            ("attn_qkv", D, 3 * D),
+            ("attn_out", D, D),
+            ("mlp_up", D, 4 * D),
+            ("mlp_down", 4 * D, D),
+        ]:
             want |= {f"block_{i}/{layer}/kernel": (inputs, outputs), f"block_{i}/{layer}/bias": (outputs,)}
         for layer in ("ln_1", "ln_2"):
             want |= {f"block_{i}/{layer}/scale": (D,), f"block_{i}/{layer}/bias": (D,)}
@@ -203,8 +214,11 @@ def test_logits_have_zero_gradient_with_respect_to_later_positions():
 def test_cache_gives_the_logits_of_the_full_forward_pass(prefill):
     params, (tokens_BL, _) = random_params(TINY), random_batch(TINY)
     full_BLV = logits_of(params, TINY, tokens_BL)
-    apply = jax.jit(lambda tokens, cache, position: GPT(TINY).apply({"params": params}, tokens, cache=cache,
-                                                                    position=position))
+    apply = jax.jit(
+        lambda tokens, cache, position: GPT(TINY).apply(
+            {"params": params}, tokens, cache=cache, position=position
+        )
+    )
     out = apply(tokens_BL[:, :prefill], empty_cache(TINY, batch=3), 0)
     pieces = [out.logits]
     for t in range(prefill, TINY.block_size):
@@ -214,8 +228,9 @@ def test_cache_gives_the_logits_of_the_full_forward_pass(prefill):
 
 
 def test_dropout_drops_in_training_only():
-    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=31, dropout=0.5,
-                       compute_dtype="float32")
+    config = GPTConfig(
+        n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=31, dropout=0.5, compute_dtype="float32"
+    )
     params, (tokens_BL, _) = random_params(config), random_batch(config)
 
     @jax.jit
@@ -232,8 +247,10 @@ def test_dropout_drops_in_training_only():
 
 def test_zero_dropout_needs_no_rng():
     params, (tokens_BL, _) = random_params(TINY), random_batch(TINY)
-    np.testing.assert_array_equal(GPT(TINY).apply({"params": params}, tokens_BL, train=True).logits,
-                                  GPT(TINY).apply({"params": params}, tokens_BL).logits)
+    np.testing.assert_array_equal(
+        GPT(TINY).apply({"params": params}, tokens_BL, train=True).logits,
+        GPT(TINY).apply({"params": params}, tokens_BL).logits,
+    )
 
 
 def test_activation_statistics_are_those_of_the_residual_stream():

@@ -26,14 +26,19 @@ def reference(x_MK, w_KN, g_MN, compute_dtype):
 
 def operands(seed=0, rows=M):
     rng = np.random.default_rng(seed)
-    return (rng.standard_normal((rows, K), np.float32), rng.standard_normal((K, N), np.float32),
-            rng.standard_normal((rows, N), np.float32))
+    return (
+        rng.standard_normal((rows, K), np.float32),
+        rng.standard_normal((K, N), np.float32),
+        rng.standard_normal((rows, N), np.float32),
+    )
 
 
 def products(x, w_KN, g, w_is_NK, compute_dtype):
     """(y, dx, dw [K, N]) from quant_dot and jax.vjp, with w laid out as w_is_NK says."""
     w = jnp.asarray(w_KN.T if w_is_NK else w_KN)
-    y, vjp = jax.vjp(lambda x, w: quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=compute_dtype), jnp.asarray(x), w)
+    y, vjp = jax.vjp(
+        lambda x, w: quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=compute_dtype), jnp.asarray(x), w
+    )
     dx, dw = vjp(jnp.asarray(g))
     return y, dx, dw.T if w_is_NK else dw
 
@@ -48,7 +53,9 @@ def assert_accumulated(got, want, terms):
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
 def test_three_products_are_those_of_the_rounded_operands(w_is_NK, compute_dtype):
     x, w, g = operands()
-    for got, want, terms in zip(products(x, w, g, w_is_NK, compute_dtype), reference(x, w, g, compute_dtype), (K, N, M)):
+    for got, want, terms in zip(
+        products(x, w, g, w_is_NK, compute_dtype), reference(x, w, g, compute_dtype), (K, N, M)
+    ):
         assert_accumulated(got, want, terms)
 
 
@@ -84,7 +91,8 @@ def test_grad_of_a_loss_is_the_straight_through_gradient():
         return 0.5 * jnp.sum(jnp.square(quant_dot(x, w) - target))
 
     y, _, _ = reference(x, w, target, "bfloat16")
-    # The output gradient is float32 before it becomes an operand, so the residual is taken from our own forward.
+    # The output gradient is float32 before it becomes an operand, so the residual is taken from our own
+    # forward.
     residual = np.asarray(quant_dot(jnp.asarray(x), jnp.asarray(w))) - target
     assert_accumulated(residual, y - target, K)
     _, want_dx, want_dw = reference(x, w, residual, "bfloat16")
