@@ -103,7 +103,7 @@ def test_top_k_of_one_is_greedy_and_zero_is_off(params):
 
     np.testing.assert_array_equal(ids(temperature=5.0, top_k=1), ids(temperature=0.0))
     np.testing.assert_array_equal(ids(temperature=1.0, top_k=0), ids(temperature=1.0, top_k=None))
-    np.testing.assert_array_equal(ids(temperature=1e-38), ids(temperature=0.0))
+    np.testing.assert_array_equal(ids(temperature=1e-46), ids(temperature=0.0))  # 0 in float32
     np.testing.assert_array_equal(ids(temperature=0.0, top_k=7), ids(temperature=0.0))
 
 
@@ -121,6 +121,22 @@ def test_samples_follow_the_distribution(temperature, top_k):
     np.testing.assert_array_less(
         np.abs(frequency_V - wanted_V), 5 * np.sqrt(wanted_V * (1 - wanted_V) / n) + 1e-9
     )
+
+
+def test_a_tiny_temperature_does_not_overflow():
+    # 8 and 9 divided by this are both infinite in float32.
+    logits_V = jnp.array([8.0, 9.0])
+    for seed in range(5):
+        assert sample_token(logits_V, jax.random.key(seed), 2e-38, None) == 1
+
+
+def test_every_new_token_has_its_own_random_key(params):
+    """Also after a start over: with all logits equal, the tokens show the keys."""
+    flat = jax.tree.map(jnp.zeros_like, params)
+    new_ids = generate(flat, TINY, PROMPT, max_new_tokens=40, seed=9)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(9), i))(jnp.arange(40))
+    wanted = jax.vmap(lambda key: sample_token(jnp.zeros(TINY.vocab_size), key, 1.0, None))(keys)
+    np.testing.assert_array_equal(new_ids, wanted)
 
 
 def test_generated_tokens_follow_the_models_distribution(params, logits_after):
