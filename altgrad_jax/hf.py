@@ -234,6 +234,8 @@ def write_folder(folder, tensors, config_json):
         # transformers looks for this word; it means row-major arrays, which is what NumPy writes.
         safetensors.numpy.save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         (unfinished / CONFIG_FILE).write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
+        # safetensors makes a file for its owner alone; this gives it the usual rights.
+        shutil.copymode(unfinished / CONFIG_FILE, unfinished / WEIGHTS_FILE)
         os.replace(unfinished, folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -6,6 +6,7 @@ The text goes to standard output, notes and errors to standard error.
 """
 
 import argparse
+import os
 import sys
 
 from altgrad_jax.cli import run_script
@@ -61,20 +62,24 @@ def main(args):
             f"{max(1, config.block_size // 2)} tokens",
             file=sys.stderr,
         )
-    for i in range(args.num_samples):
-        if args.num_samples > 1:
-            print(f"--- sample {i + 1} of {args.num_samples}, seed {args.seed + i}")
-        new_ids = generate(
-            params,
-            config,
-            prompt_ids,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=top_k,
-            seed=args.seed + i,
-            end_id=tokenizer.eot,
-        )
-        print(args.prompt + tokenizer.decode(new_ids[new_ids != tokenizer.eot]))
+    try:
+        for i in range(args.num_samples):
+            if args.num_samples > 1:
+                print(f"--- sample {i + 1} of {args.num_samples}, seed {args.seed + i}", flush=True)
+            new_ids = generate(
+                params,
+                config,
+                prompt_ids,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_k=top_k,
+                seed=args.seed + i,
+                end_id=tokenizer.eot,
+            )
+            print(args.prompt + tokenizer.decode(new_ids[new_ids != tokenizer.eot]), flush=True)
+    except BrokenPipeError:
+        # The reader of `sample.py | head` left. Python would write once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

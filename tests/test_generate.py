@@ -286,3 +286,18 @@ def test_script_ends_with_one_line_and_code_2(tmp_path):
     )
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+
+
+def test_script_is_silent_when_its_reader_leaves(run_dir):
+    script = subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / "sample.py", run_dir, "--max_new_tokens", "20"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    script.stdout.close()
+    complaint = script.stderr.read()
+    script.stderr.close()
+    assert script.wait() == 0
+    assert complaint.startswith("note: ") and len(complaint.splitlines()) == 1

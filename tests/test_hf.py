@@ -123,6 +123,7 @@ def test_folder_and_back_is_the_identity(params, exported, tmp_path):
         "config.json",
         "model.safetensors",
     ]
+    assert len({path.stat().st_mode for path in (tmp_path / "a" / "out").iterdir()}) == 1
     got, sizes = hf.from_hf(*hf.read_folder(tmp_path / "a" / "out"))
     assert_same_tree(got, params)
     assert GPTConfig(**sizes, compute_dtype="float32") == TINY
