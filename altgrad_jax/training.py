@@ -34,6 +34,7 @@ from altgrad_jax.console import make_console
 from altgrad_jax.data.dataset import (HostStream, gather_windows, load_token_data, permute_windows,
                                       validation_windows)
 from altgrad_jax.data.prepare import banner, resolve
+from altgrad_jax.data.sources import default_cache_dir
 from altgrad_jax.errors import UserError
 from altgrad_jax.logger import (DispatchRecord, MANIFEST, METRICS, Record, ValRising, Writer, new_run_id, open_wandb,
                                 read_manifest, write_manifest)
@@ -89,6 +90,7 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
     if finished is not None:
         return finished
     _use_deterministic_operations(config)
+    _use_compilation_cache()
     with contextlib.ExitStack() as resources:
         stop = resources.enter_context(_StopRequest())
         console = make_console(config.console, config.max_steps)
@@ -139,6 +141,13 @@ def _use_deterministic_operations(config):
     os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC_FLAG}".strip()
 
 
+def _use_compilation_cache():
+    """Keeps compiled programs beside the downloads, so that a second start, or a resume, does not compile again. jax's
+    own setting (JAX_COMPILATION_CACHE_DIR) comes first."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+
+
 def _attention_kernel(config, platform_name):
     """The attention implementation to compile: cuDNN where it can run and was not declined."""
     head_width = config.n_embd // config.n_head
@@ -149,6 +158,29 @@ def _attention_kernel(config, platform_name):
     if config.attention == "auto":
         return "cudnn" if fits else "xla"
     return config.attention
+
+
+def model_config(config, platform_name):
+    """The model that `config` describes, with the attention kernel for this platform ("cpu", "gpu", "tpu")."""
+    return GPTConfig(config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size, config.dropout,
+                     config.compute_dtype, _attention_kernel(config, platform_name))
+
+
+def step_options(config, *, steps_per_dispatch, data_on_device=True):
+    """The static choices of the step that `config` describes."""
+    same_name = ("batch_size", "learning_rate", "max_steps", "warmup_steps", "grad_accum_steps", "schedule",
+                 "min_lr_ratio", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip", "data_seed")
+    return StepOptions(
+        **{name: config[name] for name in same_name}, steps_per_dispatch=steps_per_dispatch,
+        decay_steps=settings.decay_steps(config.decay_fraction, config.max_steps),
+        thresholds=stability.Thresholds(**{name: config[name] for name in stability.Thresholds._fields}),
+        metric_groups=settings.metric_groups(config.metrics), data_on_device=data_on_device)
+
+
+def model_flops_per_step(config):
+    """Floating-point operations of one update, by formula (flops.training_flops_per_token)."""
+    return config.batch_size * config.block_size * flops.training_flops_per_token(
+        n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size)
 
 
 def _fits_on_device(n_tokens, device):
@@ -259,26 +291,15 @@ class _Run:
             raise UserError(f"data_placement='device' cannot hold {len(self.data.train_T)} tokens in a quarter of the device's "
                             "memory: set data_placement to auto or host")
         self.on_device = fits if config.data_placement == "auto" else config.data_placement == "device"
-        model_config = GPTConfig(config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size,
-                                 config.dropout, config.compute_dtype,
-                                 _attention_kernel(config, self.device.platform))
-        self.thresholds = stability.Thresholds(**{name: config[name] for name in stability.Thresholds._fields})
         self.buffer_steps = min(config.steps_per_dispatch or AUTO_DISPATCH_STEPS, config.max_steps)
-        options = StepOptions(
-            batch_size=config.batch_size, steps_per_dispatch=self.buffer_steps, learning_rate=config.learning_rate,
-            max_steps=config.max_steps, warmup_steps=config.warmup_steps, thresholds=self.thresholds,
-            grad_accum_steps=config.grad_accum_steps, schedule=config.schedule, min_lr_ratio=config.min_lr_ratio,
-            decay_steps=settings.decay_steps(config.decay_fraction, config.max_steps),
-            weight_decay=config.weight_decay, beta1=config.beta1, beta2=config.beta2, adam_eps=config.adam_eps,
-            grad_clip=config.grad_clip, data_seed=config.data_seed,
-            metric_groups=settings.metric_groups(config.metrics), data_on_device=self.on_device)
+        options = step_options(config, steps_per_dispatch=self.buffer_steps, data_on_device=self.on_device)
+        self.thresholds = options.thresholds
         self.functions = make_step_functions(
-            model_config, options, self.mesh, n_train_windows=self.data.n_train_windows,
+            model_config(config, self.device.platform), options, self.mesh, n_train_windows=self.data.n_train_windows,
             eval_batch_size=self.eval_batch_size, seed=config.seed)
         self.column = {name: i for i, name in enumerate(self.functions.metric_names)}
         self.tokens_per_step = config.batch_size * config.block_size
-        self.flops_per_step = self.tokens_per_step * flops.training_flops_per_token(
-            n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size)
+        self.flops_per_step = model_flops_per_step(config)
         self.peak_flops = flops.peak_flops(self.device.device_kind, self.mesh.size, config.compute_dtype)
 
     # The run folder: new, or to be continued.

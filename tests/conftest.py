@@ -1,8 +1,13 @@
 """Tests run on the CPU backend, without network, whatever the machine offers."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["WANDB_MODE"] = "disabled"  # a test that wants W&B asks for a mode itself
 for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY"):
     os.environ.pop(name, None)
+
+# Many tests compile the same small programs; a cache beside the checkout makes the suite's time that of the distinct ones.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
