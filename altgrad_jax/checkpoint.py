@@ -84,7 +84,8 @@ class SaveOutcome:
     Attributes:
       step: the step of the checkpoint.
       path: where it lies, or would lie.
-      error: None, or one sentence; then nothing of this save is left on the disk.
+      error: None, or one sentence. Nothing of this save is left on the disk then, unless the sentence says that
+        only the removal of older checkpoints failed.
       n_bytes: bytes of all arrays.
       blocked_s: seconds for which the caller was held.
       background_s: seconds the worker took, of which
@@ -495,11 +496,7 @@ def restore_path(path: str | Path, abstract_state: Any) -> tuple[Any, dict[str, 
     wanted = _flatten(abstract_state)
     _refuse_differences(path, document["arrays"], wanted)
     arrays = _read_arrays(path, document["arrays"])
-    leaves = [
-        # A copy of its own: jax may else alias the NumPy memory, which cannot be donated to the first step.
-        jax.device_put(arrays[name], _placement(leaf), may_alias=False)
-        for name, leaf in wanted.items()
-    ]
+    leaves = [jax.device_put(arrays[name], _placement(leaf)) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), document["meta"]
 
 
@@ -757,7 +754,10 @@ class Checkpoints:
 
     def _failure(self, step: int, error: Exception, **timings: Any) -> SaveOutcome:
         path = self.run_dir / str(step)
-        message = f"checkpoint {step} was not saved to {path}: {_one_line(error)}"
+        if path.is_dir():
+            message = f"checkpoint {step} was saved, but older ones were not removed: {_one_line(error)}"
+        else:
+            message = f"checkpoint {step} was not saved to {path}: {_one_line(error)}"
         return SaveOutcome(step, path, error=message, **timings)
 
     # The worker's side.
@@ -787,8 +787,9 @@ class Checkpoints:
             self._val_losses[step] = document["val_loss"]
             self._rotate_in(step, _items(arrays, document))
         except Exception as error:
-            self._val_losses.pop(step, None)
-            self._clean_up_after_failure(step)
+            self._clean_up_after_failure()
+            if not path.is_dir():
+                self._val_losses.pop(step, None)
             elapsed = time.perf_counter() - started
             return self._failure(step, error, blocked_s=blocked_s, background_s=elapsed)
         elapsed = time.perf_counter() - started
@@ -813,7 +814,7 @@ class Checkpoints:
         self._manager.save(step, args=items, force=True)
         shutil.rmtree(self.run_dir / DELETED, ignore_errors=True)
 
-    def _clean_up_after_failure(self, step: int) -> None:
+    def _clean_up_after_failure(self) -> None:
         try:
             self._drop_manager()
         except Exception:  # It already failed once, and is replaced by a new one.

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,21 +188,25 @@ def test_a_folder_opens_for_saving_whatever_its_files_hold(tmp_path, opened):
 # Round trip.
 
 
-def test_the_state_comes_back_bit_for_bit_although_it_was_donated(tmp_path, opened):
+def test_the_state_comes_back_bit_for_bit_although_it_was_donated(tmp_path, opened, monkeypatch):
     checkpoints = opened(tmp_path)
     state, expected = make_state(5), make_state(5)
+    donated = threading.Event()
+    # The worker looks at the copy only when the original has been overwritten.
+    monkeypatch.setattr(checkpoint, "_refuse_a_full_disk", lambda *_: donated.wait(60))
     assert checkpoints.save(5, state, META, val_loss=2.5)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: (x + 1).astype(x.dtype), s), donate_argnums=0)
-    jax.block_until_ready(overwrite(state))
-    assert state.params["half"].is_deleted()
+    for _ in range(3):
+        before, state = state, overwrite(state)
+        assert before.params["half"].is_deleted()
+    jax.block_until_ready(state)
+    donated.set()
 
     restored, meta = checkpoints.restore(5, abstract(expected))
     assert meta == META
     assert_same_bits(restored, expected)
     kernel = restored.params["block_0"]["mlp_up"]["kernel"]
     assert kernel.sharding == expected.params["block_0"]["mlp_up"]["kernel"].sharding
-    jax.block_until_ready(overwrite(restored))
-    assert kernel.is_deleted()  # a buffer of its own, or the first step could not reuse it
 
 
 def test_without_shardings_a_plain_eval_shape_is_enough(tmp_path, opened):
@@ -440,11 +445,16 @@ def test_a_failed_save_is_told_cleaned_up_and_the_next_one_works(tmp_path, opene
     checkpoints = opened(tmp_path, max_checkpoints=2)
     for step in (1, 2):
         save(checkpoints, step)
+    # Writes fail as they do on a full disk; but those of meta.json and of the smaller arrays do not.
+    arrays = np.random.default_rng(0).normal(size=(20, 50_000)).astype(np.float32)
+    state = {"small": jnp.ones(3), "params": {f"w{i}": jnp.asarray(array) for i, array in enumerate(arrays)}}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # writes fail, as they do on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        outcome = save(checkpoints, 3)
-        anomaly = checkpoint.save_anomaly(tmp_path, 3, make_state(3), META)
+        checkpoints.save(3, state, META)
+        checkpoints.wait()
+        (outcome,) = checkpoints.check()
+        anomaly = checkpoint.save_anomaly(tmp_path, 3, state, META)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     reason = os.strerror(errno.EFBIG)
@@ -457,6 +467,29 @@ def test_a_failed_save_is_told_cleaned_up_and_the_next_one_works(tmp_path, opene
     assert save(checkpoints, 3).error is None
     assert checkpoints.steps() == [2, 3]
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_rotated_out_is_renamed_whole_before_it_is_deleted(tmp_path, opened, monkeypatch):
+    checkpoints = opened(tmp_path, max_checkpoints=1)
+    save(checkpoints, 1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)
+    save(checkpoints, 2)
+    assert checkpoints.steps() == [2]
+    renamed = tmp_path / ".deleted" / "1"
+    assert_same_bits(checkpoint.restore_path(renamed, abstract(make_state(1)))[0], make_state(1))
+
+
+def test_a_rotation_that_fails_is_told_and_made_up_for(tmp_path, opened):
+    checkpoints = opened(tmp_path, max_checkpoints=2)
+    for step, val_loss in ((1, 3.0), (2, 2.0)):
+        save(checkpoints, step, val_loss)
+    (tmp_path / ".deleted").write_text("in the way")
+    outcome = save(checkpoints, 3, 1.0)
+    assert outcome.error.startswith("checkpoint 3 was saved, but older ones were not removed: ")
+    assert checkpoints.steps() == [1, 2, 3] and checkpoints.best() == 3
+    (tmp_path / ".deleted").unlink()
+    assert save(checkpoints, 4, 4.0).error is None
+    assert checkpoints.steps() == [3, 4]
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, opened, monkeypatch):
