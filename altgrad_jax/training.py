@@ -31,11 +31,11 @@ from altgrad_jax import config as settings
 from altgrad_jax import flops, stability, verdict
 from altgrad_jax.checkpoint import list_steps, open_checkpoints, save_anomaly
 from altgrad_jax.console import make_console
-from altgrad_jax.data.dataset import (HostStream, gather_windows, load_token_data, permute_windows,
-                                      validation_windows)
+from altgrad_jax.data.dataset import HostStream, load_token_data, permute_windows
 from altgrad_jax.data.prepare import banner, resolve
 from altgrad_jax.data.sources import default_cache_dir
 from altgrad_jax.errors import UserError
+from altgrad_jax.evaluation import choose_windows
 from altgrad_jax.logger import (DispatchRecord, MANIFEST, METRICS, Record, ValRising, Writer, new_run_id, open_wandb,
                                 read_manifest, write_manifest)
 from altgrad_jax.model import GPTConfig, count_params
@@ -268,15 +268,11 @@ class _Run:
         if prepared.is_sample:
             self.console.message(f"this run trains on the small sample and is tagged {SAMPLE_TAG}: its figures are not "
                                  "the baseline's")
-        n_val = min(config.eval_windows, self.data.n_val_windows)
-        if n_val < config.eval_windows:
-            self.console.message(f"eval_windows={config.eval_windows}, but the validation data holds {n_val}: each "
-                                 f"evaluation uses these {n_val}")
-        # The largest batch that divides what there is; eval_batch_size itself unless windows ran out.
-        self.eval_batch_size = max(size for size in range(1, min(config.eval_batch_size, n_val) + 1)
-                                   if n_val % size == 0)
-        index_E = validation_windows(self.data.n_val_windows, n_val)
-        self.val_windows = gather_windows(self.data.val_T, index_E, config.block_size, xp=np)
+        self.val_windows, self.eval_batch_size = choose_windows(self.data.val_T, config.block_size, config.eval_windows,
+                                                                config.eval_batch_size)
+        if len(self.val_windows) < config.eval_windows:
+            self.console.message(f"eval_windows={config.eval_windows}, but the validation data holds "
+                                 f"{len(self.val_windows)}: each evaluation uses these {len(self.val_windows)}")
 
     def _build_step(self):
         config = self.config
@@ -463,7 +459,7 @@ class _Run:
         if self.on_device:
             return jax.device_put(np.asarray(self.data.train_T)), None
         config = self.config
-        stream = HostStream(self.data.train, batch_size=config.batch_size, block_size=config.block_size,
+        stream = HostStream(self.data.train_T, batch_size=config.batch_size, block_size=config.block_size,
                             seed=config.data_seed)
         self.resources.callback(stream.close)
         batches_KBL = np.zeros((self.buffer_steps, config.batch_size, config.block_size + 1), np.uint16)

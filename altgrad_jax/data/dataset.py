@@ -91,11 +91,7 @@ def load_token_data(
                 f"{path} has changed since it was prepared (sha256 {sha256[path.name]}, meta.json says "
                 f"{recorded}); prepare it again with scripts/prepare_data.py --force"
             )
-        if largest[name] >= vocab_size:
-            raise UserError(
-                f"{path} holds the token {largest[name]} but vocab_size is {vocab_size}; set "
-                f"config.vocab_size to at least {largest[name] + 1} or choose another --data_dir"
-            )
+        _refuse_large_tokens(path, largest[name], vocab_size)
         n_windows[name] = (len(tokens[name]) - 1) // block_size
     meta = {
         **meta,
@@ -113,6 +109,29 @@ def load_token_data(
         n_windows["train"],
         n_windows["val"],
     )
+
+
+def open_token_file(path: str | os.PathLike, *, vocab_size: int, block_size: int) -> np.ndarray:
+    """One file of uint16 tokens as a read-only memory map, checked as `load_token_data` checks its two.
+
+    Raises:
+        UserError: it is missing, of odd length, shorter than a window, or holds a token the model has no
+            embedding for.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give a file of uint16 tokens such as val.bin")
+    tokens_T = _open_tokens(path, block_size)
+    _refuse_large_tokens(path, _scan(tokens_T)[1], vocab_size)
+    return tokens_T
+
+
+def _refuse_large_tokens(path: Path, largest: int, vocab_size: int) -> None:
+    if largest >= vocab_size:
+        raise UserError(
+            f"{path} holds the token {largest} but vocab_size is {vocab_size}; set "
+            f"config.vocab_size to at least {largest + 1} or choose another --data_dir"
+        )
 
 
 def _open_tokens(path: Path, block_size: int) -> np.ndarray:

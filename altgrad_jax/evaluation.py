@@ -1,0 +1,70 @@
+"""Validation: which windows of a file are looked at, and the loss of a checkpoint on them."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from altgrad_jax.data.dataset import gather_windows, load_token_data, open_token_file, validation_windows
+from altgrad_jax.errors import UserError
+from altgrad_jax.generate import load_model
+from altgrad_jax.logger import MANIFEST, read_manifest
+from altgrad_jax.step import make_evaluate
+
+
+def choose_windows(tokens_T, block_size, eval_windows, eval_batch_size):
+    """(windows uint16 [E, L+1], batch size): the fixed choice that every evaluation of this file makes.
+
+    E is eval_windows, or as many as the file holds where that is less (None: all). The batch size is the largest up to
+    eval_batch_size that divides E; eval_batch_size itself unless the windows ran out.
+    """
+    available = (len(tokens_T) - 1) // block_size
+    n = available if eval_windows is None else min(eval_windows, available)
+    batch_size = max(size for size in range(1, min(eval_batch_size, n) + 1) if n % size == 0)
+    return gather_windows(tokens_T, validation_windows(available, n), block_size, xp=np), batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Loss in nats per token, its exponential, and what it was measured on."""
+
+    val_loss: float
+    val_perplexity: float
+    n_windows: int
+    n_tokens: int
+    file: Path
+
+
+def evaluate_checkpoint(path, *, step=None, data_dir=None, token_file=None, all_windows=False) -> Evaluation:
+    """The loss of a checkpoint on the validation data it was trained with, or on any token file.
+
+    On val.bin of the run's own data this is the val_loss of the run's record, to the bit on the same machine.
+
+    Args:
+      path: run folder, or one checkpoint in it. step: which checkpoint of the folder; None: the newest.
+      data_dir: folder of prepared token files, whose val.bin is used; None: the one in the run's manifest.
+      token_file: a file of uint16 tokens instead.
+      all_windows: every window of the file instead of the run's fixed choice of eval_windows.
+    """
+    params, config, settings = load_model(path, step)
+    if token_file is not None:
+        tokens_T, file = open_token_file(token_file, vocab_size=config.vocab_size, block_size=config.block_size), token_file
+    else:
+        data = load_token_data(data_dir or _data_dir_of(Path(path)), vocab_size=config.vocab_size,
+                               block_size=config.block_size, tokenizer=settings["tokenizer"])
+        tokens_T, file = data.val_T, data.dir / "val.bin"
+    windows, batch_size = choose_windows(tokens_T, config.block_size, None if all_windows else settings["eval_windows"],
+                                         settings["eval_batch_size"])
+    loss = float(make_evaluate(config, batch_size)(params, windows))
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(np.float32(loss)))
+    return Evaluation(loss, perplexity, len(windows), windows[:, 1:].size, Path(file))
+
+
+def _data_dir_of(path):
+    """Where the run that wrote this checkpoint found its data, by its manifest."""
+    for folder in (path, path.parent):
+        if (folder / MANIFEST).exists():
+            return read_manifest(folder)["data"]["dir"]
+    raise UserError(f"{path} belongs to no run that says what it was trained on: name the data with --data_dir, or a token "
+                    "file with --tokens")

@@ -1,0 +1,42 @@
+"""Validation loss and perplexity of a checkpoint.
+
+    python scripts/evaluate.py checkpoints/bf16_baseline
+    python scripts/evaluate.py checkpoints/bf16_baseline --step 1900 --tokens other.bin --all
+
+Without --data_dir or --tokens it is the validation data the run was trained with, and the figure is the one in
+the run's record.
+"""
+
+import argparse
+
+from altgrad_jax.cli import run_script
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", help="run folder, or one checkpoint in it")
+    parser.add_argument("--step", type=int, help="checkpoint of the run folder (default: the newest)")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--data_dir", help="folder of token files; its val.bin is used")
+    data.add_argument("--tokens", help="a file of uint16 tokens, of the checkpoint's tokenizer")
+    parser.add_argument("--all", action="store_true", help="every window of the file, not the run's fixed choice")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    # Here, so that --help does not wait for jax.
+    from altgrad_jax.evaluation import evaluate_checkpoint
+
+    result = evaluate_checkpoint(
+        args.checkpoint, step=args.step, data_dir=args.data_dir, token_file=args.tokens, all_windows=args.all
+    )
+    print(
+        f"loss {result.val_loss:.6f} nats/token, perplexity {result.val_perplexity:.3f}, on {result.n_windows:,} windows "
+        f"({result.n_tokens:,} tokens) of {result.file}"
+    )
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()))
