@@ -429,6 +429,9 @@ class DispatchRecord:
         nothing.
       evaluation: {name: scalar} for the last row, or for a row of its own where there are no values.
       dispatched_at: time.perf_counter() when the dispatch was handed to the device.
+      seconds: what the steps took, where the caller has waited for them himself; else measured on the thread, from
+        dispatched_at (or the end of the dispatch before, if later) until the values are there.
+      evaluation_s: likewise for the evaluation.
     """
 
     first_step: int
@@ -437,6 +440,8 @@ class DispatchRecord:
     n_rows: Any = None
     evaluation: Mapping[str, Any] | None = None
     dispatched_at: float | None = None
+    seconds: float | None = None
+    evaluation_s: float | None = None
 
 
 class Writer:
@@ -530,7 +535,7 @@ class Writer:
     def _write(self, item):
         if item.values is None:
             started = self._clock() if item.dispatched_at is None else item.dispatched_at
-            evaluation, event = self._evaluate(item.evaluation, item.first_step, started)
+            evaluation, event = self._evaluate(item, item.first_step, started)
             rows = [(item.first_step, np.zeros(0, np.float32))]
             self._write_rows(_Formatter(()), rows, evaluation, None, [event])
             return
@@ -547,20 +552,20 @@ class Writer:
                              f"[>= {n_rows}, {len(item.names)}]")
         if self._formatter.names != item.names:
             self._formatter = _Formatter(item.names)
-        timing = self._timing((ready - started) / n_rows)
+        timing = self._timing((ready - started if item.seconds is None else item.seconds) / n_rows)
         steps = range(item.first_step, item.first_step + n_rows)
         evaluation, events = None, []
         if item.evaluation is not None:
-            evaluation, event = self._evaluate(item.evaluation, steps[-1], ready)
+            evaluation, event = self._evaluate(item, steps[-1], ready)
             events.append(event)
         self._write_rows(self._formatter, list(zip(steps, values_KM)), evaluation, timing, events)
 
-    def _evaluate(self, evaluation, step, started):
+    def _evaluate(self, item, step, started):
         """Wait for an evaluation. Returns ({name: float}, its event row)."""
-        numbers = {name: float(np.asarray(value)) for name, value in evaluation.items()}
+        numbers = {name: float(np.asarray(value)) for name, value in item.evaluation.items()}
         self._ready_at = self._clock()
-        return numbers, {"event": "eval", "step": step, "time": round(time.time(), 3),
-                         "seconds": _round(self._ready_at - started)}
+        seconds = self._ready_at - started if item.evaluation_s is None else item.evaluation_s
+        return numbers, {"event": "eval", "step": step, "time": round(time.time(), 3), "seconds": _round(seconds)}
 
     def _timing(self, step_time):
         timing = {"time": round(time.time(), 3), "step_time_s": _round(step_time)}
@@ -645,13 +650,14 @@ def resolve_wandb_mode(mode, environ=os.environ):
     return mode
 
 
-def open_wandb(run_dir, *, mode, run_id, project, name, tags=(), config=None, resume_step=None,
+def open_wandb(run_dir, *, mode, run_id, project, name, entity=None, tags=(), config=None, resume_step=None,
                alert_interval=100, say=print, event=None, module="wandb", init_timeout=90.0):
     """Start feeding W&B from the record in run_dir. Returns a WandbSink, or None for disabled.
 
     Args:
       mode: auto, online, offline or disabled (see resolve_wandb_mode).
       run_id: of the W&B run; the same one continues it.
+      entity: W&B user or team; None: the account's own.
       config: the run's config, JSON-serializable.
       resume_step: the step the run resumes from, None for a fresh run. Online, sending starts after the last
         step that W&B already has (also when that is earlier: the gap is filled from the record); offline,
@@ -668,7 +674,7 @@ def open_wandb(run_dir, *, mode, run_id, project, name, tags=(), config=None, re
         unasked = mode == "auto" and not has_wandb_credentials()
         why = "no login was found on this machine" if unasked else "as asked"
         say(f"W&B is offline ({why}); to send the run later: {_sync_command(run_dir)}")
-    init = {"project": project, "name": name, "tags": list(tags), "config": config, "id": run_id}
+    init = {"project": project, "entity": entity, "name": name, "tags": list(tags), "config": config, "id": run_id}
     spec = {"run_dir": str(run_dir), "init": init, "module": module, "init_timeout": init_timeout,
             "resume_step": resume_step, "alert_interval": alert_interval, "pid": os.getpid(),
             "program": str(Path(sys.argv[0]).absolute()) if sys.argv and sys.argv[0] else "python"}

@@ -360,7 +360,7 @@ class _Run:
             peak_flops=self.peak_flops)
         self.resources.callback(self.writer.close)
         self.wandb = open_wandb(
-            run_dir, mode=config.wandb_mode, run_id=self.run_id, project=config.project, name=config.run_name,
+            run_dir, mode=config.wandb_mode, run_id=self.run_id, project=config.project, name=config.run_name, entity=config.wandb_entity or None,
             tags=self.tags, config=settings.to_dict(config),
             resume_step=self.step if self.resumed else None, alert_interval=config.alert_interval,
             say=self.console.message, event=self.writer.event)
@@ -413,7 +413,8 @@ class _Run:
 
         if self.step == 0 and not self.resumed and not self.stop.number:
             started = time.perf_counter()
-            self.writer.submit(DispatchRecord(0, evaluation=self._evaluate(evaluate, val_windows), dispatched_at=started))
+            evaluation = self._evaluate(evaluate, val_windows)
+            self.writer.submit(DispatchRecord(0, evaluation=evaluation, evaluation_s=time.perf_counter() - started))
 
         while self.step < config.max_steps and not frozen and not self.stop.number:
             n = self._dispatch_length(seconds_per_step)
@@ -423,13 +424,16 @@ class _Run:
             rows_KM = np.asarray(rows_KM)
             # Rows of steps that were not made, because the state froze, are NaN throughout.
             made = int(np.sum(~np.isnan(rows_KM[:n, self.column["learning_rate"]])))
-            seconds_per_step = (time.perf_counter() - started) / max(1, made)
+            ended = time.perf_counter()
+            seconds_per_step = (ended - started) / max(1, made)
             self.step += made
             frozen = bool(stability.is_frozen(self.state.monitor, self.thresholds))
             evaluation = None
             if self._is_due(config.eval_interval) and not frozen:
                 evaluation = self._evaluate(evaluate, val_windows)
-            self.writer.submit(DispatchRecord(first_row, self.functions.metric_names, rows_KM, made, evaluation, started))
+            self.writer.submit(DispatchRecord(
+                first_row, self.functions.metric_names, rows_KM, made, evaluation, started, ended - started,
+                time.perf_counter() - ended if evaluation else None))
             self._save_anomaly(first_row, rows_KM[:made])
             self._tell_saves()
             if self._is_due(config.checkpoint_interval) or frozen:
