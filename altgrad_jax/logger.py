@@ -870,17 +870,23 @@ def _init_wandb(wandb, spec, mode):
     return wandb.init(**spec["init"], dir=spec["run_dir"], mode=mode, resume="allow", settings=settings)
 
 
-def _insist(action, tell):
-    """Do it, again and again with growing pauses (five minutes in all). Raises the last failure."""
-    for pause in (0.5, 1, 2, 4, 8, 16, 32, 60, 60, 60, 60, None):
+_PAUSES_S = (0.5, 1, 2, 4, 8, 16, 32, 60, 60, 60, 60)
+
+
+def _insist(action, tell, pauses=_PAUSES_S):
+    """Do it, again and again with growing pauses (five minutes in all). Raises the last failure.
+
+    Args:
+      tell: called with the first failure.
+    """
+    for attempt, pause in enumerate(pauses):
         try:
             return action()
         except Exception as error:
-            if pause is None:
-                raise
-            if pause == 0.5:
+            if attempt == 0:
                 tell(error)
             time.sleep(pause)
+    return action()
 
 
 def _feed(spec, orders, tell):

@@ -60,11 +60,13 @@ def test_the_live_line_and_what_scrolls_above_it(monkeypatch):
     stream = Terminal()
     console = play("auto", stream)
     console.alert("step 3: [bold]loss_spike[/bold], value 9")
+    console.message("[/red] is no markup")
     console.message("a path /that/is/long" + "/x" * 80)
     console.close()
     console.close()
     text = stream.getvalue()
     # Shown as written: brackets are no markup, a long path is one line to be copied.
+    assert "[/red] is no markup" in text
     assert "step 3: [bold]loss_spike[/bold], value 9" in text and "/that/is/long" + "/x" * 80 in text
     last = text[text.rindex("/that/is/long"):]
     assert "2000/2000" in last and "loss 8.0000" in last and "val 9.5000" in last and "1.2M tok/s" in last

@@ -1,5 +1,6 @@
 """The record holds every step to the bit through kills and resumes, and W&B can do nothing to the run."""
 
+import errno
 import json
 import math
 import os
@@ -152,6 +153,7 @@ def test_any_tail_behind_the_checkpoint_is_cut(tmp_path, torn):
     lambda lines: lines[:4] + lines[5:],
     lambda lines: lines[:4] + [b'{"step": 4, "lo\n'] + lines[5:],
     lambda lines: lines[:4] + [b"\0" * len(lines[4][:-1]) + b"\n"] + lines[5:],
+    lambda lines: lines[:4] + [lines[4].replace(b"loss", b"\0\0\0\0")] + lines[5:],
     lambda lines: lines[:4],
 ])
 def test_missing_rows_are_named(tmp_path, damage):
@@ -400,8 +402,9 @@ def test_a_full_disk_names_the_file(tmp_path):
     os.close(full)
     writer = Writer(record, max_steps=9, tokens_per_step=1)
     writer.submit(DispatchRecord(1, NAMES, packed([1])))
-    with pytest.raises(OSError, match=r"the record cannot be written: No space left.*metrics\.jsonl"):
+    with pytest.raises(OSError, match=r"the record cannot be written: No space left.*metrics\.jsonl") as error:
         writer.flush(fsync=False)
+    assert error.value.errno == errno.ENOSPC
     with pytest.raises(OSError, match="No space left"):
         writer.close()
 
@@ -557,6 +560,7 @@ class Feed:
 def test_wandb_gets_every_key_of_every_row(tmp_path, fake):
     module, received = fake()
     feed = Feed(tmp_path / "run", module)
+    assert os.getsid(feed.sink._child.pid) == feed.sink._child.pid  # out of reach of the terminal's Ctrl-C
     assert feed.close() == 0
     first = received("init")[0]
     assert first["init"] == {"id": "abc", "mode": "online", "resume": "allow", "dir": str(tmp_path / "run"),
@@ -575,7 +579,7 @@ def test_wandb_gets_every_key_of_every_row(tmp_path, fake):
 @pytest.mark.parametrize("fault", [
     {"log": "time.sleep(0.3)"}, {"log": "time.sleep(999)"}, {"log": "raise RuntimeError('no route')"},
     {"init": "time.sleep(999)"}, {"init": "raise RuntimeError('no\\nroute')"}, {"finish": "time.sleep(999)"},
-    {"log": "os._exit(3)"}, {"log": "print('noise', flush=True)"},
+    {"log": "os._exit(3)"}, {"log": "print('noise', end='', flush=True)"},
 ], ids=lambda fault: " ".join(map(" ".join, fault.items())))
 def test_no_fault_of_wandb_holds_the_run_up(tmp_path, fake, fault):
     module, received = fake(**fault)
@@ -612,6 +616,28 @@ def test_without_an_answer_the_run_is_kept_offline(tmp_path, fake, init):
     assert [message["init"]["mode"] for message in received("init")] == ["offline"]
     assert [message["step"] for message in received("step")] == list(range(13))
     assert len(feed.said) == 1 and "kept offline" in feed.said[0] and "wandb sync" in feed.said[0]
+
+
+def test_a_run_that_cannot_be_kept_offline_either_is_told_once(tmp_path, fake):
+    module, _ = fake(init="raise OSError('read-only')")
+    feed = Feed(tmp_path / "run", module, mode="offline")
+    wait_for(lambda: feed.events)
+    assert feed.close() == 13
+    assert [text for text in feed.said if "warning" in text] == [
+        "warning: W&B: gave up (OSError: read-only); the run goes on, the local record is complete"]
+
+
+def test_insisting_ends_with_the_last_failure():
+    tries, told = [], []
+
+    def fail():
+        tries.append(None)
+        raise OSError(f"failure {len(tries)}")
+
+    with pytest.raises(OSError, match="failure 4"):
+        logger._insist(fail, told.append, pauses=(0, 0, 0))
+    assert [str(error) for error in told] == ["failure 1"]
+    assert sum(logger._PAUSES_S) > 240
 
 
 def test_a_failing_row_is_tried_again(tmp_path, fake):

@@ -46,6 +46,7 @@ def test_a_sound_run(tmp_path):
                    alerts={40: [alert("loss_spike"), alert("dead_layer", "ln_f")], 41: [alert("loss_spike")]})
     for folder in ("100", "50", "anomaly/40", "wandb", "7.tmp"):
         (run / folder).mkdir(parents=True)
+    (run / "60").touch()
     v = make_verdict(run)
     assert v["sound"] and v["finished"] and v["loss_fell"] and v["stopped"] is None
     assert v["verdict"] == ("sound: 100 steps, loss fell from 9.9000 to 5.1500, every step finite, "
@@ -87,11 +88,12 @@ def test_speed_leaves_out_each_process_s_first_dispatch(tmp_path):
 
     run = make_run(tmp_path / "run", FALLING)
     rows = [{"event": "start", "step": 0, "time": 0.0}, row(1, 60.0, 30.0), row(2, 60.0, 30.0),
-            row(3, 61.0, 0.5), row(4, 62.0, 0.5), row(5, 63.0, 4.0),
+            row(3, 61.0, 1.0), row(4, 62.0, 0.75), row(5, 63.0, 0.5),
             {"event": "resume", "step": 4, "time": 100.0}, row(5, 150.0, 50.0), row(6, 151.0, 0.25)]
     (run / "timing.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 7, "ti')
     v = make_verdict(run)
-    assert v["step_time_s"] == 0.5 and v["tokens_per_s"] == 200.0  # of steps 3, 4, 5 (first process) and 6
+    # Of steps 3, 4, 5 (as the first process made it) and 6.
+    assert v["step_time_s"] == 0.625 and v["tokens_per_s"] == pytest.approx((100 / 0.75 + 200) / 2)
     (run / "timing.jsonl").unlink()
     assert make_verdict(run)["step_time_s"] is None
 
