@@ -91,8 +91,9 @@ def gradient_snr(moments, *, beta1, beta2):
     """grad_snr/layer: signal-to-noise ratio of the gradient as Adam sees it.
 
     mean over the layer's elements of |m_hat| / sqrt(v_hat), with m_hat = mu / (1 - beta1^t), v_hat = nu / (1 - beta2^t)
-    the bias-corrected moments after t updates. 1 where every recent gradient had the same value, near
-    sqrt((1 - beta1) / (1 + beta1)) where its sign is a coin toss; elements that never had a gradient (nu = 0) count 0.
+    the bias-corrected moments after t updates. 1 where every recent gradient had the same value; for noise of mean 0
+    about sqrt(2 / pi) * sqrt((1 - beta1) / (1 + beta1)), 0.18 at beta1 = 0.9. Elements that never had a gradient
+    (nu = 0) count 0.
     """
     t = jnp.maximum(moments.count, 1).astype(jnp.float32)
     correction = jnp.sqrt(1 - beta2 ** t) / (1 - beta1 ** t)

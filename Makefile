@@ -1,0 +1,46 @@
+# make train   sets everything up (the CUDA build of jax where there is an NVIDIA GPU) and runs the baseline
+# make test    sets everything up and passes the tests
+# make oracle  the tests against torch and transformers (large downloads)
+#
+# ARGS goes to the training script:  make train ARGS="--config.max_steps=300"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# The extra of jax that fits the driver: its CUDA version is what nvidia-smi prints in its first lines.
+CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')
+CUDA_EXTRA := $(if $(CUDA_MAJOR),$(if $(filter 12,$(CUDA_MAJOR)),[cuda12],[cuda13]))
+
+.PHONY: train test oracle clean
+
+train: $(VENV)/.train
+	$(BIN)/python scripts/train.py --config configs/bf16_baseline.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not oracle"
+
+oracle: $(VENV)/.oracle
+	$(BIN)/python -m pytest -m oracle
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "altgrad_jax needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11 ..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: pyproject.toml | $(BIN)/python
+	$(INSTALL) -e ".$(CUDA_EXTRA)"
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(INSTALL) -e ".[dev]"
+	touch $@
+
+# torch is pinned to the version these tests were written with.
+$(VENV)/.oracle: pyproject.toml | $(BIN)/python
+	$(INSTALL) "torch==2.13.0" -e ".[dev,oracle]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info
