@@ -1,5 +1,6 @@
 # make train   sets everything up (the CUDA build of jax where there is an NVIDIA GPU) and runs the baseline
 # make test    sets everything up and passes the tests
+# make lint    style
 # make oracle  the tests against torch and transformers (large downloads)
 #
 # ARGS goes to the training script:  make train ARGS="--config.max_steps=300"
@@ -14,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')
 CUDA_EXTRA := $(if $(CUDA_MAJOR),$(if $(filter 12,$(CUDA_MAJOR)),[cuda12],[cuda13]))
 
-.PHONY: train test oracle clean
+.PHONY: train test oracle lint clean
 
 train: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config configs/bf16_baseline.py $(ARGS)
@@ -41,6 +42,9 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 $(VENV)/.oracle: pyproject.toml | $(BIN)/python
 	$(INSTALL) "torch==2.13.0" -e ".[dev,oracle]"
 	touch $@
+
+lint: $(VENV)/.test
+	$(BIN)/python -m ruff check .
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -118,5 +118,6 @@ def format_table(rows):
     lines = ["| variant | ms/step | tokens/s | ratio (quartiles) | metrics | compile s |", "|---|---|---|---|---|---|"]
     for row in rows:
         lines.append(f"| {row['name']} | {row['ms_per_step']:.2f} | {row['tokens_per_s']:,.0f} | {row['ratio']:.3f} "
-                     f"({row['ratio_low']:.3f}-{row['ratio_high']:.3f}) | {row['n_metrics']} | {row['compile_s']:.1f} |")
+                     f"({row['ratio_low']:.3f}-{row['ratio_high']:.3f}) | {row['n_metrics']} "
+                     f"| {row['compile_s']:.1f} |")
     return "\n".join(lines)

@@ -48,7 +48,8 @@ def evaluate_checkpoint(path, *, step=None, data_dir=None, token_file=None, all_
     """
     params, config, settings = load_model(path, step)
     if token_file is not None:
-        tokens_T, file = open_token_file(token_file, vocab_size=config.vocab_size, block_size=config.block_size), token_file
+        file = token_file
+        tokens_T = open_token_file(file, vocab_size=config.vocab_size, block_size=config.block_size)
     else:
         data = load_token_data(data_dir or _data_dir_of(Path(path)), vocab_size=config.vocab_size,
                                block_size=config.block_size, tokenizer=settings["tokenizer"])
@@ -66,5 +67,5 @@ def _data_dir_of(path):
     for folder in (path, path.parent):
         if (folder / MANIFEST).exists():
             return read_manifest(folder)["data"]["dir"]
-    raise UserError(f"{path} belongs to no run that says what it was trained on: name the data with --data_dir, or a token "
-                    "file with --tokens")
+    raise UserError(f"{path} belongs to no run that says what it was trained on: name the data with --data_dir, or a "
+                    "token file with --tokens")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+
 def by_layer(tree):
     """{layer: {array name: array}} of a tree shaped like the parameters, in the order the model applies them."""
     layers = {}

@@ -1,8 +1,8 @@
 """GPT-2 in Flax linen; the only file that imports flax.linen.
 
 Pre-LayerNorm (eps 1e-5), learned positions, tanh-GELU, biases where GPT-2 has them, output head tied to the embedding
-(Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"). Layer names are the ones every metric, file
-and option uses: embed, pos_embed, block_i/{ln_1, attn_qkv, attn_out, ln_2, mlp_up, mlp_down}, ln_f.
+(Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"). Layer names are the ones every metric,
+file and option uses: embed, pos_embed, block_i/{ln_1, attn_qkv, attn_out, ln_2, mlp_up, mlp_down}, ln_f.
 
 Dtypes: parameters, LayerNorm, softmax, GELU and the residual stream are float32. Values are rounded to `compute_dtype`
 only as operands of a product (quant_dot's rule); q, k and v are such operands too, of the two attention products.

@@ -1,9 +1,9 @@
 """The stability monitor: counters that travel in the training state, conditions decided inside the jitted step.
 
 Nothing here needs the host: each condition is a comparison of reductions with a threshold from the config, and what
-leaves the step is a column `alert/kind` or `alert/kind/layer` that is 0 except at the step where the condition *begins*,
-where it holds the value that crossed the threshold. Because the counters are state, a resumed run raises the same
-alerts at the same steps.
+leaves the step is a column `alert/kind` or `alert/kind/layer` that is 0 except at the step where the condition
+*begins*, where it holds the value that crossed the threshold. Because the counters are state, a resumed run raises the
+same alerts at the same steps.
 
 kind               begins when                                                                          value
 nonfinite_loss     the loss is NaN or infinite                                                          1
@@ -85,8 +85,8 @@ def robust_z(loss, losses_W):
 def update_dead_streaks(monitor, neuron_square_sum, thresholds, ok):
     """New streaks, and dead_neurons/layer: share of neurons below the threshold for the whole window.
 
-    A neuron is an output column of a kernel with its bias; what is compared with dead_neuron_threshold is the L2 norm of
-    its unclipped gradient. A non-finite step (`ok` false) says nothing and changes no streak.
+    A neuron is an output column of a kernel with its bias; what is compared with dead_neuron_threshold is the L2 norm
+    of its unclipped gradient. A non-finite step (`ok` false) says nothing and changes no streak.
     """
     streaks, metrics = [], {}
     for old, (layer, squares) in zip(monitor.dead_streak, neuron_square_sum.items(), strict=True):

@@ -4,8 +4,8 @@
 `steps_per_dispatch` steps in a loop whose bound is a traced number, so one compiled program serves every remainder; the
 rows of metrics are written into one preallocated [steps, metrics] array that is the only thing the host ever fetches.
 
-The batch of update k is windows k*batch_size ... (k+1)*batch_size - 1 of the run's sequence of windows, which depends on
-the data seed alone (data.dataset.permute_windows). All index arithmetic of a dispatch is done once, before its loop.
+The batch of update k is windows k*batch_size ... (k+1)*batch_size - 1 of the run's sequence of windows, which depends
+on the data seed alone (data.dataset.permute_windows). All index arithmetic of a dispatch is done once, before its loop.
 
 What a non-finite step does: nothing but be counted. A loss, gradient or gradient norm that is not finite leaves
 parameters, moments and Adam's count as they were; `state.step` advances. An update element that is not finite although
@@ -15,8 +15,9 @@ loss and gradient are (a damaged moment) is not applied, the others are, and the
 Axes: B batch, L block_size, K steps of a dispatch, A micro-batches, M metrics, S layers, E evaluation windows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

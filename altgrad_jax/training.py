@@ -7,8 +7,8 @@ second; at the end the verdict.
 The loop waits for one small array a dispatch, which is what lets it look at the state it may have to save. At about a
 second a dispatch that wait costs nothing that can be measured; rows are formatted and written on a thread meanwhile.
 
-Order on the disk: the rows up to step k are flushed before checkpoint k is begun, so whatever checkpoint a resume finds,
-the record reaches it.
+Order on the disk: the rows up to step k are flushed before checkpoint k is begun, so whatever checkpoint a resume
+finds, the record reaches it.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from altgrad_jax import config as settings
 from altgrad_jax import flops, stability, verdict
@@ -36,8 +37,18 @@ from altgrad_jax.data.prepare import banner, resolve
 from altgrad_jax.data.sources import default_cache_dir
 from altgrad_jax.errors import UserError
 from altgrad_jax.evaluation import choose_windows
-from altgrad_jax.logger import (DispatchRecord, MANIFEST, METRICS, Record, ValRising, Writer, new_run_id, open_wandb,
-                                read_manifest, write_manifest)
+from altgrad_jax.logger import (
+    MANIFEST,
+    METRICS,
+    DispatchRecord,
+    Record,
+    ValRising,
+    Writer,
+    new_run_id,
+    open_wandb,
+    read_manifest,
+    write_manifest,
+)
 from altgrad_jax.model import GPTConfig, count_params
 from altgrad_jax.step import StepOptions, data_mesh, make_step_functions
 
@@ -92,18 +103,19 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
     _use_deterministic_operations(config)
     _use_compilation_cache()
     with contextlib.ExitStack() as resources:
-        stop = resources.enter_context(_StopRequest())
         console = make_console(config.console, config.max_steps)
         resources.callback(console.close)
-        run = _Run(config, data_dir, run_dir, resume, console, stop, resources)
-        exit_code = run.loop()
-        run.finish(exit_code)
+        run = _Run(config, data_dir, run_dir, resume, console, resources)
+        # Until here an interrupt has nothing to save, and simply ends the process.
+        with _StopRequest() as stop:
+            exit_code = run.loop(stop)
+            run.finish(exit_code)
     interrupted = exit_code not in (FINISHED, STOPPED_NON_FINITE)
     return Result(exit_code, run_dir, None if interrupted else _read_verdict(run_dir),
                   verdict.read_history(run_dir))
 
 
-# ------------------------------------------------------------------------------------------------- before the first step
+# ------------------------------------------------------------------------------------------------ before the first step
 
 
 def _already_finished(run_dir, config, resume):
@@ -114,8 +126,8 @@ def _already_finished(run_dir, config, resume):
     if not steps or max(steps) < config.max_steps:
         return None
     _refuse_other_config(run_dir, read_manifest(run_dir), config)
-    print(f"{run_dir} is finished: it has made {max(steps)} of max_steps={config.max_steps} steps; raise max_steps to go "
-          "on, or give another --workdir to start a new run")
+    print(f"{run_dir} is finished: it has made {max(steps)} of max_steps={config.max_steps} steps; raise max_steps "
+          "to go on, or give another --workdir to start a new run")
     return Result(FINISHED, run_dir, _read_verdict(run_dir), verdict.read_history(run_dir))
 
 
@@ -239,21 +251,21 @@ class _StopRequest:
             os._exit(128 + number)
         self.number = number
         # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this dispatch, then stopping; once more to leave at "
-                    "once\n".encode())
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this dispatch, then stopping; once more to leave "
+                    "at once\n".encode())
 
 
 class _Run:
     """Everything that is open while a run goes on. Built in the order in which things can be refused."""
 
-    def __init__(self, config, data_dir, run_dir, resume, console, stop, resources):
-        self.config, self.run_dir, self.console, self.stop = config, run_dir, console, stop
-        self.resources = resources
+    def __init__(self, config, data_dir, run_dir, resume, console, resources):
+        self.config, self.run_dir, self.console, self.resources = config, run_dir, console, resources
         self.started = time.time()
         self._check_folder(resume)
         self._open_data(data_dir)
         self._build_step()
         self._restore_or_start(resume)
+        self._compile()
 
     # Data, model and functions.
 
@@ -277,15 +289,18 @@ class _Run:
     def _build_step(self):
         config = self.config
         self.mesh = data_mesh()
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.device = self.mesh.devices.flat[0]
         if config.batch_size // config.grad_accum_steps % self.mesh.size:
-            raise UserError(f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps} parts cannot be "
-                            f"split over {self.mesh.size} devices: make batch_size / grad_accum_steps a multiple of it, or "
-                            "hide devices with CUDA_VISIBLE_DEVICES")
+            raise UserError(
+                f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps} parts cannot be split "
+                f"over {self.mesh.size} devices: make batch_size / grad_accum_steps a multiple of it, or hide devices "
+                "with CUDA_VISIBLE_DEVICES")
         fits = _fits_on_device(len(self.data.train_T), self.device)
         if config.data_placement == "device" and not fits:
-            raise UserError(f"data_placement='device' cannot hold {len(self.data.train_T)} tokens in a quarter of the device's "
-                            "memory: set data_placement to auto or host")
+            raise UserError(
+                f"data_placement='device' cannot hold {len(self.data.train_T)} tokens in a quarter of the device's "
+                "memory: set data_placement to auto or host")
         self.on_device = fits if config.data_placement == "auto" else config.data_placement == "device"
         self.buffer_steps = min(config.steps_per_dispatch or AUTO_DISPATCH_STEPS, config.max_steps)
         options = step_options(config, steps_per_dispatch=self.buffer_steps, data_on_device=self.on_device)
@@ -324,9 +339,10 @@ class _Run:
     def _restore_or_start(self, resume):
         config, run_dir = self.config, self.run_dir
         if self.manifest and self.manifest["data"]["fingerprint"] != self.data.fingerprint:
-            raise UserError(f"{run_dir} was trained on other data (fingerprint {self.manifest['data']['fingerprint'][:12]}, "
-                            f"{self.data.dir} has {self.data.fingerprint[:12]}): give the --data_dir it was made with, or "
-                            "another --workdir to start a new run")
+            raise UserError(
+                f"{run_dir} was trained on other data (fingerprint {self.manifest['data']['fingerprint'][:12]}, "
+                f"{self.data.dir} has {self.data.fingerprint[:12]}): give the --data_dir it was made with, or another "
+                "--workdir to start a new run")
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self.checkpoints = open_checkpoints(run_dir, config.max_checkpoints)
@@ -339,7 +355,8 @@ class _Run:
             state, _ = self.checkpoints.restore(resume, self.functions.abstract_state)
             superseded = self.checkpoints.set_aside_newer_than(resume)
             if superseded:
-                self.console.message(f"checkpoints after step {resume} were set aside: {', '.join(map(str, superseded))}")
+                self.console.message(f"checkpoints after step {resume} were set aside: "
+                                     f"{', '.join(map(str, superseded))}")
             restored = resume, state
         elif self.manifest is not None:
             found = self.checkpoints.restore_newest(
@@ -360,8 +377,8 @@ class _Run:
             peak_flops=self.peak_flops)
         self.resources.callback(self.writer.close)
         self.wandb = open_wandb(
-            run_dir, mode=config.wandb_mode, run_id=self.run_id, project=config.project, name=config.run_name, entity=config.wandb_entity or None,
-            tags=self.tags, config=settings.to_dict(config),
+            run_dir, mode=config.wandb_mode, run_id=self.run_id, project=config.project, name=config.run_name,
+            entity=config.wandb_entity or None, tags=self.tags, config=settings.to_dict(config),
             resume_step=self.step if self.resumed else None, alert_interval=config.alert_interval,
             say=self.console.message, event=self.writer.event)
         self._introduce()
@@ -376,8 +393,9 @@ class _Run:
         if self.manifest_was_new:
             self.manifest = {
                 "run_id": new_run_id(), "tags": list(self.tags), "starts": [],
-                "data": {"fingerprint": self.data.fingerprint, "dir": str(self.data.dir), "meta": self.data.meta,
-                         "placement": "device" if self.on_device else "host", "eval_windows": len(self.val_windows)},
+                "data": {"fingerprint": self.data.fingerprint, "dir": str(self.data.dir.absolute()),
+                         "meta": self.data.meta, "placement": "device" if self.on_device else "host",
+                         "eval_windows": len(self.val_windows)},
                 "model": {"parameters": count_params(self.functions.abstract_state.params),
                           "flops_per_step": self.flops_per_step},
             }
@@ -399,24 +417,22 @@ class _Run:
 
     # The loop.
 
-    def loop(self):
+    def loop(self, stop):
         """Trains to max_steps, to the first unrecoverable step, or to a signal. Returns the exit code."""
         config = self.config
-        compiled_at = time.perf_counter()
-        run, evaluate = self._compile()
-        self.writer.event("compiled", self.step, seconds=round(time.perf_counter() - compiled_at, 3))
-        val_windows = jax.device_put(self.val_windows)
+        run, evaluate = self.compiled
+        val_windows = jax.device_put(self.val_windows, self.replicated)
         data, next_batches = self._feed()
         self.last_saved = self.step if self.resumed else -1
         seconds_per_step = None
         frozen = bool(stability.is_frozen(self.state.monitor, self.thresholds))
 
-        if self.step == 0 and not self.resumed and not self.stop.number:
+        if self.step == 0 and not self.resumed and not stop.number:
             started = time.perf_counter()
             evaluation = self._evaluate(evaluate, val_windows)
             self.writer.submit(DispatchRecord(0, evaluation=evaluation, evaluation_s=time.perf_counter() - started))
 
-        while self.step < config.max_steps and not frozen and not self.stop.number:
+        while self.step < config.max_steps and not frozen and not stop.number:
             n = self._dispatch_length(seconds_per_step)
             started = time.perf_counter()
             state, rows_KM = run(self.state, data if self.on_device else next_batches(self.step, n), np.int32(n))
@@ -438,30 +454,32 @@ class _Run:
             self._tell_saves()
             if self._is_due(config.checkpoint_interval) or frozen:
                 self._save(None if evaluation is None else evaluation["val_loss"])
-        if self.stop.number and self.step > max(0, self.last_saved):
+        if stop.number and self.step > max(0, self.last_saved):
             self._save(None)
         self.checkpoints.wait()
         self._tell_saves()
         if frozen:
             return STOPPED_NON_FINITE
-        return 128 + self.stop.number if self.stop.number and self.step < config.max_steps else FINISHED
+        return 128 + stop.number if stop.number and self.step < config.max_steps else FINISHED
 
     def _compile(self):
-        """Both programs, compiled ahead of the first step: a call with other shapes is an error, never a recompilation."""
+        """Both programs, ahead of the first step: a call with other shapes is then an error, never a recompilation."""
         config = self.config
         self.console.message("compiling ...")
+        started = time.perf_counter()
         shape = ((len(self.data.train_T),) if self.on_device
                  else (self.buffer_steps, config.batch_size, config.block_size + 1))
-        tokens = jax.ShapeDtypeStruct(shape, np.uint16)
+        tokens = jax.ShapeDtypeStruct(shape, np.uint16, sharding=self.replicated)
         abstract = self.functions.abstract_state
         run = self.functions.run.lower(abstract, tokens, jax.ShapeDtypeStruct((), np.int32)).compile()
-        windows = jax.ShapeDtypeStruct(self.val_windows.shape, np.uint16)
-        return run, self.functions.evaluate.lower(abstract.params, windows).compile()
+        windows = jax.ShapeDtypeStruct(self.val_windows.shape, np.uint16, sharding=self.replicated)
+        self.compiled = run, self.functions.evaluate.lower(abstract.params, windows).compile()
+        self.writer.event("compiled", self.step, seconds=round(time.perf_counter() - started, 3))
 
     def _feed(self):
         """(token array on the device, None), or (None, function (first step, n) -> batches [K, B, L+1])."""
         if self.on_device:
-            return jax.device_put(np.asarray(self.data.train_T)), None
+            return jax.device_put(np.asarray(self.data.train_T), self.replicated), None
         config = self.config
         stream = HostStream(self.data.train_T, batch_size=config.batch_size, block_size=config.block_size,
                             seed=config.data_seed)
@@ -470,7 +488,7 @@ class _Run:
 
         def next_batches(step, n):
             batches_KBL[:n] = stream.get(step, n)
-            return batches_KBL
+            return jax.device_put(batches_KBL, self.replicated)
 
         return None, next_batches
 
@@ -532,8 +550,8 @@ class _Run:
     # The end.
 
     def finish(self, exit_code):
-        """Closes the record, then says how it went: the verdict, or how to resume."""
-        self.writer.close()
+        """Says how it went: the verdict, or how to resume. The record is closed by whoever opened it."""
+        self.writer.flush()
         interrupted = exit_code not in (FINISHED, STOPPED_NON_FINITE)
         if not interrupted:
             reason = None if exit_code == FINISHED else (
@@ -542,12 +560,14 @@ class _Run:
             verdict.plot_loss(self.run_dir)
             verdict.write_verdict(self.run_dir, result)
         if self.wandb is not None:
-            self.wandb.close(drain_timeout=10.0 if interrupted else 300.0,
+            # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
+            self.wandb.close(drain_timeout=5.0 if interrupted else 300.0,
                              summary={} if interrupted else {"verdict": result["verdict"]})
         self.console.close()
         if interrupted:
-            print(f"{signal.Signals(exit_code - 128).name}: stopped after step {self.step} of {self.config.max_steps}; the "
-                  f"same command continues from checkpoint {max(list_steps(self.run_dir), default=0)}")
+            saved = list_steps(self.run_dir)
+            goes_on = f"continues from checkpoint {max(saved)}" if saved else "starts again, for nothing was saved yet"
+            print(f"{signal.Signals(exit_code - 128).name}: stopped after step {self.step} of {self.config.max_steps}; "
+                  f"the same command {goes_on}")
         else:
-            verdict.print_verdict(result)
-
+            verdict.print_verdict(result, seconds=time.time() - self.started)

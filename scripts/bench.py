@@ -28,8 +28,8 @@ def run(config, *, rounds, steps_per_round, **paths):
 
     from altgrad_jax import benchmark
 
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {config.batch_size} x {config.block_size} tokens a step, "
-          f"{rounds} rounds of {steps_per_round} steps", flush=True)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {config.batch_size} x {config.block_size} tokens a "
+          f"step, {rounds} rounds of {steps_per_round} steps", flush=True)
     variants = {name: {"metrics": groups} for name, groups in benchmark.METRIC_VARIANTS.items()}
     rows = benchmark.bench_steps(config, variants, rounds=rounds, steps_per_round=steps_per_round,
                                  say=lambda text: print(text, flush=True))

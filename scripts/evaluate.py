@@ -33,8 +33,8 @@ def main(args):
         args.checkpoint, step=args.step, data_dir=args.data_dir, token_file=args.tokens, all_windows=args.all
     )
     print(
-        f"loss {result.val_loss:.6f} nats/token, perplexity {result.val_perplexity:.3f}, on {result.n_windows:,} windows "
-        f"({result.n_tokens:,} tokens) of {result.file}"
+        f"loss {result.val_loss:.6f} nats/token, perplexity {result.val_perplexity:.3f}, on {result.n_windows:,} "
+        f"windows ({result.n_tokens:,} tokens) of {result.file}"
     )
 
 

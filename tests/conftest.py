@@ -8,6 +8,6 @@ os.environ["WANDB_MODE"] = "disabled"  # a test that wants W&B asks for a mode i
 for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY"):
     os.environ.pop(name, None)
 
-# Many tests compile the same small programs; a cache beside the checkout makes the suite's time that of the distinct ones.
+# Many tests compile the same small programs: with a cache, only the distinct ones take time.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

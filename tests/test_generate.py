@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax import checkpoint, generate as generate_module
+from altgrad_jax import checkpoint
+from altgrad_jax import generate as generate_module
 from altgrad_jax.config import default_config, to_dict
 from altgrad_jax.errors import UserError
 from altgrad_jax.generate import generate, load_model, sample_token

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import numpy_gpt2
 import pytest
 
-import numpy_gpt2
 from altgrad_jax.model import GPT, GPTConfig, count_params, empty_cache, init_params, layer_of
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=31, compute_dtype="float32")

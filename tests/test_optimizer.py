@@ -43,7 +43,8 @@ def test_wsd_is_flat_then_linear_to_the_floor():
 
 def tree(seed, scale=1.0):
     keys = jax.random.split(jax.random.key(seed), 2)
-    return {"a": {"kernel": scale * jax.random.normal(keys[0], (5, 7)), "bias": scale * jax.random.normal(keys[1], (7,))}}
+    kernel, bias = jax.random.normal(keys[0], (5, 7)), jax.random.normal(keys[1], (7,))
+    return {"a": {"kernel": scale * kernel, "bias": scale * bias}}
 
 
 def test_adamw_times_the_rate_is_optax_adamw():

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they leave behind, how they end, and that a resumed one equals an uninterrupted one."""
+"""Whole runs of a tiny model: what they leave, how they end, and that a resumed one equals an uninterrupted one."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from altgrad_jax.data.tokenizer import get_tokenizer
 from altgrad_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(tokenizer="bytes", vocab_size=256, n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_steps=40,
-            warmup_steps=5, learning_rate=3e-3, checkpoint_interval=10, eval_interval=20, eval_windows=8,
+TINY = dict(tokenizer="bytes", vocab_size=256, n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4,
+            max_steps=40, warmup_steps=5, learning_rate=3e-3, checkpoint_interval=10, eval_interval=20, eval_windows=8,
             eval_batch_size=4, dead_neuron_window=5, nan_patience=3, run_name="tiny", tags=("tiny",),
             wandb_mode="disabled", console="quiet")
 
@@ -275,6 +275,17 @@ def test_kill_9_loses_nothing_that_a_resume_does_not_bring_back(long_run, data_d
     assert_equal_runs(long_run.run_dir, run_dir, step=400)
 
 
+def test_two_devices_train_as_one(whole, data_dir, tmp_path):
+    """The batch split over a mesh of two: the same losses but for the order of the sums."""
+    process = subprocess.Popen(
+        command(data_dir, tmp_path / "two"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0 and "device: 2 x cpu" in output, output
+    losses = [row["loss"] for row in rows_of(tmp_path / "two")[1:]]
+    np.testing.assert_allclose(losses, whole.history["loss"][1:], rtol=5e-3)
+
+
 def test_a_mistake_on_the_command_line_is_one_sentence(data_dir, tmp_path):
     process = start(data_dir, tmp_path / "x", n_embd=15)
     output, _ = process.communicate(timeout=60)
@@ -286,8 +297,8 @@ def test_the_checkpoint_restores_as_the_state_that_made_it(whole):
     from altgrad_jax.step import data_mesh, make_step_functions
     from altgrad_jax.training import model_config, step_options
 
-    functions = make_step_functions(model_config(tiny(), "cpu"), step_options(tiny(), steps_per_dispatch=1), data_mesh(),
-                                    n_train_windows=100, eval_batch_size=4, seed=42)
+    functions = make_step_functions(model_config(tiny(), "cpu"), step_options(tiny(), steps_per_dispatch=1),
+                                    data_mesh(), n_train_windows=100, eval_batch_size=4, seed=42)
     state, meta = restore_path(whole.run_dir / "40", functions.abstract_state)
     assert int(state.step) == meta["step"] == 40
     params, _ = load_params(whole.run_dir)

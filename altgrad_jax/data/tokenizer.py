@@ -88,7 +88,7 @@ class Tokenizer:
         return self._decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called ``name``: ``gpt2`` or ``bytes``.
 
