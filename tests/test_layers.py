@@ -12,7 +12,8 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 # From the bottom up; a module may import only from rows above its own, or from its own row where that is no cycle.
 LAYERS = [
     {"errors", "__init__", "data.__init__"},
-    {"config", "flops", "quant_dot", "data.tokenizer"},
+    {"config", "formats", "flops", "data.tokenizer"},
+    {"quantize", "quant_dot"},
     {"cli", "model", "optimizer", "metrics", "stability", "data.sources"},
     {"data.prepare", "hf"},
     {"data.dataset", "checkpoint", "logger", "console"},
@@ -23,8 +24,8 @@ LAYERS = [
     {"benchmark"},
 ]
 OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"}}
-MAY_JIT = {"step", "generate", "benchmark"}
-NO_JAX = {"errors", "config", "cli", "logger", "console", "verdict", "flops", "data.tokenizer", "data.sources",
+MAY_JIT = {"step", "generate", "benchmark", "quantize"}
+NO_JAX = {"errors", "config", "formats", "cli", "logger", "console", "verdict", "flops", "data.tokenizer", "data.sources",
           "data.prepare"}
 
 

@@ -1,0 +1,357 @@
+"""Which numbers a format has: facts, and slow obvious arithmetic in float64 that everything faster is held to.
+
+A format splits its bits into one sign bit, E exponent bits and M mantissa bits. The last E + M bits are the
+*magnitude code* c, with exponent field e = c >> M and mantissa field m = c mod 2^M. Its value is
+
+    e = 0:  m / 2^M * 2^(1 - bias)            zero and the subnormals
+    e > 0:  (1 + m / 2^M) * 2^(e - bias)      the normals
+
+so codes rise with their values, and neighbouring codes are neighbouring numbers. E = 0 leaves only the first line: a
+fixed-point grid. M = 0 leaves only zero and powers of two. Codes above that of `max_finite` are no finite numbers: the
+first is the infinity of formats that have one, the others are NaN.
+
+Rounding to nearest resolves a tie to the even *code*, in every format. Where M >= 1 this is the usual even mantissa;
+where M = 0 it is the even exponent field: E7M0 rounds 3 to 2 and 6 to 8.
+
+Overflow saturates by default: whatever would round beyond `max_finite`, infinities included, becomes `max_finite` (the
+saturating mode of the OCP specification). Without saturation it becomes infinity, or NaN in formats without infinity;
+formats that have neither cannot be used so. NaN stays NaN: a format without a NaN code keeps it in its float32 image,
+where a run must be able to see it, and has no code for it.
+
+Sources: Micikevicius et al. 2022, and OCP 8-bit Floating Point Specification 1.0, for E4M3 and E5M2; IEEE 754-2019 for
+the IEEE-like splits; the interim report of IEEE P3109 for its 8-bit family, as read by the library gfloat.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import math
+
+import numpy as np
+
+from altgrad_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatFormat:
+    """One number format. The fields are plain facts; the properties follow from them, named as in numpy.finfo.
+
+    name: as in FORMATS. exponent_bits, mantissa_bits: E and M. bias: of the exponent field. max_finite: the largest
+    finite number. has_inf: whether the code after it is infinity. has_negative_zero: whether sign and zero magnitude
+    are -0; where not (P3109), that code is NaN and every zero is +0.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    max_finite: float
+    has_inf: bool
+    has_negative_zero: bool = True
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def n_magnitudes(self) -> int:
+        """Codes of one sign."""
+        return 2 ** (self.exponent_bits + self.mantissa_bits)
+
+    @property
+    def max_code(self) -> int:
+        """Magnitude code of `max_finite`."""
+        return int(np.searchsorted(_values(self), self.max_finite))
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether some code is NaN."""
+        return not self.has_negative_zero or self.max_code + self.has_inf < self.n_magnitudes - 1
+
+    @property
+    def nmant(self) -> int:
+        """Bits of the mantissa field."""
+        return self.mantissa_bits
+
+    @property
+    def nexp(self) -> int:
+        """Bits of the exponent field."""
+        return self.exponent_bits
+
+    @property
+    def minexp(self) -> int:
+        """Exponent of the smallest normal number; the grid is even below 2^minexp, its step 2^(minexp - M)."""
+        return 1 - self.bias
+
+    @property
+    def maxexp(self) -> int:
+        """The smallest power of two that is larger than `max`, as an exponent."""
+        return math.frexp(self.max_finite)[1]
+
+    @property
+    def max(self) -> float:
+        """The largest finite number."""
+        return self.max_finite
+
+    @property
+    def min(self) -> float:
+        """The most negative finite number."""
+        return -self.max_finite
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest normal number; NaN where there are no normal numbers (E = 0)."""
+        return math.ldexp(1.0, self.minexp) if self.exponent_bits else math.nan
+
+    @property
+    def smallest_subnormal(self) -> float:
+        """The smallest positive number (where M = 0 it is the smallest normal number, for there are no others)."""
+        return math.ldexp(1.0, self.minexp - self.mantissa_bits)
+
+    @property
+    def eps(self) -> float:
+        """Spacing of the numbers from 1.0 upwards."""
+        return math.ldexp(1.0, max(self.minexp, 0) - self.mantissa_bits)
+
+    @property
+    def n_finite(self) -> int:
+        """How many different finite numbers there are; 0 and -0 are one."""
+        return 2 * self.max_code + 1
+
+
+def _ieee(name: str, exponent_bits: int, mantissa_bits: int) -> FloatFormat:
+    """Top exponent field kept for infinity and NaN, as in IEEE 754."""
+    bias = 2 ** (exponent_bits - 1) - 1
+    return FloatFormat(
+        name, exponent_bits, mantissa_bits, bias, (2 - 2.0**-mantissa_bits) * 2.0**bias, has_inf=True
+    )
+
+
+def _finite(name: str, exponent_bits: int, mantissa_bits: int) -> FloatFormat:
+    """Every code a number. The bias is that of IEEE 754, except that E = 0 is a grid of k / 2^M."""
+    bias = 2 ** (exponent_bits - 1) - 1 if exponent_bits else 1
+    largest = (2 - 2.0**-mantissa_bits) * 2.0 ** (2**exponent_bits - 1 - bias)
+    if not exponent_bits:
+        largest = 1 - 2.0**-mantissa_bits
+    return FloatFormat(name, exponent_bits, mantissa_bits, bias, largest, has_inf=False)
+
+
+def _p3109(precision: int) -> FloatFormat:
+    """The signed 8-bit format of IEEE P3109 with infinities and this precision (M + 1).
+
+    One NaN, in the place of -0; one infinity of each sign, in the highest code. P8 has no exponent field.
+    """
+    exponent_bits, mantissa_bits = 8 - precision, precision - 1
+    bias = 2 ** (exponent_bits - 1) if exponent_bits else 0
+    code = 2**7 - 2
+    return FloatFormat(
+        f"P3109_P{precision}",
+        exponent_bits,
+        mantissa_bits,
+        bias,
+        float(_value_of(code, mantissa_bits, bias)),
+        has_inf=True,
+        has_negative_zero=False,
+    )
+
+
+def _value_of(code, mantissa_bits, bias):
+    """float64 value of magnitude codes as if all were finite numbers, by the two lines at the top of this module."""
+    code = np.asarray(code)
+    exponent, mantissa = code >> mantissa_bits, code % 2**mantissa_bits
+    fraction = mantissa / 2.0**mantissa_bits
+    return np.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias))
+
+
+_DEFAULTS = (
+    _finite("E0M7", 0, 7),
+    _finite("E1M6", 1, 6),
+    _finite("E2M5", 2, 5),
+    _ieee("E3M4", 3, 4),
+    FloatFormat("E4M3", 4, 3, bias=7, max_finite=448.0, has_inf=False),
+    _ieee("E5M2", 5, 2),
+    _finite("E6M1", 6, 1),
+    _finite("E7M0", 7, 0),
+)
+DEFAULT_8BIT = tuple(fmt.name for fmt in _DEFAULTS)
+FORMATS = {
+    fmt.name: fmt
+    for fmt in (
+        *_DEFAULTS,
+        _ieee("E4M3_IEEE", 4, 3),
+        *(_finite(f"E{e}M{7 - e}_FINITE", e, 7 - e) for e in range(8)),
+        *(_p3109(precision) for precision in range(1, 9)),
+        _ieee("BF16", 8, 7),
+        _ieee("FP16", 5, 10),
+        _ieee("E4M11", 4, 11),
+        _ieee("E7M8", 7, 8),
+        _finite("E0M15", 0, 15),
+    )
+}
+ALIASES = {"E8M7": "BF16", "E5M10": "FP16"}
+
+
+def get_format(name: str) -> FloatFormat:
+    """The format of this name; UserError with the names that exist, the nearest first."""
+    known = FORMATS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
+    if known:
+        return known
+    names = [*FORMATS, *ALIASES]
+    near = difflib.get_close_matches(str(name).upper().replace("-", "_"), names, n=3, cutoff=0.5)
+    listed = ", ".join([*near, *(other for other in names if other not in near)])
+    raise UserError(f"there is no number format {str(name)[:40]!r}: give one of {listed}")
+
+
+@functools.cache
+def _values(fmt: FloatFormat) -> np.ndarray:
+    """float64 [n_magnitudes + 1], by magnitude code, every code read as a number, and one beyond the last.
+
+    The number after `max_finite` decides what overflows, so it is needed even where it has no code of its own.
+    """
+    values = _value_of(np.arange(fmt.n_magnitudes + 1), fmt.mantissa_bits, fmt.bias)
+    values.flags.writeable = False
+    return values
+
+
+def decode(fmt: FloatFormat, code) -> np.ndarray:
+    """float64 values, of the shape of `code`: whole numbers from 0 to 2^bits - 1, the sign in the highest bit."""
+    code = np.asarray(code)
+    if code.dtype.kind not in "iu" or code.size and not (0 <= code.min() and code.max() < 2**fmt.bits):
+        raise UserError(f"codes of {fmt.name} are whole numbers from 0 to {2**fmt.bits - 1}")
+    code = code.astype(np.int64)
+    negative, magnitude = code >= fmt.n_magnitudes, code % fmt.n_magnitudes
+    value = _values(fmt)[magnitude]
+    value = np.where(magnitude > fmt.max_code, np.nan, value)
+    if fmt.has_inf:
+        value = np.where(magnitude == fmt.max_code + 1, np.inf, value)
+    value = np.where(negative, -value, value)
+    if not fmt.has_negative_zero:
+        value = np.where(negative & (magnitude == 0), np.nan, value)
+    return value
+
+
+def encode(fmt: FloatFormat, x, *, saturate: bool = True) -> np.ndarray:
+    """Codes (int64, of the shape of x) of the numbers nearest to x, ties to the even code.
+
+    Args:
+      x: anything numpy reads as float64. A float32 or narrower x is decided exactly: the midpoint of two neighbours has
+        at most 17 significant bits.
+      saturate: False lets overflow become infinity, or NaN in formats without infinity.
+
+    Raises:
+      UserError: x holds a NaN and the format has none; or saturate=False and it has neither infinity nor NaN.
+    """
+    magnitude, negative, is_nan = _nearest(fmt, x, saturate)
+    if is_nan.any() and not fmt.has_nan:
+        raise UserError(f"{fmt.name} has no code for NaN: every code is a finite number")
+    if not fmt.has_negative_zero:
+        negative = negative & (magnitude != 0)
+    code = magnitude + fmt.n_magnitudes * negative
+    return np.where(is_nan, _nan_code(fmt), code)
+
+
+def round_reference(fmt: FloatFormat, x, *, saturate: bool = True) -> np.ndarray:
+    """float64 numbers of the format nearest to x: decode(encode(x)), with NaN kept NaN in every format."""
+    magnitude, negative, is_nan = _nearest(fmt, x, saturate)
+    value = _values(fmt)[magnitude]
+    value = np.where(magnitude > fmt.max_code, np.inf, value)
+    value = np.where(negative, -value, value)
+    if not fmt.has_negative_zero:
+        value = np.where(value == 0, 0.0, value)
+    return np.where(is_nan, np.nan, value)
+
+
+def _nearest(fmt, x, saturate):
+    """Magnitude codes, signs, and where the result is NaN. Overflow is max_code + 1 or NaN, or max_code if saturating."""
+    if not saturate:
+        require_overflow_code(fmt)
+    with np.errstate(invalid="ignore"):  # some NaN codes of narrow types are signalling ones
+        x = np.asarray(x, np.float64)
+    size = np.where(np.isnan(x), 0, np.abs(x))
+    values = _values(fmt)[: fmt.max_code + 2]
+    below = np.clip(np.searchsorted(values, size, side="right") - 1, 0, fmt.max_code)  # the last value <= size
+    midpoint = (values[below] + values[below + 1]) / 2
+    up = (size > midpoint) | ((size == midpoint) & (below % 2 == 1))
+    magnitude = below + up
+    overflow = magnitude > fmt.max_code
+    if saturate:
+        return np.where(overflow, fmt.max_code, magnitude), np.signbit(x), np.isnan(x)
+    return magnitude, np.signbit(x), np.isnan(x) | (overflow & (not fmt.has_inf))
+
+
+def _nan_code(fmt):
+    return fmt.n_magnitudes if not fmt.has_negative_zero else fmt.n_magnitudes - 1
+
+
+def require_overflow_code(fmt: FloatFormat) -> None:
+    """UserError unless the format has a code that can stand for overflow."""
+    if not (fmt.has_inf or fmt.has_nan):
+        raise UserError(
+            f"{fmt.name} cannot be used with saturate=False, for all its codes are finite numbers: set saturate=True"
+        )
+
+
+def image_inputs(fmt: FloatFormat) -> np.ndarray:
+    """float32 inputs, in order, whose roundings identify how a format was implemented.
+
+    M <= 7: the 65,536 numbers of bfloat16 by code. M > 7: bfloat16 numbers would hardly be rounded; each of them is
+    followed by its neighbours whose low 16 bits (zero in bfloat16) are h - 1, h, h + 1, 3h and c * 0x9E37 mod 2^16, with
+    c the bfloat16 code and h = 2^(22 - M): beside, on and beyond the tie below an even code, the tie below an odd one,
+    and something between. 393,216 inputs.
+    """
+    code = np.arange(2**16, dtype=np.uint32)
+    low = np.zeros((2**16, 1), np.uint32)
+    if fmt.mantissa_bits > 7:
+        half = 1 << (22 - fmt.mantissa_bits)
+        low = np.tile(np.uint32([0, half - 1, half, half + 1, 3 * half, 0]), (2**16, 1))
+        low[:, 5] = code * 0x9E37 % 2**16
+    return ((code[:, None] << 16) | low).reshape(-1).view(np.float32)
+
+
+def image_hash(image_N: np.ndarray) -> str:
+    """sha256 of float32 numbers as little-endian bytes, every NaN as 0x7fc00000."""
+    bits = np.ascontiguousarray(image_N, np.float32).view(np.uint32)
+    bits = np.where((bits & 0x7FFFFFFF) > 0x7F800000, np.uint32(0x7FC00000), bits)
+    return hashlib.sha256(bits.astype("<u4").tobytes()).hexdigest()
+
+
+@functools.cache
+def _oracle_hash(fmt, saturate):
+    return image_hash(round_reference(fmt, image_inputs(fmt), saturate=saturate).astype(np.float32))
+
+
+def certificate(fmt: FloatFormat, *, saturate: bool = True) -> dict:
+    """What a run stores about a format: its constants, its rules, and the hash of its image by the float64 oracle."""
+    return {
+        **dataclasses.asdict(fmt),
+        "has_nan": fmt.has_nan,
+        "smallest_subnormal": fmt.smallest_subnormal,
+        "ties": "even code",
+        "overflow": "saturates" if saturate else "infinity" if fmt.has_inf else "NaN",
+        "image_inputs": "bfloat16 codes" if fmt.mantissa_bits <= 7 else "bfloat16 codes and 5 float32 after each",
+        "image_sha256": _oracle_hash(fmt, saturate),
+    }
+
+
+def critical_inputs(fmt: FloatFormat) -> dict[str, np.ndarray]:
+    """float32 inputs on which rounding onto this format is tried, by name of the set.
+
+    All of bfloat16; all of float16; every midpoint of neighbouring numbers, the overflow threshold included, with the
+    float32 numbers next to it, of both signs; and float32's own edges: subnormals and the largest numbers.
+    """
+    sizes = _values(fmt)[: fmt.max_code + 2]
+    midpoint = ((sizes[:-1] + sizes[1:]) / 2).astype(np.float32)
+    with np.errstate(over="ignore"):  # the number after BF16's largest is float32's infinity
+        positive = np.concatenate([sizes.astype(np.float32), midpoint])
+    bits = positive.view(np.uint32)
+    around = np.concatenate([bits, bits + 1, np.where(bits == 0, 0, bits - 1)]).astype(np.uint32)
+    edges = np.uint32([0, 1, 2, 0x7FFFFF, 0x800000, 0x800001, 0x7F7FFFFF, 0x7F800000, 0x7FC00000])
+    edges = np.concatenate([edges, np.uint32(1) << np.arange(31, dtype=np.uint32)])
+    return {
+        "bfloat16": (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32),
+        "float16": np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32),
+        "midpoints": np.concatenate([around, around | 0x80000000]).astype(np.uint32).view(np.float32),
+        "edges": np.concatenate([edges, edges | 0x80000000]).astype(np.uint32).view(np.float32),
+    }
