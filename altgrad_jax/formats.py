@@ -264,7 +264,7 @@ def round_reference(fmt: FloatFormat, x, *, saturate: bool = True) -> np.ndarray
 
 
 def _nearest(fmt, x, saturate):
-    """Magnitude codes, signs, and where the result is NaN. Overflow is max_code + 1 or NaN, or max_code if saturating."""
+    """Magnitude codes, signs, and where the result is NaN. Overflow: max_code, or else max_code + 1 or NaN."""
     if not saturate:
         require_overflow_code(fmt)
     with np.errstate(invalid="ignore"):  # some NaN codes of narrow types are signalling ones
@@ -296,18 +296,26 @@ def require_overflow_code(fmt: FloatFormat) -> None:
 def image_inputs(fmt: FloatFormat) -> np.ndarray:
     """float32 inputs, in order, whose roundings identify how a format was implemented.
 
-    M <= 7: the 65,536 numbers of bfloat16 by code. M > 7: bfloat16 numbers would hardly be rounded; each of them is
-    followed by its neighbours whose low 16 bits (zero in bfloat16) are h - 1, h, h + 1, 3h and c * 0x9E37 mod 2^16, with
-    c the bfloat16 code and h = 2^(22 - M): beside, on and beyond the tie below an even code, the tie below an odd one,
-    and something between. 393,216 inputs.
+    M <= 7: the 65,536 numbers of bfloat16 by code. M > 7: `midpoints`, for bfloat16 numbers would hardly be rounded.
     """
-    code = np.arange(2**16, dtype=np.uint32)
-    low = np.zeros((2**16, 1), np.uint32)
     if fmt.mantissa_bits > 7:
-        half = 1 << (22 - fmt.mantissa_bits)
-        low = np.tile(np.uint32([0, half - 1, half, half + 1, 3 * half, 0]), (2**16, 1))
-        low[:, 5] = code * 0x9E37 % 2**16
-    return ((code[:, None] << 16) | low).reshape(-1).view(np.float32)
+        return midpoints(fmt)
+    return (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)
+
+
+def midpoints(fmt: FloatFormat) -> np.ndarray:
+    """float32 inputs at which rounding onto a format changes its mind, the overflow threshold included.
+
+    With n = max_code + 2 (one number beyond the largest): the numbers with codes 0 to n - 1, the n - 1 midpoints
+    between them, the float32 numbers one ulp above each of these in the same order, those one ulp below (zero's is
+    zero), and the negatives of all. Everything is exact in float32; after BF16's largest number comes infinity.
+    """
+    numbers = _values(fmt)[: fmt.max_code + 2]
+    between = (numbers[:-1] + numbers[1:]) / 2
+    with np.errstate(over="ignore"):
+        bits = np.concatenate([numbers, between]).astype(np.float32).view(np.uint32)
+    bits = np.concatenate([bits, bits + 1, np.where(bits == 0, 0, bits - 1)])
+    return np.concatenate([bits, bits | 0x80000000]).astype(np.uint32).view(np.float32)
 
 
 def image_hash(image_N: np.ndarray) -> str:
@@ -330,7 +338,7 @@ def certificate(fmt: FloatFormat, *, saturate: bool = True) -> dict:
         "smallest_subnormal": fmt.smallest_subnormal,
         "ties": "even code",
         "overflow": "saturates" if saturate else "infinity" if fmt.has_inf else "NaN",
-        "image_inputs": "bfloat16 codes" if fmt.mantissa_bits <= 7 else "bfloat16 codes and 5 float32 after each",
+        "image_inputs": "bfloat16 codes" if fmt.mantissa_bits <= 7 else "numbers, midpoints, and float32 neighbours",
         "image_sha256": _oracle_hash(fmt, saturate),
     }
 
@@ -338,20 +346,14 @@ def certificate(fmt: FloatFormat, *, saturate: bool = True) -> dict:
 def critical_inputs(fmt: FloatFormat) -> dict[str, np.ndarray]:
     """float32 inputs on which rounding onto this format is tried, by name of the set.
 
-    All of bfloat16; all of float16; every midpoint of neighbouring numbers, the overflow threshold included, with the
-    float32 numbers next to it, of both signs; and float32's own edges: subnormals and the largest numbers.
+    All of bfloat16; all of float16; `midpoints`; and float32's own edges: every power of two, the ends of the subnormal
+    and normal ranges, infinity and NaN, of both signs.
     """
-    sizes = _values(fmt)[: fmt.max_code + 2]
-    midpoint = ((sizes[:-1] + sizes[1:]) / 2).astype(np.float32)
-    with np.errstate(over="ignore"):  # the number after BF16's largest is float32's infinity
-        positive = np.concatenate([sizes.astype(np.float32), midpoint])
-    bits = positive.view(np.uint32)
-    around = np.concatenate([bits, bits + 1, np.where(bits == 0, 0, bits - 1)]).astype(np.uint32)
-    edges = np.uint32([0, 1, 2, 0x7FFFFF, 0x800000, 0x800001, 0x7F7FFFFF, 0x7F800000, 0x7FC00000])
-    edges = np.concatenate([edges, np.uint32(1) << np.arange(31, dtype=np.uint32)])
+    edges = [0, 1, 2, 0x7FFFFF, 0x800000, 0x800001, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, *(1 << n for n in range(23))]
+    edges = np.uint32([*edges, *(n << 23 for n in range(1, 255))])
     return {
         "bfloat16": (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32),
         "float16": np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32),
-        "midpoints": np.concatenate([around, around | 0x80000000]).astype(np.uint32).view(np.float32),
+        "midpoints": midpoints(fmt),
         "edges": np.concatenate([edges, edges | 0x80000000]).astype(np.uint32).view(np.float32),
     }

@@ -210,6 +210,9 @@ def quantize_ste(x, params: FormatParams, *, seed=None, clipped_gradient: str = 
 def canary(fmt: FloatFormat, *, saturate: bool = True, round_fn=round_to_format) -> dict:
     """Proves, on the default device and under jit, that rounding onto a format happens and is the certified one.
 
+    Two sets of inputs: those of the certificate, whose image must have its hash; and every number and midpoint of the
+    format with the float32 numbers beside them, for bfloat16 inputs say little of a format with as many bits.
+
     Args:
       fmt, saturate: what the run uses.
       round_fn: called as round_fn(x_N, params); a caller hands in its own path to prove that one.
@@ -218,23 +221,22 @@ def canary(fmt: FloatFormat, *, saturate: bool = True, round_fn=round_to_format)
       The certificate, with `n_inputs`, `n_changed` (inputs whose rounding differs from themselves) and `device`.
 
     Raises:
-      UserError: too many or too few inputs changed, or the image hashes to something else than the certificate says.
+      UserError: a result differs from the float64 oracle, or the image from the certificate.
     """
-    x_N = formats.image_inputs(fmt)
-    expected_N = formats.round_reference(fmt, x_N, saturate=saturate)
-    must_change = int(np.sum((expected_N != x_N) & ~np.isnan(x_N)))
-    image_N = np.asarray(_image(round_fn)(x_N, format_params(fmt, saturate=saturate)))
-    changed = int(np.sum((image_N != x_N) & ~np.isnan(x_N)))
     certificate = formats.certificate(fmt, saturate=saturate)
     device = jax.devices()[0].device_kind
-    if formats.image_hash(image_N) != certificate["image_sha256"]:
+    image_x = formats.image_inputs(fmt)
+    x_N = np.concatenate([image_x, formats.midpoints(fmt)])
+    expected_N = formats.round_reference(fmt, x_N, saturate=saturate).astype(np.float32)
+    q_N = np.asarray(jax.jit(lambda x_N, params: round_fn(x_N, params))(x_N, format_params(fmt, saturate=saturate)))
+    n_wrong = int(np.sum((q_N != expected_N) & ~(np.isnan(q_N) & np.isnan(expected_N))))
+    must_change, changed = (int(np.sum((y_N != x_N) & ~np.isnan(x_N))) for y_N in (expected_N, q_N))
+    same_image = formats.image_hash(q_N[: image_x.size]) == certificate["image_sha256"]
+    if n_wrong or not same_image:
         raise UserError(
-            f"rounding to {fmt.name} is wrong on {device}: of {x_N.size} inputs {changed} changed and {must_change} "
-            "must, and the image differs from the certificate: the compiler altered the arithmetic, so do not train here "
-            "in this format; try another version of jax, or fewer XLA_FLAGS"
+            f"rounding to {fmt.name} is wrong on {device}: of {x_N.size} numbers {changed} changed and {must_change} "
+            f"must, {n_wrong} results are wrong, and the image {'equals' if same_image else 'differs from'} the "
+            "certificate, so the compiler altered the arithmetic and no result in this format would mean anything: "
+            "run with another version of jax or without XLA_FLAGS"
         )
     return {**certificate, "n_inputs": x_N.size, "n_changed": changed, "device": device}
-
-
-def _image(round_fn):
-    return jax.jit(lambda x_N, params: round_fn(x_N, params))

@@ -25,8 +25,8 @@ LAYERS = [
 ]
 OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"}}
 MAY_JIT = {"step", "generate", "benchmark", "quantize"}
-NO_JAX = {"errors", "config", "formats", "cli", "logger", "console", "verdict", "flops", "data.tokenizer", "data.sources",
-          "data.prepare"}
+NO_JAX = {"errors", "config", "formats", "cli", "logger", "console", "verdict", "flops", "data.tokenizer",
+          "data.sources", "data.prepare"}
 
 
 def name_of(path):

@@ -1,0 +1,130 @@
+"""Try rounding onto formats on all 2^32 float32 numbers, nearest and stochastic, and count what is wrong.
+
+  python scripts/exhaustive_rounding.py                       # the eight 8-bit formats
+  python scripts/exhaustive_rounding.py --formats=BF16,FP16   # others; --formats=all
+  python scripts/exhaustive_rounding.py --overflow            # infinity or NaN on overflow, where a format has them
+
+What must come out follows from intervals of float32 bit patterns: number k of a format is the answer from the midpoint
+below it to the midpoint above it, a midpoint itself belonging to the even code. A stochastic result must be one of the
+two neighbours, and a number on the grid must stay. Every finished chunk of 2^24 inputs is written to the progress file
+at once, and a second start goes on from there: delete the file, or name another, after changing the arithmetic.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+from altgrad_jax.cli import run_script
+from altgrad_jax.errors import UserError
+
+CHUNK, N_CHUNKS = 2**24, 2**8
+INFINITY, NAN = 0x7F800000, 0x7FC00000
+
+
+def first_inputs(fmt, rounding):
+    """Bit patterns [max_code + 1] from which codes 1, ..., max_code + 1 are the answer (stochastic: the lower one)."""
+    from altgrad_jax import formats
+
+    values = formats.decode(fmt, np.arange(fmt.max_code + 1))
+    beyond = 2 * values[-1] - values[-2] if fmt.mantissa_bits else 2 * values[-1]
+    values = np.append(values, beyond)
+    if rounding == "stochastic":
+        with np.errstate(over="ignore"):
+            return values[1:].astype(np.float32).view(np.uint32).astype(np.int64)
+    midpoint = ((values[:-1] + values[1:]) / 2).astype(np.float32).view(np.uint32).astype(np.int64)
+    code_above = np.arange(1, fmt.max_code + 2)
+    return midpoint + code_above % 2
+
+
+def check_chunk(fmt, rounding, saturate, rounded, start):
+    """Mismatches among the inputs with bit patterns start ... start + CHUNK - 1, which `rounded` (uint32) answers."""
+    from altgrad_jax import formats
+
+    sign, low = start & 0x80000000, start & 0x7FFFFFFF
+    with np.errstate(over="ignore"):
+        numbers = formats.decode(fmt, np.arange(fmt.max_code + 1)).astype(np.float32).view(np.uint32)
+    over = numbers[-1] if saturate else np.uint32(INFINITY if fmt.has_inf else NAN)
+    numbers = np.append(numbers, over)
+    begins = np.append(first_inputs(fmt, rounding), INFINITY + 1)
+    counts = np.diff(np.concatenate([[0], np.clip(begins - low, 0, CHUNK), [CHUNK]]))
+    lower = np.repeat(np.append(numbers, np.uint32(NAN)), counts)
+    upper = np.repeat(np.concatenate([numbers[1:], [over, NAN]]).astype(np.uint32), counts)
+    inputs = np.arange(low, low + CHUNK, dtype=np.uint32)
+    if sign:
+        lower, upper = (np.where((side != 0) | fmt.has_negative_zero, side | sign, side) for side in (lower, upper))
+    is_nan = (rounded & 0x7FFFFFFF) > INFINITY
+    right = (rounded == lower) | (is_nan & ((lower & 0x7FFFFFFF) > INFINITY))
+    if rounding == "stochastic":
+        between = inputs != (lower & 0x7FFFFFFF)
+        right |= between & ((rounded == upper) | (is_nan & ((upper & 0x7FFFFFFF) > INFINITY)))
+    return int(CHUNK - np.count_nonzero(right))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--formats", help="names with commas, or all (default: the eight 8-bit splits)")
+    parser.add_argument("--rounding", default="nearest,stochastic", help="one or both (default: %(default)s)")
+    parser.add_argument("--overflow", action="store_true", help="do not saturate")
+    parser.add_argument(
+        "--progress", default=".cache/exhaustive_rounding.jsonl", help="file of finished chunks (default: %(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(args):
+    import jax
+
+    from altgrad_jax import formats
+    from altgrad_jax.quantize import format_params, round_to_format, stochastic_seed
+
+    names = {None: formats.DEFAULT_8BIT, "all": formats.FORMATS}.get(args.formats, (args.formats or "").split(","))
+    chosen = [formats.get_format(name) for name in names]
+    if args.overflow:
+        chosen = [fmt for fmt in chosen if fmt.has_inf or fmt.has_nan]
+    roundings = args.rounding.split(",")
+    if not set(roundings) <= {"nearest", "stochastic"}:
+        raise UserError(f"--rounding={args.rounding} cannot be used: give nearest, stochastic, or both with a comma")
+    os.makedirs(os.path.dirname(args.progress) or ".", exist_ok=True)
+    done = {}
+    if os.path.exists(args.progress):
+        with open(args.progress) as file:
+            done = {tuple(json.loads(line)[:4]): json.loads(line)[4] for line in file if line.endswith("]\n")}
+
+    def rounded(start, params, seed):
+        bits = start + jax.lax.iota(np.uint32, CHUNK)
+        x = jax.lax.bitcast_convert_type(bits, np.float32)
+        return jax.lax.bitcast_convert_type(round_to_format(x, params, seed=seed), np.uint32)
+
+    compiled = jax.jit(rounded)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    print("| format | rounding | overflow | inputs | mismatches |\n|---|---|---|---|---|", flush=True)
+    wrong = 0
+    for fmt in chosen:
+        params = format_params(fmt, saturate=not args.overflow)
+        for rounding in roundings:
+            began = time.monotonic()
+            for chunk in range(N_CHUNKS):
+                key = (fmt.name, rounding, not args.overflow, chunk)
+                if key in done:
+                    continue
+                seed = stochastic_seed(1, chunk, 0) if rounding == "stochastic" else None
+                out = np.asarray(compiled(np.uint32(chunk * CHUNK), params, seed))
+                done[key] = check_chunk(fmt, rounding, not args.overflow, out, chunk * CHUNK)
+                with open(args.progress, "a") as file:
+                    file.write(json.dumps([*key, done[key]]) + "\n")
+            total = sum(done[fmt.name, rounding, not args.overflow, chunk] for chunk in range(N_CHUNKS))
+            wrong += total
+            overflow = "as the format has it" if args.overflow else "saturates"
+            print(f"| {fmt.name} | {rounding} | {overflow} | {N_CHUNKS * CHUNK:,} | {total:,} |", flush=True)
+            print(f"{fmt.name} {rounding}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()))
