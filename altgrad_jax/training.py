@@ -557,7 +557,7 @@ class _Run:
             reason = None if exit_code == FINISHED else (
                 f"{self.config.nan_patience} non-finite steps in a row, the last at step {self.step}")
             result = verdict.make_verdict(self.run_dir, stopped=reason)
-            verdict.plot_loss(self.run_dir)
+            verdict.plot_loss(self.run_dir, title=self.config.run_name)
             verdict.write_verdict(self.run_dir, result)
         if self.wandb is not None:
             # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
