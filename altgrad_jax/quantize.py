@@ -40,7 +40,7 @@ from altgrad_jax import formats
 from altgrad_jax.errors import UserError
 from altgrad_jax.formats import FloatFormat
 
-_SIGN, _MAGNITUDE, _INFINITY, _NAN = 0x80000000, 0x7FFFFFFF, 0x7F800000, 0x7FC00000
+_SIGN, _MAGNITUDE, _INFINITY, _NAN = -(2**31), 0x7FFFFFFF, 0x7F800000, 0x7FC00000
 _FIXED_POINT_BITS = 30
 
 
@@ -51,8 +51,8 @@ class FormatParams(NamedTuple):
     min_exponent: jax.Array  # int32, exponent of the smallest normal number, at least -126
     max_finite: jax.Array  # float32
     overflow: jax.Array  # float32: what a magnitude beyond max_finite becomes
-    flip_parity: jax.Array  # uint32: 1 where the lowest bit of the code is not that of float32's exponent field, else 0
-    zero_sign: jax.Array  # uint32: the sign bit where the format has -0, else 0
+    flip_parity: jax.Array  # int32: 1 where the lowest bit of the code is not that of float32's exponent field, else 0
+    zero_sign: jax.Array  # int32: the sign bit where the format has -0, else 0
 
 
 def format_params(fmt: FloatFormat, *, saturate: bool = True) -> FormatParams:
@@ -68,13 +68,14 @@ def format_params(fmt: FloatFormat, *, saturate: bool = True) -> FormatParams:
         min_exponent=np.int32(fmt.minexp),
         max_finite=np.float32(fmt.max_finite),
         overflow=np.float32(overflow),
-        flip_parity=np.uint32(fmt.mantissa_bits == 0 and (127 - fmt.bias) % 2),
-        zero_sign=np.uint32(_SIGN if fmt.has_negative_zero else 0),
+        flip_parity=np.int32(fmt.mantissa_bits == 0 and (127 - fmt.bias) % 2),
+        zero_sign=np.int32(_SIGN if fmt.has_negative_zero else 0),
     )
 
 
 def _bits(x):
-    return lax.bitcast_convert_type(x, jnp.uint32)
+    """The bits of float32 as int32: CPUs compare signed integers in fewer instructions, and no magnitude is negative."""
+    return lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _float(bits):
@@ -83,7 +84,7 @@ def _float(bits):
 
 def _power_of_two(exponent):
     """Exact 2^exponent; BF16's subnormal step, which is never used, is out of range and becomes the nearest normal."""
-    return _float((jnp.clip(exponent, -126, 127) + 127).astype(jnp.uint32) << 23)
+    return _float((jnp.clip(exponent, -126, 127) + 127) << 23)
 
 
 def round_to_format(x, params: FormatParams, *, seed=None):
@@ -106,28 +107,25 @@ def round_to_format(x, params: FormatParams, *, seed=None):
         raise TypeError(f"round_to_format takes float32, bfloat16 or float16, not {x.dtype}")
     bits = _bits(x.astype(jnp.float32))
     size = bits & _MAGNITUDE
-    one = jnp.uint32(1)
-    shift = (23 - params.mantissa_bits).astype(jnp.uint32)
-    low = (one << shift) - one
-    first_normal = jnp.where(
-        params.min_exponent <= -126, 0, (params.min_exponent + 127).astype(jnp.uint32) << 23
-    )
+    lsb = jnp.int32(1) << (23 - params.mantissa_bits)
+    first_normal = jnp.where(params.min_exponent <= -126, 0, (params.min_exponent + 127) << 23)
     if seed is None:
-        odd = ((size >> shift) ^ params.flip_parity) & one
-        normal = (size + ((low >> one) + odd)) & ~low
+        even = (size & lsb) == lsb * params.flip_parity
+        half = lsb >> 1
+        normal = (size + jnp.where(even, half - 1, half)) & -lsb
         step_exponent = params.min_exponent - params.mantissa_bits
         steps = lax.round(_float(size) * _power_of_two(-step_exponent), lax.RoundingMethod.TO_NEAREST_EVEN)
         subnormal = steps * _power_of_two(step_exponent)
     else:
-        noise = _random_bits(x.shape, seed)
-        normal = (size + (noise & low)) & ~low
+        noise = _bits(_random_bits(x.shape, seed))
+        normal = (size + (noise & (lsb - 1))) & -lsb
         unit = params.min_exponent - _FIXED_POINT_BITS
-        low = (jnp.int32(1) << (_FIXED_POINT_BITS - params.mantissa_bits)) - 1
+        one = jnp.int32(1) << (_FIXED_POINT_BITS - params.mantissa_bits)
         fixed = (_float(size) * _power_of_two(-unit)).astype(jnp.int32)
-        fixed = (fixed + (lax.bitcast_convert_type(noise, jnp.int32) & low)) & ~low
+        fixed = (fixed + (noise & (one - 1))) & -one
         subnormal = fixed.astype(jnp.float32) * _power_of_two(unit)
     rounded = jnp.where(size < first_normal, _bits(subnormal), normal)
-    sign = bits & jnp.where(rounded == 0, params.zero_sign, jnp.uint32(_SIGN))
+    sign = bits & jnp.where(rounded == 0, params.zero_sign, _SIGN)
     rounded = jnp.where(rounded > _bits(params.max_finite), _bits(params.overflow), rounded)
     rounded = jnp.where(size > _INFINITY, _NAN, rounded)
     return _float(rounded | sign)
