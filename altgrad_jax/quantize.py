@@ -74,7 +74,7 @@ def format_params(fmt: FloatFormat, *, saturate: bool = True) -> FormatParams:
 
 
 def _bits(x):
-    """The bits of float32 as int32: CPUs compare signed integers in fewer instructions, and no magnitude is negative."""
+    """Bits as int32: CPUs compare signed integers in fewer instructions, and no magnitude is negative."""
     return lax.bitcast_convert_type(x, jnp.int32)
 
 

@@ -76,7 +76,8 @@ def main(args):
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.elements:,} float32, {args.rounds} rounds\n")
     print("| variant | ms | ratio to a multiply (quartiles) |\n|---|---|---|")
     for row in bench_rounding(args.elements, rounds=args.rounds):
-        print(f"| {row['name']} | {row['ms']:.3f} | {row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f}) |")
+        quartiles = f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}"
+        print(f"| {row['name']} | {row['ms']:.3f} | {row['ratio']:.2f} ({quartiles}) |")
 
 
 if __name__ == "__main__":

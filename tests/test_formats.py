@@ -1,6 +1,8 @@
 """The formats' facts and the float64 oracle, against printed specifications, ml_dtypes and gfloat."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import gfloat
 import ml_dtypes
@@ -168,3 +170,11 @@ def test_midpoints_lie_midway_and_half_of_their_codes_are_odd(fmt):
     assert len(x) == 6 * (2 * n - 1)
     if fmt.mantissa_bits > 7:
         np.testing.assert_array_equal(formats.image_inputs(fmt), x)
+
+
+def test_the_generated_page_is_that_of_the_table():
+    root = Path(__file__).parent.parent
+    spec = importlib.util.spec_from_file_location("make_format_docs", root / "scripts" / "make_format_docs.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert (root / "docs" / "formats.md").read_text() == script.page(), "run python scripts/make_format_docs.py"
