@@ -157,6 +157,8 @@ def test_random_bits_follow_the_seed_and_spread_evenly():
     np.testing.assert_array_equal(base.ravel(), quantize._random_bits((64 * 512,), stochastic_seed(1, 2, 3)))
     for other in (bits(2, 2, 3), bits(1, 3, 3), bits(1, 2, 4), bits(2, 1, 3)):
         assert np.mean(other == base) < 1e-3
+    neighbouring = [np.asarray(quantize._random_bits((1000,), np.uint32(seed))) for seed in ([5, 1], [6, 2])]
+    assert not np.any(neighbouring[0][1:] == neighbouring[1][:-1])  # no shifted copy, which would correlate steps
     ones = np.mean((base.ravel()[:, None] >> np.arange(32, dtype=np.uint32)) & 1, axis=0)
     assert np.max(np.abs(ones - 0.5)) < 5 * 0.5 / np.sqrt(base.size)
 
@@ -197,12 +199,17 @@ def test_the_canary_catches_rounding_that_does_not_happen(name):
         quantize.canary(get_format(name), round_fn=lambda x, params: x)
 
 
-def test_the_canary_catches_one_wrong_tie():
-    def ties_up(x, params):
-        return jnp.where(x == 17.0, 18.0, round_to_format(x, params))
-
-    with pytest.raises(UserError, match="differs from the certificate"):
-        quantize.canary(get_format("E4M3"), round_fn=ties_up)
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda x, q: jnp.where(x == 17.0, 18.0, q), "2 results are wrong, and the image differs"),
+        (lambda x, q: jnp.where((x > 17.0) & (x < 17.001), 16.0, q), "1 results are wrong, and the image equals"),
+        (lambda x, q: jnp.where(q == 0, 0.0, q), "0 results are wrong, and the image differs"),  # -0 became 0
+    ],
+)
+def test_the_canary_catches_a_single_wrong_result(wrong, message):
+    with pytest.raises(UserError, match=message):
+        quantize.canary(get_format("E4M3"), round_fn=lambda x, params: wrong(x, round_to_format(x, params)))
 
 
 def test_saturation_cannot_be_switched_off_where_every_code_is_a_number():
