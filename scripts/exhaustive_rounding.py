@@ -45,23 +45,20 @@ def check_chunk(fmt, rounding, saturate, rounded, start):
     from altgrad_jax import formats
 
     sign, low = start & 0x80000000, start & 0x7FFFFFFF
-    with np.errstate(over="ignore"):
-        numbers = formats.decode(fmt, np.arange(fmt.max_code + 1)).astype(np.float32).view(np.uint32)
+    numbers = formats.decode(fmt, np.arange(fmt.max_code + 1)).astype(np.float32).view(np.uint32)
     over = numbers[-1] if saturate else np.uint32(INFINITY if fmt.has_inf else NAN)
-    numbers = np.append(numbers, over)
     begins = np.append(first_inputs(fmt, rounding), INFINITY + 1)
     counts = np.diff(np.concatenate([[0], np.clip(begins - low, 0, CHUNK), [CHUNK]]))
-    lower = np.repeat(np.append(numbers, np.uint32(NAN)), counts)
-    upper = np.repeat(np.concatenate([numbers[1:], [over, NAN]]).astype(np.uint32), counts)
-    inputs = np.arange(low, low + CHUNK, dtype=np.uint32)
-    if sign:
-        lower, upper = (np.where((side != 0) | fmt.has_negative_zero, side | sign, side) for side in (lower, upper))
-    is_nan = (rounded & 0x7FFFFFFF) > INFINITY
-    right = (rounded == lower) | (is_nan & ((lower & 0x7FFFFFFF) > INFINITY))
-    if rounding == "stochastic":
-        between = inputs != (lower & 0x7FFFFFFF)
-        right |= between & ((rounded == upper) | (is_nan & ((upper & 0x7FFFFFFF) > INFINITY)))
-    return int(CHUNK - np.count_nonzero(right))
+    answer = np.concatenate([numbers, [over, NAN]]).astype(np.uint32) ^ np.uint32(sign)
+    if not fmt.has_negative_zero:
+        answer[0] = 0
+    lower = np.repeat(answer, counts)
+    differs = rounded != lower
+    if rounding == "nearest":
+        return int(np.count_nonzero(differs))
+    upper = np.repeat(np.append(answer[1:], answer[-1]), counts)
+    on_grid = np.arange(start, start + CHUNK, dtype=np.uint32) == lower
+    return int(np.count_nonzero(differs & ((rounded != upper) | on_grid)))
 
 
 def parse_args(argv=None):
@@ -94,7 +91,10 @@ def main(args):
     done = {}
     if os.path.exists(args.progress):
         with open(args.progress) as file:
-            done = {tuple(json.loads(line)[:4]): json.loads(line)[4] for line in file if line.endswith("]\n")}
+            whole = [line for line in file if line.endswith("]\n")]  # a killed run may leave half a line
+        with open(args.progress, "w") as file:
+            file.writelines(whole)
+        done = {tuple(key): wrong for *key, wrong in map(json.loads, whole)}
 
     def rounded(start, params, seed):
         bits = start + jax.lax.iota(np.uint32, CHUNK)
