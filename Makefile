@@ -12,8 +12,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # The extra of jax that fits the driver: its CUDA version is what nvidia-smi prints in its first lines.
-CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')
-CUDA_EXTRA := $(if $(CUDA_MAJOR),$(if $(filter 12,$(CUDA_MAJOR)),[cuda12],[cuda13]))
+CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA [A-Z ]*Version: *\([0-9]*\).*/\1/p' | head -n 1)
+ifneq ($(shell nvidia-smi -L 2>/dev/null),)
+  ifeq ($(filter 12 13,$(CUDA_MAJOR)),)
+    $(error this GPU's driver offers CUDA "$(CUDA_MAJOR)" and jax needs 12 or 13: update the driver)
+  endif
+  CUDA_EXTRA := [cuda$(CUDA_MAJOR)]
+endif
 
 .PHONY: train test oracle lint clean
 

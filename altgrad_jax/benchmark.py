@@ -16,6 +16,7 @@ import optax
 from altgrad_jax import flops, optimizer
 from altgrad_jax.config import METRIC_GROUPS
 from altgrad_jax.data.dataset import gather_windows
+from altgrad_jax.errors import UserError
 from altgrad_jax.model import GPT, init_params
 from altgrad_jax.step import data_mesh, make_loss, make_step_functions
 from altgrad_jax.training import model_config, model_flops_per_step, step_options
@@ -25,19 +26,19 @@ N_WINDOWS = 399  # of random tokens: their values do not matter to the time, the
 METRIC_VARIANTS = {"monitor only": "none", **{f"+ {group}": group for group in METRIC_GROUPS}, "all metrics": "all"}
 
 
-def bare_run(config, platform):
+def bare_run(config, device):
     """A training step that measures nothing but its loss: gradient, clipping, AdamW, in the same kind of loop.
 
     What the full step is compared with. Same model, same product, same optimizer; no monitor, no metrics.
     """
-    loss_fn = make_loss(GPT(model_config(config, platform)))
+    loss_fn = make_loss(GPT(model_config(config, device)))
     adam = optax.chain(
         optax.clip_by_global_norm(config.grad_clip),
         optimizer.adamw(beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay),
         optax.scale(-config.learning_rate))
 
     def init(seed):
-        params = init_params(model_config(config, platform), seed)
+        params = init_params(model_config(config, device), seed)
         return params, adam.init(params), jnp.int32(0)
 
     def run(state, tokens_T, n_steps):
@@ -68,6 +69,9 @@ def bench_steps(config, variants, *, rounds, steps_per_round, say=lambda text: N
       to the bare step), ratio_low and ratio_high (its quartiles), compile_s, first_dispatch_s, n_metrics, mfu (only
       where the device's peak is known), rounds_s (every timing, seconds per step).
     """
+    if config.dropout or config.grad_accum_steps > 1 or config.deterministic:
+        raise UserError("the benchmark's bare step has no dropout, gradient accumulation or deterministic operations, "
+                        "so ratios to it would mislead: leave dropout=0, grad_accum_steps=1, deterministic=False")
     tokens_T = jax.device_put(np.random.default_rng(0).integers(
         0, min(config.vocab_size, 2 ** 16), (N_WINDOWS + 1) * config.block_size).astype(np.uint16))
     mesh = data_mesh()
@@ -75,13 +79,13 @@ def bench_steps(config, variants, *, rounds, steps_per_round, say=lambda text: N
     rows, running = [], []
     for name, changes in {BARE: None, **variants}.items():
         if changes is None:
-            init, run = bare_run(config, device.platform)
+            init, run = bare_run(config, device)
             n_metrics = 1
         else:
             with (changed := config.copy_and_resolve_references()).unlocked():
                 changed.update(changes)
             functions = make_step_functions(
-                model_config(changed, device.platform), step_options(changed, steps_per_dispatch=steps_per_round), mesh,
+                model_config(changed, device), step_options(changed, steps_per_dispatch=steps_per_round), mesh,
                 n_train_windows=N_WINDOWS, eval_batch_size=1, seed=config.seed)
             init, run, n_metrics = functions.init, functions.run, len(functions.metric_names)
         state = init(config.seed)

@@ -54,7 +54,11 @@ def folder(flag: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if not settings.FIELDS["checkpoint_dir"].rule.accepts(text):
             raise UserError(f"--{flag}={text!r} cannot be used: give the path of a local folder")
-        if Path(text).exists() and not Path(text).is_dir():
+        try:
+            is_file = Path(text).exists() and not Path(text).is_dir()
+        except OSError as error:
+            raise UserError(f"--{flag}={text} cannot be used ({error.strerror}): give the path of a folder") from None
+        if is_file:
             raise UserError(f"--{flag}={text} is a file: give a folder")
         return text
 

@@ -80,6 +80,7 @@ _YES_NO = Rule("True or False", lambda value: True)
 _POSITIVE_SHARE = Rule(
     "a number above 0 and at most 1, in float32", lambda value: FLOAT32_TINY <= value <= 1, "above 0, to 1"
 )
+_SQUARED_SHARE = _number(1e-18, 1)  # its square must be a normal float32
 _BELOW_ONE = Rule(
     "a number from 0 to below 1, in float32", lambda value: 0 <= value <= FLOAT32_BELOW_1, "0 to below 1"
 )
@@ -182,12 +183,12 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("nan_patience", 10, _whole(1),
               "updates in a row with a non-finite loss or gradient after which the run stops (exit code 3)"),
         Field("bit_stall_threshold", 0.5, _POSITIVE_SHARE,
-              "alert when a layer's mean share of updates that change nothing exceeds this"),
+              "alert when a layer's mean share of updates that are exactly 0 exceeds this"),
         Field("stall_window", 100, _whole(1, 2**20), "updates that this mean is taken over"),
         Field("overflow_threshold", 0.01, _POSITIVE_SHARE,
               "alert when a larger share of a quantized layer's values is clipped; with use_fp8=False no "
               "layer is quantized and there is none to watch"),
-        Field("dead_neuron_threshold", 1e-8, _POSITIVE_SHARE,
+        Field("dead_neuron_threshold", 1e-8, _SQUARED_SHARE,
               "L2 norm of an output unit's unclipped gradient below which the unit counts as silent"),
         Field("dead_neuron_window", 100, _whole(1), "silent updates in a row after which a unit is dead"),
         Field("spike_window", 100, _whole(20, 2**16),

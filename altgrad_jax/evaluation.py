@@ -3,24 +3,25 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from altgrad_jax.data.dataset import gather_windows, load_token_data, open_token_file, validation_windows
 from altgrad_jax.errors import UserError
 from altgrad_jax.generate import load_model
 from altgrad_jax.logger import MANIFEST, read_manifest
-from altgrad_jax.step import make_evaluate
+from altgrad_jax.step import data_mesh, make_evaluate
 
 
 def choose_windows(tokens_T, block_size, eval_windows, eval_batch_size):
     """(windows uint16 [E, L+1], batch size): the fixed choice that every evaluation of this file makes.
 
-    E is eval_windows, or as many as the file holds where that is less (None: all). The batch size is the largest up to
-    eval_batch_size that divides E; eval_batch_size itself unless the windows ran out.
+    E is eval_windows, or as many as the file holds where that is less (None: all), without a last incomplete batch.
     """
     available = (len(tokens_T) - 1) // block_size
     n = available if eval_windows is None else min(eval_windows, available)
-    batch_size = max(size for size in range(1, min(eval_batch_size, n) + 1) if n % size == 0)
+    batch_size = min(eval_batch_size, n)
+    n -= n % batch_size
     return gather_windows(tokens_T, validation_windows(available, n), block_size, xp=np), batch_size
 
 
@@ -38,7 +39,8 @@ class Evaluation:
 def evaluate_checkpoint(path, *, step=None, data_dir=None, token_file=None, all_windows=False) -> Evaluation:
     """The loss of a checkpoint on the validation data it was trained with, or on any token file.
 
-    On val.bin of the run's own data this is the val_loss of the run's record, to the bit on the same machine.
+    On val.bin of the run's own data this is the val_loss of the run's record: to the bit on the same CPU, to rounding
+    on a GPU, where training may use cuDNN's attention and this uses XLA's.
 
     Args:
       path: run folder, or one checkpoint in it. step: which checkpoint of the folder; None: the newest.
@@ -56,7 +58,7 @@ def evaluate_checkpoint(path, *, step=None, data_dir=None, token_file=None, all_
         tokens_T, file = data.val_T, data.dir / "val.bin"
     windows, batch_size = choose_windows(tokens_T, config.block_size, None if all_windows else settings["eval_windows"],
                                          settings["eval_batch_size"])
-    loss = float(make_evaluate(config, batch_size)(params, windows))
+    loss = float(make_evaluate(config, batch_size, data_mesh(jax.devices()[:1]))(params, windows))
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(np.float32(loss)))
     return Evaluation(loss, perplexity, len(windows), windows[:, 1:].size, Path(file))
@@ -64,7 +66,7 @@ def evaluate_checkpoint(path, *, step=None, data_dir=None, token_file=None, all_
 
 def _data_dir_of(path):
     """Where the run that wrote this checkpoint found its data, by its manifest."""
-    for folder in (path, path.parent):
+    for folder in (path, path.parent, path.parent.parent):
         if (folder / MANIFEST).exists():
             return read_manifest(folder)["data"]["dir"]
     raise UserError(f"{path} belongs to no run that says what it was trained on: name the data with --data_dir, or a "

@@ -1,5 +1,7 @@
 """How much arithmetic a token costs, and how much the device can do: the two halves of MFU."""
 
+import re
+
 # Dense bfloat16 peak with float32 accumulation, FLOP/s, from the vendors' datasheets. The longest match wins.
 PEAK_BF16_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
@@ -27,8 +29,11 @@ def training_flops_per_token(*, n_layer, n_embd, block_size, vocab_size):
 
 
 def peak_flops(device_kind, n_devices, compute_dtype):
-    """Peak FLOP/s of the devices together, or None where it is not known (CPUs, other devices, float32)."""
+    """Peak FLOP/s of the devices together, or None where it is not known (CPUs, other devices, parts of
+    devices, float32)."""
     if compute_dtype != "bfloat16":
         return None
-    matches = [name for name in PEAK_BF16_FLOPS if device_kind.startswith(name)]
+    if "MIG" in device_kind or "Laptop" in device_kind:
+        return None
+    matches = [name for name in PEAK_BF16_FLOPS if re.match(re.escape(name) + r"(?!\w)", device_kind)]
     return n_devices * PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None

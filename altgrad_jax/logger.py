@@ -25,6 +25,7 @@ import os
 import queue
 import re
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -682,7 +683,7 @@ def open_wandb(run_dir, *, mode, run_id, project, name, entity=None, tags=(), co
 
 
 def _sync_command(run_dir):
-    return f"wandb sync {Path(run_dir) / 'wandb'}/offline-run-*"
+    return f"wandb sync {shlex.quote(str(Path(run_dir) / 'wandb'))}/offline-run-*"
 
 
 class WandbSink:
@@ -788,11 +789,14 @@ class WandbSink:
     def close(self, drain_timeout=300.0, summary=None):
         """Send what is left, and end the W&B run; after Writer.flush. Returns the number of rows not sent.
 
-        Waits at most drain_timeout seconds, with a line every few seconds; then the process is killed.
+        Waits at most drain_timeout seconds, with a line every few seconds; then the process is killed. A second call
+        does nothing.
 
         Args:
           summary: {name: value} for the run's summary in W&B.
         """
+        if self._closing:
+            return 0
         self._closing = True
         deadline = time.monotonic() + drain_timeout
         try:

@@ -8,6 +8,7 @@ same alerts at the same steps.
 kind               begins when                                                                          value
 nonfinite_loss     the loss is NaN or infinite                                                          1
 nonfinite_grads    a gradient element of the layer is                                                   how many
+nonfinite_grad_norm  the global gradient norm overflows although every element is finite                1
 nonfinite_params   a parameter of the layer is                                                          how many
 nonfinite_updates  an element of the layer's update is, with a finite loss and gradient (moments)       how many
 loss_spike         robust z-score of the loss against the last `spike_window` above spike_threshold     z-score

@@ -2,7 +2,8 @@
 
 `make_step_functions` closes over every static choice and returns functions of arrays. One dispatch runs up to
 `steps_per_dispatch` steps in a loop whose bound is a traced number, so one compiled program serves every remainder; the
-rows of metrics are written into one preallocated [steps, metrics] array that is the only thing the host ever fetches.
+rows of metrics are written into one preallocated [steps, metrics] array, the one thing the host fetches of every
+dispatch (beside two counters of the monitor).
 
 The batch of update k is windows k*batch_size ... (k+1)*batch_size - 1 of the run's sequence of windows, which depends
 on the data seed alone (data.dataset.permute_windows). All index arithmetic of a dispatch is done once, before its loop.
@@ -100,18 +101,23 @@ def make_loss(model: GPT):
     return loss
 
 
-def make_evaluate(model_config: GPTConfig, eval_batch_size, sharding=None):
+def make_evaluate(model_config: GPTConfig, eval_batch_size, mesh):
     """evaluate(params, windows [E, L+1]) -> float32 mean loss in nats per token, compiled.
 
     The windows are taken eval_batch_size at a time (it must divide E), and the means of these equal batches averaged.
+    A batch is split over the mesh where its size allows.
     """
     loss_fn = make_loss(GPT(model_config))
+    split = NamedSharding(mesh, PartitionSpec("data" if eval_batch_size % mesh.size == 0 else None))
+
+    def batch_loss(params, batch):
+        return loss_fn(params, jax.lax.with_sharding_constraint(batch, split), None)[0]
 
     def evaluate(params, windows):
         batches = windows.reshape(-1, eval_batch_size, windows.shape[-1])
-        return jax.lax.map(lambda batch: loss_fn(params, batch, None)[0], batches).mean()
+        return jax.lax.map(lambda batch: batch_loss(params, batch), batches).mean()
 
-    return jax.jit(evaluate, out_shardings=sharding)
+    return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def data_mesh(devices=None):
@@ -199,6 +205,8 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
             state.monitor, row_number=state.step + 1, loss=loss, bad=bad, dead_streak=streaks,
             dead_shares=jnp.stack(list(dead_metrics.values())), zero_update_S=zero_update_S, thresholds=o.thresholds)
 
+        # Elements that are all finite can still have a norm that is not.
+        norm_overflow = jnp.float32(~jnp.isfinite(grad_norm) & (nonfinite_grads_S.sum() == 0))
         row = {"loss": loss, "perplexity": jnp.exp(loss), "learning_rate": lr, "grad_norm": grad_norm,
                "grad_norm_clipped": grad_norm * factor, "loss_zscore": z,
                "nonfinite_loss": jnp.float32(~jnp.isfinite(loss)),
@@ -215,7 +223,8 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
             row |= dead_metrics
         if "activation" in groups:
             row |= metrics.activation_metrics(output)
-        row |= _alert_columns(begins, layers, list(stats.neuron_square_sum), row["nonfinite_loss"], nonfinite_grads_S,
+        row |= _alert_columns(begins, layers, list(stats.neuron_square_sum), row["nonfinite_loss"], norm_overflow,
+                              nonfinite_grads_S,
                               nonfinite_params_S, nonfinite_updates_S)
         return TrainState(state.step + 1, params, opt_state, monitor), row
 
@@ -254,14 +263,14 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
 
     return StepFunctions(init=jax.jit(init, out_shardings=replicated),
                          run=jax.jit(run, donate_argnums=0, out_shardings=replicated),
-                         evaluate=make_evaluate(model_config, eval_batch_size, replicated),
+                         evaluate=make_evaluate(model_config, eval_batch_size, mesh),
                          abstract_state=abstract_state, metric_names=tuple(names))
 
 
-def _alert_columns(begins, layers, neuron_layers, nonfinite_loss, nonfinite_grads_S, nonfinite_params_S,
+def _alert_columns(begins, layers, neuron_layers, nonfinite_loss, norm_overflow, nonfinite_grads_S, nonfinite_params_S,
                    nonfinite_updates_S):
     """{`alert/kind[/layer]`: value where the condition begins at this step, else 0} (see stability)."""
-    columns = {"alert/nonfinite_loss": nonfinite_loss,
+    columns = {"alert/nonfinite_loss": nonfinite_loss, "alert/nonfinite_grad_norm": norm_overflow,
                "alert/loss_spike": begins["loss_spike"], "alert/divergence": begins["divergence"]}
     for kind, values, names in (("nonfinite_grads", nonfinite_grads_S, layers),
                                 ("nonfinite_params", nonfinite_params_S, layers),

@@ -13,6 +13,7 @@ finds, the record reaches it.
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
@@ -47,12 +48,18 @@ from altgrad_jax.logger import (
     new_run_id,
     open_wandb,
     read_manifest,
+    resolve_wandb_mode,
     write_manifest,
 )
 from altgrad_jax.model import GPTConfig, count_params
 from altgrad_jax.step import StepOptions, data_mesh, make_step_functions
 
-FINISHED, STOPPED_NON_FINITE = 0, 3
+try:
+    import fcntl
+except ImportError:  # Windows: two processes on one folder are then the user's to avoid
+    fcntl = None
+
+FINISHED, NOT_SAVED, STOPPED_NON_FINITE = 0, 1, 3
 SAMPLE_TAG = "eurlex-sample"
 # With steps_per_dispatch=0: rows of the metrics buffer, and the time a dispatch is steered to.
 AUTO_DISPATCH_STEPS = 100
@@ -67,7 +74,8 @@ class Result:
     """What train() returns.
 
     Attributes:
-      exit_code: 0 finished; 3 stopped after nan_patience non-finite steps in a row; 128 + signal number if interrupted.
+      exit_code: 0 finished; 1 the last checkpoint could not be saved; 3 stopped after nan_patience non-finite steps in
+        a row; 128 + signal number if interrupted.
       run_dir: the run's folder.
       verdict: the contents of verdict.json; None if interrupted.
       history: {metric: float array over the recorded rows}, "step" included; NaN where a row lacks the metric.
@@ -96,21 +104,25 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
       UserError: any setting, file or folder that cannot be used; before the first step.
     """
     settings.validate(config)
+    resolve_wandb_mode(config.wandb_mode)
+    if resume not in ("auto", "never") and type(resume) is not int:
+        raise UserError(f"resume={resume!r} cannot be used: give 'auto', 'never', or the step of a checkpoint such as "
+                        "1000")
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
-    finished = _already_finished(run_dir, config, resume)
-    if finished is not None:
-        return finished
-    _use_deterministic_operations(config)
-    _use_compilation_cache()
     with contextlib.ExitStack() as resources:
+        _lock(run_dir, resources)
+        if _already_finished(run_dir, config, resume):
+            return Result(FINISHED, run_dir, _read_verdict(run_dir), verdict.read_history(run_dir))
+        _use_deterministic_operations(config)
+        _use_compilation_cache()
         console = make_console(config.console, config.max_steps)
         resources.callback(console.close)
         run = _Run(config, data_dir, run_dir, resume, console, resources)
-        # Until here an interrupt has nothing to save, and simply ends the process.
+        # Until here an interrupt has nothing to save, and simply ends the process; after the loop likewise.
         with _StopRequest() as stop:
             exit_code = run.loop(stop)
-            run.finish(exit_code)
-    interrupted = exit_code not in (FINISHED, STOPPED_NON_FINITE)
+        run.finish(exit_code)
+    interrupted = exit_code > 128
     return Result(exit_code, run_dir, None if interrupted else _read_verdict(run_dir),
                   verdict.read_history(run_dir))
 
@@ -118,17 +130,48 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
 # ------------------------------------------------------------------------------------------------ before the first step
 
 
+def _lock(run_dir, resources):
+    """Makes the run folder, and makes sure that no other process trains into it. The lock is on the folder itself: it
+    leaves no file behind, and ends with the process."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no permission to write")
+        folder = os.open(run_dir, os.O_RDONLY)
+    except FileExistsError:
+        raise UserError(f"{run_dir} is a file: give a folder with --workdir") from None
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written to ({error.strerror}): give another folder with "
+                        "--workdir") from None
+    resources.callback(os.close, folder)
+    resources.callback(_remove_if_empty, run_dir)
+    if fcntl is not None:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir} is being trained into by another process: wait for it, stop it, or give "
+                            "another folder with --workdir") from None
+        except OSError:
+            pass  # a file system without locks
+
+
+def _remove_if_empty(folder):
+    """A run that was refused leaves no folder behind."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def _already_finished(run_dir, config, resume):
-    """The Result of a run that has nothing left to do, or None."""
+    """Whether the run has nothing left to do; says so if it has not."""
     if resume != "auto" or not (run_dir / verdict.VERDICT).exists() or not (run_dir / MANIFEST).exists():
-        return None
+        return False
     steps = list_steps(run_dir)
-    if not steps or max(steps) < config.max_steps:
-        return None
+    if not steps or max(steps) < config.max_steps or _read_verdict(run_dir)["max_steps"] != config.max_steps:
+        return False
     _refuse_other_config(run_dir, read_manifest(run_dir), config)
     print(f"{run_dir} is finished: it has made {max(steps)} of max_steps={config.max_steps} steps; raise max_steps "
           "to go on, or give another --workdir to start a new run")
-    return Result(FINISHED, run_dir, _read_verdict(run_dir), verdict.read_history(run_dir))
+    return True
 
 
 def _read_verdict(run_dir):
@@ -147,7 +190,11 @@ def _use_deterministic_operations(config):
     flags = os.environ.get("XLA_FLAGS", "")
     if not config.deterministic or DETERMINISTIC_FLAG in flags:
         return
-    if jax._src.xla_bridge.backends_are_initialized() and jax.default_backend() != "cpu":
+    try:
+        started = jax._src.xla_bridge.backends_are_initialized()  # jax has no public way to ask
+    except AttributeError:
+        started = False
+    if started and jax.default_backend() != "cpu":
         raise UserError("deterministic=True came too late: jax has already started on this device; set it before the "
                         f"first jax computation of the process, or start with XLA_FLAGS={DETERMINISTIC_FLAG}")
     os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC_FLAG}".strip()
@@ -160,22 +207,31 @@ def _use_compilation_cache():
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
 
 
-def _attention_kernel(config, platform_name):
-    """The attention implementation to compile: cuDNN where it can run and was not declined."""
+def _cudnn_fits(config, device):
+    """Whether cuDNN's attention runs this model on this device: NVIDIA, Ampere or newer, bfloat16, heads of at most 128
+    numbers in multiples of 8."""
     head_width = config.n_embd // config.n_head
-    fits = platform_name == "gpu" and config.compute_dtype == "bfloat16" and head_width % 8 == 0 and head_width <= 128
-    if config.attention == "cudnn" and platform_name != "gpu":
-        raise UserError(f"attention='cudnn' cannot run on this machine's {platform_name} backend: set attention='auto' "
-                        "or 'xla'")
+    return (device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+            and float(getattr(device, "compute_capability", 0)) >= 8.0 and config.compute_dtype == "bfloat16"
+            and head_width % 8 == 0 and head_width <= 128)
+
+
+def _attention_kernel(config, device):
+    """The attention implementation to compile: cuDNN where it can run and was not declined."""
+    if config.attention == "cudnn" and not _cudnn_fits(config, device):
+        raise UserError(
+            f"attention='cudnn' cannot run heads of {config.n_embd // config.n_head} numbers on this machine's "
+            f"{device.platform} ({device.device_kind}); it needs an NVIDIA GPU of compute capability 8.0 or more and "
+            "heads of at most 128 numbers: set attention='auto' or 'xla'")
     if config.attention == "auto":
-        return "cudnn" if fits else "xla"
+        return "cudnn" if _cudnn_fits(config, device) else "xla"
     return config.attention
 
 
-def model_config(config, platform_name):
-    """The model that `config` describes, with the attention kernel for this platform ("cpu", "gpu", "tpu")."""
+def model_config(config, device):
+    """The model that `config` describes, with the attention kernel for this device."""
     return GPTConfig(config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size, config.dropout,
-                     config.compute_dtype, _attention_kernel(config, platform_name))
+                     config.compute_dtype, _attention_kernel(config, device))
 
 
 def step_options(config, *, steps_per_dispatch, data_on_device=True):
@@ -228,6 +284,8 @@ def _versions():
 class _StopRequest:
     """Catches SIGINT and SIGTERM: the first asks the loop to save and stop, a second one leaves at once.
 
+    A Python handler runs only when the main thread is between two bytecodes, and the main thread waits for the device
+    most of the time. So a thread reads the signals from the file descriptor that Python's C handler writes them to.
     Outside the main thread (some notebooks) signals cannot be caught, and nothing is.
     """
 
@@ -239,20 +297,36 @@ class _StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._catch) for number in self.SIGNALS}
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._old = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
+            self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        if self._old:
+            for number, handler in self._old.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._old_fd)
+            os.close(self._write)  # ends the thread
+            self._thread.join()
+            os.close(self._read)
 
-    def _catch(self, number, frame):
-        if self.number is not None:
-            os._exit(128 + number)
-        self.number = number
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this dispatch, then stopping; once more to leave "
-                    "at once\n".encode())
+    def _listen(self):
+        while received := os.read(self._read, 1):
+            number = received[0]
+            if number not in self.SIGNALS:
+                continue
+            if self.number is not None:
+                if os.isatty(1):
+                    os.write(1, b"\x1b[?25h\n")  # the live progress line hides the cursor
+                os._exit(128 + number)
+            self.number = number
+            # Not print: the main thread may be in the middle of one.
+            os.write(2, f"\n{signal.Signals(number).name}: saving after this dispatch, then stopping; once more to "
+                        "leave at once\n".encode())
 
 
 class _Run:
@@ -272,8 +346,8 @@ class _Run:
     def _open_data(self, data_dir):
         config = self.config
         prepared = resolve(data_dir, config.data_source, config.tokenizer)
-        for warning in prepared.warnings:
-            self.console.message(banner(warning))
+        if prepared.warnings:
+            self.console.message(banner(prepared.warnings))
         self.data = load_token_data(prepared.dir, vocab_size=config.vocab_size, block_size=config.block_size,
                                     tokenizer=config.tokenizer)
         self.tags = tuple(config.tags) + ((SAMPLE_TAG,) if prepared.is_sample else ())
@@ -306,7 +380,7 @@ class _Run:
         options = step_options(config, steps_per_dispatch=self.buffer_steps, data_on_device=self.on_device)
         self.thresholds = options.thresholds
         self.functions = make_step_functions(
-            model_config(config, self.device.platform), options, self.mesh, n_train_windows=self.data.n_train_windows,
+            model_config(config, self.device), options, self.mesh, n_train_windows=self.data.n_train_windows,
             eval_batch_size=self.eval_batch_size, seed=config.seed)
         self.column = {name: i for i, name in enumerate(self.functions.metric_names)}
         self.tokens_per_step = config.batch_size * config.block_size
@@ -318,23 +392,20 @@ class _Run:
     def _check_folder(self, resume):
         """Refuses a folder that this run may not use, before anything expensive is done; reads its manifest."""
         run_dir = self.run_dir
-        if run_dir.exists() and not run_dir.is_dir():
-            raise UserError(f"{run_dir} is a file: give a folder with --workdir")
-        self.manifest = None
+        self.manifest, self.resume = None, resume
         if resume == "never":
-            if run_dir.is_dir() and any(run_dir.iterdir()):
+            if any(run_dir.iterdir()):
                 raise UserError(f"{run_dir} is not empty and --resume=never starts anew: give an empty folder with "
                                 "--workdir, or continue with --resume=auto")
         elif (run_dir / MANIFEST).exists():
             self.manifest = read_manifest(run_dir)
             _refuse_other_config(run_dir, self.manifest, self.config)
-        elif run_dir.is_dir() and (list_steps(run_dir) or (run_dir / METRICS).exists()):
+        elif list_steps(run_dir) or (run_dir / METRICS).exists():
             raise UserError(f"{run_dir} holds a run without its {MANIFEST}: bring that file back, or give another "
                             "--workdir to start a new run")
-        if isinstance(resume, int) and resume not in (list_steps(run_dir) if run_dir.is_dir() else ()):
-            there = ", ".join(map(str, list_steps(run_dir))) if run_dir.is_dir() else ""
+        if isinstance(resume, int) and resume not in list_steps(run_dir):
             raise UserError(f"--resume={resume} names a checkpoint that {run_dir} does not hold; it has "
-                            f"{there or 'none'}")
+                            f"{', '.join(map(str, list_steps(run_dir))) or 'none'}")
 
     def _restore_or_start(self, resume):
         config, run_dir = self.config, self.run_dir
@@ -343,16 +414,12 @@ class _Run:
                 f"{run_dir} was trained on other data (fingerprint {self.manifest['data']['fingerprint'][:12]}, "
                 f"{self.data.dir} has {self.data.fingerprint[:12]}): give the --data_dir it was made with, or another "
                 "--workdir to start a new run")
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self.checkpoints = open_checkpoints(run_dir, config.max_checkpoints)
-        except OSError as error:
-            raise UserError(f"{run_dir} cannot be written to ({error.strerror}): give another folder with "
-                            "--workdir") from None
+        self.checkpoints = open_checkpoints(run_dir, config.max_checkpoints)
         self.resources.callback(self.checkpoints.close)
         restored = None
         if isinstance(resume, int):
-            state, _ = self.checkpoints.restore(resume, self.functions.abstract_state)
+            state, meta = self.checkpoints.restore(resume, self.functions.abstract_state)
+            self._refuse_foreign(resume, meta)
             superseded = self.checkpoints.set_aside_newer_than(resume)
             if superseded:
                 self.console.message(f"checkpoints after step {resume} were set aside: "
@@ -363,8 +430,15 @@ class _Run:
                 self.functions.abstract_state,
                 on_damaged=lambda step, reason: self.console.alert(
                     f"checkpoint {step} is damaged ({reason}); it is set aside and an older one is used"))
-            restored = found and found[:2]
+            if found is not None:
+                self._refuse_foreign(found[0], found[2])
+                restored = found[:2]
+            else:
+                self._start_again()
 
+        # What an earlier end said is no longer true.
+        for name in (verdict.VERDICT, verdict.LOSS_PLOT):
+            (run_dir / name).unlink(missing_ok=True)
         self.step, self.state = restored or (0, self.functions.init(config.seed))
         self.resumed = restored is not None
         self._write_manifest()
@@ -381,7 +455,27 @@ class _Run:
             entity=config.wandb_entity or None, tags=self.tags, config=settings.to_dict(config),
             resume_step=self.step if self.resumed else None, alert_interval=config.alert_interval,
             say=self.console.message, event=self.writer.event)
+        if self.wandb is not None:
+            # After finish() there is nothing left to close; after an exception this ends W&B's process.
+            self.resources.callback(self.wandb.close, drain_timeout=5.0)
         self._introduce()
+
+    def _refuse_foreign(self, step, meta):
+        """A checkpoint of another run, copied into this folder, would continue as if it were this one's."""
+        if meta.get("run_id") != self.manifest["run_id"] or meta.get("data_fingerprint") != self.data.fingerprint:
+            raise UserError(
+                f"checkpoint {step} in {self.run_dir} belongs to another run (id {meta.get('run_id')!r}, this folder's "
+                f"manifest says {self.manifest['run_id']!r}): take it out of the folder, or give another --workdir")
+
+    def _start_again(self):
+        """A folder with a manifest and no checkpoint: fine if none was ever saved, an error if they were taken away."""
+        _, events = verdict.read_timing(self.run_dir)
+        saved = [event["step"] for event in events if event.get("event") == "checkpoint"]
+        if saved:
+            raise UserError(
+                f"{self.run_dir} holds the record of a run with checkpoints up to step {max(saved)}, but no checkpoint "
+                "any more: bring one back, or give another --workdir to start a new run")
+        self.console.message("no checkpoint was saved in this folder yet: starting again at step 0")
 
     def _write_manifest(self):
         """What this run is. A resumed run keeps what was true at its start and adds how it was continued."""
@@ -423,8 +517,7 @@ class _Run:
         run, evaluate = self.compiled
         val_windows = jax.device_put(self.val_windows, self.replicated)
         data, next_batches = self._feed()
-        self.last_saved = self.step if self.resumed else -1
-        seconds_per_step = None
+        seconds_per_step = evaluation = None
         frozen = bool(stability.is_frozen(self.state.monitor, self.thresholds))
 
         if self.step == 0 and not self.resumed and not stop.number:
@@ -454,13 +547,20 @@ class _Run:
             self._tell_saves()
             if self._is_due(config.checkpoint_interval) or frozen:
                 self._save(None if evaluation is None else evaluation["val_loss"])
-        if stop.number and self.step > max(0, self.last_saved):
-            self._save(None)
-        self.checkpoints.wait()
-        self._tell_saves()
+        if self.step > 0 and self.step not in self._saved_steps():
+            # Interrupted between two checkpoints, or the save at the last step failed: once more.
+            self._save(None if evaluation is None else evaluation["val_loss"])
         if frozen:
             return STOPPED_NON_FINITE
+        if self.step > 0 and self.step not in self._saved_steps():
+            return NOT_SAVED
         return 128 + stop.number if stop.number and self.step < config.max_steps else FINISHED
+
+    def _saved_steps(self):
+        """Steps of the complete checkpoints, once no save is under way."""
+        self.checkpoints.wait()
+        self._tell_saves()
+        return self.checkpoints.steps()
 
     def _compile(self):
         """Both programs, ahead of the first step: a call with other shapes is then an error, never a recompilation."""
@@ -517,7 +617,6 @@ class _Run:
     def _save(self, val_loss):
         self.writer.flush()
         self.checkpoints.save(self.step, self.state, self._meta(), val_loss)
-        self.last_saved = self.step
 
     def _tell_saves(self):
         for outcome in self.checkpoints.check():
@@ -552,10 +651,14 @@ class _Run:
     def finish(self, exit_code):
         """Says how it went: the verdict, or how to resume. The record is closed by whoever opened it."""
         self.writer.flush()
-        interrupted = exit_code not in (FINISHED, STOPPED_NON_FINITE)
+        interrupted = exit_code > 128
         if not interrupted:
-            reason = None if exit_code == FINISHED else (
-                f"{self.config.nan_patience} non-finite steps in a row, the last at step {self.step}")
+            reason = {
+                FINISHED: None,
+                NOT_SAVED: f"the checkpoint of step {self.step} could not be saved",
+                STOPPED_NON_FINITE: f"{self.config.nan_patience} non-finite steps in a row, the last at step "
+                                    f"{self.step}",
+            }[exit_code]
             result = verdict.make_verdict(self.run_dir, stopped=reason)
             verdict.plot_loss(self.run_dir, title=self.config.run_name)
             verdict.write_verdict(self.run_dir, result)
@@ -567,7 +670,8 @@ class _Run:
         if interrupted:
             saved = list_steps(self.run_dir)
             goes_on = f"continues from checkpoint {max(saved)}" if saved else "starts again, for nothing was saved yet"
+            how = "the same command" if self.resume == "auto" else "the same command with --resume=auto"
             print(f"{signal.Signals(exit_code - 128).name}: stopped after step {self.step} of {self.config.max_steps}; "
-                  f"the same command {goes_on}")
+                  f"{how} {goes_on}")
         else:
             verdict.print_verdict(result, seconds=time.time() - self.started)

@@ -28,6 +28,11 @@ def run(config, *, rounds, steps_per_round, **paths):
 
     from altgrad_jax import benchmark
 
+    if paths["json"]:
+        try:
+            file = open(paths["json"], "w")
+        except OSError as error:
+            raise UserError(f"--json={paths['json']} cannot be written ({error.strerror}): give another file") from None
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {config.batch_size} x {config.block_size} tokens a "
           f"step, {rounds} rounds of {steps_per_round} steps", flush=True)
     variants = {name: {"metrics": groups} for name, groups in benchmark.METRIC_VARIANTS.items()}
@@ -37,8 +42,8 @@ def run(config, *, rounds, steps_per_round, **paths):
     if paths["json"]:
         facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version(),
                  "config": {name: value for name, value in config.items()}, "rows": rows}
-        with open(paths["json"], "w") as file:
-            json.dump(facts, file, indent=1)
+        json.dump(facts, file, indent=1)
+        file.close()
         print(f"\nwritten to {paths['json']}")
     return 0
 

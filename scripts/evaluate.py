@@ -3,8 +3,8 @@
     python scripts/evaluate.py checkpoints/bf16_baseline
     python scripts/evaluate.py checkpoints/bf16_baseline --step 1900 --tokens other.bin --all
 
-Without --data_dir or --tokens it is the validation data the run was trained with, and the figure is the one in
-the run's record.
+Without --data_dir or --tokens it is the validation data of the run; on a CPU the figure is the one in the run's
+record, to the bit.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def parse_args(argv=None):
     data = parser.add_mutually_exclusive_group()
     data.add_argument("--data_dir", help="folder of token files; its val.bin is used")
     data.add_argument("--tokens", help="a file of uint16 tokens, of the checkpoint's tokenizer")
-    parser.add_argument("--all", action="store_true", help="every window of the file, not the run's fixed choice")
+    parser.add_argument("--all", action="store_true", help="the whole file (up to a last incomplete batch), not the run's fixed choice")
     return parser.parse_args(argv)
 
 

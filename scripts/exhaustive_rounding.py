@@ -30,8 +30,7 @@ def first_inputs(fmt, rounding):
     from altgrad_jax import formats
 
     values = formats.decode(fmt, np.arange(fmt.max_code + 1))
-    beyond = 2 * values[-1] - values[-2] if fmt.mantissa_bits else 2 * values[-1]
-    values = np.append(values, beyond)
+    values = np.append(values, fmt.max + 2.0 ** (max(fmt.maxexp - 1, fmt.minexp) - fmt.mantissa_bits))
     if rounding == "stochastic":
         with np.errstate(over="ignore"):
             return values[1:].astype(np.float32).view(np.uint32).astype(np.int64)

@@ -140,7 +140,7 @@ def test_out_of_range(name, value):
 
 @pytest.mark.parametrize("values", [
     {"warmup_steps": 0}, {"warmup_steps": 2000}, {"grad_clip": 0.0}, {"weight_decay": 0.0},
-    {"dropout": 0.999}, {"beta1": 0.0}, {"bit_stall_threshold": 1.0}, {"dead_neuron_threshold": 1e-30},
+    {"dropout": 0.999}, {"beta1": 0.0}, {"bit_stall_threshold": 1.0}, {"dead_neuron_threshold": 1e-18},
     {"seed": 0},
     {"seed": 2**31 - 1}, {"vocab_size": 65536}, {"max_steps": 1, "warmup_steps": 0}, {"tags": ()},
     {"max_steps": 2**31 - 1, "batch_size": 1}, {"max_checkpoints": 1}, {"wandb_entity": "team"},

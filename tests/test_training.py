@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,8 +166,87 @@ def test_a_folder_that_cannot_be_a_run_is_refused(data_dir, tmp_path):
         train(tiny(), data_dir=data_dir, workdir=tmp_path / "half")
 
 
+def test_two_processes_cannot_train_into_one_folder(data_dir, tmp_path):
+    """The second one is told, and the first one's record stays its own."""
+    process = start(data_dir, tmp_path / "run", **LONG)
+    wait_for_rows(process, tmp_path / "run", 2)
+    with pytest.raises(UserError, match="is being trained into by another process"):
+        train(tiny(**LONG), data_dir=data_dir, workdir=tmp_path / "run")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(401))
+
+
+def test_a_run_whose_checkpoints_were_taken_away_is_not_started_again_silently(data_dir, tmp_path, capsys):
+    run_dir = tmp_path / "bare"
+    train(tiny(max_steps=10), data_dir=data_dir, workdir=run_dir)
+    for step in list_steps(run_dir):
+        shutil.rmtree(run_dir / str(step))
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="checkpoints up to step 10, but no checkpoint any more"):
+        train(tiny(), data_dir=data_dir, workdir=run_dir)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    # A run that died before its first checkpoint may start again, and says so.
+    timing = run_dir / "timing.jsonl"
+    timing.write_text("".join(line + "\n" for line in timing.read_text().splitlines() if '"checkpoint"' not in line))
+    train(tiny(max_steps=10), data_dir=data_dir, workdir=run_dir)
+    assert "no checkpoint was saved in this folder yet: starting again at step 0" in capsys.readouterr().out
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(whole, data_dir, tmp_path):
+    run_dir = tmp_path / "mixed"
+    train(tiny(max_steps=10), data_dir=data_dir, workdir=run_dir)
+    shutil.copytree(whole.run_dir / "40", run_dir / "40")
+    with pytest.raises(UserError, match="checkpoint 40 in .* belongs to another run"):
+        train(tiny(max_steps=60), data_dir=data_dir, workdir=run_dir)
+
+
+def test_an_old_verdict_is_not_believed(data_dir, tmp_path):
+    """A run continued past its end, killed after its last checkpoint and before its verdict."""
+    run_dir = tmp_path / "old"
+    train(tiny(max_steps=10), data_dir=data_dir, workdir=run_dir)
+    old = (run_dir / "verdict.json").read_bytes()
+    train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
+    (run_dir / "verdict.json").write_bytes(old)
+    result = train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
+    assert result.exit_code == 0 and result.verdict["steps"] == 20
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_is_not_a_success(data_dir, tmp_path, monkeypatch, capsys):
+    from altgrad_jax import checkpoint
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_rotate_in", full)
+    result = train(tiny(max_steps=10), data_dir=data_dir, workdir=tmp_path / "full")
+    assert result.exit_code == 1 and not result.verdict["sound"]
+    assert "the checkpoint of step 10 could not be saved" in result.verdict["verdict"]
+    assert "No space left on device" in capsys.readouterr().out
+    assert [row["step"] for row in rows_of(tmp_path / "full")] == list(range(11))
+
+
+def test_a_warning_about_the_data_is_shown_whole(data_dir, tmp_path, monkeypatch, capsys):
+    from altgrad_jax import training
+    from altgrad_jax.data.prepare import PreparedData, read_meta
+
+    monkeypatch.setattr(training, "resolve", lambda *_: PreparedData(
+        data_dir, read_meta(data_dir), True, ("This is the small sample, not the corpus.",)))
+    result = train(tiny(max_steps=2, warmup_steps=1), workdir=tmp_path / "sample")
+    assert "This is the small sample, not the corpus." in capsys.readouterr().out
+    manifest = json.loads((result.run_dir / "manifest.json").read_text())
+    assert manifest["tags"] == ["tiny", "eurlex-sample"]
+
+
+@pytest.mark.parametrize("resume", ["Never", "40", True, None])
+def test_the_api_takes_no_other_resume(data_dir, tmp_path, resume):
+    with pytest.raises(UserError, match="resume=.* cannot be used"):
+        train(tiny(), data_dir=data_dir, workdir=tmp_path / "x", resume=resume)
+
+
 def test_settings_that_the_device_or_data_cannot_honour_are_refused(data_dir, tmp_path):
-    with pytest.raises(UserError, match="attention='cudnn' cannot run on this machine's cpu"):
+    with pytest.raises(UserError, match="attention='cudnn' cannot run heads of 8 numbers on this machine's cpu"):
         train(tiny(attention="cudnn"), data_dir=data_dir, workdir=tmp_path / "a")
     with pytest.raises(UserError, match="use_fp8"):
         train(tiny(use_fp8=True), data_dir=data_dir, workdir=tmp_path / "a")
@@ -262,6 +342,22 @@ def test_sigterm_saves_says_how_to_go_on_and_nothing_is_lost(long_run, data_dir,
     assert_equal_runs(long_run.run_dir, run_dir, step=400)
 
 
+def test_a_second_signal_leaves_at_once_even_while_the_device_computes(data_dir, tmp_path):
+    """One dispatch of this run takes minutes; both signals are answered while it computes."""
+    endless = {**LONG, "max_steps": 10 ** 6, "checkpoint_interval": 10 ** 6, "eval_interval": 10 ** 6,
+               "steps_per_dispatch": 60000}
+    process = start(data_dir, tmp_path / "run", **endless)
+    wait_for_rows(process, tmp_path / "run", 1)  # the evaluation before the first dispatch
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - sent < 10
+    assert "SIGINT: saving after this dispatch" in output
+
+
 def test_kill_9_loses_nothing_that_a_resume_does_not_bring_back(long_run, data_dir, tmp_path):
     run_dir = tmp_path / "kill"
     for n_rows in (30, 130):
@@ -297,7 +393,7 @@ def test_the_checkpoint_restores_as_the_state_that_made_it(whole):
     from altgrad_jax.step import data_mesh, make_step_functions
     from altgrad_jax.training import model_config, step_options
 
-    functions = make_step_functions(model_config(tiny(), "cpu"), step_options(tiny(), steps_per_dispatch=1),
+    functions = make_step_functions(model_config(tiny(), jax.devices()[0]), step_options(tiny(), steps_per_dispatch=1),
                                     data_mesh(), n_train_windows=100, eval_batch_size=4, seed=42)
     state, meta = restore_path(whole.run_dir / "40", functions.abstract_state)
     assert int(state.step) == meta["step"] == 40
@@ -319,6 +415,7 @@ def test_evaluating_a_checkpoint_gives_the_records_validation_loss(whole, data_d
         assert (result.n_windows, result.n_tokens) == (8, 8 * 16)
     assert evaluate_checkpoint(whole.run_dir / "20").val_loss == pytest.approx(rows_of(whole.run_dir)[20]["val_loss"])
     everything = evaluate_checkpoint(whole.run_dir, all_windows=True)
-    assert everything.n_windows == ((data_dir / "val.bin").stat().st_size // 2 - 1) // 16
+    available = ((data_dir / "val.bin").stat().st_size // 2 - 1) // 16
+    assert everything.n_windows == available - available % 4  # whole batches of eval_batch_size
     with pytest.raises(UserError, match="is not a file"):
         evaluate_checkpoint(whole.run_dir, token_file=data_dir / "missing.bin")
