@@ -21,7 +21,9 @@ def parse_args(argv=None):
     data = parser.add_mutually_exclusive_group()
     data.add_argument("--data_dir", help="folder of token files; its val.bin is used")
     data.add_argument("--tokens", help="a file of uint16 tokens, of the checkpoint's tokenizer")
-    parser.add_argument("--all", action="store_true", help="the whole file (up to a last incomplete batch), not the run's fixed choice")
+    parser.add_argument(
+        "--all", action="store_true", help="the whole file, but for a last incomplete batch, not the run's fixed choice"
+    )
     return parser.parse_args(argv)
 
 
