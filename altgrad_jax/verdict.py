@@ -394,7 +394,7 @@ def _draw_norm(axis, steps, norm, clipped):
     if window > 1:
         _draw(axis, steps, _smooth(norm, window), color=INK, lw=1.6, label=f"mean of {window} steps")
     # Where clipping acts, what is left of the norm is the threshold.
-    acts = clipped < 0.999 * norm
+    acts = clipped < norm  # exactly equal where it was not
     if acts.any():
         axis.axhline(np.max(clipped[acts]), color=VALIDATION, lw=1.0, ls="--",
                      label=f"clipped here ({100 * acts.sum() / len(finite):.0f}% of steps)")
