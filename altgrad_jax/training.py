@@ -13,15 +13,10 @@ finds, the record reaches it.
 
 import contextlib
 import dataclasses
-import errno
-import importlib.metadata
 import json
 import os
-import platform
 import signal
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -35,7 +30,14 @@ from altgrad_jax.checkpoint import list_steps, open_checkpoints, save_anomaly
 from altgrad_jax.console import make_console
 from altgrad_jax.data.dataset import HostStream, load_token_data, permute_windows
 from altgrad_jax.data.prepare import banner, resolve
-from altgrad_jax.data.sources import default_cache_dir
+from altgrad_jax.environment import (
+    fits_on_device,
+    git_commit,
+    has_cudnn_attention,
+    use_compilation_cache,
+    use_deterministic_operations,
+    versions,
+)
 from altgrad_jax.errors import UserError
 from altgrad_jax.evaluation import choose_windows
 from altgrad_jax.logger import (
@@ -52,21 +54,14 @@ from altgrad_jax.logger import (
     write_manifest,
 )
 from altgrad_jax.model import GPTConfig, count_params
+from altgrad_jax.process import StopRequest, lock_folder
 from altgrad_jax.step import StepOptions, data_mesh, make_step_functions
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes on one folder are then the user's to avoid
-    fcntl = None
 
 FINISHED, NOT_SAVED, STOPPED_NON_FINITE = 0, 1, 3
 SAMPLE_TAG = "eurlex-sample"
 # With steps_per_dispatch=0: rows of the metrics buffer, and the time a dispatch is steered to.
 AUTO_DISPATCH_STEPS = 100
 AUTO_DISPATCH_SECONDS = 1.0
-DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
-PACKAGES = ("altgrad-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "wandb",
-            "tiktoken")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +105,17 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
                         "1000")
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
     with contextlib.ExitStack() as resources:
-        _lock(run_dir, resources)
+        lock_folder(run_dir, resources)
         if _already_finished(run_dir, config, resume):
             return Result(FINISHED, run_dir, _read_verdict(run_dir), verdict.read_history(run_dir))
-        _use_deterministic_operations(config)
-        _use_compilation_cache()
+        if config.deterministic:
+            use_deterministic_operations()
+        use_compilation_cache()
         console = make_console(config.console, config.max_steps)
         resources.callback(console.close)
         run = _Run(config, data_dir, run_dir, resume, console, resources)
         # Until here an interrupt has nothing to save, and simply ends the process; after the loop likewise.
-        with _StopRequest() as stop:
+        with StopRequest() as stop:
             exit_code = run.loop(stop)
         run.finish(exit_code)
     interrupted = exit_code > 128
@@ -128,37 +124,6 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
 
 
 # ------------------------------------------------------------------------------------------------ before the first step
-
-
-def _lock(run_dir, resources):
-    """Makes the run folder, and makes sure that no other process trains into it. The lock is on the folder itself: it
-    leaves no file behind, and ends with the process."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(run_dir, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "no permission to write")
-        folder = os.open(run_dir, os.O_RDONLY)
-    except FileExistsError:
-        raise UserError(f"{run_dir} is a file: give a folder with --workdir") from None
-    except OSError as error:
-        raise UserError(f"{run_dir} cannot be written to ({error.strerror}): give another folder with "
-                        "--workdir") from None
-    resources.callback(os.close, folder)
-    resources.callback(_remove_if_empty, run_dir)
-    if fcntl is not None:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run_dir} is being trained into by another process: wait for it, stop it, or give "
-                            "another folder with --workdir") from None
-        except OSError:
-            pass  # a file system without locks
-
-
-def _remove_if_empty(folder):
-    """A run that was refused leaves no folder behind."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def _already_finished(run_dir, config, resume):
@@ -185,46 +150,17 @@ def _refuse_other_config(run_dir, manifest, config):
                         f"{'; '.join(lines)}. Set them back, or give another --workdir to start a new run")
 
 
-def _use_deterministic_operations(config):
-    """Asks XLA for operations that repeat to the bit, which must happen before jax first touches a GPU."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if not config.deterministic or DETERMINISTIC_FLAG in flags:
-        return
-    try:
-        started = jax._src.xla_bridge.backends_are_initialized()  # jax has no public way to ask
-    except AttributeError:
-        started = False
-    if started and jax.default_backend() != "cpu":
-        raise UserError("deterministic=True came too late: jax has already started on this device; set it before the "
-                        f"first jax computation of the process, or start with XLA_FLAGS={DETERMINISTIC_FLAG}")
-    os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC_FLAG}".strip()
-
-
-def _use_compilation_cache():
-    """Keeps compiled programs beside the downloads, so that a second start, or a resume, does not compile again. jax's
-    own setting (JAX_COMPILATION_CACHE_DIR) comes first."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
-
-
-def _cudnn_fits(config, device):
-    """Whether cuDNN's attention runs this model on this device: NVIDIA, Ampere or newer, bfloat16, heads of at most 128
-    numbers in multiples of 8."""
-    head_width = config.n_embd // config.n_head
-    return (device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
-            and float(getattr(device, "compute_capability", 0)) >= 8.0 and config.compute_dtype == "bfloat16"
-            and head_width % 8 == 0 and head_width <= 128)
-
-
 def _attention_kernel(config, device):
     """The attention implementation to compile: cuDNN where it can run and was not declined."""
-    if config.attention == "cudnn" and not _cudnn_fits(config, device):
+    head_width = config.n_embd // config.n_head
+    fits = has_cudnn_attention(device, head_width=head_width, compute_dtype=config.compute_dtype)
+    if config.attention == "cudnn" and not fits:
         raise UserError(
-            f"attention='cudnn' cannot run heads of {config.n_embd // config.n_head} numbers on this machine's "
+            f"attention='cudnn' cannot run heads of {head_width} numbers on this machine's "
             f"{device.platform} ({device.device_kind}); it needs an NVIDIA GPU of compute capability 8.0 or more and "
             "heads of at most 128 numbers: set attention='auto' or 'xla'")
     if config.attention == "auto":
-        return "cudnn" if _cudnn_fits(config, device) else "xla"
+        return "cudnn" if fits else "xla"
     return config.attention
 
 
@@ -249,84 +185,6 @@ def model_flops_per_step(config):
     """Floating-point operations of one update, by formula (flops.training_flops_per_token)."""
     return config.batch_size * config.block_size * flops.training_flops_per_token(
         n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size)
-
-
-def _fits_on_device(n_tokens, device):
-    """Whether the token file may lie on the device: positions are 32-bit, and it may take a quarter of its memory."""
-    limit = (device.memory_stats() or {}).get("bytes_limit", 2 ** 33)
-    return n_tokens < 2 ** 31 and 2 * n_tokens <= limit // 4
-
-
-def _git_commit():
-    """{"commit": hash, "dirty": bool} of the checkout this code runs from, or None outside one."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments):
-        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        if commit.returncode or git("ls-files", "--error-unmatch", __file__).returncode:
-            return None
-        return {"commit": commit.stdout.strip(), "dirty": bool(git("status", "--porcelain").stdout.strip())}
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-
-
-def _versions():
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-class _StopRequest:
-    """Catches SIGINT and SIGTERM: the first asks the loop to save and stop, a second one leaves at once.
-
-    A Python handler runs only when the main thread is between two bytecodes, and the main thread waits for the device
-    most of the time. So a thread reads the signals from the file descriptor that Python's C handler writes them to.
-    Outside the main thread (some notebooks) signals cannot be caught, and nothing is.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self):
-        self.number = None
-        self._old = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self._read, self._write = os.pipe()
-            os.set_blocking(self._write, False)
-            self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            self._old = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
-            self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        if self._old:
-            for number, handler in self._old.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(self._old_fd)
-            os.close(self._write)  # ends the thread
-            self._thread.join()
-            os.close(self._read)
-
-    def _listen(self):
-        while received := os.read(self._read, 1):
-            number = received[0]
-            if number not in self.SIGNALS:
-                continue
-            if self.number is not None:
-                if os.isatty(1):
-                    os.write(1, b"\x1b[?25h\n")  # the live progress line hides the cursor
-                os._exit(128 + number)
-            self.number = number
-            # Not print: the main thread may be in the middle of one.
-            os.write(2, f"\n{signal.Signals(number).name}: saving after this dispatch, then stopping; once more to "
-                        "leave at once\n".encode())
 
 
 class _Run:
@@ -370,7 +228,7 @@ class _Run:
                 f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps} parts cannot be split "
                 f"over {self.mesh.size} devices: make batch_size / grad_accum_steps a multiple of it, or hide devices "
                 "with CUDA_VISIBLE_DEVICES")
-        fits = _fits_on_device(len(self.data.train_T), self.device)
+        fits = fits_on_device(len(self.data.train_T), self.device)
         if config.data_placement == "device" and not fits:
             raise UserError(
                 f"data_placement='device' cannot hold {len(self.data.train_T)} tokens in a quarter of the device's "
@@ -480,8 +338,8 @@ class _Run:
     def _write_manifest(self):
         """What this run is. A resumed run keeps what was true at its start and adds how it was continued."""
         config = self.config
-        start = {"time": round(self.started, 3), "step": self.step, "argv": sys.argv, "versions": _versions(),
-                 "git": _git_commit(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        start = {"time": round(self.started, 3), "step": self.step, "argv": sys.argv, "versions": versions(),
+                 "git": git_commit(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
                  "device": {"platform": self.device.platform, "kind": self.device.device_kind, "count": self.mesh.size}}
         self.manifest_was_new = self.manifest is None
         if self.manifest_was_new:

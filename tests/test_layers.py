@@ -12,10 +12,10 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 # From the bottom up; a module may import only from rows above its own, or from its own row where that is no cycle.
 LAYERS = [
     {"errors", "__init__", "data.__init__"},
-    {"config", "formats", "flops", "data.tokenizer"},
+    {"config", "formats", "flops", "process", "data.tokenizer"},
     {"quantize", "quant_dot"},
     {"cli", "model", "optimizer", "metrics", "stability", "data.sources"},
-    {"data.prepare", "hf"},
+    {"data.prepare", "hf", "environment"},
     {"data.dataset", "checkpoint", "logger", "console"},
     {"step", "verdict"},
     {"generate"},
@@ -25,7 +25,7 @@ LAYERS = [
 ]
 OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"}}
 MAY_JIT = {"step", "generate", "benchmark", "quantize"}
-NO_JAX = {"errors", "config", "formats", "cli", "logger", "console", "verdict", "flops", "data.tokenizer",
+NO_JAX = {"errors", "config", "formats", "cli", "logger", "console", "verdict", "flops", "process", "data.tokenizer",
           "data.sources", "data.prepare"}
 
 
