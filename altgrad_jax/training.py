@@ -216,7 +216,8 @@ class _Run:
                                                                 config.eval_batch_size)
         if len(self.val_windows) < config.eval_windows:
             self.console.message(f"eval_windows={config.eval_windows}, but the validation data holds "
-                                 f"{len(self.val_windows)}: each evaluation uses these {len(self.val_windows)}")
+                                 f"{self.data.n_val_windows}: each evaluation uses {len(self.val_windows)} of them, in "
+                                 f"whole batches of {self.eval_batch_size}")
 
     def _build_step(self):
         config = self.config
