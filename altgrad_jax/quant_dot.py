@@ -23,7 +23,7 @@ another program: `Rule.float32_operands`.
 A scale maps an amax (largest magnitude) to at most min(largest finite number, 2^16): for formats with many exponents
 the sum of products would overflow float32 otherwise. It is the largest power of two that does. Which amax:
 
-    delayed   one scale, given by the caller from amaxes of earlier steps; where it gives 0, as at the first step, `tensor`
+    delayed   one scale, given by the caller from amaxes of earlier steps; if it gives 0, as at the first step: `tensor`
     tensor    one scale, from the operand's own amax
     channel   one per output channel of W, and one per row (token) of A and of G
     block32   one per 32 neighbours, and block128: along the contracted axis: K for W and A, N for G (that of dx)
@@ -33,7 +33,7 @@ An operand is rounded once and used in two products, but a scale per channel or 
 only one of them: W's and A's of y, G's of dx. In the other product it varies along the sum, which is exact here, and
 which a device that applies scales to sums could not do without rounding the operand a second time, differently.
 
-Infinities and NaN pass unrounded, as they do in the baseline: saturating them would hide a step that must not be applied.
+Infinities and NaN pass unrounded, as in the baseline: saturating them would hide a step that must not be applied.
 
 Statistics (`FIELDS`) are reductions over an operand as it is rounded, one float32 vector each. Those of W and A are
 returned beside y. G exists only inside the backward pass, so its vector leaves as the *cotangent* of an argument that
@@ -75,7 +75,7 @@ _IDENTITY = {jnp.maximum: 0.0, jnp.minimum: np.inf, jnp.add: 0.0}
 
 
 class Operand(NamedTuple):
-    """A quantized operand as the compiled program sees it: all of it may be traced, or have a leading axis under vmap."""
+    """A quantized operand as the compiled program sees it: traced scalars, or a leading axis under vmap."""
 
     format: FormatParams
     scale: jax.Array | float = 0.0  # float32, a power of two from 2^-126 to 2^126, or 0; read by `delayed` only
@@ -123,8 +123,8 @@ def scale_for(amax, params: FormatParams):
       amax: float32 of any shape, not negative.
 
     Returns:
-      float32 of that shape, from 2^-126 to 2^126, so that 1/s is exact too (an amax beyond 2^125 is clipped therefore in
-      formats with a largest number near 1). 1 where amax is 0, below 2^-126 or not finite.
+      float32 of that shape, from 2^-126 to 2^126, so that 1/s is exact too. (An amax beyond 2^125 is therefore clipped
+      in formats with a largest number near 1.) 1 where amax is 0, below 2^-126 or not finite.
     """
     bits = lax.bitcast_convert_type(jnp.asarray(amax, jnp.float32), jnp.int32)
     largest = jnp.minimum(jnp.asarray(params.max_finite, jnp.float32), LARGEST_SCALED)
@@ -137,7 +137,7 @@ def scale_for(amax, params: FormatParams):
 
 
 def delayed_scale(history_H, params: FormatParams):
-    """The scale that `delayed` takes at a step, from the amaxes of the steps before (the last axis); 0 while all are 0."""
+    """The scale of `delayed` at a step, from the amaxes of the steps before (last axis); 0 while all are 0."""
     amax = jnp.max(history_H, axis=-1)
     return jnp.where(amax > 0, scale_for(amax, params), 0.0)
 
@@ -191,7 +191,7 @@ def _groups(v, scaling, axis, name):
 
 
 def _quantize(v, operand, scaling, axis, name, dtype):
-    """A float32 matrix rounded onto its format's grid, in `dtype`, and its statistics [S]. `axis` is the contracted one."""
+    """A float32 matrix rounded onto its format's grid, in `dtype`, and its statistics [S]; `axis` is contracted."""
     shape = v.shape
     v, along = _groups(v.astype(jnp.float32), scaling, axis, name)
     size = jnp.abs(v)
@@ -201,30 +201,29 @@ def _quantize(v, operand, scaling, axis, name, dtype):
     q = round_to_format(v * scale, operand.format) * (1 / scale)
     q = jnp.where(jnp.isfinite(v), q, v).astype(dtype)
 
-    limit = operand.format.max_finite / scale
     stored = q.astype(jnp.float32)
+    clipped = excess = jnp.float32(0)
+    if scaling in ("delayed", "none"):  # from its own amax nothing is clipped, and two passes are saved
+        limit = operand.format.max_finite / scale
+        clipped = _sum((size > limit).astype(jnp.float32))
+        excess = _sum(jnp.square(jnp.maximum(size - limit, 0)))
     fields = {
         "amax": jnp.max(amax),
         "scale": jnp.min(scale),
         "smallest": jnp.min(jnp.where(size > 0, size, jnp.inf)),
         "count": jnp.float32(v.size),
         "exposed": jnp.where(given > 0, jnp.float32(v.size), 0.0),
-        "clipped": _count(size > limit),
-        "flushed": _count((stored == 0) & (v != 0)),
+        "clipped": clipped,
+        "flushed": _sum(((stored == 0) & (v != 0)).astype(jnp.float32)),
         "signal": _sum(jnp.square(v)),
         "noise": _sum(jnp.square(stored - v)),
-        "excess": _sum(jnp.square(jnp.maximum(size - limit, 0))),
+        "excess": excess,
     }
     return q.reshape(shape), jnp.stack([fields[field] for field in FIELDS])
 
 
-def _count(where):
-    """How many, as float32: counted in int32, for a float32 counter stops at 2^24."""
-    return jnp.sum(where, dtype=jnp.int32).astype(jnp.float32)
-
-
 def _sum(v):
-    """Sum in two stages, which loses less than one long float32 sum."""
+    """Sum in two stages: a single float32 counter stops at 2^24, and a long sum of squares loses its last terms."""
     return jnp.sum(jnp.sum(v, axis=0))
 
 
