@@ -348,7 +348,7 @@ def test_statistics_of_micro_batches_combine_to_those_of_the_batch():
     x, w, target = matrices()
     operands = same_for_all(get_format("E3M4"))
     operands = operands._replace(g=operands.g._replace(scale=np.float32(8)))  # G clips
-    gradient = jax.value_and_grad(micro_batch_loss, argnums=(0, 1), has_aux=True)
+    gradient = jax.jit(jax.value_and_grad(micro_batch_loss, argnums=(0, 1), has_aux=True))
 
     @jax.jit
     def accumulated(w, x, target, operands):
