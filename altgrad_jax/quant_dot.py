@@ -29,9 +29,9 @@ the sum of products would overflow float32 otherwise. It is the largest power of
     block32   one per 32 neighbours, and block128: along the contracted axis: K for W and A, N for G (that of dx)
     none      1
 
-An operand is rounded once and used in two products, but a scale per channel or block runs along the contracted axis of
-only one of them: W's and A's of y, G's of dx. In the other product it varies along the sum, which is exact here, and
-which a device that applies scales to sums could not do without rounding the operand a second time, differently.
+An operand is rounded once and used in two products, but scales per channel or block fit only one of them: that of y for
+W and A, that of dx for G. In the other product they vary from term to term of the sum, which is exact here; a device
+that applies scales to sums could not do it without rounding the operand a second time, differently.
 
 Infinities and NaN pass unrounded, as in the baseline: saturating them would hide a step that must not be applied.
 
