@@ -4,8 +4,8 @@ Phases of a run: check every setting; find or prepare the data; find out whether
 finished; compile; then dispatch after dispatch, each ending at the next evaluation or checkpoint or after about a
 second; at the end the verdict.
 
-The loop waits for one small array a dispatch, which is what lets it look at the state it may have to save. At about a
-second a dispatch that wait costs nothing that can be measured; rows are formatted and written on a thread meanwhile.
+The loop waits for one small array a dispatch, which is what lets it look at the state it may have to save. A dispatch
+of about a second makes that wait rare; rows are formatted and written on a thread meanwhile.
 
 Order on the disk: the rows up to step k are flushed before checkpoint k is begun, so whatever checkpoint a resume
 finds, the record reaches it.
