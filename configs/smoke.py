@@ -1,8 +1,9 @@
 """The baseline shrunk to prove the whole path on a laptop: a token is a byte, about 0.1 million parameters.
 
 Command:   python scripts/train.py --config configs/smoke.py
-Time:      under a minute on two CPU cores.
-Expected:  initial loss 5.4 to 5.7 (an even guess over 256 bytes is 5.55), falling at once.
+Time:      22 s on two CPU cores, 14 of them compilation, which a second start finds in a cache.
+Expected:  initial loss 5.4 to 5.7 (an even guess over 256 bytes is 5.55), falling at once; on 942 EU acts the
+           validation loss after 200 steps is 2.665.
 """
 
 import ml_collections
