@@ -1,6 +1,7 @@
 """Tests run on the CPU backend, without network, whatever the machine offers."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,3 +12,7 @@ for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY"):
 # Many tests compile the same small programs: with a cache, only the distinct ones take time.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt one would hang.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
