@@ -131,7 +131,13 @@ def _already_finished(run_dir, config, resume):
     if resume != "auto" or not (run_dir / verdict.VERDICT).exists() or not (run_dir / MANIFEST).exists():
         return False
     steps = list_steps(run_dir)
-    if not steps or max(steps) < config.max_steps or _read_verdict(run_dir)["max_steps"] != config.max_steps:
+    if not steps or max(steps) < config.max_steps:
+        return False
+    try:
+        told = _read_verdict(run_dir)["max_steps"]
+    except (ValueError, KeyError, TypeError):
+        return False  # damaged: the resume, which makes no step, writes it anew
+    if told != config.max_steps:
         return False
     _refuse_other_config(run_dir, read_manifest(run_dir), config)
     print(f"{run_dir} is finished: it has made {max(steps)} of max_steps={config.max_steps} steps; raise max_steps "
@@ -345,7 +351,7 @@ class _Run:
         self.manifest_was_new = self.manifest is None
         if self.manifest_was_new:
             self.manifest = {
-                "run_id": new_run_id(), "tags": list(self.tags), "starts": [],
+                "run_id": new_run_id(), "starts": [],
                 "data": {"fingerprint": self.data.fingerprint, "dir": str(self.data.dir.absolute()),
                          "meta": self.data.meta, "placement": "device" if self.on_device else "host",
                          "eval_windows": len(self.val_windows)},
@@ -353,7 +359,7 @@ class _Run:
                           "flops_per_step": self.flops_per_step},
             }
         self.run_id = self.manifest["run_id"]
-        self.manifest = self.manifest | {"config": settings.to_dict(config),
+        self.manifest = self.manifest | {"config": settings.to_dict(config), "tags": list(self.tags),
                                          "starts": self.manifest["starts"] + [start]}
         write_manifest(self.run_dir, self.manifest)
 

@@ -211,6 +211,11 @@ def test_an_old_verdict_is_not_believed(data_dir, tmp_path):
     (run_dir / "verdict.json").write_bytes(old)
     result = train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
     assert result.exit_code == 0 and result.verdict["steps"] == 20
+    # Nor does a damaged one stand in the way; and what may change on resume is recorded.
+    (run_dir / "verdict.json").write_text("{")
+    result = train(tiny(max_steps=20, tags=("tiny", "again")), data_dir=data_dir, workdir=run_dir)
+    assert result.verdict["steps"] == 20
+    assert json.loads((run_dir / "manifest.json").read_text())["tags"] == ["tiny", "again"]
 
 
 def test_a_last_checkpoint_that_cannot_be_saved_is_not_a_success(data_dir, tmp_path, monkeypatch, capsys):
