@@ -33,7 +33,8 @@ def bare_run(config, device):
     """
     loss_fn = make_loss(GPT(model_config(config, device)))
     adam = optax.chain(
-        optax.clip_by_global_norm(config.grad_clip),
+        # 0 means off, where optax would scale everything to 0.
+        optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
         optimizer.adamw(beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay),
         optax.scale(-config.learning_rate))
 

@@ -21,5 +21,5 @@ timeout 150 python3 scripts/bench.py --config configs/bf16_baseline.py --rounds 
     --json "$out/bench.json" 2>&1 | tee "$out/bench.log" | tail -n 12
 
 JAX_PLATFORMS=cuda timeout 200 python3 -m pytest -m "not oracle" tests/test_step.py tests/test_model.py \
-    tests/test_quant_dot.py tests/test_metrics.py tests/test_stability.py tests/test_training.py 2>&1 \
+    tests/test_quant_dot.py tests/test_quant_dot_formats.py tests/test_quantize.py tests/test_metrics.py tests/test_stability.py tests/test_training.py 2>&1 \
     | tee "$out/tests.log" | tail -n 15
