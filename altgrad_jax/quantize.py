@@ -108,7 +108,7 @@ def round_to_format(x, params: FormatParams, *, seed=None):
     bits = _bits(x.astype(jnp.float32))
     size = bits & _MAGNITUDE
     lsb = jnp.int32(1) << (23 - params.mantissa_bits)
-    first_normal = jnp.where(params.min_exponent <= -126, 0, (params.min_exponent + 127) << 23)
+    first_normal = _first_normal(params)
     if seed is None:
         even = (size & lsb) == lsb * params.flip_parity
         half = lsb >> 1
@@ -129,6 +129,58 @@ def round_to_format(x, params: FormatParams, *, seed=None):
     rounded = jnp.where(rounded > _bits(params.max_finite), _bits(params.overflow), rounded)
     rounded = jnp.where(size > _INFINITY, _NAN, rounded)
     return _float(rounded | sign)
+
+
+class Grid(NamedTuple):
+    """Where the elements of a tensor may lie: at the numbers of a format, divided by a scale."""
+
+    format: FormatParams
+    scale: jax.Array | float  # float32, a power of two; a scalar, or of a shape that broadcasts to the tensor's
+
+
+def to_grid(x, grid: Grid, *, seed=None):
+    """x, float32, rounded onto a grid; a value that is not finite stays what it is. `seed`: as in round_to_format."""
+    q = round_to_format(x * grid.scale, grid.format, seed=seed) * (1 / jnp.asarray(grid.scale, jnp.float32))
+    return jnp.where(jnp.isfinite(x), q, x)
+
+
+def _first_normal(params):
+    return jnp.where(params.min_exponent <= -126, 0, (params.min_exponent + 127) << 23)
+
+
+def to_codes(q, params: FormatParams):
+    """Signed codes, int32: the magnitude code of each number with the sign of the number; 0 and -0 are both 0.
+
+    Neighbouring numbers have neighbouring codes, so the difference of two codes is a distance in units in the last
+    place (ULPs). `q` is float32 and on the format's grid, scale 1.
+    """
+    bits = _bits(q)
+    size = bits & _MAGNITUDE
+    normal = (size >> (23 - params.mantissa_bits)) - ((params.min_exponent + 126) << params.mantissa_bits)
+    steps = _float(size) * _power_of_two(params.mantissa_bits - params.min_exponent)
+    code = jnp.where(size < _first_normal(params), steps.astype(jnp.int32), normal)
+    return jnp.where(bits < 0, -code, code)
+
+
+def from_codes(codes, params: FormatParams):
+    """The float32 numbers of signed codes, the inverse of `to_codes`; codes beyond the last number give the last."""
+    size = jnp.minimum(jnp.abs(codes), to_codes(params.max_finite, params))
+    normal = _float((size + ((params.min_exponent + 126) << params.mantissa_bits)) << (23 - params.mantissa_bits))
+    subnormal = size.astype(jnp.float32) * _power_of_two(params.min_exponent - params.mantissa_bits)
+    is_subnormal = (size < (1 << params.mantissa_bits)) & (params.min_exponent > -126)
+    value = jnp.where(is_subnormal, subnormal, normal)
+    return jnp.where(codes < 0, -value, value)
+
+
+def ulp(x, grid: Grid):
+    """Distance from the number of a grid at or below |x| to the next larger one, float32 of the shape of x.
+
+    2^(floor(log2 |x|) - M) for normal numbers, the even spacing of the subnormal ones below; beyond the largest number,
+    the spacing there. (At a power of two the spacing towards zero is half of it.)
+    """
+    size = jnp.minimum(jnp.abs(x) * grid.scale, grid.format.max_finite)
+    exponent = jnp.maximum((_bits(size) >> 23) - 127, grid.format.min_exponent)
+    return _power_of_two(exponent - grid.format.mantissa_bits) * (1 / jnp.asarray(grid.scale, jnp.float32))
 
 
 def _mix(h):

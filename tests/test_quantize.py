@@ -9,7 +9,17 @@ import rounding_oracles
 from altgrad_jax import formats, quantize
 from altgrad_jax.errors import UserError
 from altgrad_jax.formats import DEFAULT_8BIT, FORMATS, get_format
-from altgrad_jax.quantize import format_params, quantize_ste, round_to_format, stochastic_seed
+from altgrad_jax.quantize import (
+    Grid,
+    format_params,
+    from_codes,
+    quantize_ste,
+    round_to_format,
+    stochastic_seed,
+    to_codes,
+    to_grid,
+    ulp,
+)
 
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
 nearest = jax.jit(round_to_format)
@@ -215,3 +225,31 @@ def test_the_canary_catches_a_single_wrong_result(wrong, message):
 def test_saturation_cannot_be_switched_off_where_every_code_is_a_number():
     with pytest.raises(UserError, match="E7M0 cannot be used with saturate=False"):
         format_params(get_format("E7M0"), saturate=False)
+
+
+@pytest.mark.parametrize("name", [*formats.DEFAULT_8BIT, "E4M3_IEEE", "P3109_P4", "BF16", "FP16", "E0M15"])
+def test_codes_are_the_float64_oracle_s(name):
+    """Every finite code there and back, and the ULP as the distance to the next number."""
+    fmt = formats.get_format(name)
+    params = format_params(fmt)
+    magnitude = np.arange(fmt.max_code + 1)
+    value = formats.decode(fmt, magnitude).astype(np.float32)
+    tiny = np.abs(value) < 2.0**-126  # BF16's subnormals: float32's own, which the CPU flushes in arithmetic
+    for sign in (1, -1):
+        codes = np.asarray(jax.jit(to_codes)(sign * value, params))
+        np.testing.assert_array_equal(codes, sign * magnitude)
+        back = np.asarray(jax.jit(from_codes)(codes, params))
+        np.testing.assert_array_equal(back[~tiny], sign * value[~tiny])
+    assert float(from_codes(jnp.int32(2**22), params)) == fmt.max_finite
+    gaps = np.diff(value.astype(np.float64))
+    for scale in (1.0, 4.0):
+        ulps = np.asarray(jax.jit(ulp)(value / np.float32(scale), Grid(params, scale)))[:-1]
+        usable = ~tiny[:-1] & (gaps / scale >= 2.0**-126) & (value[:-1] / scale >= 2.0**-126)
+        np.testing.assert_array_equal(ulps[usable], (gaps / scale)[usable].astype(np.float32))
+
+
+def test_a_grid_is_the_format_scaled():
+    params = format_params(formats.get_format("E4M3"))
+    x = np.float32([0.3, -7.1, 1e-9, np.inf, -np.inf, np.nan])
+    np.testing.assert_array_equal(to_grid(x[:3], Grid(params, 8.0)), round_to_format(x[:3] * 8, params) / 8)
+    np.testing.assert_array_equal(to_grid(x[3:], Grid(params, 8.0)), x[3:])
