@@ -520,16 +520,24 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[dict[str, An
     Raises:
       UserError: there is no such checkpoint. DamagedCheckpoint: as `restore_path`.
     """
+    arrays, meta = load_arrays(path, step, ("params/",))
+    if "params" not in arrays:
+        raise UserError(f"the checkpoint {path} holds no parameters: give one that the training wrote")
+    return arrays["params"], meta
+
+
+def load_arrays(
+    path: str | Path, step: int | None, prefixes: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(nested dict of the arrays whose paths begin with one of `prefixes`, meta); else as `load_params`."""
     path = _existing(path)
     if not (path / _META).is_dir():
         path = _step_path(path, step)
     elif step is not None and path.name != str(step):
         raise UserError(f"step {step} was asked for, but {path} is one checkpoint: give the run folder")
     document = _read_document(path)
-    described = {name: d for name, d in document["arrays"].items() if name.startswith("params/")}
-    if not described:
-        raise UserError(f"the checkpoint {path} holds no parameters: give one that the training wrote")
-    return _nest(_read_arrays(path, described))["params"], document["meta"]
+    described = {name: d for name, d in document["arrays"].items() if name.startswith(prefixes)}
+    return _nest(_read_arrays(path, described)) if described else {}, document["meta"]
 
 
 def _existing(path: str | Path) -> Path:

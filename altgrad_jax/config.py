@@ -23,13 +23,19 @@ from typing import Any
 
 import ml_collections
 
+from altgrad_jax import format_rules
 from altgrad_jax.errors import UserError
+from altgrad_jax.formats import get_format, require_overflow_code
 
 INT32_MAX = 2**31 - 1
 FLOAT32_TINY = 2.0**-126  # the smallest normal float32; compiled code may flush what is below to 0
 FLOAT32_BELOW_1 = 1 - 2.0**-24
 VOCABULARY_OF = MappingProxyType({"gpt2": 50257, "bytes": 256})  # token ids each tokenizer can produce
-METRIC_GROUPS = ("grad", "update", "param", "dead", "activation")
+METRIC_GROUPS = ("grad", "update", "param", "dead", "activation", "format", "ledger")
+FORMAT_GROUPS = ("format", "ledger")  # exist only with use_fp8
+SCALINGS = ("delayed", "tensor", "channel", "block32", "block128", "none")
+AT_REST = ("float32", "nearest", "stochastic", "error_feedback")
+OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "grid")
 
 # What people type for a field whose name is too far away for a spelling match.
 _SHORT_NAMES = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size"}
@@ -116,6 +122,25 @@ def _names_groups(value: str) -> bool:
     return value in ("all", "none") or (len(set(groups)) == len(groups) and set(groups) <= set(METRIC_GROUPS))
 
 
+def _for_operands(*choices: str) -> Rule:
+    """One choice for all operands, or three for W, A and G."""
+    return Rule(
+        f"one of {', '.join(choices)}, or three of them for W, A and G joined by commas",
+        lambda value: len(value.split(",")) in (1, 3) and set(value.split(",")) <= set(choices),
+        " | ".join(choices) + "; or three for W, A, G",
+    )
+
+
+_FORMATS = Rule(
+    "rules such as E5M2, block_*/mlp_*=E3M4 or block_*:G=E5M2 (altgrad_jax/format_rules.py), each once",
+    lambda value: len(set(value)) == len(value) and all(type(rule) is str and _is_name(rule) for rule in value),
+    "rules",
+)
+_FORMAT_NAMES = Rule(
+    "names of formats such as E3M4, each once",
+    lambda value: len(set(value)) == len(value) and all(type(name) is str and _is_name(name) for name in value),
+    "names",
+)
 _METRICS = Rule(
     f"all, none, or some of {', '.join(METRIC_GROUPS)} joined by commas, each once", _names_groups
 )
@@ -137,9 +162,34 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               "type of the operands of every matrix product; sums, parameters and moments are float32"),
         Field("attention", "auto", _one_of("auto", "xla", "cudnn"),
               "attention kernel; auto = cuDNN where the device and the sizes allow it, else XLA"),
-        Field("use_fp8", False, _YES_NO, "train in 8 bits; not in this version, so it must stay False"),
+        Field("use_fp8", False, _YES_NO,
+              "train in number formats: round the operands of the products as `formats` says"),
+        Field("formats", (), _FORMATS,
+              "which operands get which format; a name alone means every linear layer of the blocks"),
+        Field("scaling", "delayed", _for_operands(*SCALINGS),
+              "what an operand's scale comes from: earlier amaxes; its own, for the whole tensor, for every "
+              "output channel or token, or for blocks of neighbours; or no scale"),
+        Field("amax_history", 16, _whole(1, 65536), "updates whose largest amax gives a delayed scale"),
+        Field("scale_rounding", "power_of_two", _one_of("power_of_two", "float32"),
+              "whether scales are rounded down to powers of two"),
+        Field("operand_rounding", "nearest", _for_operands("nearest", "stochastic"),
+              "how operands are rounded; an evaluation rounds to nearest"),
+        Field("saturate", True, _YES_NO,
+              "what is too large becomes the largest number; False: infinity or NaN, where the format has one"),
+        Field("products", "emulated", _one_of("emulated", "native"),
+              "emulated = exact operands in compute_dtype, any format; native = float8 products, E4M3 and E5M2"),
+        Field("weights_at_rest", "float32", _one_of(*AT_REST),
+              "weights that have a format: a float32 master, or stored on the format's grid and updated by "
+              "rounding to nearest, stochastically, or with error feedback"),
+        Field("range_clip", 0.0, _number(0, 1e6),
+              "0 (off), or the amax of G that counts is at most this times its rms times the format's range"),
+        Field("emergency_formats", (), _FORMAT_NAMES,
+              "formats with more and more mantissa bits, changed to in turn after emergency_patience bad "
+              "updates in a row (non-finite, loss spike or divergence); none = off"),
+        Field("emergency_patience", 3, _whole(1), "bad updates in a row that shift the format"),
         Field("use_shadow", False, _YES_NO,
-              "compare 8-bit gradients with float32 ones; not in this version, so it must stay False"),
+              "compare the gradient with the float32 one of the same parameters and batch, layer by layer"),
+        Field("shadow_interval", 1, _whole(1), "updates between two such comparisons; the first is compared"),
     )),
     ("Data", (
         Field("tokenizer", "gpt2", _one_of("gpt2", "bytes"), "gpt2 (byte pairs) or bytes (one token a byte)"),
@@ -154,7 +204,10 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("grad_accum_steps", 1, _whole(1, 2**20),
               "equal micro-batches batch_size is computed in, one after the other; must divide it"),
         Field("max_steps", 2000, _whole(1), "updates in the whole run", resumable=True),
-        Field("learning_rate", 6e-4, _number(1e-12, 100), "peak learning rate of AdamW"),
+        Field("optimizer", "adamw", _one_of(*OPTIMIZERS),
+              "adamw; or of the format-aware ones: gradient preconditioned by ULPs before Adam; steps in ULPs "
+              "of the weight after Adam; whole codes of the weight's grid"),
+        Field("learning_rate", 6e-4, _number(1e-12, 100), "peak learning rate"),
         Field("warmup_steps", 100, _whole(0),
               "updates over which the learning rate rises linearly to its peak; at most max_steps"),
         Field("schedule", "constant", _one_of("constant", "cosine", "wsd"),
@@ -183,11 +236,18 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("nan_patience", 10, _whole(1),
               "updates in a row with a non-finite loss or gradient after which the run stops (exit code 3)"),
         Field("bit_stall_threshold", 0.5, _POSITIVE_SHARE,
-              "alert when a layer's mean share of updates that are exactly 0 exceeds this"),
+              "alert when a layer's mean share of updates that are exactly 0, or that its stored weights lost, "
+              "exceeds this"),
         Field("stall_window", 100, _whole(1, 2**20), "updates that this mean is taken over"),
         Field("overflow_threshold", 0.01, _POSITIVE_SHARE,
-              "alert when a larger share of a quantized layer's values is clipped; with use_fp8=False no "
+              "alert when a larger share of a quantized operand's values is clipped; with use_fp8=False no "
               "layer is quantized and there is none to watch"),
+        Field("diagnostic_interval", 100, _whole(1),
+              "updates between two diagnoses: rank of the weights; with formats, use of codes, histograms"),
+        Field("rank_threshold", 0.5, _POSITIVE_SHARE,
+              "alert when a layer's stable rank falls below this share of its first value"),
+        Field("rank_threshold_strict", 0.7, _POSITIVE_SHARE,
+              "the same for the head and the projections into the residual stream"),
         Field("dead_neuron_threshold", 1e-8, _SQUARED_SHARE,
               "L2 norm of an output unit's unclipped gradient below which the unit counts as silent"),
         Field("dead_neuron_window", 100, _whole(1), "silent updates in a row after which a unit is dead"),
@@ -324,16 +384,7 @@ def _conflicts(values: Mapping[str, Any]) -> list[str]:
     c = ml_collections.FrozenConfigDict(values)
     found = []
 
-    if c.use_fp8:
-        found.append(
-            "use_fp8=True asks for 8-bit training, which this version does not contain; it trains in "
-            "compute_dtype (bfloat16 or float32): set use_fp8=False"
-        )
-    if c.use_shadow:
-        found.append(
-            "use_shadow=True asks to compare 8-bit gradients with float32 ones, and this version computes no "
-            "8-bit gradients: set use_shadow=False"
-        )
+    found += _format_conflicts(c)
 
     if c.n_embd % c.n_head:
         found.append(
@@ -407,6 +458,125 @@ def _conflicts(values: Mapping[str, Any]) -> list[str]:
     return found
 
 
+# Settings that only a run in number formats reads.
+_FORMAT_FIELDS = (
+    "formats", "scaling", "amax_history", "scale_rounding", "operand_rounding", "saturate", "products",
+    "weights_at_rest", "range_clip", "emergency_formats", "emergency_patience", "optimizer",
+)
+
+
+def for_operands(value: str) -> tuple[str, str, str]:
+    """A setting with one choice or three, as the choices of W, A and G."""
+    choices = tuple(value.split(","))
+    return choices * 3 if len(choices) == 1 else choices
+
+
+def _format_conflicts(c) -> list[str]:
+    """What is wrong between the settings of number formats."""
+    found = []
+    if c.use_shadow and not c.use_fp8 and c.compute_dtype == "float32":
+        found.append("use_shadow=True has nothing to compare: with use_fp8=False and compute_dtype='float32' the "
+                     "gradient is its own shadow: set use_shadow=False")
+    if not c.use_shadow and c.shadow_interval != FIELDS["shadow_interval"].default:
+        found.append(f"shadow_interval={c.shadow_interval} has no effect with use_shadow=False: set use_shadow=True")
+    if not c.use_fp8:
+        asked = [group for group in c.metrics.split(",") if group in FORMAT_GROUPS]
+        if asked:
+            found.append(f"metrics={c.metrics!r} names {', '.join(asked)}, which use_fp8=False leaves nothing to "
+                         "measure: set use_fp8=True, or leave it out")
+        for name in _FORMAT_FIELDS:
+            if c[name] != FIELDS[name].default:
+                more = " and optimizer='adamw' is the baseline's" if name == "optimizer" else ""
+                found.append(f"{name}={show(c[name])} has no effect with use_fp8=False{more}: set use_fp8=True"
+                             + ("" if name == "formats" else " and formats, or leave it out"))
+        return found
+    if not c.formats:
+        return [*found, "use_fp8=True needs to know the formats: set formats, for example --config.formats=E4M3"]
+    try:
+        layers = format_rules.resolve_rules(c.formats, c.n_layer)
+    except UserError as error:
+        return [*found, str(error)]
+    scaling = for_operands(c.scaling)
+    names = format_rules.names_used(layers)
+    for layer in layers:
+        sizes = format_rules.contracted_sizes(layer.layer, c.n_embd, c.vocab_size)
+        for operand, name, way, size in zip("WAG", layer.wag, scaling, (sizes[0], *sizes)):
+            block = int(way.removeprefix("block")) if way.startswith("block") else 1
+            if name and size % block:
+                found.append(f"scaling={c.scaling!r} cannot split operand {operand} of {layer.layer}, which has {size} "
+                             f"numbers along its contracted axis, into blocks of {block}: give a model whose "
+                             "dimensions are multiples of it, or another scaling")
+                break
+        if found:
+            break
+    if "delayed" not in scaling and c.amax_history != FIELDS["amax_history"].default:
+        found.append(f"amax_history={c.amax_history} has no effect with scaling={c.scaling!r}: set scaling=delayed")
+    one_scale = all(way in ("delayed", "tensor", "none") for way in scaling)
+    if c.scale_rounding == "float32" and not one_scale:
+        found.append(f"scale_rounding='float32' needs one scale for each operand, and scaling={c.scaling!r} has many: "
+                     "give delayed, tensor or none, or scale_rounding='power_of_two'")
+    if not c.saturate:
+        for name in [*names, *c.emergency_formats]:
+            try:
+                require_overflow_code(get_format(name))
+            except UserError as error:
+                found.append(str(error))
+    if c.products == "native":
+        found += _native_conflicts(c, layers, one_scale)
+    stored_or_aware = [name for name in ("weights_at_rest", "optimizer") if c[name] != FIELDS[name].default]
+    if stored_or_aware and not any(layer.w for layer in layers):
+        name = stored_or_aware[0]
+        found.append(f"{name}={c[name]!r} is about weights in a number format, and formats={c.formats!r} gives none to "
+                     "W: give W a format too")
+    if c.weights_at_rest != "float32":
+        if scaling[0] != "delayed":
+            found.append(f"weights_at_rest={c.weights_at_rest!r} stores weights on a grid with a scale of its own, so "
+                         f"scaling={scaling[0]!r} of W would have no effect: give W scaling delayed")
+        if c.scale_rounding != "power_of_two":
+            found.append(f"weights_at_rest={c.weights_at_rest!r} needs scales that are powers of two, or stored weights "
+                         "would be rounded again as operands: set scale_rounding='power_of_two'")
+    if c.range_clip and (scaling[2] != "delayed" or not any(layer.g for layer in layers)):
+        found.append(f"range_clip={c.range_clip} acts on the delayed scale of output gradients, and there is none: give "
+                     "G a format and scaling delayed, or set range_clip=0")
+    return found + _emergency_conflicts(c, names)
+
+
+def _native_conflicts(c, layers, one_scale) -> list[str]:
+    if c.emergency_formats:
+        return ["products='native' computes in fixed formats, so emergency_formats cannot change them: set "
+                "products='emulated', or leave emergency_formats out"]
+    if not one_scale:
+        return [f"products='native' takes one scale for each operand, and scaling={c.scaling!r} has many: give delayed, "
+                "tensor or none, or products='emulated'"]
+    for layer in layers:
+        wrong = [name for name in layer.wag if name not in format_rules.FLOAT8]
+        if wrong:
+            return [f"products='native' can compute with {' and '.join(format_rules.FLOAT8)} for each of W, A and G, not "
+                    f"with {wrong[0] or 'an operand that has no format'} in {layer.layer}: change formats, or set "
+                    "products='emulated'"]
+        if layer.wag.count("E5M2") > 1:
+            return [f"products='native' cannot multiply two E5M2 operands, which {layer.layer} has: give W and A E4M3 and "
+                    "G E5M2 (--config.formats=E4M3,block_*:G=E5M2), or set products='emulated'"]
+    return []
+
+
+def _emergency_conflicts(c, names) -> list[str]:
+    if not c.emergency_formats:
+        if c.emergency_patience != FIELDS["emergency_patience"].default:
+            return [f"emergency_patience={c.emergency_patience} has no effect without emergency_formats: name the "
+                    "formats to shift to"]
+        return []
+    try:
+        bits = [max(get_format(name).mantissa_bits for name in names),
+                *(get_format(name).mantissa_bits for name in c.emergency_formats)]
+    except UserError as error:
+        return [f"emergency_formats: {error}"]
+    if any(after <= before for before, after in zip(bits, bits[1:])):
+        return [f"emergency_formats={c.emergency_formats!r} must have more mantissa bits from one to the next than "
+                f"{', '.join(names)}: they have {', '.join(map(str, bits[1:]))} after {bits[0]}"]
+    return []
+
+
 def decay_steps(decay_fraction: float, max_steps: int) -> int:
     """Updates over which schedule "wsd" decays: the last `decay_fraction` of `max_steps`, rounded."""
     return round(decay_fraction * max_steps)
@@ -426,6 +596,7 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """The locked ConfigDict of `values`, as `to_dict` or JSON gives them; UserError unless it is valid."""
+    values = upgraded(values)
     tuples = {name for name, field in FIELDS.items() if field.kind is tuple}
     values = {
         name: tuple(value) if name in tuples and isinstance(value, list) else value
@@ -439,12 +610,24 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+# Settings that records of schema version 1 lack. Their defaults do what those runs did.
+ADDED_IN_2 = frozenset(
+    {*_FORMAT_FIELDS, "shadow_interval", "diagnostic_interval", "rank_threshold", "rank_threshold_strict"}
+)
+
+
+def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a record of any schema version (as JSON holds them), with what it could not have yet."""
+    return {name: _as_json(FIELDS[name].default) for name in sorted(ADDED_IN_2)} | dict(values)
+
+
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """A line for each field that forbids resuming the run made with `old` under `new`; none if it may go on.
 
     Either may come from `to_dict` or from JSON. Fields of RESUMABLE_FIELDS may differ, with one exception:
     under schedule "cosine" or "wsd", max_steps decides learning rates of updates that are already made.
     """
+    old = upgraded(old)
     schedule = old.get("schedule")
     free = RESUMABLE_FIELDS if schedule == "constant" else RESUMABLE_FIELDS - {"max_steps"}
     names = [*FIELDS, *sorted((set(old) | set(new)) - set(FIELDS))]

@@ -48,7 +48,7 @@ def evaluate_checkpoint(path, *, step=None, data_dir=None, token_file=None, all_
       token_file: a file of uint16 tokens instead.
       all_windows: every window of the file instead of the run's fixed choice of eval_windows.
     """
-    params, config, settings = load_model(path, step)
+    params, config, settings, operands = load_model(path, step)
     if token_file is not None:
         file = token_file
         tokens_T = open_token_file(file, vocab_size=config.vocab_size, block_size=config.block_size)
@@ -58,7 +58,7 @@ def evaluate_checkpoint(path, *, step=None, data_dir=None, token_file=None, all_
         tokens_T, file = data.val_T, data.dir / "val.bin"
     windows, batch_size = choose_windows(tokens_T, config.block_size, None if all_windows else settings["eval_windows"],
                                          settings["eval_batch_size"])
-    loss = float(make_evaluate(config, batch_size, data_mesh(jax.devices()[:1]))(params, windows))
+    loss = float(make_evaluate(config, batch_size, data_mesh(jax.devices()[:1]))(params, windows, operands))
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(np.float32(loss)))
     return Evaluation(loss, perplexity, len(windows), windows[:, 1:].size, Path(file))

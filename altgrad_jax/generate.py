@@ -19,43 +19,62 @@ Axes: T positions of the context (block_size), V vocabulary, L any number of tok
 import dataclasses
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from altgrad_jax.checkpoint import load_params
+from altgrad_jax import quantization
+from altgrad_jax.checkpoint import load_arrays
+from altgrad_jax.config import upgraded
 from altgrad_jax.errors import UserError
-from altgrad_jax.model import GPT, GPTConfig, empty_cache
+from altgrad_jax.model import GPT, GPTConfig, Quantized, empty_cache
 
 SEED_MAX = 2**31 - 1
 
 
-def load_model(path, step=None):
-    """The model of a checkpoint.
+class Model(NamedTuple):
+    """What a checkpoint computes: nested dict of NumPy float32 arrays, the GPTConfig, the flat dict of the run's
+    settings, and {layer: quant_dot.Operands} of the layers that were trained in number formats (empty without)."""
+
+    params: dict
+    config: GPTConfig
+    settings: dict
+    operands: dict
+
+
+def load_model(path, step=None) -> Model:
+    """The model of a checkpoint, in the number formats it was trained in.
 
     Args:
       path: a run folder or one checkpoint in it.
       step: which checkpoint of the run folder; None is the newest.
 
-    Returns:
-      (params, config, settings): nested dict of NumPy float32 arrays, the GPTConfig, and the flat dict of the
-      run's settings as it stands in the checkpoint.
-
     Raises:
       UserError: there is no such checkpoint, or it is damaged, or its settings describe no model.
     """
-    params, meta = load_params(path, step)
+    arrays, meta = load_arrays(path, step, ("params/", "quant/amax_history", "quant/level", "quant/rest_scale/"))
+    if "params" not in arrays:
+        raise UserError(f"the checkpoint {path} holds no parameters: give one that the training wrote")
     settings = meta.get("config", {})
     # The kernel is a choice of the machine it trained on; "xla" computes the same everywhere.
-    names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "attention"]
+    names = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("attention", "rules")]
     missing = [name for name in names if name not in settings]
     if missing:
         raise UserError(
             f"the checkpoint in {path} does not record {', '.join(missing)}; give one that was written by "
             "scripts/train.py or scripts/export_hf.py --import."
         )
-    return params, GPTConfig(**{name: settings[name] for name in names}), settings
+    config, operands = GPTConfig(**{name: settings[name] for name in names}), {}
+    options = quantization.options_of(upgraded(settings) | {"use_fp8": settings.get("use_fp8", False)})
+    if options is not None:
+        quant = arrays["quant"]
+        state = quantization.QuantState(quant["amax_history_Q3H"], quant["level"], 0, quant.get("rest_scale", {}), {}, {})
+        formats_Q3 = quantization.formats_at(quantization.format_table(options), state.level)
+        operands = jax.device_get(quantization.operands(options, state, formats_Q3))
+        config = dataclasses.replace(config, rules=quantization.rules(options))
+    return Model(arrays["params"], config, settings, operands)
 
 
 def sample_token(logits_V, key, temperature, top_k):
@@ -74,14 +93,14 @@ def sample_token(logits_V, key, temperature, top_k):
 
 
 @partial(jax.jit, static_argnames=("config", "top_k"))
-def _continue(params, context_T, n_context, n_new, first, key, temperature, end_id, *, config, top_k):
+def _continue(params, operands, context_T, n_context, n_new, first, key, temperature, end_id, *, config, top_k):
     """Continues the first `n_context` tokens of `context_T` by up to `n_new` tokens; `end_id` ends it early.
 
     The new tokens are number `first`, first + 1, ... of the whole text (for their random keys).
 
     Returns (new tokens int32 [T], how many of them are valid, whether all logits were finite).
     """
-    model = GPT(config)
+    model, quantized = GPT(config), Quantized(operands, {})
 
     def more(carry):
         n_done, token, _, _, finite = carry
@@ -89,14 +108,16 @@ def _continue(params, context_T, n_context, n_new, first, key, temperature, end_
 
     def next_token(carry):
         n_done, token, cache, new_T, _ = carry
-        out = model.apply({"params": params}, token[None, None], cache=cache, position=n_context - 1 + n_done)
+        out = model.apply({"params": params}, token[None, None], cache=cache, position=n_context - 1 + n_done,
+                          quantized=quantized)
         logits_V = out.logits[0, 0]
         token = sample_token(logits_V, jax.random.fold_in(key, first + n_done), temperature, top_k)
         finite = jnp.all(jnp.isfinite(logits_V))
         return n_done + 1, token, out.cache, new_T.at[n_done].set(token), finite
 
     # Only the cache of this pass is used, so XLA drops its logits, the largest product of all.
-    cache = model.apply({"params": params}, context_T[None], cache=empty_cache(config, batch=1)).cache
+    cache = model.apply({"params": params}, context_T[None], cache=empty_cache(config, batch=1),
+                        quantized=quantized).cache
     start = (jnp.int32(0), context_T[n_context - 1], cache, jnp.zeros_like(context_T), jnp.bool_(True))
     n_done, _, _, new_T, finite = jax.lax.while_loop(more, next_token, start)
     return new_T, n_done, finite
@@ -112,6 +133,7 @@ def generate(
     top_k=None,
     seed=0,
     end_id=None,
+    operands=None,
 ):
     """Continues a prompt; a pure function of its arguments on one machine.
 
@@ -124,6 +146,8 @@ def generate(
       top_k: sample from the top_k most likely tokens only; None or 0 is from all.
       seed: 0 to 2^31 - 1.
       end_id: a token after which to stop, which is then the last one; None never stops early.
+      operands: of the layers in config.rules, as `load_model` gives them. Scales from an operand's own amax see the
+        tokens of one pass, a single one beside the cache.
 
     Returns:
       int32 [up to max_new_tokens]: the new tokens, without the prompt.
@@ -148,6 +172,7 @@ def generate(
         padded_T[: len(context)] = context
         new_T, n_done, finite = _continue(
             params,
+            operands or {},
             padded_T,
             len(context),
             n_new,

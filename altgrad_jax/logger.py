@@ -1,12 +1,13 @@
 """The run's record: one row per step on disk, always; Weights & Biases fed from it, when asked.
 
-The record decides what is true about a run, so it is written first and depends on nothing else. Two
+The record decides what is true about a run, so it is written first and depends on nothing else. Three
 append-only files in the run folder:
 
 metrics.jsonl  deterministic values only, one row per step. Two runs of one config have equal bytes, and a run
                that was killed and resumed has the bytes of one that was not. Floats are the shortest decimal
                that gives the same float32 back (0.1, not 0.10000000149); NaN and infinities, which JSON
                lacks, are strings.
+diagnostics.jsonl  deterministic too: the histograms of the quantized operands, a line per operand at every diagnosis.
 timing.jsonl   wall-clock values of the same rows, and events ("start", "resume", "eval", ...). A resumed run
                appends: replayed steps stand in it twice, the last one counts.
 
@@ -32,7 +33,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,16 @@ from altgrad_jax.errors import UserError
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
+DIAGNOSTICS = "diagnostics.jsonl"
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+# 2: settings of number formats in the config (config.ADDED_IN_2 holds what version 1 lacks), more keys in the rows, and
+# diagnostics.jsonl. A record of version 1 is read as it is.
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 ALERT = "alert/"
 ALERT_VALUE = "alert_value/"
+SPARSE = "sparse/"
 
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')
@@ -107,8 +113,9 @@ class _Formatter:
 
     def __init__(self, names):
         self.names = names
-        self.metrics = [i for i, name in enumerate(names) if not name.startswith((ALERT, ALERT_VALUE))]
-        self.keys = [names[i] for i in self.metrics]
+        self.metrics = np.array([i for i, name in enumerate(names) if not name.startswith((ALERT, ALERT_VALUE))], int)
+        self.keys = [names[i].removeprefix(SPARSE) for i in self.metrics]
+        self.sparse = np.array([names[i].startswith(SPARSE) for i in self.metrics], bool)
         column = {name: i for i, name in enumerate(names)}
         self.alerts = []  # (column, kind, layer, column of the value)
         for i, name in enumerate(names):
@@ -117,7 +124,8 @@ class _Formatter:
                 value = column.get(ALERT_VALUE + name[len(ALERT):], i)
                 self.alerts.append((i, kind, layer or None, value))
         self.alert_columns = np.array([i for i, *_ in self.alerts], int)
-        self.template = "".join(", " + json.dumps(key).replace("%", "%%") + ": %s" for key in self.keys)
+        self.fields = [", " + json.dumps(key).replace("%", "%%") + ": %s" for key in self.keys]
+        self.templates = {}  # which keys a row has -> its template; few such sets occur
 
     def alerts_of(self, values_M):
         """The alerts that begin in one row of packed values."""
@@ -130,13 +138,19 @@ class _Formatter:
     def line(self, step, values_M, evaluation, alerts):
         """What format_row gives for the same row, faster."""
         values = values_M[self.metrics]
+        present = ~(self.sparse & np.isnan(values))
+        template = self.templates.get(present.tobytes())
+        if template is None:
+            template = "".join(field for field, there in zip(self.fields, present) if there)
+            self.templates[present.tobytes()] = template
+        values = values[present]
         # tuple(array) holds np.float32 scalars, whose str() is the shortest float32 form.
         shown = tuple(values) if np.isfinite(values).all() else tuple(map(_number, values))
         rest = dict(evaluation or {})
         if alerts:
             rest["alerts"] = alerts
         tail = "".join(", " + field for field in _fields(rest))
-        return f'{{"step": {step}' + self.template % shown + tail + "}"
+        return f'{{"step": {step}' + template % shown + tail + "}"
 
 
 def keep_row(step, *, log_interval, max_steps=None, notable=False):
@@ -194,12 +208,13 @@ def _log_intervals(timing_path, default):
 
 
 def _scan(path, resume_step):
-    """Read the record up to resume_step. Returns (bytes to keep, steps, [(step, val_loss)]).
+    """Read the record up to resume_step. Returns (bytes to keep, steps, [(step, val_loss)], [(step, {layer: stable
+    rank})]).
 
     Stops at the first row past resume_step. A damaged line is an error only if rows up to resume_step lie
     behind it: a torn tail is what a killed run leaves, and is dropped.
     """
-    keep, steps, validation = 0, [], []
+    keep, steps, validation, ranks = 0, [], [], []
     with open(path, "rb") as file:
         for line in file:
             match = _STEP.match(line)
@@ -211,21 +226,47 @@ def _scan(path, resume_step):
             if steps and step <= steps[-1]:
                 raise UserError(f"{path} is damaged: line {len(steps) + 1} holds step {step} after step "
                                 f"{steps[-1]}; restore it from a copy, or start over in a new folder")
-            if b'"val_loss"' in line:
-                validation.append((step, parse_row(line)["val_loss"]))
+            if b'"val_loss"' in line or b'"stable_rank/' in line:
+                row = parse_row(line)
+                if "val_loss" in row:
+                    validation.append((step, row["val_loss"]))
+                if of_layers := stable_ranks(row):
+                    ranks.append((step, of_layers))
             steps.append(step)
             keep += len(line)
-    return keep, steps, validation
+    return keep, steps, validation, ranks
+
+
+def stable_ranks(row):
+    """{layer: stable rank} of a row; empty where there was no diagnosis."""
+    prefix = "stable_rank/"
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
+def _cut_diagnostics(path, resume_step):
+    """Keep the lines of steps up to resume_step."""
+    if not path.exists():
+        return
+    _repair_tail(path)
+    keep = 0
+    with open(path, "rb") as file:
+        for line in file:
+            match = _STEP.match(line)
+            if not match or int(match[1]) > resume_step:
+                break
+            keep += len(line)
+    if keep < path.stat().st_size:
+        os.truncate(path, keep)
 
 
 class Record:
     """metrics.jsonl and timing.jsonl of one run folder, open for appending. Not locked: one thread writes.
 
-    val_losses: [(step, validation loss)] of the rows kept on resume.
+    val_losses: [(step, validation loss)] of the rows kept on resume; ranks: likewise [(step, {layer: stable rank})].
     """
 
-    def __init__(self, run_dir, metrics_fd, timing_fd, last_step, val_losses):
-        self.run_dir, self.last_step, self.val_losses = run_dir, last_step, val_losses
+    def __init__(self, run_dir, metrics_fd, timing_fd, last_step, val_losses, ranks=()):
+        self.run_dir, self.last_step, self.val_losses, self.ranks = run_dir, last_step, val_losses, ranks
         self._metrics_fd, self._timing_fd = metrics_fd, timing_fd
 
     @classmethod
@@ -250,7 +291,7 @@ class Record:
             run_dir.mkdir(parents=True, exist_ok=True)
             metrics.touch()
             timing.touch()
-            last_step, validation = -1, []
+            last_step, validation, ranks = -1, [], []
         else:
             timing.touch()
             _repair_tail(timing)
@@ -258,13 +299,14 @@ class Record:
                 raise UserError(f"{metrics} is missing, so the run cannot be continued at step {resume_step} "
                                 "with a whole record: restore the file, or start over in a new folder")
             metrics.touch()
-            keep, steps, validation = _scan(metrics, resume_step)
+            keep, steps, validation, ranks = _scan(metrics, resume_step)
             _require_rows(metrics, steps, resume_step, _log_intervals(timing, log_interval))
             if keep < metrics.stat().st_size:
                 os.truncate(metrics, keep)
+            _cut_diagnostics(run_dir / DIAGNOSTICS, resume_step)
             last_step = resume_step
         flags = os.O_WRONLY | os.O_APPEND
-        record = cls(run_dir, os.open(metrics, flags), os.open(timing, flags), last_step, validation)
+        record = cls(run_dir, os.open(metrics, flags), os.open(timing, flags), last_step, validation, ranks)
         record.event("start" if last_step < 0 else "resume", max(last_step, 0), log_interval=log_interval)
         record.flush(fsync=True)
         return record
@@ -284,6 +326,17 @@ class Record:
                     "".join(json.dumps(row) + "\n" for row in timing_rows).encode())
         if lines:
             _append(self.run_dir / METRICS, self._metrics_fd, "".join(line + "\n" for line in lines).encode())
+
+    def append_diagnostics(self, rows):
+        """Append lines to diagnostics.jsonl, which a run without any never gets."""
+        if rows:
+            path = self.run_dir / DIAGNOSTICS
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                _append(path, fd, "".join(json.dumps(row) + "\n" for row in rows).encode())
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
     def event(self, kind, step, **fields):
         """Append an event row to timing.jsonl."""
@@ -358,9 +411,9 @@ def read_manifest(run_dir):
         raise UserError(f"{path} cannot be read ({error}): restore it from a copy, or start over in a new "
                         "folder") from None
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{path} has schema_version {version!r}, this program reads {SCHEMA_VERSION}: use "
-                        "the version of altgrad_jax that wrote it")
+    if version not in READABLE_VERSIONS:
+        raise UserError(f"{path} has schema_version {version!r}, this program reads "
+                        f"{' and '.join(map(str, READABLE_VERSIONS))}: use the version of altgrad_jax that wrote it")
     return manifest
 
 
@@ -424,11 +477,12 @@ class DispatchRecord:
         step 0).
       names: names of the M columns. `alert/kind` and `alert/kind/layer` are 0 except where the alert begins;
         its value is that of column `alert_value/kind[/layer]` if there is one, else its own. Neither is a
-        metric of the row.
+        metric of the row. `sparse/NAME` is the metric NAME, left out of a row where it is NaN.
       values: float32 [>= n, M], or None for an evaluation alone.
       n_rows: how many leading rows of `values` are steps that were made (int or array); None: all. 0 writes
         nothing.
       evaluation: {name: scalar} for the last row, or for a row of its own where there are no values.
+      diagnostics: dicts for diagnostics.jsonl, each with its `step`.
       dispatched_at: time.perf_counter() when the dispatch was handed to the device.
       seconds: what the steps took, where the caller has waited for them himself; else measured on the thread, from
         dispatched_at (or the end of the dispatch before, if later) until the values are there.
@@ -443,6 +497,7 @@ class DispatchRecord:
     dispatched_at: float | None = None
     seconds: float | None = None
     evaluation_s: float | None = None
+    diagnostics: Sequence[Mapping[str, Any]] = ()
 
 
 class Writer:
@@ -453,7 +508,7 @@ class Writer:
     """
 
     def __init__(self, record, *, max_steps, tokens_per_step, log_interval=1, console=None,
-                 alert_interval=100, val_rising=None, flops_per_step=None, peak_flops=None, on_row=None,
+                 alert_interval=100, val_rising=None, rank_falling=None, flops_per_step=None, peak_flops=None, on_row=None,
                  queue_size=8, clock=time.perf_counter):
         """Start the thread.
 
@@ -463,12 +518,13 @@ class Writer:
             given.
           console: object with update and alert (see console.py), or None.
           alert_interval: fewest steps between two console messages of one kind of alert.
-          val_rising: the ValRising rule, or None.
+          val_rising: the ValRising rule, or None. rank_falling: the RankFalling rule, or None.
           on_row: called on the thread for every step as on_row(step, {name: float of the evaluation},
             alerts).
           queue_size: dispatches that may wait; more make submit wait.
         """
-        self._record, self._console, self._val_rising, self._on_row = record, console, val_rising, on_row
+        self._record, self._console, self._on_row = record, console, on_row
+        self._val_rising, self._rank_falling = val_rising, rank_falling
         self._max_steps, self._log_interval = max_steps, log_interval
         self._tokens_per_step = tokens_per_step
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
@@ -534,6 +590,7 @@ class Writer:
                     self._error = error
 
     def _write(self, item):
+        self._record.append_diagnostics(item.diagnostics)
         if item.values is None:
             started = self._clock() if item.dispatched_at is None else item.dispatched_at
             evaluation, event = self._evaluate(item, item.first_step, started)
@@ -566,7 +623,8 @@ class Writer:
         numbers = {name: float(np.asarray(value)) for name, value in item.evaluation.items()}
         self._ready_at = self._clock()
         seconds = self._ready_at - started if item.evaluation_s is None else item.evaluation_s
-        return numbers, {"event": "eval", "step": step, "time": round(time.time(), 3), "seconds": _round(seconds)}
+        kind = "eval" if "val_loss" in numbers else "diagnosis"
+        return numbers, {"event": kind, "step": step, "time": round(time.time(), 3), "seconds": _round(seconds)}
 
     def _timing(self, step_time):
         timing = {"time": round(time.time(), 3), "step_time_s": _round(step_time)}
@@ -585,6 +643,10 @@ class Writer:
             val_loss = (own_evaluation or {}).get("val_loss")
             if val_loss is not None and self._val_rising is not None and self._val_rising.begins(val_loss):
                 alerts.append({"kind": "val_rising", "layer": None, "value": val_loss})
+            ranks = stable_ranks(own_evaluation or {})
+            if ranks and self._rank_falling is not None:
+                alerts += [{"kind": "rank_falling", "layer": layer, "value": share}
+                           for layer, share in self._rank_falling.begins(ranks)]
             if keep_row(step, log_interval=self._log_interval, max_steps=self._max_steps,
                         notable=bool(alerts or own_evaluation)):
                 steps.append(step)

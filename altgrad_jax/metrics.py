@@ -135,6 +135,36 @@ def activation_metrics(output):
             (("act_amax", output.act_amax_N), ("act_rms", output.act_rms_N)) for i in range(values.shape[0])}
 
 
+def gradient_fidelity(grads, reference, suffix=""):
+    """How close a gradient is to a reference of the same parameters and batch, per layer and over all elements.
+
+    grad_cosine: <g, r> / (|g| |r|). grad_sqnr_db: 10 log10(|r|^2 / |g - r|^2). grad_flushed: share of elements that are
+    0 in g and not in r. Without a layer they are taken over all elements of all layers together, so that a layer counts
+    by its size. None of them says enough alone: a gradient that is mostly zeros can have a cosine of 1.000.
+
+    Args:
+      grads, reference: trees like the parameters. suffix: is appended to the statistic's name.
+    """
+    out, totals = {}, []
+    others = by_layer(reference)
+    for layer, arrays in by_layer(grads).items():
+        pairs = [(g, others[layer][name]) for name, g in arrays.items()]
+        sums = jnp.stack([_sum([jnp.sum(g * r) for g, r in pairs]), _sum([jnp.sum(g * g) for g, _ in pairs]),
+                          _sum([jnp.sum(r * r) for _, r in pairs]), _sum([jnp.sum(jnp.square(g - r)) for g, r in pairs]),
+                          _sum([jnp.sum((g == 0) & (r != 0), dtype=jnp.float32) for g, r in pairs]),
+                          jnp.float32(sum(g.size for g, _ in pairs))])
+        totals.append(sums)
+        out |= _fidelity(sums, suffix, f"/{layer}")
+    return out | _fidelity(_sum(totals), suffix, "")
+
+
+def _fidelity(sums, suffix, layer):
+    dot, own, other, error, flushed, size = sums
+    return {f"grad_cosine{suffix}{layer}": dot / (jnp.sqrt(own) * jnp.sqrt(other)),
+            f"grad_sqnr_db{suffix}{layer}": 10 * (jnp.log10(other) - jnp.log10(error)),
+            f"grad_flushed{suffix}{layer}": flushed / size}
+
+
 def pack(metrics):
     """A dict of scalars as (names, float32 [number of metrics]): one array is one transfer, whatever it holds."""
     return tuple(metrics), jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()])

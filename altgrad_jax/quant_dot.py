@@ -29,6 +29,14 @@ the sum of products would overflow float32 otherwise. It is the largest power of
     block32   one per 32 neighbours, and block128: along the contracted axis: K for W and A, N for G (that of dx)
     none      1
 
+Scales that are not powers of two (`Rule.power_of_two=False`) cannot be put back into the operand without rounding it
+again. There, as with native products, the operands are the codes' own values (v * s rounded) and the float32 results
+are divided by the scales, which needs one scale per operand: delayed, tensor or none.
+
+`Rule.native` computes the products on float8 operands (Micikevicius et al. 2022): E4M3 and E5M2 only, the results
+divided by the scales. On a CPU it equals the emulation; on a GPU of the Hopper generation or later XLA hands it to
+cuBLASLt, which takes no product of two E5M2 operands and, with fast accumulation, keeps fewer bits of the sum.
+
 An operand is rounded once and used in two products, but scales per channel or block fit only one of them: that of y for
 W and A, that of dx for G. In the other product they vary from term to term of the sum, which is exact here; a device
 that applies scales to sums could not do it without rounding the operand a second time, differently.
@@ -43,6 +51,7 @@ added, which is wrong for maxima: every call needs a probe of its own (under sca
 Axes: M rows (batch and time flattened), K inputs, N outputs, H steps of an amax history, S len(FIELDS).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -53,9 +62,10 @@ import numpy as np
 from jax import lax
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.quantize import FormatParams, round_to_format
+from altgrad_jax.quantize import FormatParams, Grid, round_to_format
 
 SCALINGS = ("delayed", "tensor", "channel", "block32", "block128", "none")
+PER_TENSOR = ("delayed", "tensor", "none")
 LARGEST_SCALED = 2.0**16
 
 # How the vectors of several micro-batches become one, field by field.
@@ -78,7 +88,8 @@ class Operand(NamedTuple):
     """A quantized operand as the compiled program sees it: traced scalars, or a leading axis under vmap."""
 
     format: FormatParams
-    scale: jax.Array | float = 0.0  # float32, a power of two from 2^-126 to 2^126, or 0; read by `delayed` only
+    scale: jax.Array | float = 0.0  # float32 from 2^-126 to 2^126, or 0; read by `delayed` only
+    seed: jax.Array | None = None  # uint32 [2] rounds stochastically (quantize.stochastic_seed); None to nearest
 
 
 class Operands(NamedTuple):
@@ -91,15 +102,21 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """The static choices: a scaling for each operand, and whether the products take float32 operands.
+    """The static choices: a scaling for each operand, and how the products are computed.
 
     `float32_operands` must be set where any format has more than 7 mantissa bits, and costs speed elsewhere.
+    `power_of_two`: whether scales are rounded down to powers of two. `native`: the float8 dtypes of W, A and G, whose
+    formats the operands must then have. `observe`: a function of (elements of an operand, Grid) whose float32 vector is
+    appended to the operand's statistics, and to the length of `g_probe`.
     """
 
     w: str = "delayed"
     a: str = "delayed"
     g: str = "delayed"
     float32_operands: bool = False
+    power_of_two: bool = True
+    native: tuple[str, str, str] | None = None
+    observe: Callable | None = None
 
     def __post_init__(self):
         for operand in "wag":
@@ -107,6 +124,15 @@ class Rule:
             if scaling not in SCALINGS:
                 raise UserError(f"there is no scaling {scaling!r} for {operand.upper()}: give one of "
                                 f"{', '.join(SCALINGS)}")
+            if self.on_results and scaling not in PER_TENSOR:
+                raise UserError(f"scaling {scaling!r} of {operand.upper()} has many scales, but "
+                                f"{'native products take' if self.native else 'scales that are no powers of two need'} "
+                                f"one for each operand: give one of {', '.join(PER_TENSOR)}")
+
+    @property
+    def on_results(self) -> bool:
+        """Whether scales are taken off the results of the products instead of off the operands."""
+        return self.native is not None or not self.power_of_two
 
 
 class Statistics(NamedTuple):
@@ -116,30 +142,34 @@ class Statistics(NamedTuple):
     a: jax.Array | None
 
 
-def scale_for(amax, params: FormatParams):
+def scale_for(amax, params: FormatParams, power_of_two=True):
     """The largest power of two s with amax * s <= min(largest finite number, 2^16).
 
     Args:
       amax: float32 of any shape, not negative.
+      power_of_two: False gives the quotient of the two as float32 instead.
 
     Returns:
       float32 of that shape, from 2^-126 to 2^126, so that 1/s is exact too. (An amax beyond 2^125 is therefore clipped
       in formats with a largest number near 1.) 1 where amax is 0, below 2^-126 or not finite.
     """
-    bits = lax.bitcast_convert_type(jnp.asarray(amax, jnp.float32), jnp.int32)
+    amax = jnp.asarray(amax, jnp.float32)
+    bits = lax.bitcast_convert_type(amax, jnp.int32)
     largest = jnp.minimum(jnp.asarray(params.max_finite, jnp.float32), LARGEST_SCALED)
+    usable = (bits >= 0x00800000) & (bits < 0x7F800000)
+    if not power_of_two:
+        return jnp.where(usable, jnp.clip(largest / jnp.where(usable, amax, 1.0), 2.0**-126, 2.0**126), 1.0)
     largest = lax.bitcast_convert_type(largest, jnp.int32)
     # Exponents by their fields, for log2 is inexact in XLA; one less where amax has the larger mantissa.
     exponent = (largest >> 23) - (bits >> 23) - ((bits & 0x7FFFFF) > (largest & 0x7FFFFF))
     scale = lax.bitcast_convert_type((jnp.clip(exponent, -126, 126) + 127) << 23, jnp.float32)
-    usable = (bits >= 0x00800000) & (bits < 0x7F800000)
     return jnp.where(usable, scale, 1.0)
 
 
-def delayed_scale(history_H, params: FormatParams):
+def delayed_scale(history_H, params: FormatParams, power_of_two=True):
     """The scale of `delayed` at a step, from the amaxes of the steps before (last axis); 0 while all are 0."""
     amax = jnp.max(history_H, axis=-1)
-    return jnp.where(amax > 0, scale_for(amax, params), 0.0)
+    return jnp.where(amax > 0, scale_for(amax, params, power_of_two), 0.0)
 
 
 def push_amax(history_H, amax):
@@ -190,19 +220,41 @@ def _groups(v, scaling, axis, name):
     return v.reshape(*v.shape[:axis], size // block, block, *v.shape[axis + 1:]), (axis + 1,)
 
 
-def _quantize(v, operand, scaling, axis, name, dtype):
-    """A float32 matrix rounded onto its format's grid, in `dtype`, and its statistics [S]; `axis` is contracted."""
+def _scale_of(size, operand, scaling, along, power_of_two):
+    """(scale, amax, the given scale or 0) of magnitudes whose groups lie along the axes `along`."""
+    amax = jnp.max(size, axis=along, keepdims=True)
+    given = jnp.float32(1.0 if scaling == "none" else operand.scale if scaling == "delayed" else 0.0)
+    return jnp.where(given > 0, given, scale_for(amax, operand.format, power_of_two)), amax, given
+
+
+def weight_scale(w, operand, rule, *, w_is_NK=False):
+    """The scale, or scales, by which quant_dot rounds this weight matrix: float32 that broadcasts to it.
+
+    What the update ledger needs to say which code a weight has. Arguments as in quant_dot.
+    """
+    axis = 1 if w_is_NK else 0
+    grouped, along = _groups(w, rule.w, axis, "W")
+    scale, _, _ = _scale_of(jnp.abs(grouped), operand, rule.w, along, rule.power_of_two)
+    if not rule.w.startswith("block"):
+        return scale.reshape(1, 1) if scale.size == 1 else scale
+    return jnp.broadcast_to(scale, grouped.shape).reshape(w.shape)
+
+
+def _quantize(v, operand, scaling, axis, name, dtype, rule):
+    """A float32 matrix rounded onto its format's grid, in `dtype`; what its products are divided by, or None where the
+    scale is taken off the operand itself; and its statistics [S]. `axis` is contracted."""
     shape = v.shape
     v, along = _groups(v.astype(jnp.float32), scaling, axis, name)
     size = jnp.abs(v)
-    amax = jnp.max(size, axis=along, keepdims=True)
-    given = jnp.float32(1.0 if scaling == "none" else operand.scale if scaling == "delayed" else 0.0)
-    scale = jnp.where(given > 0, given, scale_for(amax, operand.format))
-    q = round_to_format(v * scale, operand.format) * (1 / scale)
-    q = jnp.where(jnp.isfinite(v), q, v).astype(dtype)
+    scale, amax, given = _scale_of(size, operand, scaling, along, rule.power_of_two)
+    scaled = round_to_format(v * scale, operand.format, seed=operand.seed)
+    stored = scaled * (1 / scale)
+    q = jnp.where(jnp.isfinite(v), scaled if rule.on_results else stored, v).astype(dtype)
+    descale = (1 / scale).reshape(()) if rule.on_results else None
 
     # Counts in float32, which is faster: XLA sums in blocks, so that no counter stops at 2^24.
-    stored = q.astype(jnp.float32)
+    if not rule.on_results:
+        stored = q.astype(jnp.float32)
     clipped = excess = jnp.float32(0)
     if scaling in ("delayed", "none"):  # from its own amax nothing is clipped, and two passes are saved
         limit = operand.format.max_finite / scale
@@ -220,14 +272,22 @@ def _quantize(v, operand, scaling, axis, name, dtype):
         "noise": jnp.sum(jnp.square(stored - v)),
         "excess": excess,
     }
-    return q.reshape(shape), jnp.stack([fields[field] for field in FIELDS])
+    statistics = jnp.stack([fields[field] for field in FIELDS])
+    if rule.observe is not None:
+        statistics = jnp.concatenate([statistics, rule.observe(v, Grid(operand.format, scale))])
+    return q.reshape(shape), descale, statistics
 
 
-def _product(a, b, contract_a, contract_b):
-    """a . b over one axis of each, accumulated in float32. float32 operands stay float32 (never TF32)."""
+def _product(a, b, contract_a, contract_b, descales=()):
+    """a . b over one axis of each, accumulated in float32, times `descales` (None: 1). float32 operands stay float32
+    (never TF32)."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision=precision,
-                           preferred_element_type=jnp.float32)
+    y = lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision=precision,
+                        preferred_element_type=jnp.float32)
+    for descale in descales:
+        # One after the other: the product of two scales may lie beyond float32.
+        y = y if descale is None else y * descale
+    return y
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -251,12 +311,15 @@ def _backward(w_is_NK, compute_dtype, operands, g_MN):
 _dot_MK.defvjp(_forward, _backward)
 
 
-def _as_operand(v, operand, scaling, axis, name, compute_dtype, float32_operands):
-    """The operand of a product and its statistics; rounded to the compute dtype, and None, without a format."""
-    dtype = jnp.dtype(jnp.float32) if float32_operands else compute_dtype
+def _as_operand(v, operand, scaling, axis, name, compute_dtype, rule):
+    """The operand of a product, what its products are divided by, and its statistics; rounded to the compute dtype,
+    None and None without a format."""
+    dtype = jnp.dtype(jnp.float32) if rule.float32_operands else compute_dtype
     if operand is None:
-        return v.astype(compute_dtype).astype(dtype), None
-    return _quantize(v, operand, scaling, axis, name, dtype)
+        return v.astype(compute_dtype).astype(dtype), None, None
+    if rule.native:
+        dtype = jnp.dtype(rule.native["WAG".index(name)])
+    return _quantize(v, operand, scaling, axis, name, dtype, rule)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -266,17 +329,20 @@ def _quant_dot_MK(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule):
 
 def _quant_forward(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule):
     axis = 1 if w_is_NK else 0
-    x_MK, a_stats = _as_operand(x_MK, operands.a, rule.a, 1, "A", compute_dtype, rule.float32_operands)
-    w, w_stats = _as_operand(w, operands.w, rule.w, axis, "W", compute_dtype, rule.float32_operands)
-    return (_product(x_MK, w, 1, axis), Statistics(w_stats, a_stats)), (x_MK, w, operands.g, g_probe is not None)
+    x_MK, a_descale, a_stats = _as_operand(x_MK, operands.a, rule.a, 1, "A", compute_dtype, rule)
+    w, w_descale, w_stats = _as_operand(w, operands.w, rule.w, axis, "W", compute_dtype, rule)
+    y_MN = _product(x_MK, w, 1, axis, (a_descale, w_descale))
+    saved = x_MK, a_descale, w, w_descale, operands.g, g_probe is not None
+    return (y_MN, Statistics(w_stats, a_stats)), saved
 
 
 def _quant_backward(w_is_NK, compute_dtype, rule, saved, cotangents):
-    x_MK, w, g_operand, probed = saved
+    x_MK, a_descale, w, w_descale, g_operand, probed = saved
     g_MN, _ = cotangents
-    g_MN, g_stats = _as_operand(g_MN, g_operand, rule.g, 1, "G", compute_dtype, rule.float32_operands)
-    dx_MK = _product(g_MN, w, 1, 0 if w_is_NK else 1)
-    dw = _product(g_MN, x_MK, 0, 0) if w_is_NK else _product(x_MK, g_MN, 0, 0)
+    g_MN, g_descale, g_stats = _as_operand(g_MN, g_operand, rule.g, 1, "G", compute_dtype, rule)
+    dx_MK = _product(g_MN, w, 1, 0 if w_is_NK else 1, (g_descale, w_descale))
+    descales = (g_descale, a_descale)
+    dw = _product(g_MN, x_MK, 0, 0, descales) if w_is_NK else _product(x_MK, g_MN, 0, 0, descales)
     return dx_MK, dw, None, g_stats if probed else None
 
 
@@ -290,6 +356,8 @@ def _check(operands, g_probe, rule, compute_dtype):
         if narrow and isinstance(bits, (int, np.ndarray, np.generic)) and np.max(bits) > 7:
             raise UserError(f"a format with {np.max(bits)} mantissa bits, given for {name}, is not exact in "
                             f"{compute_dtype}: set float32_operands=True")
+    if rule.native and None in operands:
+        raise UserError("native products take float8 operands: give W, A and G a format each, or compute emulated")
     if g_probe is not None and operands.g is None:
         raise UserError("g_probe asks for statistics of an output gradient that has no format: give none")
 

@@ -15,6 +15,8 @@ loss_spike         robust z-score of the loss against the last `spike_window` ab
 divergence         median of the last `spike_window` losses rises above the run's first loss            median
 dead_layer         every neuron of the layer is dead                                                    share (1)
 update_stall       zero_update of the layer, mean over `stall_window` steps, above bit_stall_threshold  mean
+bit_stall          lost (ledger) of a layer whose weights are stored on a grid, likewise                mean
+overflow           share of an operand's elements that are clipped above overflow_threshold             share
 
 The non-finite kinds begin anew at every step they hold; the others are re-armed when their condition ends.
 """
@@ -39,6 +41,7 @@ class Thresholds(NamedTuple):
     spike_window: int
     spike_threshold: float
     stall_window: int
+    overflow_threshold: float = 0.01
 
 
 class Monitor(NamedTuple):
@@ -53,18 +56,30 @@ class Monitor(NamedTuple):
     dead_streak: tuple  # of int32 [outputs], in the order of neuron_layers: steps in a row below the threshold
     zero_update_WS: jax.Array  # float32 [stall_window, layers]: ring of zero_update
     active: dict  # {kind: bool or bool [layers]}: condition held at the last step
+    lost_WS: jax.Array | None = None  # float32 [stall_window, layers with stored weights]: ring of lost
 
 
-def init_monitor(thresholds, neurons, n_layers):
-    """A fresh monitor. `neurons`: {layer: outputs} as metrics.neuron_layers gives it."""
+def init_monitor(thresholds, neurons, n_layers, n_stored=0, n_operands=0):
+    """A fresh monitor.
+
+    Args:
+      neurons: {layer: outputs} as metrics.neuron_layers gives it. n_stored: layers whose weights are stored on a grid.
+      n_operands: operands whose clipping is watched.
+    """
     no = jnp.zeros((), bool)
+    formats = {}
+    if n_stored:
+        formats["bit_stall"] = jnp.zeros(n_stored, bool)
+    if n_operands:
+        formats["overflow"] = jnp.zeros(n_operands, bool)
     return Monitor(bad_streak=jnp.int32(0), bad_steps=jnp.int32(0), first_bad_step=jnp.int32(-1), seen=jnp.int32(0),
                    initial_loss=jnp.float32(jnp.nan),
                    losses_W=jnp.full(thresholds.spike_window, jnp.nan, jnp.float32),
                    dead_streak=tuple(jnp.zeros(n, jnp.int32) for n in neurons.values()),
                    zero_update_WS=jnp.zeros((thresholds.stall_window, n_layers), jnp.float32),
                    active={"loss_spike": no, "divergence": no, "dead_layer": jnp.zeros(len(neurons), bool),
-                           "update_stall": jnp.zeros(n_layers, bool)})
+                           "update_stall": jnp.zeros(n_layers, bool), **formats},
+                   lost_WS=jnp.zeros((thresholds.stall_window, n_stored), jnp.float32) if n_stored else None)
 
 
 def is_frozen(monitor, thresholds):
@@ -104,7 +119,8 @@ def _push(ring, slot, value, ok):
     return ring.at[slot % ring.shape[0]].set(jnp.where(ok, value, ring[slot % ring.shape[0]]))
 
 
-def update_monitor(monitor, *, row_number, loss, bad, dead_streak, dead_shares, zero_update_S, thresholds):
+def update_monitor(monitor, *, row_number, loss, bad, dead_streak, dead_shares, zero_update_S, thresholds, lost_S=None,
+                   overflow_O=None):
     """The monitor after one step, with the alerts that begin at it.
 
     Args:
@@ -112,6 +128,7 @@ def update_monitor(monitor, *, row_number, loss, bad, dead_streak, dead_shares, 
       loss: float32 scalar. bad: bool, whether the step was non-finite in any way.
       dead_streak: from update_dead_streaks.
       dead_shares: float32 [layers with neurons]; zero_update_S: float32 [layers].
+      lost_S: float32 [layers with stored weights]; overflow_O: float32 [operands]. Where init_monitor was told of any.
 
     Returns:
       (monitor, loss_zscore, {kind: float32 scalar or vector over layers}).
@@ -131,11 +148,18 @@ def update_monitor(monitor, *, row_number, loss, bad, dead_streak, dead_shares, 
              "divergence": (median > initial_loss) & (seen >= MIN_LOSSES),
              "dead_layer": dead_shares >= 1.0,
              "update_stall": mean_zero_update_S > thresholds.bit_stall_threshold}
+    lost_WS = monitor.lost_WS
+    if lost_WS is not None:
+        lost_WS = _push(lost_WS, slot, lost_S, ok)
+        values["bit_stall"] = jnp.where(seen >= thresholds.stall_window, lost_WS.mean(0), 0.0)
+        holds["bit_stall"] = values["bit_stall"] > thresholds.bit_stall_threshold
+    if "overflow" in monitor.active:
+        values["overflow"], holds["overflow"] = overflow_O, overflow_O > thresholds.overflow_threshold
     # A non-finite step decides nothing about the other conditions: they stay as they were.
     holds = {kind: jnp.where(ok, now, monitor.active[kind]) for kind, now in holds.items()}
     begins = {kind: jnp.where(now & ~monitor.active[kind], values[kind], 0.0) for kind, now in holds.items()}
     first_bad = jnp.where((monitor.first_bad_step < 0) & bad, row_number, monitor.first_bad_step)
     new = Monitor(bad_streak=jnp.where(bad, monitor.bad_streak + 1, 0), bad_steps=monitor.bad_steps + bad,
                   first_bad_step=first_bad.astype(jnp.int32), seen=seen, initial_loss=initial_loss, losses_W=losses_W,
-                  dead_streak=dead_streak, zero_update_WS=zero_update_WS, active=holds)
+                  dead_streak=dead_streak, zero_update_WS=zero_update_WS, active=holds, lost_WS=lost_WS)
     return new, z, begins

@@ -13,9 +13,17 @@ parameters, moments and Adam's count as they were; `state.step` advances. An upd
 loss and gradient are (a damaged moment) is not applied, the others are, and the step counts as non-finite. After
 `nan_patience` such steps in a row the loop ends early and the state changes no more.
 
+Number formats are data: `run`, `init` and `evaluate` take a table of them (quantization.format_table) as an argument,
+and the state carries what they remember. Without formats neither exists, and the program is the baseline's. The shadow
+is the gradient of the same parameters on the same batch in float32 and without formats, computed beside the step's own.
+
+Columns named `sparse/NAME` stand for the metric NAME where they are not NaN: it was not measured at that step, or does
+not apply.
+
 Axes: B batch, L block_size, K steps of a dispatch, A micro-batches, M metrics, S layers, E evaluation windows.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,10 +33,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from altgrad_jax import metrics, optimizer, stability
+from altgrad_jax import diagnostics, ledger, metrics, optimizer, quantization, stability
 from altgrad_jax.config import METRIC_GROUPS
 from altgrad_jax.data.dataset import gather_windows, permute_windows
-from altgrad_jax.model import GPT, GPTConfig, init_params
+from altgrad_jax.model import GPT, GPTConfig, Quantized, init_params, weights_of, with_weights
+from altgrad_jax.quant_dot import combine_statistics, empty_statistics, named_statistics
+from altgrad_jax.quantize import Grid, stochastic_seed
+
+SPARSE = "sparse/"
+# Streams of random bits beside those of the operands, which are numbered from 0.
+_AT_REST_STREAM, _OPTIMIZER_STREAM = 2**24, 2**25
 
 
 class TrainState(NamedTuple):
@@ -38,6 +52,7 @@ class TrainState(NamedTuple):
     params: Any  # nested dict of float32
     opt_state: Any
     monitor: stability.Monitor
+    quant: quantization.QuantState | None = None  # None without number formats
 
 
 @dataclass(frozen=True)
@@ -62,16 +77,23 @@ class StepOptions:
     data_seed: int = 0
     metric_groups: tuple = METRIC_GROUPS
     data_on_device: bool = True  # else a dispatch is given its batches by the host
+    optimizer: str = "adamw"
+    quant: quantization.QuantOptions | None = None
+    use_shadow: bool = False
+    shadow_interval: int = 1
 
 
 class StepFunctions(NamedTuple):
     """What `make_step_functions` returns.
 
-    init: seed -> TrainState.
-    run: (TrainState, data, n_steps) -> (TrainState, float32 [K, M]); the state is donated. `data` is the uint16 token
-      file as a device array, or with data_on_device=False the batches uint16 [K, B, L+1]. Rows from n_steps on, and
-      after the step at which the state froze, are NaN. n_steps <= steps_per_dispatch.
-    evaluate: (params, windows uint16 [E, L+1]) -> float32 mean loss in nats per token.
+    init: (seed, table) -> TrainState. `table`: the formats; left out where there are none, here and below.
+    run: (TrainState, data, n_steps, table) -> (TrainState, float32 [K, M]); the state is donated. `data` is the uint16
+      token file as a device array, or with data_on_device=False the batches uint16 [K, B, L+1]. Rows from n_steps on,
+      and after the step at which the state froze, are NaN. n_steps <= steps_per_dispatch.
+    evaluate: (params, windows uint16 [E, L+1], state.quant, table) -> float32 mean loss in nats per token, by the
+      forward pass of the training: quantized where it is, without dropout, every operand rounded to nearest.
+    diagnose: (params, windows uint16 [B, L+1], state.quant, table) -> ({name: float32 scalar}, Observed or None): the
+      rank of the weights, and with formats how a forward and backward pass over these windows uses them.
     abstract_state: the state's shapes, dtypes and shardings, for restoring.
     metric_names: M names, in the order of the columns.
     """
@@ -79,6 +101,7 @@ class StepFunctions(NamedTuple):
     init: Callable
     run: Callable
     evaluate: Callable
+    diagnose: Callable
     abstract_state: TrainState
     metric_names: tuple
 
@@ -90,34 +113,81 @@ def token_loss(logits_BLV, targets_BL):
 
 
 def make_loss(model: GPT):
-    """loss(params, windows [B, L+1], dropout key or None) -> (mean loss, GPTOutput without logits)."""
+    """loss(params, windows [B, L+1], dropout key or None, Quantized or None) -> (mean loss, GPTOutput without logits)."""
 
-    def loss(params, windows, dropout_key):
+    def loss(params, windows, dropout_key, quantized=None):
         tokens_BL, targets_BL = windows[:, :-1].astype(jnp.int32), windows[:, 1:].astype(jnp.int32)
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        output = model.apply({"params": params}, tokens_BL, train=dropout_key is not None, rngs=rngs)
+        output = model.apply({"params": params}, tokens_BL, train=dropout_key is not None, rngs=rngs,
+                             quantized=quantized)
         return token_loss(output.logits, targets_BL).mean(), output._replace(logits=None)
 
     return loss
 
 
-def make_evaluate(model_config: GPTConfig, eval_batch_size, mesh):
-    """evaluate(params, windows [E, L+1]) -> float32 mean loss in nats per token, compiled.
+def make_evaluate(model_config: GPTConfig, eval_batch_size, mesh, operands_of=lambda operands: operands):
+    """evaluate(params, windows [E, L+1], *formats) -> float32 mean loss in nats per token, compiled.
 
     The windows are taken eval_batch_size at a time (it must divide E), and the means of these equal batches averaged.
     A batch is split over the mesh where its size allows.
+
+    Args:
+      operands_of: traced function of `formats` that gives {layer: Operands} for the layers in model_config.rules; by
+        default they are passed as they are.
     """
     loss_fn = make_loss(GPT(model_config))
     split = NamedSharding(mesh, PartitionSpec("data" if eval_batch_size % mesh.size == 0 else None))
 
-    def batch_loss(params, batch):
-        return loss_fn(params, jax.lax.with_sharding_constraint(batch, split), None)[0]
+    def batch_loss(params, batch, quantized):
+        return loss_fn(params, jax.lax.with_sharding_constraint(batch, split), None, quantized)[0]
 
-    def evaluate(params, windows):
+    def evaluate(params, windows, *formats):
+        quantized = Quantized(operands_of(*formats), {}) if model_config.rules else None
         batches = windows.reshape(-1, eval_batch_size, windows.shape[-1])
-        return jax.lax.map(lambda batch: batch_loss(params, batch), batches).mean()
+        return jax.lax.map(lambda batch: batch_loss(params, batch, quantized), batches).mean()
 
     return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+class Observed(NamedTuple):
+    """Histograms of the quantized operands (see diagnostics); zeros for an operand without a format."""
+
+    codes_Q3C: jax.Array  # int32, by 8-bit code; means nothing for a format of more bits
+    magnitudes_Q3N: jax.Array  # int32, by whatif's bins
+    scale_Q3: jax.Array  # float32, the smallest where an operand has several
+    amax_Q3: jax.Array  # float32
+
+
+def make_diagnose(model_config: GPTConfig, quant: quantization.QuantOptions | None, mesh):
+    """diagnose(params, windows [B, L+1], state.quant, table) -> ({name: scalar}, Observed or None), compiled.
+
+    Operands are rounded to nearest, as in an evaluation. Rank statistics: diagnostics.rank_metrics.
+    """
+    plain = dataclasses.replace(model_config, rules=())
+
+    def diagnose(params, windows, quant_state=None, table=None):
+        found = diagnostics.rank_metrics(params)
+        if quant is None:
+            return found, None
+        config = dataclasses.replace(plain, rules=tuple(
+            (layer, dataclasses.replace(rule, observe=diagnostics.observe))
+            for layer, rule in quantization.rules(quant)))
+        operands = quantization.operands(quant, quant_state, quantization.formats_at(table, quant_state.level))
+        nothing = jnp.zeros(2 * diagnostics.HISTOGRAMS, jnp.float32)
+        probes = {layer: jnp.concatenate([probe, nothing]) for layer, probe in quantization.g_probes(quant).items()}
+        loss_fn = make_loss(GPT(config))
+
+        def loss(params, probes):
+            return loss_fn(params, windows, None, Quantized(operands, probes))
+
+        (_, output), (_, of_g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, probes)
+        vectors_Q3S = quantization.gather_statistics(quant, output.statistics, of_g,
+                                                     jnp.concatenate([empty_statistics(), nothing]))
+        fields_Q3S, rest_Q3 = jnp.split(vectors_Q3S, [len(empty_statistics())], axis=-1)
+        named = named_statistics(fields_Q3S)
+        return found, Observed(*diagnostics.observed(rest_Q3), named["scale"], named["amax"])
+
+    return jax.jit(diagnose, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def data_mesh(devices=None):
@@ -135,44 +205,164 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
       eval_batch_size: evaluation windows per forward pass; must divide the number of windows given to evaluate.
       seed: of the dropout masks (the initialization's is an argument of init).
     """
-    model = GPT(model_config)
-    loss_fn = make_loss(model)
     o = options
-    adam = optimizer.adamw(beta1=o.beta1, beta2=o.beta2, eps=o.adam_eps, weight_decay=o.weight_decay)
+    quant = o.quant
+    plain_config = dataclasses.replace(model_config, rules=())
+    if quant is not None:
+        model_config = dataclasses.replace(model_config, rules=quantization.rules(quant))
+    loss_fn, plain_loss_fn = make_loss(GPT(model_config)), make_loss(GPT(plain_config))
+    shadow_loss_fn = make_loss(GPT(dataclasses.replace(plain_config, compute_dtype="float32", attention="xla")))
     groups = o.metric_groups
+    stored = quant.stored if quant else ()
+    ages = quant is not None and "ledger" in groups
     replicated, over_batch = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     K, B, block_size = o.steps_per_dispatch, o.batch_size, model_config.block_size
 
-    def init(seed):
-        params = init_params(model_config, seed)
-        monitor = stability.init_monitor(o.thresholds, metrics.neuron_layers(params), len(metrics.by_layer(params)))
-        return TrainState(jnp.int32(0), params, adam.init(params), monitor)
+    def is_quantized(params):
+        """Tree of booleans: the weight matrices that have a format."""
+        no = jax.tree.map(lambda leaf: False, params)
+        return with_weights(no, dict.fromkeys(quant.weight_layers if quant else (), True))
 
-    def gradients(params, windows, step):
-        """Mean loss, mean gradient and activation statistics over the batch, in A equal micro-batches."""
+    update_rule = optimizer.make(o.optimizer, beta1=o.beta1, beta2=o.beta2, eps=o.adam_eps,
+                                 weight_decay=o.weight_decay, is_quantized=is_quantized)
+
+    def operands_at(quant_state, table):
+        """Operands of a pass from this state, every one rounded to nearest."""
+        return quantization.operands(quant, quant_state, quantization.formats_at(table, quant_state.level))
+
+    def init(seed, table=None):
+        params = init_params(model_config, seed)
+        quant_state = None
+        if quant is not None:
+            weights = {layer: weights_of(params, layer) for layer in quant.weight_layers}
+            quant_state, at_rest = quantization.init_state(quant, weights, quantization.formats_at(table, 0), ages)
+            params = with_weights(params, at_rest)
+        monitor = stability.init_monitor(o.thresholds, metrics.neuron_layers(params), len(metrics.by_layer(params)),
+                                         len(stored), len(quantization.overflow_watched(quant)) if quant else 0)
+        return TrainState(jnp.int32(0), params, update_rule.init(params), monitor, quant_state)
+
+    def gradients(loss_fn, params, windows, step, operands=None):
+        """Mean loss, mean gradient, model output, and with `operands` the statistics [Q, 3, S], over the batch in A
+        equal micro-batches. `operands`: micro-batch number -> {layer: Operands}."""
         key = jax.random.fold_in(jax.random.key(seed), step) if model_config.dropout > 0 else None
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+        def value_and_grad(windows, key, i):
+            if operands is None:
+                result, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, windows, key)
+                return result, grads, None
+
+            def with_probes(params, g_probes):
+                return loss_fn(params, windows, key, Quantized(operands(i), g_probes))
+
+            (loss, output), (grads, of_g) = jax.value_and_grad(with_probes, argnums=(0, 1), has_aux=True)(
+                params, quantization.g_probes(quant))
+            statistics_Q3S = quantization.gather_statistics(quant, output.statistics, of_g)
+            return (loss, output._replace(statistics={})), grads, statistics_Q3S
+
         if o.grad_accum_steps == 1:
-            (loss, output), grads = value_and_grad(params, windows, key)
-            return loss, grads, output
+            (loss, output), grads, statistics_Q3S = value_and_grad(windows, key, 0)
+            return loss, grads, output, statistics_Q3S
 
         def micro_batch(carry, item):
             windows, i = item
             windows = jax.lax.with_sharding_constraint(windows, over_batch)
-            result = value_and_grad(params, windows, None if key is None else jax.random.fold_in(key, i))
-            (loss, output), grads = result
-            return jax.tree.map(jnp.add, carry, (loss, grads)), output
+            result = value_and_grad(windows, None if key is None else jax.random.fold_in(key, i), i)
+            (loss, output), grads, statistics_Q3S = result
+            sums, seen_Q3S = carry
+            if statistics_Q3S is not None:
+                seen_Q3S = combine_statistics(seen_Q3S, statistics_Q3S)
+            return (jax.tree.map(jnp.add, sums, (loss, grads)), seen_Q3S), output
 
         A = o.grad_accum_steps
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        (loss, grads), outputs = jax.lax.scan(micro_batch, zeros, (windows.reshape(A, B // A, -1), jnp.arange(A)))
+        nothing = None if operands is None else jnp.broadcast_to(empty_statistics(),
+                                                                 (len(quant.layers), 3, len(empty_statistics())))
+        ((loss, grads), statistics_Q3S), outputs = jax.lax.scan(
+            micro_batch, (zeros, nothing), (windows.reshape(A, B // A, -1), jnp.arange(A)))
         output = outputs._replace(act_amax_N=outputs.act_amax_N.max(0),
                                   act_rms_N=jnp.sqrt(jnp.square(outputs.act_rms_N).mean(0)))
-        return loss / A, jax.tree.map(lambda g: g / A, grads), output
+        return loss / A, jax.tree.map(lambda g: g / A, grads), output, statistics_Q3S
 
-    def train_step(state, windows):
+    def shadow_metrics(params, windows, step, grads):
+        """Fidelity of the step's gradient, and of the bfloat16 one, to the float32 gradient; `sparse` columns."""
+
+        def measure():
+            reference = gradients(shadow_loss_fn, params, windows, step)[1]
+            found = metrics.gradient_fidelity(grads, reference)
+            if quant is not None:
+                plain = gradients(plain_loss_fn, params, windows, step)[1]
+                found |= metrics.gradient_fidelity(plain, reference, f"_{model_config.compute_dtype}")
+            return {SPARSE + name: value for name, value in found.items()}
+
+        if o.shadow_interval == 1:
+            return measure()
+        nothing = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), jax.eval_shape(measure))
+        # Row k + 1 is the k-th update's: the shadow is taken at rows 1, 1 + interval, ...
+        return jax.lax.cond(step % o.shadow_interval == 0, measure, lambda: nothing)
+
+    def formats_after(state, table, bad):
+        """(formats, level and bad streak of the next update, whether the level rose)."""
+        level, streak, rises = quantization.next_level(quant, state.quant, bad)
+        return quantization.formats_at(table, level), level, streak, rises
+
+    def apply_to_weights(state, params, updates, table, statistics_Q3S, ok, bad):
+        """The parameters with the stored weights on their grid, the next QuantState, {layer: ledger entries}, and
+        whether the emergency level rose. `params`: after the float32 update."""
+        formats_Q3 = quantization.formats_at(table, state.quant.level)
+        next_Q3, level, streak, rises = formats_after(state, table, bad)
+        old_weights = {layer: weights_of(state.params, layer) for layer in quant.weight_layers}
+        grids = quantization.weight_grids(quant, state.quant, formats_Q3, old_weights)
+        next_format = quantization.weight_formats(quant, next_Q3)
+        history = quantization.push_history(quant, state.quant.amax_history_Q3H, statistics_Q3S, formats_Q3)
+        history = jnp.where(ok, history, state.quant.amax_history_Q3H)
+        next_quant = state.quant._replace(amax_history_Q3H=history, level=level, bad_streak=streak)
+
+        new_weights, rest_scale, residual, unlost = {}, {}, {}, {}
+        for i, layer in enumerate(stored):
+            key = quantization.key_of(layer)
+            noise = None
+            if quant.weights_at_rest == "stochastic":
+                noise = stochastic_seed(seed, state.step, _AT_REST_STREAM + i)
+            owed = state.quant.residual.get(key)
+            after = ledger.store(old_weights[layer], weights_of(updates, layer), grids[layer], next_format[layer],
+                                 residual=owed, seed=noise, force=rises)
+            keep = ok | rises
+            new_weights[layer] = jnp.where(keep, after.weights, old_weights[layer])
+            rest_scale[key] = jnp.where(keep, after.grid.scale, state.quant.rest_scale[key])
+            if owed is not None:
+                residual[key] = jnp.where(keep, after.residual, owed)
+                unlost[layer] = residual[key] != owed
+        params = with_weights(params, new_weights)
+        next_quant = next_quant._replace(rest_scale=rest_scale, residual=residual)
+        if "ledger" not in groups:
+            return params, next_quant, {}, rises
+        weights = {layer: weights_of(params, layer) for layer in quant.weight_layers}
+        next_grids = quantization.weight_grids(quant, next_quant, next_Q3, weights)
+        entries, age = {}, {}
+        for layer in quant.weight_layers:
+            key = quantization.key_of(layer)
+            # Stored weights are counted on the grid they end on; operands on the one they were rounded on.
+            own = next_grids[layer] if layer in stored else grids[layer]
+            array = old_weights[layer] if layer in stored else weights[layer]
+            entries[layer], new_age = ledger.entries(
+                old_weights[layer], weights[layer], weights_of(updates, layer), own,
+                change=(array, grids[layer], next_grids[layer]), age=state.quant.age[key], unlost=unlost.get(layer))
+            age[key] = jnp.where(ok, new_age, state.quant.age[key])
+        return params, next_quant._replace(age=age), entries, rises
+
+    def train_step(state, windows, table):
         """One update; returns the next state and its row of metrics as {name: float32 scalar}."""
-        loss, grads, output = gradients(state.params, windows, state.step)
+        operands = formats_Q3 = None
+        if quant is not None:
+            formats_Q3 = quantization.formats_at(table, state.quant.level)
+
+            def operands(micro_batch):
+                noise = None
+                if any(quant.stochastic):
+                    noise = stochastic_seed(seed, state.step, micro_batch)
+                return quantization.operands(quant, state.quant, formats_Q3, noise)
+
+        loss, grads, output, statistics_Q3S = gradients(loss_fn, state.params, windows, state.step, operands)
         stats = metrics.gradient_stats(grads)
         grad_norm = jnp.sqrt(sum(stats.square_sum.values()))
         nonfinite_grads_S = jnp.stack(list(stats.nonfinite.values()))
@@ -183,7 +373,14 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                                      decay_steps=o.decay_steps)
 
         clipped = jax.tree.map(lambda g: g * factor, grads)
-        directions, opt_state = adam.update(clipped, state.opt_state, state.params)
+        extra = {}
+        if o.optimizer != "adamw":
+            grids = quantization.weight_grids(quant, state.quant, formats_Q3, {
+                layer: weights_of(state.params, layer) for layer in quant.weight_layers})
+            none = jax.tree.map(lambda leaf: None, state.params)
+            extra = {"grids": with_weights(none, grids), "learning_rate": lr,
+                     "seed": stochastic_seed(seed, state.step, _OPTIMIZER_STREAM)}
+        directions, opt_state = update_rule.update(clipped, state.opt_state, state.params, **extra)
         raw_updates = jax.tree.map(lambda d: -lr * d, directions)
         updates = jax.tree.map(lambda u: jnp.where(finite & jnp.isfinite(u), u, 0.0), raw_updates)
         params = optax.apply_updates(state.params, updates)
@@ -199,11 +396,22 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         zero_update_S = jnp.stack([update_stats[f"zero_update/{layer}"] for layer in layers])
         bad = ~finite | (nonfinite_updates_S.sum() + nonfinite_params_S.sum() > 0)
 
+        quant_state, entries, rises = state.quant, {}, jnp.bool_(False)
+        if quant is not None:
+            # Judged by the losses before this one, for the monitor comes later: it wants to know what was lost.
+            spike = stability.robust_z(loss, state.monitor.losses_W) > o.thresholds.spike_threshold
+            params, quant_state, entries, rises = apply_to_weights(
+                state, params, updates, table, statistics_Q3S, ok=finite,
+                bad=bad | spike | state.monitor.active["divergence"])
+        overflow_names, overflow_O = quantization.overflow_of(quant, statistics_Q3S) if quant else ((), None)
+        lost_S = jnp.stack([ledger.lost_share(entries[layer]) for layer in stored]) if stored else None
+
         streaks, dead_metrics = stability.update_dead_streaks(state.monitor, stats.neuron_square_sum, o.thresholds,
                                                               ok=~bad)
         monitor, z, begins = stability.update_monitor(
             state.monitor, row_number=state.step + 1, loss=loss, bad=bad, dead_streak=streaks,
-            dead_shares=jnp.stack(list(dead_metrics.values())), zero_update_S=zero_update_S, thresholds=o.thresholds)
+            dead_shares=jnp.stack(list(dead_metrics.values())), zero_update_S=zero_update_S, thresholds=o.thresholds,
+            lost_S=lost_S, overflow_O=overflow_O)
 
         # Elements that are all finite can still have a norm that is not.
         norm_overflow = jnp.float32(~jnp.isfinite(grad_norm) & (nonfinite_grads_S.sum() == 0))
@@ -223,24 +431,36 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
             row |= dead_metrics
         if "activation" in groups:
             row |= metrics.activation_metrics(output)
+        if quant is not None and "format" in groups:
+            row |= {SPARSE + name: value for name, value in quantization.format_metrics(quant, statistics_Q3S).items()}
+        if entries:
+            row |= {SPARSE + name: value for name, value in ledger.ledger_metrics(
+                entries, stored=bool(stored), ages=ages).items()}
+        if o.use_shadow:
+            row |= shadow_metrics(state.params, windows, state.step, grads)
+        if quant is not None and quant.emergency_formats:
+            row["format_level"] = quant_state.level.astype(jnp.float32)
         row |= _alert_columns(begins, layers, list(stats.neuron_square_sum), row["nonfinite_loss"], norm_overflow,
                               nonfinite_grads_S,
                               nonfinite_params_S, nonfinite_updates_S)
-        return TrainState(state.step + 1, params, opt_state, monitor), row
+        if quant is not None:
+            row |= _format_alert_columns(begins, stored, overflow_names, quant, state.quant, quant_state, rises)
+        return TrainState(state.step + 1, params, opt_state, monitor, quant_state), row
 
+    table = quantization.format_table(quant) if quant is not None else None
     abstract_state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-                                  jax.eval_shape(init, 0))
+                                  jax.eval_shape(init, 0, table))
     names = []
 
-    def packed_step(state, windows):
-        state, row = train_step(state, windows)
+    def packed_step(state, windows, table):
+        state, row = train_step(state, windows, table)
         names[:], row_M = metrics.pack(row)
         return state, row_M
 
     abstract_windows = jax.ShapeDtypeStruct((B, block_size + 1), jnp.uint16)
-    n_metrics = jax.eval_shape(packed_step, abstract_state, abstract_windows)[1].shape[0]
+    n_metrics = jax.eval_shape(packed_step, abstract_state, abstract_windows, table)[1].shape[0]
 
-    def run(state, data, n_steps):
+    def run(state, data, n_steps, table=None):
         if o.data_on_device:
             numbers = state.step.astype(jnp.uint32) * B + jnp.arange(K * B, dtype=jnp.uint32)
             index_KB = permute_windows(numbers, n_train_windows, o.data_seed, xp=jnp).reshape(K, B)
@@ -250,7 +470,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
             windows = gather_windows(data, index_KB[i], block_size, xp=jnp) if o.data_on_device else data[i]
             if o.grad_accum_steps == 1:
                 windows = jax.lax.with_sharding_constraint(windows, over_batch)
-            state, row_M = packed_step(state, windows)
+            state, row_M = packed_step(state, windows, table)
             return i + 1, state, rows_KM.at[i].set(row_M)
 
         def goes_on(carry):
@@ -263,7 +483,8 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
 
     return StepFunctions(init=jax.jit(init, out_shardings=replicated),
                          run=jax.jit(run, donate_argnums=0, out_shardings=replicated),
-                         evaluate=make_evaluate(model_config, eval_batch_size, mesh),
+                         evaluate=make_evaluate(model_config, eval_batch_size, mesh, operands_at),
+                         diagnose=make_diagnose(model_config, quant, mesh),
                          abstract_state=abstract_state, metric_names=tuple(names))
 
 
@@ -278,4 +499,18 @@ def _alert_columns(begins, layers, neuron_layers, nonfinite_loss, norm_overflow,
                                 ("dead_layer", begins["dead_layer"], neuron_layers),
                                 ("update_stall", begins["update_stall"], layers)):
         columns |= {f"alert/{kind}/{name}": values[i] for i, name in enumerate(names)}
+    return columns
+
+
+def _format_alert_columns(begins, stored, overflow_names, quant, before, after, rises):
+    """Alerts that only formats raise: clipping, stalls of stored weights, and the events of their scales and levels."""
+    columns = {}
+    for kind, names in (("overflow", overflow_names), ("bit_stall", stored)):
+        columns |= {f"alert/{kind}/{name}": begins[kind][i] for i, name in enumerate(names)}
+    for layer in stored:
+        key = quantization.key_of(layer)
+        moved = before.rest_scale[key] != after.rest_scale[key]
+        columns[f"alert/scale_moved/{layer}"] = jnp.where(moved, after.rest_scale[key], 0.0)
+    if quant.emergency_formats:
+        columns["alert/format_shift"] = jnp.where(rises, after.level, 0).astype(jnp.float32)
     return columns

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from altgrad_jax import config as settings
-from altgrad_jax import flops, stability, verdict
+from altgrad_jax import flops, format_rules, quantization, stability, verdict, whatif
 from altgrad_jax.checkpoint import list_steps, open_checkpoints, save_anomaly
 from altgrad_jax.console import make_console
 from altgrad_jax.data.dataset import HostStream, load_token_data, permute_windows
@@ -40,6 +40,7 @@ from altgrad_jax.environment import (
 )
 from altgrad_jax.errors import UserError
 from altgrad_jax.evaluation import choose_windows
+from altgrad_jax.formats import get_format
 from altgrad_jax.logger import (
     MANIFEST,
     METRICS,
@@ -55,6 +56,8 @@ from altgrad_jax.logger import (
 )
 from altgrad_jax.model import GPTConfig, count_params
 from altgrad_jax.process import StopRequest, lock_folder
+from altgrad_jax.quantize import canary
+from altgrad_jax.rank_alerts import RankFalling
 from altgrad_jax.step import StepOptions, data_mesh, make_step_functions
 
 FINISHED, NOT_SAVED, STOPPED_NON_FINITE = 0, 1, 3
@@ -178,19 +181,34 @@ def model_config(config, device):
 
 def step_options(config, *, steps_per_dispatch, data_on_device=True):
     """The static choices of the step that `config` describes."""
-    same_name = ("batch_size", "learning_rate", "max_steps", "warmup_steps", "grad_accum_steps", "schedule",
+    same_name = ("optimizer", "use_shadow", "shadow_interval", "batch_size", "learning_rate", "max_steps", "warmup_steps", "grad_accum_steps", "schedule",
                  "min_lr_ratio", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip", "data_seed")
     return StepOptions(
         **{name: config[name] for name in same_name}, steps_per_dispatch=steps_per_dispatch,
         decay_steps=settings.decay_steps(config.decay_fraction, config.max_steps),
         thresholds=stability.Thresholds(**{name: config[name] for name in stability.Thresholds._fields}),
-        metric_groups=settings.metric_groups(config.metrics), data_on_device=data_on_device)
+        metric_groups=settings.metric_groups(config.metrics), data_on_device=data_on_device,
+        quant=quantization.options_of(config))
 
 
 def model_flops_per_step(config):
     """Floating-point operations of one update, by formula (flops.training_flops_per_token)."""
     return config.batch_size * config.block_size * flops.training_flops_per_token(
         n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size)
+
+
+def require_float8_kernels(compiled, device, n_layers):
+    """On a GPU: UserError unless the compiled step multiplies in float8, three products a quantized layer.
+
+    XLA falls back to another product without a word, and the run would then not compute what it says.
+    """
+    if device.platform != "gpu":
+        return
+    found = compiled.as_text().count("__cublas$lt$matmul$f8")
+    if found < 3 * n_layers:
+        raise UserError(f"products='native' needs {3 * n_layers} float8 products and the program compiled for "
+                        f"{device.device_kind} has {found}: it takes an NVIDIA GPU of the Ada or Hopper generation or "
+                        "later; set products='emulated'")
 
 
 class _Run:
@@ -202,6 +220,7 @@ class _Run:
         self._check_folder(resume)
         self._open_data(data_dir)
         self._build_step()
+        self._certify_formats()
         self._restore_or_start(resume)
         self._compile()
 
@@ -243,7 +262,10 @@ class _Run:
         self.on_device = fits if config.data_placement == "auto" else config.data_placement == "device"
         self.buffer_steps = min(config.steps_per_dispatch or AUTO_DISPATCH_STEPS, config.max_steps)
         options = step_options(config, steps_per_dispatch=self.buffer_steps, data_on_device=self.on_device)
-        self.thresholds = options.thresholds
+        self.thresholds, self.quant = options.thresholds, options.quant
+        self.table = None
+        if self.quant is not None:
+            self.table = jax.device_put(quantization.format_table(self.quant), self.replicated)
         self.functions = make_step_functions(
             model_config(config, self.device), options, self.mesh, n_train_windows=self.data.n_train_windows,
             eval_batch_size=self.eval_batch_size, seed=config.seed)
@@ -251,6 +273,14 @@ class _Run:
         self.tokens_per_step = config.batch_size * config.block_size
         self.flops_per_step = model_flops_per_step(config)
         self.peak_flops = flops.peak_flops(self.device.device_kind, self.mesh.size, config.compute_dtype)
+
+    def _certify_formats(self):
+        """Proves on this device that rounding happens, and is the certified one, before anything is trained."""
+        self.certificates = {}
+        if self.quant is not None:
+            names = format_rules.names_used(self.quant.layers) + list(self.quant.emergency_formats)
+            for name in names:
+                self.certificates[name] = canary(get_format(name), saturate=self.quant.saturate)
 
     # The run folder: new, or to be continued.
 
@@ -304,7 +334,7 @@ class _Run:
         # What an earlier end said is no longer true.
         for name in (verdict.VERDICT, verdict.LOSS_PLOT):
             (run_dir / name).unlink(missing_ok=True)
-        self.step, self.state = restored or (0, self.functions.init(config.seed))
+        self.step, self.state = restored or (0, self.functions.init(config.seed, self.table))
         self.resumed = restored is not None
         self._write_manifest()
         resume_step = self.step if self.resumed else (None if self.manifest_was_new else -1)
@@ -312,7 +342,9 @@ class _Run:
         self.writer = Writer(
             record, max_steps=config.max_steps, tokens_per_step=self.tokens_per_step, log_interval=config.log_interval,
             console=self.console, alert_interval=config.alert_interval,
-            val_rising=ValRising(config.val_patience, record.val_losses), flops_per_step=self.flops_per_step,
+            val_rising=ValRising(config.val_patience, record.val_losses),
+            rank_falling=RankFalling(config.rank_threshold, config.rank_threshold_strict, record.ranks),
+            flops_per_step=self.flops_per_step,
             peak_flops=self.peak_flops)
         self.resources.callback(self.writer.close)
         self.wandb = open_wandb(
@@ -358,6 +390,10 @@ class _Run:
                 "model": {"parameters": count_params(self.functions.abstract_state.params),
                           "flops_per_step": self.flops_per_step},
             }
+            if self.quant is not None:
+                self.manifest["formats"] = {
+                    "layers": [dataclasses.asdict(layer) for layer in self.quant.layers],
+                    "certificates": self.certificates}
         self.run_id = self.manifest["run_id"]
         self.manifest = self.manifest | {"config": settings.to_dict(config), "tags": list(self.tags),
                                          "starts": self.manifest["starts"] + [start]}
@@ -369,31 +405,46 @@ class _Run:
         n_tokens = meta["n_tokens"]
         say(f"{config.run_name}: {self.manifest['model']['parameters']:,} parameters in {config.compute_dtype}, "
             f"{config.max_steps} steps of {config.batch_size} x {config.block_size} tokens")
+        if self.quant is not None:
+            say(self._describe_formats())
         say(f"data: {meta['source']}, {n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens, in "
             f"{self.data.dir}")
         say(f"device: {self.mesh.size} x {self.device.device_kind} ({self.device.platform})")
         say(f"run folder: {self.run_dir}" + (f", continued from step {self.step}" if self.resumed else ""))
+
+    def _describe_formats(self):
+        """Which layers compute in which formats, in one line."""
+        groups = {}
+        for layer in self.quant.layers:
+            groups.setdefault(layer.wag, []).append(layer.layer)
+        shown = [f"{'/'.join(name or '-' for name in wag) if len(set(wag)) > 1 else wag[0]} in {len(layers)} layers"
+                 + ("" if len(groups) == 1 else f" ({layers[0]} ...)") for wag, layers in groups.items()]
+        return (f"formats (W/A/G): {', '.join(shown)}; scaling {self.config.scaling}, products {self.config.products}, "
+                f"weights at rest {self.config.weights_at_rest}, optimizer {self.config.optimizer}; rounding certified "
+                "on this device")
 
     # The loop.
 
     def loop(self, stop):
         """Trains to max_steps, to the first unrecoverable step, or to a signal. Returns the exit code."""
         config = self.config
-        run, evaluate = self.compiled
-        val_windows = jax.device_put(self.val_windows, self.replicated)
+        run = self.compiled[0]
+        self.val_on_device = jax.device_put(self.val_windows, self.replicated)
         data, next_batches = self._feed()
         seconds_per_step = evaluation = None
         frozen = bool(stability.is_frozen(self.state.monitor, self.thresholds))
 
         if self.step == 0 and not self.resumed and not stop.number:
             started = time.perf_counter()
-            evaluation = self._evaluate(evaluate, val_windows)
-            self.writer.submit(DispatchRecord(0, evaluation=evaluation, evaluation_s=time.perf_counter() - started))
+            evaluation, diagnosis = self._look(evaluate=True, diagnose=True)
+            self.writer.submit(DispatchRecord(0, evaluation=evaluation, evaluation_s=time.perf_counter() - started,
+                                              diagnostics=diagnosis))
 
         while self.step < config.max_steps and not frozen and not stop.number:
             n = self._dispatch_length(seconds_per_step)
             started = time.perf_counter()
-            state, rows_KM = run(self.state, data if self.on_device else next_batches(self.step, n), np.int32(n))
+            state, rows_KM = run(self.state, data if self.on_device else next_batches(self.step, n), np.int32(n),
+                                 self.table)
             first_row, self.state = self.step + 1, state
             rows_KM = np.asarray(rows_KM)
             # Rows of steps that were not made, because the state froze, are NaN throughout.
@@ -402,19 +453,18 @@ class _Run:
             seconds_per_step = (ended - started) / max(1, made)
             self.step += made
             frozen = bool(stability.is_frozen(self.state.monitor, self.thresholds))
-            evaluation = None
-            if self._is_due(config.eval_interval) and not frozen:
-                evaluation = self._evaluate(evaluate, val_windows)
+            evaluation, diagnosis = self._look(evaluate=self._is_due(config.eval_interval) and not frozen,
+                                               diagnose=self._is_due(config.diagnostic_interval) and not frozen)
             self.writer.submit(DispatchRecord(
                 first_row, self.functions.metric_names, rows_KM, made, evaluation, started, ended - started,
-                time.perf_counter() - ended if evaluation else None))
+                time.perf_counter() - ended if evaluation else None, diagnosis))
             self._save_anomaly(first_row, rows_KM[:made])
             self._tell_saves()
             if self._is_due(config.checkpoint_interval) or frozen:
-                self._save(None if evaluation is None else evaluation["val_loss"])
+                self._save((evaluation or {}).get("val_loss"))
         if self.step > 0 and self.step not in self._saved_steps():
             # Interrupted between two checkpoints, or the save at the last step failed: once more.
-            self._save(None if evaluation is None else evaluation["val_loss"])
+            self._save((evaluation or {}).get("val_loss"))
         if frozen:
             return STOPPED_NON_FINITE
         if self.step > 0 and self.step not in self._saved_steps():
@@ -428,7 +478,7 @@ class _Run:
         return self.checkpoints.steps()
 
     def _compile(self):
-        """Both programs, ahead of the first step: a call with other shapes is then an error, never a recompilation."""
+        """All programs, ahead of the first step: a call with other shapes is then an error, never a recompilation."""
         config = self.config
         self.console.message("compiling ...")
         started = time.perf_counter()
@@ -436,9 +486,17 @@ class _Run:
                  else (self.buffer_steps, config.batch_size, config.block_size + 1))
         tokens = jax.ShapeDtypeStruct(shape, np.uint16, sharding=self.replicated)
         abstract = self.functions.abstract_state
-        run = self.functions.run.lower(abstract, tokens, jax.ShapeDtypeStruct((), np.int32)).compile()
-        windows = jax.ShapeDtypeStruct(self.val_windows.shape, np.uint16, sharding=self.replicated)
-        self.compiled = run, self.functions.evaluate.lower(abstract.params, windows).compile()
+        run = self.functions.run.lower(abstract, tokens, jax.ShapeDtypeStruct((), np.int32), self.table).compile()
+        if self.quant is not None and self.quant.native:
+            require_float8_kernels(run, self.device, len(self.quant.layers))
+
+        def windows(n):
+            return jax.ShapeDtypeStruct((n, config.block_size + 1), np.uint16, sharding=self.replicated)
+
+        of_state = abstract.quant, self.table
+        evaluate = self.functions.evaluate.lower(abstract.params, windows(len(self.val_windows)), *of_state)
+        diagnose = self.functions.diagnose.lower(abstract.params, windows(self.eval_batch_size), *of_state)
+        self.compiled = run, evaluate.compile(), diagnose.compile()
         self.writer.event("compiled", self.step, seconds=round(time.perf_counter() - started, 3))
 
     def _feed(self):
@@ -464,16 +522,37 @@ class _Run:
         if not config.steps_per_dispatch:
             # The first dispatch is a single step: it tells how long one takes.
             longest = min(longest, max(1, int(AUTO_DISPATCH_SECONDS / seconds_per_step)) if seconds_per_step else 1)
-        to_next = [interval - self.step % interval for interval in (config.eval_interval, config.checkpoint_interval)]
+        intervals = config.eval_interval, config.checkpoint_interval, config.diagnostic_interval
+        to_next = [interval - self.step % interval for interval in intervals]
         return min(longest, *to_next, config.max_steps - self.step)
 
     def _is_due(self, interval):
         return self.step % interval == 0 or self.step == self.config.max_steps
 
-    def _evaluate(self, evaluate, val_windows):
-        loss = float(evaluate(self.state.params, val_windows))
-        with np.errstate(over="ignore"):
-            return {"val_loss": loss, "val_perplexity": float(np.exp(np.float32(loss)))}
+    def _look(self, *, evaluate, diagnose):
+        """(metrics for the row of this step or None, lines for diagnostics.jsonl), from the state as it is."""
+        found, lines = {}, []
+        of_state = self.state.quant, self.table
+        if evaluate:
+            loss = float(self.compiled[1](self.state.params, self.val_on_device, *of_state))
+            with np.errstate(over="ignore"):
+                found = {"val_loss": loss, "val_perplexity": float(np.exp(np.float32(loss)))}
+        if diagnose:
+            ranks, observed = self.compiled[2](self.state.params, self.val_on_device[:self.eval_batch_size], *of_state)
+            # One transfer: a scalar at a time would cost a wait each.
+            found |= {name: float(value) for name, value in jax.device_get(ranks).items()}
+            if observed is not None:
+                level = int(self.state.quant.level)
+                for q, layer in enumerate(self.quant.layers):
+                    for i, (operand, name) in enumerate(zip(format_rules.OPERANDS, layer.wag)):
+                        if name:
+                            in_use = self.quant.emergency_formats[level - 1] if level else name
+                            counts = jax.tree.map(lambda array_Q3: np.asarray(array_Q3)[q, i], observed)
+                            row, use = whatif.operand_row(*counts, get_format(in_use))
+                            where = {"step": self.step, "layer": layer.layer, "operand": operand}
+                            lines.append(where | row)
+                            found |= {f"{key}/{layer.layer}/{operand}": value for key, value in use.items()}
+        return found or None, lines
 
     def _meta(self):
         return {"config": settings.to_dict(self.config), "data_fingerprint": self.data.fingerprint,

@@ -51,12 +51,17 @@ def export_checkpoint(args):
     from altgrad_jax.generate import load_model
 
     hf.refuse_occupied(args.out)
-    params, config, settings = load_model(args.source, args.step)
+    params, config, settings, operands = load_model(args.source, args.step)
     tensors, config_json = hf.to_hf(params, config)
     hf.write_folder(args.out, tensors, config_json | {TOKENIZER_KEY: settings["tokenizer"]})
     print(
         f"wrote {args.out}: GPT-2 with {sum(array.size for array in tensors.values()):,} parameters, float32"
     )
+    if operands:
+        print(
+            "note: this run trained in number formats; the files hold its weights, and a program that loads them "
+            "rounds no operand, so its loss differs from the run's"
+        )
 
 
 def import_folder(args):

@@ -51,7 +51,7 @@ def main(args):
 
     if args.num_samples < 1:
         raise UserError(f"--num_samples {args.num_samples} cannot be used; give 1 or more.")
-    params, config, settings = load_model(args.checkpoint, args.step)
+    params, config, settings, operands = load_model(args.checkpoint, args.step)
     tokenizer = get_tokenizer(settings["tokenizer"])
     prompt_ids = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eot]
     top_k = min(200, config.vocab_size) if args.top_k is None else args.top_k
@@ -75,6 +75,7 @@ def main(args):
                 top_k=top_k,
                 seed=args.seed + i,
                 end_id=tokenizer.eot,
+                operands=operands,
             )
             print(args.prompt + tokenizer.decode(new_ids[new_ids != tokenizer.eot]), flush=True)
     except BrokenPipeError:

@@ -221,11 +221,11 @@ def test_a_broken_model_is_an_error_not_a_text(params):
 
 
 def test_load_model(run_dir, params, tmp_path):
-    got, config, settings = load_model(run_dir)
+    got, config, settings, _ = load_model(run_dir)
     assert config == TINY and settings["tokenizer"] == "bytes"
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(params)):
         np.testing.assert_array_equal(a, b)
-    half, _, _ = load_model(run_dir, 2)
+    half, *_ = load_model(run_dir, 2)
     np.testing.assert_array_equal(half["embed"]["embedding"], params["embed"]["embedding"] / 2)
     with pytest.raises(UserError, match="no checkpoint folder"):
         load_model(tmp_path / "nowhere")
