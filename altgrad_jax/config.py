@@ -535,6 +535,9 @@ def _format_conflicts(c) -> list[str]:
         if c.scale_rounding != "power_of_two":
             found.append(f"weights_at_rest={c.weights_at_rest!r} needs scales that are powers of two, or stored weights "
                          "would be rounded again as operands: set scale_rounding='power_of_two'")
+    if c.optimizer == "grid" and c.weights_at_rest not in ("float32", "nearest"):
+        found.append(f"optimizer='grid' moves weights by whole codes, rounding its steps stochastically itself, so "
+                     f"weights_at_rest={c.weights_at_rest!r} would have nothing to round: give nearest or float32")
     if c.range_clip and (scaling[2] != "delayed" or not any(layer.g for layer in layers)):
         found.append(f"range_clip={c.range_clip} acts on the delayed scale of output gradients, and there is none: give "
                      "G a format and scaling delayed, or set range_clip=0")

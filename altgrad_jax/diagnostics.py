@@ -46,11 +46,10 @@ def rank_health(w_KN) -> dict:
     Bell & Dean 1970.
     """
     amax = jnp.max(jnp.abs(w_KN))
-    w_KN = w_KN / jnp.where(amax == 0, 1, amax)  # squares of elements near 1e-20 or 1e20 leave float32
+    w_KN = w_KN / amax  # squares of elements near 1e-20 or 1e20 leave float32
     side = 0 if w_KN.shape[0] < w_KN.shape[1] else 1
     G = lax.dot_general(w_KN, w_KN, (((1 - side,), (1 - side,)), ((), ())), precision=lax.Precision.HIGHEST)
     energy = jnp.trace(G)
-    energy = jnp.where(amax == 0, 1, energy)
     G = G / energy
 
     def square(_, B):
@@ -107,12 +106,12 @@ def code_histogram(v, grid: Grid):
 
     Returns:
       int32 [256] by code as `formats.encode` gives it, the sign in the highest bit, except that -0 counts as the code 0
-      of zero. Beyond the largest number: its code, or where the format was made with saturate=False that of infinity
-      or NaN. Elements of v that are not finite do not count.
+      of zero. Beyond the largest number: its code, or the next (infinity or NaN) where the format was made with
+      saturate=False. Elements of v that are not finite do not count.
     """
     q = round_to_format(v * grid.scale, grid.format)
     last = to_codes(grid.format.max_finite, grid.format)
-    size = jnp.where(jnp.isfinite(q), jnp.abs(to_codes(q, grid.format)), jnp.where(jnp.isnan(q), 127, last + 1))
+    size = jnp.where(jnp.isfinite(q), jnp.abs(to_codes(q, grid.format)), last + 1)
     code = size + jnp.where(q < 0, 128, 0)
     return _count(jnp.where(jnp.isfinite(v), code, -1), 256)
 
@@ -130,9 +129,9 @@ def code_use(counts_C, n_finite) -> dict:
     """
     used = jnp.sum(counts_C > 0).astype(jnp.float32)
     counts_C = counts_C.astype(jnp.float32)
-    p_C = counts_C / jnp.maximum(jnp.sum(counts_C), 1)
-    entropy = -jnp.sum(jnp.where(p_C > 0, p_C * jnp.log2(jnp.where(p_C > 0, p_C, 1)), 0))
-    return {"codes_used": used, "codes_used_share": used / n_finite, "code_entropy": jnp.maximum(entropy, 0)}
+    p_C = counts_C / jnp.sum(counts_C)
+    entropy = jnp.sum(jnp.where(p_C > 0, -p_C * jnp.log2(p_C), 0))
+    return {"codes_used": used, "codes_used_share": used / n_finite, "code_entropy": entropy}
 
 
 def exponent_histogram(v):
@@ -163,3 +162,22 @@ def magnitude_histogram(v):
     bins = jnp.where(size == 0, whatif.ZERO_BIN, bins)
     bins = jnp.where(size >= _INFINITY, jnp.where(size == _INFINITY, whatif.INFINITY_BIN, whatif.NAN_BIN), bins)
     return _count(bins, whatif.N_BINS)
+
+
+HISTOGRAMS = 256 + whatif.N_BINS
+
+
+def observe(v, grid: Grid):
+    """`code_histogram` and `magnitude_histogram` of an operand as float32 [2 HISTOGRAMS], for quant_dot's Rule.observe.
+
+    Every count as two numbers, count // 2^16 and count % 2^16: a count beyond 2^24 would not be exact in one.
+    """
+    counts = jnp.concatenate([code_histogram(v, grid), magnitude_histogram(v)])
+    return jnp.concatenate([counts >> 16, counts & 0xFFFF]).astype(jnp.float32)
+
+
+def observed(vector):
+    """(codes int32 [..., 256], magnitudes int32 [..., N_BINS]) from what `observe` gave [..., 2 HISTOGRAMS]."""
+    high, low = vector[..., :HISTOGRAMS].astype(jnp.int32), vector[..., HISTOGRAMS:].astype(jnp.int32)
+    counts = (high << 16) + low
+    return counts[..., :256], counts[..., 256:]

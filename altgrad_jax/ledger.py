@@ -74,13 +74,12 @@ def _codes_and_values(w, grid):
     return to_codes(rounded, grid.format), rounded * (1 / grid.scale)
 
 
-def entries(w, new_w, update, grid: Grid, *, change, age=None, unlost=None):
+def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None):
     """Sums over one weight matrix, float32 [fields], and the ages after the update.
 
     Args:
       w, new_w, update: float32 [K, N] before and after, and the update that was applied.
       grid: by which codes are counted.
-      change: (array, from grid, to grid): the change of grid whose scale_flip is counted.
       age: uint16 [K, N] or None. unlost: bool [K, N], elements whose update lives on in a residual, or None.
     """
     code, value = _codes_and_values(w, grid)
@@ -89,20 +88,37 @@ def entries(w, new_w, update, grid: Grid, *, change, age=None, unlost=None):
     moved = new_code != code
     updated = update != 0
     lost = updated & ~moved if unlost is None else updated & ~moved & ~unlost
-    count = lambda mask: jnp.sum(mask, dtype=jnp.float32)  # noqa: E731
     new_age = None
     if age is not None:
         new_age = jnp.where(moved, 0, jnp.minimum(age, MAX_AGE - 1) + 1).astype(jnp.uint16)
-    array, before, after = change
-    changes = jnp.any(before.scale != after.scale) | (before.format.mantissa_bits != after.format.mantissa_bits)
-    scale_flips = jax.lax.cond(changes, lambda: count(to_grid(array, after) != to_grid(array, before)),
-                               lambda: jnp.float32(0))
-    sums = {"elements": jnp.float32(w.size), "updates": count(updated), "flips": count(moved), "lost": count(lost),
+    sums = {"elements": jnp.float32(w.size), "updates": _count(updated), "flips": _count(moved), "lost": _count(lost),
             "dot": jnp.sum(update * arrived), "energy": jnp.sum(jnp.square(update)),
             "missed": jnp.sum(jnp.square(update - arrived)),
-            "codes": jnp.sum(jnp.abs(new_code - code).astype(jnp.float32)), "scale_flips": scale_flips,
+            "codes": jnp.sum(jnp.abs(new_code - code).astype(jnp.float32)), "scale_flips": jnp.float32(0),
             "age": jnp.float32(0) if new_age is None else jnp.sum(new_age.astype(jnp.float32))}
     return jnp.stack([sums[field] for field in _FIELDS]), new_age
+
+
+def _count(mask):
+    return jnp.sum(mask, dtype=jnp.float32)
+
+
+def scale_flips(w, before: Grid, after: Grid):
+    """How many weights of each matrix lie elsewhere on another grid: float32 [G] from w float32 [G, K, N].
+
+    Arrays of the grids begin with the axis G. Costs a pass over w only where some grid did change.
+    """
+    changes = jnp.any(before.scale != after.scale) | jnp.any(before.format.mantissa_bits != after.format.mantissa_bits)
+
+    def count():
+        return jnp.sum(jax.vmap(to_grid)(w, after) != jax.vmap(to_grid)(w, before), axis=(1, 2), dtype=jnp.float32)
+
+    return jax.lax.cond(changes, count, lambda: jnp.zeros(len(w), jnp.float32))
+
+
+def with_scale_flips(sums, flips):
+    """Sums of `entries` with the number of scale flips filled in."""
+    return sums.at[..., _FIELDS.index("scale_flips")].set(flips)
 
 
 def lost_share(sums):

@@ -129,6 +129,14 @@ def formats_at(table: FormatParams, level) -> FormatParams:
     return _at(table, level)
 
 
+def by_shape(weights: dict) -> list[list[str]]:
+    """The layers grouped by the shape of their weights, in the order of the model."""
+    groups = {}
+    for layer, w in weights.items():
+        groups.setdefault(w.shape, []).append(layer)
+    return list(groups.values())
+
+
 def weight_formats(options: QuantOptions, formats_Q3: FormatParams) -> dict:
     """{layer: FormatParams of its weights}, layers whose weights have a format."""
     return {layer.layer: _at(formats_Q3, q, 0) for q, layer in enumerate(options.layers) if layer.w}

@@ -44,7 +44,7 @@ class RankFalling:
         begun = []
         for layer, value in values.items():
             value = float(np.float32(value))
-            if False:
+            if not np.isfinite(value):
                 continue
             if layer not in self.first:
                 if value > 0:

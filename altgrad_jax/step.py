@@ -26,6 +26,7 @@ Axes: B batch, L block_size, K steps of a dispatch, A micro-batches, M metrics, 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -317,37 +318,50 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         history = jnp.where(ok, history, state.quant.amax_history_Q3H)
         next_quant = state.quant._replace(amax_history_Q3H=history, level=level, bad_streak=streak)
 
-        new_weights, rest_scale, residual, unlost = {}, {}, {}, {}
-        for i, layer in enumerate(stored):
-            key = quantization.key_of(layer)
+        # Matrices of one shape are treated together: a fraction of the operations to compile and to launch.
+        new_weights, rest_scale, residual, entries, age = {}, {}, {}, {}, {}
+        groups_of_layers = quantization.by_shape(old_weights)
+        keys = {layer: quantization.key_of(layer) for layer in quant.weight_layers}
+        for layers in groups_of_layers if stored else ():
             noise = None
             if quant.weights_at_rest == "stochastic":
-                noise = stochastic_seed(seed, state.step, _AT_REST_STREAM + i)
-            owed = state.quant.residual.get(key)
-            after = ledger.store(old_weights[layer], weights_of(updates, layer), grids[layer], next_format[layer],
-                                 residual=owed, seed=noise, force=rises)
+                noise = jnp.stack([stochastic_seed(seed, state.step, _AT_REST_STREAM + stored.index(layer))
+                                   for layer in layers])
+            owed = _stack([state.quant.residual[keys[layer]] for layer in layers]) if state.quant.residual else None
+            old_G, grid_G = _stack([old_weights[layer] for layer in layers]), _stack([grids[layer] for layer in layers])
+            after = jax.vmap(partial(ledger.store, force=rises))(
+                old_G, _stack([weights_of(updates, layer) for layer in layers]), grid_G,
+                _stack([next_format[layer] for layer in layers]), residual=owed, seed=noise)
             keep = ok | rises
-            new_weights[layer] = jnp.where(keep, after.weights, old_weights[layer])
-            rest_scale[key] = jnp.where(keep, after.grid.scale, state.quant.rest_scale[key])
-            if owed is not None:
-                residual[key] = jnp.where(keep, after.residual, owed)
-                unlost[layer] = residual[key] != owed
+            after = jax.tree.map(lambda new, old: jnp.where(keep, new, old), after,
+                                 ledger.Stored(old_G, owed, grid_G))
+            for i, layer in enumerate(layers):
+                new_weights[layer] = after.weights[i]
+                rest_scale[keys[layer]] = after.grid.scale[i].reshape(())
+                if owed is not None:
+                    residual[keys[layer]] = after.residual[i]
         params = with_weights(params, new_weights)
         next_quant = next_quant._replace(rest_scale=rest_scale, residual=residual)
         if "ledger" not in groups:
             return params, next_quant, {}, rises
+
         weights = {layer: weights_of(params, layer) for layer in quant.weight_layers}
         next_grids = quantization.weight_grids(quant, next_quant, next_Q3, weights)
-        entries, age = {}, {}
-        for layer in quant.weight_layers:
-            key = quantization.key_of(layer)
+        for layers in groups_of_layers:
+            old_G, new_G = (_stack([tree[layer] for layer in layers]) for tree in (old_weights, weights))
+            grid_G, next_G = (_stack([tree[layer] for layer in layers]) for tree in (grids, next_grids))
+            age_G = _stack([state.quant.age[keys[layer]] for layer in layers])
+            unlost = None
+            if residual:
+                unlost = _stack([residual[keys[layer]] != state.quant.residual[keys[layer]] for layer in layers])
             # Stored weights are counted on the grid they end on; operands on the one they were rounded on.
-            own = next_grids[layer] if layer in stored else grids[layer]
-            array = old_weights[layer] if layer in stored else weights[layer]
-            entries[layer], new_age = ledger.entries(
-                old_weights[layer], weights[layer], weights_of(updates, layer), own,
-                change=(array, grids[layer], next_grids[layer]), age=state.quant.age[key], unlost=unlost.get(layer))
-            age[key] = jnp.where(ok, new_age, state.quant.age[key])
+            sums_G, new_age_G = jax.vmap(ledger.entries)(
+                old_G, new_G, _stack([weights_of(updates, layer) for layer in layers]), next_G if stored else grid_G,
+                age=age_G, unlost=unlost)
+            flips_G = ledger.scale_flips(old_G if stored else new_G, grid_G, next_G)
+            sums_G, age_G = ledger.with_scale_flips(sums_G, flips_G), jnp.where(ok, new_age_G, age_G)
+            for i, layer in enumerate(layers):
+                entries[layer], age[keys[layer]] = sums_G[i], age_G[i]
         return params, next_quant._replace(age=age), entries, rises
 
     def train_step(state, windows, table):
@@ -486,6 +500,11 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                          evaluate=make_evaluate(model_config, eval_batch_size, mesh, operands_at),
                          diagnose=make_diagnose(model_config, quant, mesh),
                          abstract_state=abstract_state, metric_names=tuple(names))
+
+
+def _stack(trees):
+    """Trees of arrays of equal shapes as one tree with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
 
 
 def _alert_columns(begins, layers, neuron_layers, nonfinite_loss, norm_overflow, nonfinite_grads_S, nonfinite_params_S,

@@ -121,7 +121,7 @@ def what_if(counts, fmt: FloatFormat, scale: float) -> dict:
     Raises:
       UserError: the scale is not a power of two, or the histogram has another number of bins.
     """
-    if not (0 < scale < math.inf and math.frexp(scale)[0] == 0.5):
+    if math.frexp(scale)[0] != 0.5:
         raise UserError(f"scale={scale!r} cannot be used: give a power of two")
     underflow, overflow = _shares(counts, fmt, np.float64(scale))
     return {"underflow": float(underflow), "overflow": float(overflow)}
@@ -138,7 +138,7 @@ def what_if_table(counts, amax: float) -> list[dict]:
       One row per format, in the order of formats.DEFAULT_8BIT: `name`; `scale`, as `scale_for` gives it for this amax;
       `underflow` and `overflow` at that scale; `best_scale`, the power of two from 2^-126 to 2^126 with the least
       underflow + overflow, and `best_underflow` and `best_overflow` there. Of several the nearest to `scale` is given
-      (the larger of two), so that it is `scale` itself unless another loses fewer elements.
+      (the smaller of two), so that it is `scale` itself unless another loses fewer elements.
     """
     rows = []
     counts = dense(counts) if isinstance(counts, dict) else counts
@@ -146,9 +146,32 @@ def what_if_table(counts, amax: float) -> list[dict]:
     for fmt in map(formats.get_format, formats.DEFAULT_8BIT):
         scale = scale_for(amax, fmt)
         underflow, overflow = _shares(counts, fmt, 2.0**exponents)
-        distance = 2 * np.abs(exponents - round(math.log2(scale))) - (exponents > math.log2(scale))
-        best = np.lexsort((distance, underflow + overflow))[0]
+        best = np.lexsort((np.abs(exponents - math.log2(scale)), underflow + overflow))[0]
         rows.append({"name": fmt.name, "scale": scale, **what_if(counts, fmt, scale),
                      "best_scale": float(2.0 ** exponents[best]), "best_underflow": float(underflow[best]),
                      "best_overflow": float(overflow[best])})
     return rows
+
+
+def operand_row(codes, magnitudes, scale, amax, fmt: FloatFormat):
+    """A quantized operand at a diagnosis, for the record.
+
+    Args:
+      codes: whole numbers [256] by code, of diagnostics.code_histogram. magnitudes: [N_BINS].
+      scale, amax: of the operand at that pass. fmt: the format in use.
+
+    Returns:
+      (line, use). line: JSON values: format, scale, amax, `magnitudes` and, for a format of 8 bits, `codes`, as
+      `sparse` gives them. use: for a format of 8 bits `codes_used` (how many different codes occur),
+      `codes_used_share` (of the format's finite numbers) and `code_entropy` (Shannon entropy in bits); else empty.
+    """
+    line = {"format": fmt.name, "scale": float(scale), "amax": float(amax) if math.isfinite(amax) else str(amax),
+            "magnitudes": sparse(magnitudes)}
+    if fmt.bits != 8:
+        return line, {}
+    codes = np.asarray(codes).astype(np.int64)
+    share = codes[codes > 0] / max(1, codes.sum())
+    used = int(np.count_nonzero(codes))
+    return line | {"codes": sparse(codes)}, {
+        "codes_used": used, "codes_used_share": used / fmt.n_finite,
+        "code_entropy": float(-np.sum(share * np.log2(share)))}

@@ -12,9 +12,11 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 # From the bottom up; a module may import only from rows above its own, or from its own row where that is no cycle.
 LAYERS = [
     {"errors", "__init__", "data.__init__"},
-    {"config", "formats", "flops", "process", "data.tokenizer"},
+    {"formats", "flops", "process", "data.tokenizer"},
+    {"format_rules", "whatif", "rank_alerts"},
+    {"config"},
     {"quantize", "quant_dot"},
-    {"cli", "model", "optimizer", "metrics", "stability", "data.sources"},
+    {"quantization", "ledger", "diagnostics", "cli", "model", "optimizer", "metrics", "stability", "data.sources"},
     {"data.prepare", "hf", "environment"},
     {"data.dataset", "checkpoint", "logger", "console"},
     {"step", "verdict"},
@@ -25,7 +27,7 @@ LAYERS = [
 ]
 OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"}}
 MAY_JIT = {"step", "generate", "benchmark", "quantize"}
-NO_JAX = {"errors", "config", "formats", "cli", "logger", "console", "verdict", "flops", "process", "data.tokenizer",
+NO_JAX = {"errors", "config", "formats", "format_rules", "whatif", "rank_alerts", "cli", "logger", "console", "verdict", "flops", "process", "data.tokenizer",
           "data.sources", "data.prepare"}
 
 
