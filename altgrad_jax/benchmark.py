@@ -1,10 +1,11 @@
-"""What a training step costs, and what each part of it adds.
+"""What a training step costs, and what each part of it adds: metrics, number formats, rounding.
 
 These machines are noisy, so a figure alone means little: every variant is run once per round, one after the other, and
 a variant's cost is the median over rounds of its ratio to the bare step *of the same round*. Compilation and the
 first, warming step are reported apart.
 """
 
+import random
 import statistics
 import time
 
@@ -13,17 +14,42 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from altgrad_jax import flops, optimizer
-from altgrad_jax.config import METRIC_GROUPS
+from altgrad_jax import config as settings
+from altgrad_jax import flops, optimizer, quantization
+from altgrad_jax.config import FORMAT_GROUPS, METRIC_GROUPS
 from altgrad_jax.data.dataset import gather_windows
 from altgrad_jax.errors import UserError
+from altgrad_jax.formats import get_format
 from altgrad_jax.model import GPT, init_params
+from altgrad_jax.quantize import format_params, round_to_format, stochastic_seed
 from altgrad_jax.step import data_mesh, make_loss, make_step_functions
 from altgrad_jax.training import model_config, model_flops_per_step, step_options
 
 BARE = "bare step"
 N_WINDOWS = 399  # of random tokens: their values do not matter to the time, the data file's size hardly
-METRIC_VARIANTS = {"monitor only": "none", **{f"+ {group}": group for group in METRIC_GROUPS}, "all metrics": "all"}
+ALL_METRICS = "all metrics"
+METRIC_VARIANTS = {
+    "monitor only": {"metrics": "none"},
+    **{f"+ {group}": {"metrics": group} for group in METRIC_GROUPS if group not in FORMAT_GROUPS},
+    ALL_METRICS: {"metrics": "all"}}
+
+
+def format_variants(fmt, native=False):
+    """Variants of the step in a number format; each "+" adds to the formatted step alone or to all its statistics."""
+    base = {"use_fp8": True, "formats": (fmt,)}
+    rows = {
+        f"{fmt} alone": base | {"metrics": "none"},
+        f"{fmt} + operand statistics": base | {"metrics": "format"},
+        f"{fmt} + update ledger": base | {"metrics": "ledger"},
+        f"{fmt} + all statistics": base | {"metrics": "all"},
+        f"{fmt} + all, scaling from own amax": base | {"scaling": "tensor"},
+        f"{fmt} + all, weights stored, stochastic": base | {"weights_at_rest": "stochastic"},
+        f"{fmt} + all + shadow with noise floor": base | {"use_shadow": True},
+    }
+    if native:
+        float8 = base | {"formats": ("E4M3", "block_*:G=E5M2")}
+        rows |= {"E4M3/E5M2 + all, emulated": float8, "E4M3/E5M2 + all, native": float8 | {"products": "native"}}
+    return rows
 
 
 def bare_run(config, device):
@@ -67,9 +93,12 @@ def bench_steps(config, variants, *, rounds, steps_per_round, say=lambda text: N
 
     Returns:
       A list of dicts, one per variant: name, ms_per_step (median), tokens_per_s, ratio (median over rounds of the ratio
-      to the bare step), ratio_low and ratio_high (its quartiles), compile_s, first_dispatch_s, n_metrics, mfu (only
-      where the device's peak is known), rounds_s (every timing, seconds per step).
+      to the bare step), ratio_low and ratio_high (its quartiles), baseline_ratio (the same to the row "all metrics",
+      where there is one), compile_s, first_dispatch_s, n_metrics, mfu (only where the device's peak is known), rounds_s
+      (every timing, seconds per step).
     """
+    if config.use_fp8:
+        raise UserError("the benchmark sets the number formats itself: give it a config without, and name one with --format")
     if config.dropout or config.grad_accum_steps > 1 or config.deterministic:
         raise UserError("the benchmark's bare step has no dropout, gradient accumulation or deterministic operations, "
                         "so ratios to it would mislead: leave dropout=0, grad_accum_steps=1, deterministic=False")
@@ -81,38 +110,43 @@ def bench_steps(config, variants, *, rounds, steps_per_round, say=lambda text: N
     for name, changes in {BARE: None, **variants}.items():
         if changes is None:
             init, run = bare_run(config, device)
-            n_metrics = 1
+            n_metrics, formats = 1, ()
         else:
             with (changed := config.copy_and_resolve_references()).unlocked():
                 changed.update(changes)
-            functions = make_step_functions(
-                model_config(changed, device), step_options(changed, steps_per_dispatch=steps_per_round), mesh,
-                n_train_windows=N_WINDOWS, eval_batch_size=1, seed=config.seed)
+            settings.validate(changed)
+            options = step_options(changed, steps_per_dispatch=steps_per_round)
+            functions = make_step_functions(model_config(changed, device), options, mesh, n_train_windows=N_WINDOWS,
+                                            eval_batch_size=1, seed=config.seed)
             init, run, n_metrics = functions.init, functions.run, len(functions.metric_names)
-        state = init(config.seed)
+            formats = (quantization.format_table(options.quant),) if options.quant else ()
+        state = init(config.seed, *formats)
         started = time.perf_counter()
-        run = run.lower(state, tokens_T, np.int32(1)).compile()
+        run = run.lower(state, tokens_T, np.int32(1), *formats).compile()
         compiled = time.perf_counter()
-        state, out = run(state, tokens_T, np.int32(1))
+        state, out = run(state, tokens_T, np.int32(1), *formats)
         np.asarray(out)
         rows.append({"name": name, "compile_s": compiled - started, "first_dispatch_s": time.perf_counter() - compiled,
                      "n_metrics": n_metrics, "rounds_s": []})
-        running.append([run, state])
+        running.append([run, state, formats])
         say(f"{name}: compiled in {compiled - started:.1f} s")
     for number in range(rounds):
         for row, pair in zip(rows, running, strict=True):
             started = time.perf_counter()
-            pair[1], out = pair[0](pair[1], tokens_T, np.int32(steps_per_round))
+            pair[1], out = pair[0](pair[1], tokens_T, np.int32(steps_per_round), *pair[2])
             np.asarray(out)
             row["rounds_s"].append((time.perf_counter() - started) / steps_per_round)
         say(f"round {number + 1} of {rounds}: " + ", ".join(f"{1e3 * row['rounds_s'][-1]:.1f}" for row in rows) + " ms")
     peak = flops.peak_flops(device.device_kind, mesh.size, config.compute_dtype)
+    baseline = next((row["rounds_s"] for row in rows if row["name"] == ALL_METRICS), None)
     for row in rows:
         seconds = statistics.median(row["rounds_s"])
         ratios = [own / base for own, base in zip(row["rounds_s"], rows[0]["rounds_s"], strict=True)]
         row["ms_per_step"] = 1e3 * seconds
         row["tokens_per_s"] = config.batch_size * config.block_size / seconds
         row["ratio"], row["ratio_low"], row["ratio_high"] = np.percentile(ratios, [50, 25, 75]).tolist()
+        if baseline:
+            row["baseline_ratio"] = statistics.median(a / b for a, b in zip(row["rounds_s"], baseline, strict=True))
         if peak:
             row["mfu"] = model_flops_per_step(config) / seconds / peak
     return rows
@@ -120,9 +154,57 @@ def bench_steps(config, variants, *, rounds, steps_per_round, say=lambda text: N
 
 def format_table(rows):
     """The rows as an aligned table of plain text, ready for Markdown."""
-    lines = ["| variant | ms/step | tokens/s | ratio (quartiles) | metrics | compile s |", "|---|---|---|---|---|---|"]
+    lines = ["| variant | ms/step | tokens/s | / bare step (quartiles) | / all metrics | metrics | compile s |",
+             "|---|---|---|---|---|---|---|"]
     for row in rows:
+        baseline = f"{row['baseline_ratio']:.3f}" if "baseline_ratio" in row else "-"
         lines.append(f"| {row['name']} | {row['ms_per_step']:.2f} | {row['tokens_per_s']:,.0f} | {row['ratio']:.3f} "
-                     f"({row['ratio_low']:.3f}-{row['ratio_high']:.3f}) | {row['n_metrics']} "
+                     f"({row['ratio_low']:.3f}-{row['ratio_high']:.3f}) | {baseline} | {row['n_metrics']} "
                      f"| {row['compile_s']:.1f} |")
     return "\n".join(lines)
+
+
+def bench_rounding(n_elements, *, rounds, repeats=3):
+    """What rounding onto a format costs beside an elementwise multiply of the same array.
+
+    The variants run one after the other in every round, each round in another order. E4M3, saturating; the format is
+    traced data, so all formats cost alike.
+
+    Returns:
+      Rows {name, ms, ratio, ratio_low, ratio_high}: medians over `rounds`, and the quartiles of the ratio.
+    """
+    params, seed = format_params(get_format("E4M3")), stochastic_seed(0, 1, 2)
+    x = jax.device_put(np.random.default_rng(0).normal(size=(n_elements // 256, 256)).astype(np.float32))
+    variants = {
+        "multiply": lambda x, params, seed: x * params.max_finite,
+        "multiply again (noise of this table)": lambda x, params, seed: x * params.max_finite,
+        "nearest": lambda x, params, seed: round_to_format(x, params),
+        "stochastic": lambda x, params, seed: round_to_format(x, params, seed=seed),
+        "clip, cast to float8_e4m3fn and back": lambda x, params, seed: jnp.clip(x, -448, 448)
+        .astype(jnp.float8_e4m3fn).astype(jnp.float32),
+    }
+    compiled = {name: jax.jit(function).lower(x, params, seed).compile() for name, function in variants.items()}
+    seconds = {name: [] for name in compiled}
+    shuffled, order = list(compiled), random.Random(0)
+    for number in range(rounds + 1):  # round 0 warms up
+        order.shuffle(shuffled)
+        for name in shuffled:
+            started = time.perf_counter()
+            for _ in range(repeats):
+                compiled[name](x, params, seed).block_until_ready()
+            if number:
+                seconds[name].append((time.perf_counter() - started) / repeats)
+    rows = []
+    for name, own in seconds.items():
+        ratios = [a / b for a, b in zip(own, seconds["multiply"], strict=True)]
+        low, middle, high = np.percentile(ratios, [25, 50, 75]).tolist()
+        rows.append({"name": name, "elements": n_elements, "ms": 1e3 * statistics.median(own), "ratio": middle,
+                     "ratio_low": low, "ratio_high": high})
+    return rows
+
+
+def rounding_table(rows):
+    """The rows of bench_rounding as a table in Markdown."""
+    lines = ["| elements | variant | ms | / multiply (quartiles) |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {row['elements']:,} | {row['name']} | {row['ms']:.3f} | {row['ratio']:.2f} "
+                              f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f}) |" for row in rows])

@@ -245,7 +245,7 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("diagnostic_interval", 100, _whole(1),
               "updates between two diagnoses: rank of the weights; with formats, use of codes, histograms"),
         Field("rank_threshold", 0.5, _POSITIVE_SHARE,
-              "alert when a layer's stable rank falls below this share of its first value"),
+              "alert when a layer's stable rank falls below this share of its first value after the warm-up"),
         Field("rank_threshold_strict", 0.7, _POSITIVE_SHARE,
               "the same for the head and the projections into the residual stream"),
         Field("dead_neuron_threshold", 1e-8, _SQUARED_SHARE,
@@ -509,8 +509,7 @@ def _format_conflicts(c) -> list[str]:
                 break
         if found:
             break
-    if "delayed" not in scaling and c.amax_history != FIELDS["amax_history"].default:
-        found.append(f"amax_history={c.amax_history} has no effect with scaling={c.scaling!r}: set scaling=delayed")
+    found += _unread_conflicts(c, layers, scaling)
     one_scale = all(way in ("delayed", "tensor", "none") for way in scaling)
     if c.scale_rounding == "float32" and not one_scale:
         found.append(f"scale_rounding='float32' needs one scale for each operand, and scaling={c.scaling!r} has many: "
@@ -542,6 +541,31 @@ def _format_conflicts(c) -> list[str]:
         found.append(f"range_clip={c.range_clip} acts on the delayed scale of output gradients, and there is none: give "
                      "G a format and scaling delayed, or set range_clip=0")
     return found + _emergency_conflicts(c, names)
+
+
+def _unread_conflicts(c, layers, scaling) -> list[str]:
+    """Choices for operands that no layer rounds, which nothing would read."""
+    found = []
+    has_format = [any(layer.wag[i] for layer in layers) for i in range(3)]
+    for name in ("scaling", "operand_rounding"):
+        default = FIELDS[name].default
+        for operand, choice, exists in zip("WAG", for_operands(c[name]), has_format):
+            if "," in c[name] and choice != default and not exists:
+                found.append(f"{name}={c[name]!r} asks for {choice} of {operand}, and formats={c.formats!r} gives it "
+                             f"no format: give {operand} a format, or {default} in this place")
+    # Stored weights have a scale of their own, and are not rounded again.
+    stored = c.weights_at_rest != "float32"
+    if stored and c.operand_rounding.startswith("stochastic,"):
+        found.append(f"operand_rounding={c.operand_rounding!r} has no effect on W with weights_at_rest="
+                     f"{c.weights_at_rest!r}, whose weights are on their grid already: give nearest for W")
+    delayed = [way == "delayed" and exists for way, exists in zip(scaling, has_format)]
+    if not any(delayed[1 if stored else 0:]) and c.amax_history != FIELDS["amax_history"].default:
+        found.append(f"amax_history={c.amax_history} has no effect with scaling={c.scaling!r}, which takes no scale of "
+                     "any operand from earlier amaxes: set scaling=delayed, or leave it out")
+    if "ledger" in c.metrics.split(",") and not has_format[0]:
+        found.append(f"metrics={c.metrics!r} names ledger, which is about weights in a number format, and "
+                     f"formats={c.formats!r} gives none to W: give W a format too, or leave ledger out")
+    return found
 
 
 def _native_conflicts(c, layers, one_scale) -> list[str]:

@@ -284,7 +284,7 @@ class Record:
         run_dir = Path(run_dir)
         metrics, timing = run_dir / METRICS, run_dir / TIMING
         if resume_step is None:
-            for path in (metrics, timing):
+            for path in (metrics, timing, run_dir / DIAGNOSTICS):
                 if path.exists() and path.stat().st_size:
                     raise UserError(f"{path} already holds a run: continue it with --resume=auto, or choose "
                                     "another folder with --workdir")
@@ -646,7 +646,7 @@ class Writer:
             ranks = stable_ranks(own_evaluation or {})
             if ranks and self._rank_falling is not None:
                 alerts += [{"kind": "rank_falling", "layer": layer, "value": share}
-                           for layer, share in self._rank_falling.begins(ranks)]
+                           for layer, share in self._rank_falling.begins(ranks, step)]
             if keep_row(step, log_interval=self._log_interval, max_steps=self._max_steps,
                         notable=bool(alerts or own_evaluation)):
                 steps.append(step)

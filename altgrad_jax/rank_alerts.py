@@ -23,25 +23,31 @@ class RankFalling:
     0 never warns. The first observation of a layer is its first stable rank that is finite and above 0 (no matrix but
     zero has one below 1). NaN and infinities are passed over: such weights have their own alerts.
 
+    Random matrices have the largest stable rank there is, and healthy training takes most of it away in its first steps:
+    in a byte-level model of two blocks from 30 to 4-16 within 100 steps, in bfloat16. So observations at steps up to
+    `after`, which is the warm-up's length, do not count.
+
     The state follows from the recorded values alone, so that a resumed run decides the same. Values are compared as the
     float32 numbers they are, since the record holds shorter decimals of them.
     """
 
-    def __init__(self, threshold, strict_threshold, history=()):
+    def __init__(self, threshold, strict_threshold, history=(), after=-1):
         """history: [(step, {layer: stable rank}), ...] in the record's order, from the first row on."""
         self.threshold, self.strict_threshold = threshold, strict_threshold
-        self.first, self.fallen = {}, set()
-        for _, values in history:
-            self.begins(values)
+        self.after, self.first, self.fallen = after, {}, set()
+        for step, values in history:
+            self.begins(values, step)
 
-    def begins(self, values):
-        """Take one more observation {layer: stable rank}.
+    def begins(self, values, step=np.inf):
+        """Take one more observation {layer: stable rank}, made after `step` updates.
 
         Returns:
           [(layer, share of the first value)] for the layers where the condition begins with it. It begins once, and is
           re-armed by an observation at or above the threshold.
         """
         begun = []
+        if step <= self.after:
+            return begun
         for layer, value in values.items():
             value = float(np.float32(value))
             if not np.isfinite(value):

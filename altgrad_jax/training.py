@@ -343,7 +343,8 @@ class _Run:
             record, max_steps=config.max_steps, tokens_per_step=self.tokens_per_step, log_interval=config.log_interval,
             console=self.console, alert_interval=config.alert_interval,
             val_rising=ValRising(config.val_patience, record.val_losses),
-            rank_falling=RankFalling(config.rank_threshold, config.rank_threshold_strict, record.ranks),
+            rank_falling=RankFalling(config.rank_threshold, config.rank_threshold_strict, record.ranks,
+                                     after=config.warmup_steps),
             flops_per_step=self.flops_per_step,
             peak_flops=self.peak_flops)
         self.resources.callback(self.writer.close)

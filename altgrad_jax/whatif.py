@@ -165,7 +165,9 @@ def operand_row(codes, magnitudes, scale, amax, fmt: FloatFormat):
       `sparse` gives them. use: for a format of 8 bits `codes_used` (how many different codes occur),
       `codes_used_share` (of the format's finite numbers) and `code_entropy` (Shannon entropy in bits); else empty.
     """
-    line = {"format": fmt.name, "scale": float(scale), "amax": float(amax) if math.isfinite(amax) else str(amax),
+    amax = float(amax)
+    line = {"format": fmt.name, "scale": float(scale),
+            "amax": amax if math.isfinite(amax) else "NaN" if math.isnan(amax) else "Infinity",
             "magnitudes": sparse(magnitudes)}
     if fmt.bits != 8:
         return line, {}
