@@ -98,7 +98,8 @@ def bench_steps(config, variants, *, rounds, steps_per_round, say=lambda text: N
       (every timing, seconds per step).
     """
     if config.use_fp8:
-        raise UserError("the benchmark sets the number formats itself: give it a config without, and name one with --format")
+        raise UserError("the benchmark sets the number formats itself: give it a config without, and name one with "
+                        "--format")
     if config.dropout or config.grad_accum_steps > 1 or config.deterministic:
         raise UserError("the benchmark's bare step has no dropout, gradient accumulation or deterministic operations, "
                         "so ratios to it would mislead: leave dropout=0, grad_accum_steps=1, deterministic=False")

@@ -116,7 +116,8 @@ def report(out, formats, seeds):
     parts.append("\n### Where each format costs: gap of the validation loss with one operand in the format\n")
     ablations = {}
     for name in formats:
-        ablations[name] = {f"only {operand}": found.get(f"{name}-only{operand}", {}).get("gap") for operand in ABLATIONS}
+        ablations[name] = {f"only {operand}": found.get(f"{name}-only{operand}", {}).get("gap")
+                           for operand in ABLATIONS}
         ablations[name] |= {"all": found.get(name, {}).get("gap")}
         ablations[name] |= {f"stored, {at_rest}": found.get(f"{name}-{at_rest}", {}).get("gap") for at_rest in AT_REST}
     columns = [f"only {operand}" for operand in ABLATIONS] + ["all"] + [f"stored, {at_rest}" for at_rest in AT_REST]

@@ -244,9 +244,9 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               "layer is quantized and there is none to watch"),
         Field("diagnostic_interval", 100, _whole(1),
               "updates between two diagnoses: rank of the weights; with formats, use of codes, histograms"),
-        Field("rank_threshold", 0.5, _POSITIVE_SHARE,
+        Field("rank_threshold", 0.1, _POSITIVE_SHARE,
               "alert when a layer's stable rank falls below this share of its first value after the warm-up"),
-        Field("rank_threshold_strict", 0.7, _POSITIVE_SHARE,
+        Field("rank_threshold_strict", 0.3, _POSITIVE_SHARE,
               "the same for the head and the projections into the residual stream"),
         Field("dead_neuron_threshold", 1e-8, _SQUARED_SHARE,
               "L2 norm of an output unit's unclipped gradient below which the unit counts as silent"),
@@ -532,14 +532,14 @@ def _format_conflicts(c) -> list[str]:
             found.append(f"weights_at_rest={c.weights_at_rest!r} stores weights on a grid with a scale of its own, so "
                          f"scaling={scaling[0]!r} of W would have no effect: give W scaling delayed")
         if c.scale_rounding != "power_of_two":
-            found.append(f"weights_at_rest={c.weights_at_rest!r} needs scales that are powers of two, or stored weights "
-                         "would be rounded again as operands: set scale_rounding='power_of_two'")
+            found.append(f"weights_at_rest={c.weights_at_rest!r} needs scales that are powers of two, or stored "
+                         "weights would be rounded again as operands: set scale_rounding='power_of_two'")
     if c.optimizer == "grid" and c.weights_at_rest not in ("float32", "nearest"):
         found.append(f"optimizer='grid' moves weights by whole codes, rounding its steps stochastically itself, so "
                      f"weights_at_rest={c.weights_at_rest!r} would have nothing to round: give nearest or float32")
     if c.range_clip and (scaling[2] != "delayed" or not any(layer.g for layer in layers)):
-        found.append(f"range_clip={c.range_clip} acts on the delayed scale of output gradients, and there is none: give "
-                     "G a format and scaling delayed, or set range_clip=0")
+        found.append(f"range_clip={c.range_clip} acts on the delayed scale of output gradients, and there is none: "
+                     "give G a format and scaling delayed, or set range_clip=0")
     return found + _emergency_conflicts(c, names)
 
 
@@ -573,17 +573,17 @@ def _native_conflicts(c, layers, one_scale) -> list[str]:
         return ["products='native' computes in fixed formats, so emergency_formats cannot change them: set "
                 "products='emulated', or leave emergency_formats out"]
     if not one_scale:
-        return [f"products='native' takes one scale for each operand, and scaling={c.scaling!r} has many: give delayed, "
-                "tensor or none, or products='emulated'"]
+        return [f"products='native' takes one scale for each operand, and scaling={c.scaling!r} has many: give "
+                "delayed, tensor or none, or products='emulated'"]
     for layer in layers:
         wrong = [name for name in layer.wag if name not in format_rules.FLOAT8]
         if wrong:
-            return [f"products='native' can compute with {' and '.join(format_rules.FLOAT8)} for each of W, A and G, not "
-                    f"with {wrong[0] or 'an operand that has no format'} in {layer.layer}: change formats, or set "
+            return [f"products='native' can compute with {' and '.join(format_rules.FLOAT8)} for each of W, A and G, "
+                    f"not with {wrong[0] or 'an operand that has no format'} in {layer.layer}: change formats, or set "
                     "products='emulated'"]
         if layer.wag.count("E5M2") > 1:
-            return [f"products='native' cannot multiply two E5M2 operands, which {layer.layer} has: give W and A E4M3 and "
-                    "G E5M2 (--config.formats=E4M3,block_*:G=E5M2), or set products='emulated'"]
+            return [f"products='native' cannot multiply two E5M2 operands, which {layer.layer} has: give W and A E4M3 "
+                    "and G E5M2 (--config.formats=E4M3,block_*:G=E5M2), or set products='emulated'"]
     return []
 
 

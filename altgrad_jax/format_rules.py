@@ -1,9 +1,9 @@
 """Which operand of which product gets which number format: the setting `formats`, read.
 
-A rule is `PATTERN[:OPERANDS]=FORMAT`, or `FORMAT` alone for every linear layer of the blocks. PATTERN is a shell pattern
-(*, ?, [...]) over the layers' names, `block_0/attn_qkv` ... `block_5/mlp_down` and `head`; a `*` crosses the slash.
-OPERANDS is some of W (weights), A (activations) and G (output gradients), by default all three. FORMAT is a name of
-`formats.FORMATS`, or `none` for the compute dtype. Later rules win over earlier ones:
+A rule is `PATTERN[:OPERANDS]=FORMAT`, or `FORMAT` alone for every linear layer of the blocks. PATTERN is a shell
+pattern (*, ?, [...]) over the layers' names, `block_0/attn_qkv` ... `block_5/mlp_down` and `head`; a `*` crosses the
+slash. OPERANDS is some of W (weights), A (activations) and G (output gradients), by default all three. FORMAT is a name
+of `formats.FORMATS`, or `none` for the compute dtype. Later rules win over earlier ones:
 
     E5M2                                         every linear layer of the blocks
     block_*/attn_*=BF16  block_*/mlp_*=E3M4      attention and MLP apart

@@ -70,7 +70,8 @@ def load_model(path, step=None) -> Model:
     options = quantization.options_of(upgraded(settings) | {"use_fp8": settings.get("use_fp8", False)})
     if options is not None:
         quant = arrays["quant"]
-        state = quantization.QuantState(quant["amax_history_Q3H"], quant["level"], 0, quant.get("rest_scale", {}), {}, {})
+        state = quantization.QuantState(quant["amax_history_Q3H"], quant["level"], bad_streak=0,
+                                        rest_scale=quant.get("rest_scale", {}), residual={}, age={})
         formats_Q3 = quantization.formats_at(quantization.format_table(options), state.level)
         operands = jax.device_get(quantization.operands(options, state, formats_Q3))
         config = dataclasses.replace(config, rules=quantization.rules(options))

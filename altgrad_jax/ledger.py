@@ -5,7 +5,8 @@ each layer whose weights have a format, Q rounds onto the grid at a fixed scale,
 products see of u:
 
 flip           share of weights whose code changed
-not_flipped    float32 master: share of weights with u != 0 whose code did not change. Nothing is lost: the master adds up
+not_flipped    float32 master: share of weights with u != 0 whose code did not change. None of it is lost: the master
+               adds up
 lost           weights stored on the grid: the same share, and there it is lost for good. With error feedback only where
                the residual did not change either
 stall_ratio    1 - (codes changed) / (weights with u != 0)

@@ -508,8 +508,8 @@ class Writer:
     """
 
     def __init__(self, record, *, max_steps, tokens_per_step, log_interval=1, console=None,
-                 alert_interval=100, val_rising=None, rank_falling=None, flops_per_step=None, peak_flops=None, on_row=None,
-                 queue_size=8, clock=time.perf_counter):
+                 alert_interval=100, val_rising=None, rank_falling=None, flops_per_step=None, peak_flops=None,
+                 on_row=None, queue_size=8, clock=time.perf_counter):
         """Start the thread.
 
         Args:

@@ -150,7 +150,8 @@ def gradient_fidelity(grads, reference, suffix=""):
     for layer, arrays in by_layer(grads).items():
         pairs = [(g, others[layer][name]) for name, g in arrays.items()]
         sums = jnp.stack([_sum([jnp.sum(g * r) for g, r in pairs]), _sum([jnp.sum(g * g) for g, _ in pairs]),
-                          _sum([jnp.sum(r * r) for _, r in pairs]), _sum([jnp.sum(jnp.square(g - r)) for g, r in pairs]),
+                          _sum([jnp.sum(r * r) for _, r in pairs]),
+                          _sum([jnp.sum(jnp.square(g - r)) for g, r in pairs]),
                           _sum([jnp.sum((g == 0) & (r != 0), dtype=jnp.float32) for g, r in pairs]),
                           jnp.float32(sum(g.size for g, _ in pairs))])
         totals.append(sums)

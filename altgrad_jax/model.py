@@ -7,8 +7,8 @@ file and option uses: embed, pos_embed, block_i/{ln_1, attn_qkv, attn_out, ln_2,
 Dtypes: parameters, LayerNorm, softmax, GELU and the residual stream are float32. Values are rounded to `compute_dtype`
 only as operands of a product (quant_dot's rule); q, k and v are such operands too, of the two attention products.
 
-A layer whose products are quantized is named in `GPTConfig.rules`, and every call then brings its operands' formats. The
-head's product is the layer `head`, its weights the table of `embed`.
+A layer whose products are quantized is named in `GPTConfig.rules`, and every call then brings its operands' formats.
+The head's product is the layer `head`, its weights the table of `embed`.
 
 Axes: B batch, L length, D width, H heads, C width of one head, F hidden width (4 D), V vocabulary, T cache length,
 N number of blocks.

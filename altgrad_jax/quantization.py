@@ -33,6 +33,7 @@ from altgrad_jax.formats import get_format
 from altgrad_jax.quant_dot import FIELDS, Operand, Operands, Rule, combine_statistics, empty_statistics, scale_for
 from altgrad_jax.quantize import FormatParams, Grid, format_params, stochastic_seed, to_grid
 
+
 @dataclass(frozen=True)
 class QuantOptions:
     """Static choices, by their names in the config.
@@ -109,7 +110,7 @@ def rules(options: QuantOptions) -> tuple[tuple[str, Rule], ...]:
 
 
 def format_table(options: QuantOptions) -> FormatParams:
-    """The formats as data: NumPy arrays [E, Q, 3]. An operand without a format has BF16's entries, which nobody reads."""
+    """The formats as data: NumPy arrays [E, Q, 3]. An operand without one has BF16's entries, which nobody reads."""
     def params(name):
         return format_params(get_format(name or "BF16"), saturate=options.saturate or name is None)
 

@@ -23,9 +23,10 @@ class RankFalling:
     0 never warns. The first observation of a layer is its first stable rank that is finite and above 0 (no matrix but
     zero has one below 1). NaN and infinities are passed over: such weights have their own alerts.
 
-    Random matrices have the largest stable rank there is, and healthy training takes most of it away in its first steps:
-    in a byte-level model of two blocks from 30 to 4-16 within 100 steps, in bfloat16. So observations at steps up to
-    `after`, which is the warm-up's length, do not count.
+    Random matrices have the largest stable rank there is, and healthy training takes most of it away in its first
+    steps: in a byte-level model of two blocks from 30 to 4-16 within 100 steps, in bfloat16. So observations at steps
+    up to `after`, which is the warm-up's length, do not count. From there on the same kind of model fell to 0.26 of the
+    first observation at most, and to 0.57 in a bottleneck, over 500 steps at a high learning rate.
 
     The state follows from the recorded values alone, so that a resumed run decides the same. Values are compared as the
     float32 numbers they are, since the record holds shorter decimals of them.

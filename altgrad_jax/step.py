@@ -39,7 +39,7 @@ from altgrad_jax.config import METRIC_GROUPS
 from altgrad_jax.data.dataset import gather_windows, permute_windows
 from altgrad_jax.model import GPT, GPTConfig, Quantized, init_params, weights_of, with_weights
 from altgrad_jax.quant_dot import combine_statistics, empty_statistics, named_statistics
-from altgrad_jax.quantize import Grid, stochastic_seed
+from altgrad_jax.quantize import stochastic_seed
 
 SPARSE = "sparse/"
 # Streams of random bits beside those of the operands, which are numbered from 0.
@@ -114,7 +114,7 @@ def token_loss(logits_BLV, targets_BL):
 
 
 def make_loss(model: GPT):
-    """loss(params, windows [B, L+1], dropout key or None, Quantized or None) -> (mean loss, GPTOutput without logits)."""
+    """loss(params, windows [B, L+1], dropout key or None, Quantized or None) -> (mean, GPTOutput without logits)."""
 
     def loss(params, windows, dropout_key, quantized=None):
         tokens_BL, targets_BL = windows[:, :-1].astype(jnp.int32), windows[:, 1:].astype(jnp.int32)

@@ -181,8 +181,9 @@ def model_config(config, device):
 
 def step_options(config, *, steps_per_dispatch, data_on_device=True):
     """The static choices of the step that `config` describes."""
-    same_name = ("optimizer", "use_shadow", "shadow_interval", "batch_size", "learning_rate", "max_steps", "warmup_steps", "grad_accum_steps", "schedule",
-                 "min_lr_ratio", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip", "data_seed")
+    same_name = ("batch_size", "learning_rate", "max_steps", "warmup_steps", "grad_accum_steps", "schedule",
+                 "min_lr_ratio", "optimizer", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip", "data_seed",
+                 "use_shadow", "shadow_interval")
     return StepOptions(
         **{name: config[name] for name in same_name}, steps_per_dispatch=steps_per_dispatch,
         decay_steps=settings.decay_steps(config.decay_fraction, config.max_steps),
