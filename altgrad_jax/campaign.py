@@ -99,6 +99,18 @@ def _show(value, column):
         else f"{value:+.4f}" if column.startswith("gap") else f"{value:.4f}"
 
 
+def costs_most(gaps, noise):
+    """Which of forward pass (W, A), gradient (G) and update the gaps of one format blame; see `report`."""
+    causes = {"forward, weights": gaps["gap only W"], "forward, activations": gaps["gap only A"],
+              "gradient": gaps["gap only G"]}
+    if gaps["gap stored, nearest"] is not None and gaps["gap all"] is not None:
+        causes["update"] = gaps["gap stored, nearest"] - gaps["gap all"]
+    # A run that did not end has no loss: worse than any number.
+    causes = {name: math.inf if math.isnan(gap) else gap for name, gap in causes.items() if gap is not None}
+    worst = max(causes, key=causes.get, default=None)
+    return worst if worst and causes[worst] > noise else "not separated"
+
+
 def report(out, formats, seeds):
     """The campaign as Markdown, from its run folders."""
     found = {path.name: summarize(out, path.name) for path in sorted(out.iterdir()) if (path / "verdict.json").exists()}
@@ -120,9 +132,13 @@ def report(out, formats, seeds):
                            for operand in ABLATIONS}
         ablations[name] |= {"all": found.get(name, {}).get("gap")}
         ablations[name] |= {f"stored, {at_rest}": found.get(f"{name}-{at_rest}", {}).get("gap") for at_rest in AT_REST}
+        ablations[name] = {f"gap {key}": value for key, value in ablations[name].items()}
+        ablations[name]["costs most"] = costs_most(ablations[name], max(map(abs, noise), default=0.0))
     columns = [f"only {operand}" for operand in ABLATIONS] + ["all"] + [f"stored, {at_rest}" for at_rest in AT_REST]
-    parts.append(table([f"gap {column}" for column in columns],
-                       {name: {f"gap {key}": value for key, value in row.items()} for name, row in ablations.items()}))
+    parts.append("`costs most`: the largest of the three operands' gaps and of what storing the weights to nearest "
+                 "adds to the gap of all three, where it exceeds the largest difference between two seeds of bfloat16; "
+                 "`not separated` where none does. Above 0 is worse than bfloat16.\n")
+    parts.append(table([*(f"gap {column}" for column in columns), "costs most"], ablations))
     for title, kind, columns in (
             ("Operands and gradients, float32 master", "", list(STATISTICS)[:14]),
             ("The update, float32 master", "", list(STATISTICS)[15:]),

@@ -1,25 +1,50 @@
 #!/usr/bin/env bash
-# Everything worth running on a GPU, in one go: tests on the GPU backend, the whole baseline, the benchmark.
+# Everything worth running on a GPU, in one go: the tests that touch the device, the rounding certificates, the whole
+# baseline, the benchmark, 8-bit training emulated and native, and the campaign over all formats.
 #
-#   bash scripts/gpu_suite.sh OUT_DIR TOKEN_DIR      (TOKEN_DIR: GPT-2 token files, from scripts/prepare_data.py)
+#   bash scripts/gpu_suite.sh OUT_DIR TOKEN_DIR BYTES_DIR
 #
-# OUT_DIR receives tests.log, baseline.log, bench.json and baseline.tar.gz (the record without the checkpoints).
-# Uses the python on the PATH; every part runs even if one before it failed.
+# TOKEN_DIR, BYTES_DIR: token files of the gpt2 and of the bytes tokenizer, from scripts/prepare_data.py. OUT_DIR receives
+# logs, tables and records without checkpoints, packed. Uses the python on the PATH; every part runs even if one before it
+# failed, and each has a time limit, so that all of it ends within 25 minutes.
 set -u
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 data=$2
-run=$(mktemp -d)/bf16_baseline
+bytes=$3
+runs=$(mktemp -d)
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/gpu.txt"
 
-timeout 240 python3 scripts/train.py --config configs/bf16_baseline.py --data_dir "$data" --workdir "$run" \
+pack() { # run folder, name
+    tar czf "$out/$2.tar.gz" -C "$1" --exclude='[0-9]*' --exclude=anomaly --exclude=wandb .
+}
+
+JAX_PLATFORMS=cuda timeout 240 python3 -m pytest -m "not oracle" tests/test_quantize.py tests/test_quant_dot.py \
+    tests/test_quant_dot_formats.py tests/test_step.py tests/test_step_formats.py tests/test_model.py \
+    tests/test_metrics.py tests/test_ledger.py tests/test_diagnostics.py 2>&1 | tee "$out/tests.log" | tail -n 15
+
+timeout 60 python3 -c '
+from altgrad_jax.formats import FORMATS
+from altgrad_jax.quantize import canary
+for fmt in FORMATS.values():
+    found = canary(fmt)
+    print(fmt.name, found["device"], found["n_inputs"], found["n_changed"], found["image_sha256"], flush=True)
+' 2>&1 | tee "$out/canary.log" | tail -n 3
+
+timeout 240 python3 scripts/train.py --config configs/bf16_baseline.py --data_dir "$data" --workdir "$runs/bf16_baseline" \
     --config.wandb_mode=disabled 2>&1 | tee "$out/baseline.log" | tail -n 30
-tar czf "$out/baseline.tar.gz" -C "$run" manifest.json metrics.jsonl timing.jsonl verdict.json loss.png
+pack "$runs/bf16_baseline" baseline
 
-timeout 150 python3 scripts/bench.py --config configs/bf16_baseline.py --rounds 9 --steps_per_round 25 \
-    --json "$out/bench.json" 2>&1 | tee "$out/bench.log" | tail -n 12
+timeout 300 python3 scripts/bench.py --config configs/bf16_baseline.py --rounds 9 --steps_per_round 25 \
+    --json "$out/bench.json" 2>&1 | tee "$out/bench.log" | tail -n 40
 
-JAX_PLATFORMS=cuda timeout 200 python3 -m pytest -m "not oracle" tests/test_step.py tests/test_model.py \
-    tests/test_quant_dot.py tests/test_quant_dot_formats.py tests/test_quantize.py tests/test_metrics.py tests/test_stability.py tests/test_training.py 2>&1 \
-    | tee "$out/tests.log" | tail -n 15
+for how in emulated native; do
+    timeout 150 python3 scripts/train.py --config configs/fp8.py:E4M3 --data_dir "$data" --workdir "$runs/fp8-$how" \
+        --config.formats=E4M3,block_*:G=E5M2 --config.products=$how --config.max_steps=500 \
+        --config.wandb_mode=disabled 2>&1 | tee "$out/fp8-$how.log" | tail -n 20
+    pack "$runs/fp8-$how" "fp8-$how"
+done
+
+timeout 400 python3 scripts/format_campaign.py --config configs/small.py --data_dir "$bytes" --out "$runs/formats" \
+    --report "$out/formats.md" 2>&1 | tee "$out/formats.log" | tail -n 60

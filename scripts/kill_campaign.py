@@ -1,11 +1,14 @@
 """Kill a run with SIGKILL at random moments, resume it, and compare with an uninterrupted one, to the bit.
 
     python scripts/kill_campaign.py --kills 20 --seed 0 --data_dir data/bytes
+    python scripts/kill_campaign.py --kills 20 --setting use_fp8=true --setting formats=E4M3 \
+        --setting weights_at_rest=stochastic
 
-Every trial starts a fresh run of a shrunk smoke config, kills it, resumes it, and compares metrics.jsonl byte by
-byte and every array of the last checkpoint by its sha256. One kill in five comes at a random time during start-up;
-the others when a random row has been written and up to a tenth of a second more has passed. (Rows, not seconds, so
-that a slow machine does not move all kills to one end.) Prints a table; exits with 1 if any trial differs.
+Every trial starts a fresh run of a shrunk smoke config, kills it, resumes it, and compares metrics.jsonl (and
+diagnostics.jsonl, where there is one) byte by byte and every array of the last checkpoint by its sha256. One kill in
+five comes at a random time during start-up; the others when a random row has been written and up to a tenth of a second
+more has passed. (Rows, not seconds, so that a slow machine does not move all kills to one end.) Prints a table; exits
+with 1 if any trial differs.
 """
 
 import argparse
@@ -22,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def command(data_dir, run_dir):
+def command(data_dir, run_dir, settings):
     return [
         sys.executable,
         str(ROOT / "scripts" / "train.py"),
@@ -33,14 +36,17 @@ def command(data_dir, run_dir):
         "--config.wandb_mode=disabled",
         "--config.checkpoint_interval=10",
         "--config.steps_per_dispatch=2",
+        *(f"--config.{setting}" for setting in settings),
     ]
 
 
 def fingerprint(run_dir):
-    """(record, sha256 of every array of the newest checkpoint)."""
+    """(record, histograms, sha256 of every array of the newest checkpoint)."""
     newest = max(int(path.name) for path in run_dir.iterdir() if path.name.isdecimal())
     meta = json.loads((run_dir / str(newest) / "meta" / "meta.json").read_text())
-    return (run_dir / "metrics.jsonl").read_bytes(), {name: a["sha256"] for name, a in meta["arrays"].items()}
+    files = [run_dir / name for name in ("metrics.jsonl", "diagnostics.jsonl")]
+    record = [file.read_bytes() for file in files if file.exists()]
+    return record, {name: a["sha256"] for name, a in meta["arrays"].items()}
 
 
 def what_lies_there(run_dir):
@@ -51,11 +57,11 @@ def what_lies_there(run_dir):
     return rows, sum(name.isdecimal() for name in names), any("tmp" in name for name in names)
 
 
-def kill(data_dir, run_dir, rng, row, startup_s):
+def kill(data_dir, run_dir, settings, rng, row, startup_s):
     """Starts a run and kills it: when `row` rows are written, or, with row None, within startup_s seconds. Returns
     the seconds it lived."""
     started = time.monotonic()
-    process = subprocess.Popen(command(data_dir, run_dir), stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command(data_dir, run_dir, settings), stdout=subprocess.DEVNULL, start_new_session=True)
     if row is None:
         time.sleep(rng.uniform(0, startup_s))
     else:
@@ -75,22 +81,24 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data_dir", default="data/bytes", help="token files of the byte tokenizer")
+    parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of the runs' config")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         whole = folder / "whole"
-        subprocess.run(command(args.data_dir, whole), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command(args.data_dir, whole, args.setting), check=True, stdout=subprocess.DEVNULL)
         expected = fingerprint(whole)
+        print(f"{len(expected[1])} arrays in a checkpoint\n")
         print("| kill | at row | lived s | rows left | checkpoints | save under way | resumed run equal |")
         print("|---|---|---|---|---|---|---|", flush=True)
         equal_runs = too_late = 0
         for i in range(args.kills):
             run_dir = folder / f"run{i}"
             row = None if i % 5 == 0 else rng.randrange(1, 200)
-            lived, ended_before = kill(args.data_dir, run_dir, rng, row, startup_s=5.0)
+            lived, ended_before = kill(args.data_dir, run_dir, args.setting, rng, row, startup_s=5.0)
             rows, checkpoints, saving = what_lies_there(run_dir)
-            subprocess.run(command(args.data_dir, run_dir), check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(command(args.data_dir, run_dir, args.setting), check=True, stdout=subprocess.DEVNULL)
             equal = fingerprint(run_dir) == expected
             equal_runs += equal
             too_late += ended_before
