@@ -26,7 +26,9 @@ Sources: the shares are those of `altgrad_jax.quant_dot` (overflow, underflow). 
 Migacz 2017, "8-bit inference with TensorRT".
 """
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -177,3 +179,46 @@ def operand_row(codes, magnitudes, scale, amax, fmt: FloatFormat):
     return line | {"codes": sparse(codes)}, {
         "codes_used": used, "codes_used_share": used / fmt.n_finite,
         "code_entropy": float(-np.sum(share * np.log2(share)))}
+
+
+def of_run(path, step=None):
+    """What the eight formats would have done to the operands of a run at one diagnosis.
+
+    Args:
+      path: diagnostics.jsonl of a run. step: None is the last diagnosis.
+
+    Returns:
+      (step, [{layer, operand, format, and per format name (underflow, overflow)}]): shares at the scale that the
+      operand's own amax gives each format; last for each operand `all`: over the elements of all layers together.
+
+    Raises:
+      UserError: there is no such file or diagnosis.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: only a run in number formats keeps histograms (formats=BF16 trains as "
+                        "the baseline does, and keeps them); give such a run's folder")
+    lines = []
+    for text in path.read_text().splitlines(keepends=True):
+        if text.endswith("\n"):  # a killed run leaves a torn last line
+            lines.append(json.loads(text))
+    steps = sorted({line["step"] for line in lines})
+    wanted = steps[-1] if step is None and steps else step
+    if wanted not in steps:
+        raise UserError(f"{path} holds no diagnosis at step {step}: it has {', '.join(map(str, steps)) or 'none'}")
+    rows, totals = [], {}
+    for line in lines:
+        if line["step"] != wanted or not isinstance(line["amax"], float):
+            continue
+        counts = dense(line["magnitudes"])
+        total = totals.setdefault(line["operand"], {})
+        row = {"layer": line["layer"], "operand": line["operand"], "format": line["format"]}
+        for found in what_if_table(counts, line["amax"]):
+            row[found["name"]] = found["underflow"], found["overflow"]
+            lost = total.setdefault(found["name"], np.zeros(3))
+            lost += np.array([found["underflow"] * counts.sum(), found["overflow"] * counts.sum(), counts.sum()])
+        rows.append(row)
+    for operand, total in totals.items():
+        rows.append({"layer": "all", "operand": operand, "format": "",
+                     **{name: (float(u / n), float(o / n)) for name, (u, o, n) in total.items()}})
+    return wanted, rows
