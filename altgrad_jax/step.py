@@ -301,68 +301,81 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         # Row k + 1 is the k-th update's: the shadow is taken at rows 1, 1 + interval, ...
         return jax.lax.cond(step % o.shadow_interval == 0, measure, lambda: nothing)
 
-    def formats_after(state, table, bad):
-        """(formats, level and bad streak of the next update, whether the level rose)."""
-        level, streak, rises = quantization.next_level(quant, state.quant, bad)
-        return quantization.formats_at(table, level), level, streak, rises
+    def apply_formats(state, params, updates, table, statistics_Q3S, ok, bad):
+        """What number formats do after the float32 update that led to `params`.
 
-    def apply_to_weights(state, params, updates, table, statistics_Q3S, ok, bad):
-        """The parameters with the stored weights on their grid, the next QuantState, {layer: ledger entries}, and
-        whether the emergency level rose. `params`: after the float32 update."""
+        Returns (parameters, with stored weights on their grids; the next QuantState; {layer: ledger entries}; whether
+        the emergency level rose).
+        """
         formats_Q3 = quantization.formats_at(table, state.quant.level)
-        next_Q3, level, streak, rises = formats_after(state, table, bad)
-        old_weights = {layer: weights_of(state.params, layer) for layer in quant.weight_layers}
-        grids = quantization.weight_grids(quant, state.quant, formats_Q3, old_weights)
-        next_format = quantization.weight_formats(quant, next_Q3)
+        level, streak, rises = quantization.next_level(quant, state.quant, bad)
+        next_Q3 = quantization.formats_at(table, level)
         history = quantization.push_history(quant, state.quant.amax_history_Q3H, statistics_Q3S, formats_Q3)
-        history = jnp.where(ok, history, state.quant.amax_history_Q3H)
-        next_quant = state.quant._replace(amax_history_Q3H=history, level=level, bad_streak=streak)
+        next_quant = state.quant._replace(amax_history_Q3H=jnp.where(ok, history, state.quant.amax_history_Q3H),
+                                          level=level, bad_streak=streak)
+        old = {layer: weights_of(state.params, layer) for layer in quant.weight_layers}
+        update_of = {layer: weights_of(updates, layer) for layer in quant.weight_layers}
+        grids = quantization.weight_grids(quant, state.quant, formats_Q3, old)
+        if stored:
+            at_rest, next_quant = store_weights(state, next_quant, old, update_of, grids,
+                                                quantization.weight_formats(quant, next_Q3), ok, rises)
+            params = with_weights(params, at_rest)
+        entries = {}
+        if stored or "ledger" in groups:
+            new = {layer: weights_of(params, layer) for layer in quant.weight_layers}
+            next_grids = quantization.weight_grids(quant, next_quant, next_Q3, new)
+            entries, age = enter_ledger(state, next_quant, old, new, update_of, grids, next_grids, ok)
+            next_quant = next_quant._replace(age=age)
+        return params, next_quant, entries, rises
 
-        # Matrices of one shape are treated together: a fraction of the operations to compile and to launch.
-        new_weights, rest_scale, residual, entries, age = {}, {}, {}, {}, {}
-        groups_of_layers = quantization.by_shape(old_weights)
-        keys = {layer: quantization.key_of(layer) for layer in quant.weight_layers}
-        for layers in groups_of_layers if stored else ():
-            noise = None
+    # Both treat matrices of one shape together (axis G): a fraction of the operations to compile and to launch.
+
+    def store_weights(state, next_quant, old, update_of, grids, next_formats, ok, rises):
+        """({layer: weights at rest after the update}, QuantState with their scales and residuals)."""
+        weights, rest_scale, residual = {}, {}, {}
+        for layers in quantization.by_shape(old):
+            keys = [quantization.key_of(layer) for layer in layers]
+            noise = owed = None
             if quant.weights_at_rest == "stochastic":
                 noise = jnp.stack([stochastic_seed(seed, state.step, _AT_REST_STREAM + stored.index(layer))
                                    for layer in layers])
-            owed = _stack([state.quant.residual[keys[layer]] for layer in layers]) if state.quant.residual else None
-            old_G, grid_G = _stack([old_weights[layer] for layer in layers]), _stack([grids[layer] for layer in layers])
-            after = jax.vmap(partial(ledger.store, force=rises))(
-                old_G, _stack([weights_of(updates, layer) for layer in layers]), grid_G,
-                _stack([next_format[layer] for layer in layers]), residual=owed, seed=noise)
-            keep = ok | rises
-            after = jax.tree.map(lambda new, old: jnp.where(keep, new, old), after,
+            if quant.weights_at_rest == "error_feedback":
+                owed = _stack([state.quant.residual[key] for key in keys])
+            old_G, update_G, grid_G, format_G = (_stack([tree[layer] for layer in layers])
+                                                 for tree in (old, update_of, grids, next_formats))
+            after = jax.vmap(partial(ledger.store, force=rises))(old_G, update_G, grid_G, format_G, residual=owed,
+                                                                 seed=noise)
+            # A step that is not finite changes nothing, unless the format itself changes after it.
+            after = jax.tree.map(lambda new, before: jnp.where(ok | rises, new, before), after,
                                  ledger.Stored(old_G, owed, grid_G))
-            for i, layer in enumerate(layers):
-                new_weights[layer] = after.weights[i]
-                rest_scale[keys[layer]] = after.grid.scale[i].reshape(())
+            for i, (layer, key) in enumerate(zip(layers, keys)):
+                weights[layer], rest_scale[key] = after.weights[i], after.grid.scale[i].reshape(())
                 if owed is not None:
-                    residual[keys[layer]] = after.residual[i]
-        params = with_weights(params, new_weights)
-        next_quant = next_quant._replace(rest_scale=rest_scale, residual=residual)
-        if "ledger" not in groups:
-            return params, next_quant, {}, rises
+                    residual[key] = after.residual[i]
+        return weights, next_quant._replace(rest_scale=rest_scale, residual=residual)
 
-        weights = {layer: weights_of(params, layer) for layer in quant.weight_layers}
-        next_grids = quantization.weight_grids(quant, next_quant, next_Q3, weights)
-        for layers in groups_of_layers:
-            old_G, new_G = (_stack([tree[layer] for layer in layers]) for tree in (old_weights, weights))
-            grid_G, next_G = (_stack([tree[layer] for layer in layers]) for tree in (grids, next_grids))
-            age_G = _stack([state.quant.age[keys[layer]] for layer in layers])
-            unlost = None
-            if residual:
-                unlost = _stack([residual[keys[layer]] != state.quant.residual[keys[layer]] for layer in layers])
+    def enter_ledger(state, next_quant, old, new, update_of, grids, next_grids, ok):
+        """({layer: ledger entries}, {key: ages of the codes})."""
+        entries, age = {}, {}
+        for layers in quantization.by_shape(old):
+            keys = [quantization.key_of(layer) for layer in layers]
+            old_G, new_G, update_G, grid_G, next_G = (_stack([tree[layer] for layer in layers])
+                                                      for tree in (old, new, update_of, grids, next_grids))
+            age_G = unlost = None
+            if ages:
+                age_G = _stack([state.quant.age[key] for key in keys])
+            if quant.weights_at_rest == "error_feedback":
+                unlost = _stack([next_quant.residual[key] != state.quant.residual[key] for key in keys])
             # Stored weights are counted on the grid they end on; operands on the one they were rounded on.
-            sums_G, new_age_G = jax.vmap(ledger.entries)(
-                old_G, new_G, _stack([weights_of(updates, layer) for layer in layers]), next_G if stored else grid_G,
-                age=age_G, unlost=unlost)
+            sums_G, new_age_G = jax.vmap(ledger.entries)(old_G, new_G, update_G, next_G if stored else grid_G,
+                                                         age=age_G, unlost=unlost)
             flips_G = ledger.scale_flips(old_G if stored else new_G, grid_G, next_G)
-            sums_G, age_G = ledger.with_scale_flips(sums_G, flips_G), jnp.where(ok, new_age_G, age_G)
-            for i, layer in enumerate(layers):
-                entries[layer], age[keys[layer]] = sums_G[i], age_G[i]
-        return params, next_quant._replace(age=age), entries, rises
+            sums_G = ledger.with_scale_flips(sums_G, flips_G)
+            for i, (layer, key) in enumerate(zip(layers, keys)):
+                entries[layer] = sums_G[i]
+                if ages:
+                    age[key] = jnp.where(ok, new_age_G[i], age_G[i])
+        return entries, age
 
     def train_step(state, windows, table):
         """One update; returns the next state and its row of metrics as {name: float32 scalar}."""
@@ -414,7 +427,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         if quant is not None:
             # Judged by the losses before this one, for the monitor comes later: it wants to know what was lost.
             spike = stability.robust_z(loss, state.monitor.losses_W) > o.thresholds.spike_threshold
-            params, quant_state, entries, rises = apply_to_weights(
+            params, quant_state, entries, rises = apply_formats(
                 state, params, updates, table, statistics_Q3S, ok=finite,
                 bad=bad | spike | state.monitor.active["divergence"])
         overflow_names, overflow_O = quantization.overflow_of(quant, statistics_Q3S) if quant else ((), None)
@@ -447,7 +460,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
             row |= metrics.activation_metrics(output)
         if quant is not None and "format" in groups:
             row |= {SPARSE + name: value for name, value in quantization.format_metrics(quant, statistics_Q3S).items()}
-        if entries:
+        if quant is not None and "ledger" in groups:
             row |= {SPARSE + name: value for name, value in ledger.ledger_metrics(
                 entries, stored=bool(stored), ages=ages).items()}
         if o.use_shadow:
