@@ -39,7 +39,6 @@ def plan(formats=DEFAULT_8BIT, *, shadow_interval, seeds):
         for at_rest in AT_REST:
             runs[f"{name}-{at_rest}"] = runs[name] | {"weights_at_rest": at_rest}
         runs[f"{name}-nearest-ulp_adamw"] = runs[f"{name}-nearest"] | {"optimizer": "ulp_adamw"}
-        runs[f"{name}-stochastic-ulp_adamw"] = runs[f"{name}-stochastic"] | {"optimizer": "ulp_adamw"}
         for operand in ABLATIONS:
             runs[f"{name}-only{operand}"] = {"use_fp8": True, "formats": (f"block_*:{operand}={name}",),
                                              "metrics": "grad,format"}
@@ -122,7 +121,7 @@ def report(out, formats, seeds):
              "The gap is to bfloat16 with the same seed and batches. Between seeds, bfloat16 itself differs by "
              + (", ".join(f"{gap:+.4f}" for gap in noise) or "(not measured)") + ".\n"]
     losses = {name: found[name] for name in ("bf16", "float32") if name in found}
-    kinds = ["", *(f"-{at_rest}" for at_rest in AT_REST), "-nearest-ulp_adamw", "-stochastic-ulp_adamw"]
+    kinds = ["", *(f"-{at_rest}" for at_rest in AT_REST), "-nearest-ulp_adamw"]
     losses |= {name + kind: found[name + kind] for name in formats for kind in kinds if name + kind in found}
     parts.append(table(["train", "val", "gap", "nonfinite"], losses))
     parts.append("\n### Where each format costs: gap of the validation loss with one operand in the format\n")

@@ -5,9 +5,10 @@ the format compiles nothing. The arithmetic is on the bits of float32, whose mag
 with the number. With M mantissa bits, shift = 23 - M and e0 the exponent of the smallest normal number of the format:
 
     normal     |x| >= 2^e0    nearest     (s + 2^(shift-1) - 1 + lsb) with the low `shift` bits cleared
-                              stochastic  (s + r mod 2^shift) with the low `shift` bits cleared
+                              stochastic  (s + r) with the low `shift` bits cleared, r the top `shift` bits of the noise
     subnormal  |x| <  2^e0    nearest     rint(|x| / step) * step                 step = 2^(e0 - M)
-                              stochastic  the same addition on |x| as a fixed-point number with 30 bits below 2^e0
+                              stochastic  the same addition on |x| as a fixed-point number with F = min(23, 30 - M)
+                                          bits below a step
 
 lsb is the lowest bit of the *code*, so ties go to the even code; where M = 0 that bit lies in the exponent field, and a
 format whose bias differs in parity from float32's 127 flips it. A carry out of the mantissa runs into the exponent, as
@@ -24,8 +25,10 @@ What happens to special values, exactly:
     NaN                  NaN, also in formats without a code for it, so that it is seen
 
 Stochastic rounding goes up with the probability of the fraction passed, exactly for normal numbers, and for subnormal
-ones rounded down to a multiple of 2^(M-30) of a step. Numbers on the grid stay. The random bits are a hash of (element
-index, seed) computed in place: no array of noise and no threefry, which costs fifteen times as much.
+ones rounded down to a multiple of 2^-F of a step. Numbers on the grid stay. Both branches compare the fraction with the
+same bits, the highest ones, so that formats with one grid (E0M7, and E1M6 at a quarter of the scale) round alike. The
+random bits are a hash of (element index, seed) computed in place: no array of noise and no threefry, which costs
+fifteen times as much.
 """
 
 from functools import partial
@@ -41,7 +44,6 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.formats import FloatFormat
 
 _SIGN, _MAGNITUDE, _INFINITY, _NAN = -(2**31), 0x7FFFFFFF, 0x7F800000, 0x7FC00000
-_FIXED_POINT_BITS = 30
 
 
 class FormatParams(NamedTuple):
@@ -117,12 +119,16 @@ def round_to_format(x, params: FormatParams, *, seed=None):
         steps = lax.round(_float(size) * _power_of_two(-step_exponent), lax.RoundingMethod.TO_NEAREST_EVEN)
         subnormal = steps * _power_of_two(step_exponent)
     else:
-        noise = _bits(_random_bits(x.shape, seed))
-        normal = (size + (noise & (lsb - 1))) & -lsb
-        unit = params.min_exponent - _FIXED_POINT_BITS
-        one = jnp.int32(1) << (_FIXED_POINT_BITS - params.mantissa_bits)
+        noise = _random_bits(x.shape, seed)
+
+        def highest(n_bits):
+            return lax.shift_right_logical(noise, jnp.uint32(32) - n_bits.astype(jnp.uint32)).astype(jnp.int32)
+
+        normal = (size + highest(23 - jnp.asarray(params.mantissa_bits))) & -lsb
+        n_fraction = jnp.minimum(23, 30 - jnp.asarray(params.mantissa_bits))  # the sum fits 31 bits
+        unit = params.min_exponent - params.mantissa_bits - n_fraction
         fixed = (_float(size) * _power_of_two(-unit)).astype(jnp.int32)
-        fixed = (fixed + (noise & (one - 1))) & -one
+        fixed = (fixed + highest(n_fraction)) & -(jnp.int32(1) << n_fraction)
         subnormal = fixed.astype(jnp.float32) * _power_of_two(unit)
     rounded = jnp.where(size < first_normal, _bits(subnormal), normal)
     sign = bits & jnp.where(rounded == 0, params.zero_sign, _SIGN)
