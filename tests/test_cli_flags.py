@@ -65,6 +65,8 @@ GOOD = "from altgrad_jax.config import default_config\ndef get_config():\n    co
     ["--config.tags", "a-b"],
     ["--config.run_name=x=y", "--config.wandb_entity="],
     ["--config.checkpoint_dir", "runs/a b"],
+    ["--config.use_fp8", "--config.formats=E4M3", "--config.formats=block_*:G=E5M2"],
+    ["--config.use_fp8=true", "--config.formats=('E4M3', 'block_*/mlp_*:WA=E3M4')", "--config.range_clip=1"],
 ])
 def test_a_good_command_line_means_what_config_flags_takes_it_for(arguments):
     argv = ["train.py", *arguments]
@@ -80,6 +82,15 @@ def test_a_good_command_line_means_what_config_flags_takes_it_for(arguments):
 ])
 def test_tags_are_split_at_commas(text, tags):
     assert parse(CONFIG, f"--config.tags={text}")[0].tags == tags
+
+
+@pytest.mark.parametrize("text, formats", [
+    ("E4M3", ("E4M3",)), ("E4M3,block_*:G=E5M2", ("E4M3", "block_*:G=E5M2")),
+    ("block_[01]/*=E3M4, head:WA=E4M3", ("block_[01]/*=E3M4", "head:WA=E4M3")),
+])
+def test_rules_are_split_at_commas(text, formats):
+    assert parse(CONFIG, "--config.use_fp8", f"--config.formats={text}")[0].formats == formats
+    assert parse("--config=configs/fp8.py:E6M1", f"--config.formats={text}")[0].formats == formats  # not added to E6M1
 
 
 def test_the_order_of_flags_is_free():
@@ -168,7 +179,12 @@ def test_a_reference_in_a_config_file_follows_an_override(tmp_path):
     (["--config.tags=a,,b"], ["--config.tags=a,,b"]),
     (["--config.tags=a", "--config.tags=a"], ["tags=('a', 'a')"]),
     (["--config.schedule=linear"], ["--config.schedule=linear", "one of constant, cosine, wsd"]),
-    (["--config.use_fp8"], ["use_fp8=True asks for 8-bit training"]),
+    (["--config.use_fp8"], ["use_fp8=True needs to know the formats", "--config.formats=E4M3"]),
+    (["--config.formats=E4M3"], ["formats=('E4M3',) has no effect with use_fp8=False", "set use_fp8=True"]),
+    (["--config.use_fp8", "--config.formats=E4M9"], ["a rule 'E4M9'", "give one of E4M3"]),
+    (["--config.formats=E4M3,E4M3"], ["--config.formats=E4M3,E4M3", "each once"]),
+    (["--config.scaling=delayed,tensor"], ["--config.scaling=delayed,tensor", "three of them for W, A and G"]),
+    (["--config.optimizer=sgd"], ["--config.optimizer=sgd", "adamw", "ulp_adamw"]),
     (["--config.n_head=5"], ["n_embd=384", "n_head=5"]),
     (["--resume=maybe"], ["--resume=maybe", "auto", "never", "1000"]),
     (["--resume=-1"], ["--resume=-1"]),
@@ -216,13 +232,18 @@ def test_refused_config_paths(spec, words):
     (GOOD + "    config.n_layer = True\n    return config\n", ["n_layer=True (bool)"]),
     ("import ml_collections\ndef get_config(): return ml_collections.ConfigDict({'seed': {}})\n",
      ["--config.seed cannot replace", "default_config()"]),
-    ("from altgrad_jax.errors import UserError\nraise UserError('own words')", ["own words"]),
 ])
 def test_refused_config_files(tmp_path, body, words):
     path = config_file(tmp_path, body)
     message = refusal(f"--config={path}", *(["--config.seed=1"] if "cannot replace" in words[0] else []))
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("body", ["raise UserError('own words')", "def get_config(): raise UserError('own words')"])
+def test_a_config_file_may_refuse_in_its_own_words(tmp_path, body):
+    path = config_file(tmp_path, "from altgrad_jax.errors import UserError\n" + body)
+    assert refusal(f"--config={path}") == "own words"
 
 
 def test_no_config_names_the_baseline():

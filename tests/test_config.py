@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import config_dict
 
-from altgrad_jax import cli, stability
+from altgrad_jax import cli, optimizer, quant_dot, quantization, stability
 from altgrad_jax import config as settings
 from altgrad_jax.config import FIELDS, RESUMABLE_FIELDS, default_config, from_dict, to_dict, validate
 from altgrad_jax.errors import UserError
@@ -41,6 +41,16 @@ JOINED = {
     "deterministic": False, "wandb_mode": "auto", "wandb_entity": "", "alert_interval": 100,
     "console": "auto",
 }
+# What joined with the number formats: records of schema version 1 lack these.
+FORMAT_SETTINGS = {
+    "formats": (), "scaling": "delayed", "amax_history": 16, "scale_rounding": "power_of_two",
+    "operand_rounding": "nearest", "saturate": True, "products": "emulated", "weights_at_rest": "float32",
+    "range_clip": 0.0, "emergency_formats": (), "emergency_patience": 3, "optimizer": "adamw",
+}
+NEW = {
+    **FORMAT_SETTINGS, "shadow_interval": 1, "diagnostic_interval": 100, "rank_threshold": 0.1,
+    "rank_threshold_strict": 0.3,
+}
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
 
@@ -55,7 +65,7 @@ def refusal(**values) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name, value", [*ORDERED.items(), *JOINED.items()])
+@pytest.mark.parametrize("name, value", [*ORDERED.items(), *JOINED.items(), *NEW.items()])
 def test_default(name, value):
     got = default_config()[name]
     assert type(got) is type(value)
@@ -63,7 +73,7 @@ def test_default(name, value):
 
 
 def test_there_are_no_other_fields():
-    assert set(FIELDS) == {*ORDERED, *JOINED}
+    assert set(FIELDS) == {*ORDERED, *JOINED, *NEW}
     assert len(FIELDS) == sum(len(group) for _, group in settings.GROUPS)  # no name stands in two places
 
 
@@ -91,9 +101,7 @@ WRONG_FOR = {
     float: [True, 1, "0.5", np.float64(0.5), -1.0, -1e-12, math.inf, -math.inf, 1e39],
     str: [1, True, "None", "x\ny", "x\0y", "\ud800", " x", "x ", "y" * 5000, ("x",)],
     bool: [0, 1, "False", 0.0, np.bool_(True)],
-    tuple: [
-        "a", ["a"], ("a,b",), ("",), ("None",), (" a",), ("a\n",), ("a", "a"), ("y" * 65,), (1,), (("a",),),
-    ],
+    tuple: ["a", ["a"], ("",), ("None",), (" a",), ("a\n",), ("a", "a"), ("y" * 129,), (1,), (("a",),)],
 }
 
 
@@ -123,10 +131,16 @@ OUT_OF_RANGE = [
     ("schedule", "linear"), ("tokenizer", "gpt4"), ("data_source", "wikipedia"),
     ("data_placement", "gpu"), ("wandb_mode", "on"),
     ("console", "loud"), ("compute_dtype", ""), ("run_name", ""), ("project", ""), ("checkpoint_dir", ""),
+    ("tags", ("a,b",)), ("tags", ("y" * 65,)),
     ("project", "a/b"), ("project", "50%"), ("project", "y" * 129), ("run_name", "y" * 129),
     ("checkpoint_dir", "gs://bucket/run"), ("wandb_entity", " "),
     ("metrics", ""), ("metrics", "grads"), ("metrics", "grad,"), ("metrics", "grad,grad"),
-    ("metrics", "all,grad"), ("metrics", "grad, param"),
+    ("metrics", "all,grad"), ("metrics", "grad, param"), ("metrics", "grad,formats"),
+    ("scaling", "block64"), ("scaling", "delayed,tensor"), ("scaling", "delayed,tensor,none,none"),
+    ("scaling", "delayed, tensor, none"), ("scaling", ""), ("scaling", ",,"),
+    ("operand_rounding", "up"), ("operand_rounding", "nearest,stochastic"), ("scale_rounding", "nearest"),
+    ("products", "float8"), ("weights_at_rest", "bfloat16"), ("optimizer", "sgd"), ("range_clip", 1e7),
+    *[(name, value) for name in ("rank_threshold", "rank_threshold_strict") for value in (0.0, 1.0000001)],
 ]
 
 
@@ -136,6 +150,7 @@ def test_out_of_range(name, value):
     assert message.startswith(f"{name}=")
     assert FIELDS[name].rule.words in message
     assert f"the baseline has {FIELDS[name].default!r}" in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("values", [
@@ -150,6 +165,8 @@ def test_out_of_range(name, value):
     {"schedule": "cosine", "min_lr_ratio": 0.0},
     {"schedule": "wsd", "decay_fraction": 0.95},
     {"schedule": "wsd", "decay_fraction": 1.0, "warmup_steps": 0},
+    {"use_shadow": True}, {"use_shadow": True, "shadow_interval": 50}, {"rank_threshold": 1.0},
+    {"diagnostic_interval": 1}, {"max_steps": 50, "warmup_steps": 50, "diagnostic_interval": 2**31 - 1},
 ])
 def test_the_edges_of_what_is_allowed(values):
     validate(changed(**values))
@@ -171,8 +188,11 @@ def test_the_spike_window_holds_as_many_losses_as_the_monitor_needs():
 
 
 @pytest.mark.parametrize("values, words", [
-    ({"use_fp8": True}, ["use_fp8=True asks for 8-bit training", "set use_fp8=False"]),
-    ({"use_shadow": True}, ["use_shadow=True", "set use_shadow=False"]),
+    ({"use_shadow": True, "compute_dtype": "float32"},
+     ["use_shadow=True has nothing to compare", "use_fp8=False", "compute_dtype='float32'", "set use_shadow=False"]),
+    ({"shadow_interval": 10}, ["shadow_interval=10 has no effect with use_shadow=False: set use_shadow=True"]),
+    ({"metrics": "grad,format,ledger"}, ["metrics='grad,format,ledger' names format, ledger", "use_fp8=False",
+                                         "set use_fp8=True, or leave it out"]),
     ({"n_head": 5}, ["n_embd=384", "n_head=5", "n_embd=385"]),
     ({"n_embd": 4}, ["n_embd=4", "n_head=6", "n_embd=6"]),
     ({"vocab_size": 50256}, ["vocab_size=50256", "'gpt2'", "50257"]),
@@ -201,6 +221,142 @@ def test_settings_that_do_not_fit_each_other(values, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+OTHER = {
+    "formats": ("E4M3",), "scaling": "tensor", "amax_history": 8, "scale_rounding": "float32",
+    "operand_rounding": "stochastic", "saturate": False, "products": "native", "weights_at_rest": "nearest",
+    "range_clip": 1.0, "emergency_formats": ("E3M4",), "emergency_patience": 5, "optimizer": "grid",
+}
+
+
+@pytest.mark.parametrize("name", FORMAT_SETTINGS)
+def test_nothing_about_formats_is_ignored_without_formats(name):
+    assert FIELDS[name].rule.accepts(OTHER[name]) and OTHER[name] != FIELDS[name].default
+    message = refusal(**{name: OTHER[name]})
+    assert message.startswith(f"{name}={OTHER[name]!r} has no effect with use_fp8=False")
+    assert "set use_fp8=True" in message and "\n" not in message
+
+
+SPLIT = ("E4M3", "block_*:G=E5M2")  # what native products can compute with
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"formats": ()}, ["use_fp8=True needs to know the formats: set formats, for example --config.formats=E4M3"]),
+    ({"formats": ("E4M9",)}, ["formats has a rule 'E4M9'", "give one of E4M3"]),
+    ({"formats": ("block_6/*=E4M3",)}, ["pattern 'block_6/*' fits no layer", "block_5/mlp_down"]),
+    ({"formats": ("E4M3", "*=none")}, ["formats=('E4M3', '*=none') gives no layer a format", "set use_fp8=False"]),
+    # Blocks along the axes that the products contract.
+    ({"scaling": "block32", "n_embd": 400, "n_head": 8},
+     ["scaling='block32'", "operand W of block_0/attn_qkv", "400 numbers", "blocks of 32", "or another scaling"]),
+    ({"scaling": "delayed,block128,delayed", "n_embd": 64, "n_head": 4},
+     ["operand A of block_0/attn_qkv", "64 numbers", "blocks of 128"]),
+    ({"scaling": "delayed,delayed,block128", "n_embd": 64, "n_head": 4},
+     ["operand G of block_0/attn_qkv", "192 numbers"]),  # N, the outputs
+    ({"scaling": "delayed,delayed,block32", "formats": ("head=E4M3",)}, ["operand G of head", "50257 numbers"]),
+    # What nobody would read.
+    ({"amax_history": 8, "scaling": "tensor"}, ["amax_history=8 has no effect", "scaling='tensor'",
+                                                "set scaling=delayed"]),
+    ({"amax_history": 8, "scaling": "tensor,delayed,delayed", "formats": ("block_*:W=E4M3",)},
+     ["amax_history=8 has no effect"]),
+    ({"amax_history": 8, "formats": ("block_*:W=E4M3",), "weights_at_rest": "nearest"},
+     ["amax_history=8 has no effect"]),
+    ({"scaling": "delayed,delayed,tensor", "formats": ("block_*:WA=E4M3",)},
+     ["scaling='delayed,delayed,tensor' asks for tensor of G", "give G a format, or delayed in this place"]),
+    ({"operand_rounding": "stochastic,nearest,nearest", "formats": ("block_*:AG=E4M3",)},
+     ["asks for stochastic of W", "give W a format, or nearest in this place"]),
+    ({"operand_rounding": "stochastic,nearest,nearest", "weights_at_rest": "nearest"},
+     ["operand_rounding='stochastic,nearest,nearest' has no effect on W", "weights_at_rest='nearest'",
+      "give nearest for W"]),
+    ({"metrics": "grad,ledger", "formats": ("block_*:AG=E4M3",)},
+     ["metrics='grad,ledger' names ledger", "none to W", "leave ledger out"]),
+    ({"emergency_patience": 5}, ["emergency_patience=5 has no effect without emergency_formats", "name the formats"]),
+    ({"weights_at_rest": "nearest", "formats": ("block_*:AG=E4M3",)},
+     ["weights_at_rest='nearest' is about weights", "none to W", "give W a format too"]),
+    ({"optimizer": "ulp_adamw", "formats": ("block_*:A=E4M3",)}, ["optimizer='ulp_adamw' is about weights",
+                                                                 "give W a format too"]),
+    ({"range_clip": 1.0, "scaling": "tensor"}, ["range_clip=1.0 acts on the delayed scale", "set range_clip=0"]),
+    ({"range_clip": 1.0, "formats": ("block_*:WA=E4M3",)}, ["range_clip=1.0", "give G a format"]),
+    # What cannot be done.
+    ({"scale_rounding": "float32", "scaling": "delayed,channel,delayed"},
+     ["scale_rounding='float32' needs one scale", "scaling='delayed,channel,delayed' has many",
+      "delayed, tensor or none", "scale_rounding='power_of_two'"]),
+    ({"saturate": False, "formats": ("E4M3", "head=E1M6")}, ["E1M6 cannot be used with saturate=False",
+                                                             "set saturate=True"]),
+    ({"saturate": False, "formats": ("E5M2",), "emergency_formats": ("E2M5",)},
+     ["E2M5 cannot be used with saturate=False"]),
+    ({"weights_at_rest": "nearest", "scaling": "tensor"}, ["weights_at_rest='nearest'", "scaling='tensor' of W",
+                                                           "give W scaling delayed"]),
+    ({"weights_at_rest": "stochastic", "scaling": "channel,delayed,delayed"}, ["scaling='channel' of W"]),
+    ({"weights_at_rest": "error_feedback", "scale_rounding": "float32"},
+     ["weights_at_rest='error_feedback' needs scales that are powers of two", "set scale_rounding='power_of_two'"]),
+    ({"optimizer": "grid", "weights_at_rest": "stochastic"},
+     ["optimizer='grid'", "weights_at_rest='stochastic'", "give nearest or float32"]),
+    ({"optimizer": "grid", "weights_at_rest": "error_feedback"}, ["weights_at_rest='error_feedback'"]),
+    # Native products.
+    ({"products": "native", "formats": SPLIT, "emergency_formats": ("BF16",)},
+     ["products='native' computes in fixed formats", "leave emergency_formats out", "products='emulated'"]),
+    ({"products": "native", "formats": SPLIT, "scaling": "block32"},
+     ["products='native' takes one scale", "scaling='block32' has many", "delayed, tensor or none"]),
+    ({"products": "native", "formats": ("E3M4",)},
+     ["products='native' can compute with E4M3 and E5M2", "not with E3M4 in block_0/attn_qkv", "change formats",
+      "products='emulated'"]),
+    ({"products": "native", "formats": (*SPLIT, "block_3/mlp_up:A=none")},
+     ["an operand that has no format in block_3/mlp_up"]),
+    ({"products": "native", "formats": ("E5M2",)},
+     ["products='native' cannot multiply two E5M2 operands", "block_0/attn_qkv",
+      "--config.formats=E4M3,block_*:G=E5M2", "products='emulated'"]),
+    ({"products": "native", "formats": ("E4M3", "block_1/*:WG=E5M2")},
+     ["two E5M2 operands, which block_1/attn_qkv has"]),
+    # Emergency formats.
+    ({"emergency_formats": ("E4M9",)}, ["emergency_formats: there is no number format 'E4M9': give one of E4M3"]),
+    ({"emergency_formats": ("E5M2",)},
+     ["emergency_formats=('E5M2',) must have more mantissa bits", "than E4M3", "they have 2 after 3"]),
+    ({"emergency_formats": ("E3M4", "P3109_P5")}, ["they have 4, 4 after 3"]),
+    ({"formats": SPLIT, "emergency_formats": ("E4M3_IEEE",)}, ["than E4M3, E5M2", "they have 3 after 3"]),
+])
+def test_format_settings_that_do_not_fit_each_other(values, words):
+    message = refusal(**{"use_fp8": True, "formats": ("E4M3",), **values})
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"formats": ("E4M3", "head=E3M4")}, {"formats": ("block_*:W=E4M3",), "weights_at_rest": "error_feedback"},
+    {"scaling": "block32"}, {"scaling": "block128"}, {"scaling": "tensor,channel,block32"},
+    {"scaling": "block32", "vocab_size": 50272, "formats": ("head=E4M3",)},
+    {"scaling": "block32,block32,delayed", "formats": ("head=E4M3",)},
+    {"scaling": "block32", "formats": ("head:WA=E4M3",)},  # the 50257 outputs of the head are blocks of G alone
+    {"scaling": "tensor", "operand_rounding": "stochastic", "formats": ("block_*:WA=E4M3",)},
+    {"amax_history": 1, "scaling": "tensor,delayed,tensor"}, {"scale_rounding": "float32", "scaling": "none"},
+    {"operand_rounding": "stochastic", "weights_at_rest": "stochastic"},
+    {"operand_rounding": "nearest,nearest,stochastic"}, {"saturate": False},
+    {"saturate": False, "formats": ("P3109_P4",)}, {"products": "native", "formats": SPLIT},
+    {"products": "native", "formats": ("E4M3",), "scale_rounding": "float32", "scaling": "tensor"},
+    {"products": "native", "formats": SPLIT, "weights_at_rest": "stochastic", "optimizer": "ulp_adamw"},
+    {"optimizer": "grid", "weights_at_rest": "nearest"}, {"optimizer": "grid"}, {"range_clip": 2.0},
+    {"emergency_formats": ("E3M4", "BF16", "FP16"), "emergency_patience": 1}, {"metrics": "format,ledger"},
+    {"use_shadow": True, "shadow_interval": 7, "compute_dtype": "float32"}, {"formats": ("FP16",)},
+])
+def test_format_settings_that_fit(values):
+    validate(changed(**{"use_fp8": True, "formats": ("E4M3",), **values}))
+
+
+def test_the_choices_are_those_of_the_modules_that_compute():
+    assert settings.OPTIMIZERS == optimizer.OPTIMIZERS
+    assert settings.SCALINGS == quant_dot.SCALINGS
+    assert set(settings.FORMAT_GROUPS) <= set(settings.METRIC_GROUPS)
+    for name in settings.OPTIMIZERS:
+        assert optimizer.make(name, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, is_quantized=lambda params: {})
+    for at_rest in settings.AT_REST:
+        options = quantization.options_of(changed(use_fp8=True, formats=("E4M3",), weights_at_rest=at_rest))
+        assert bool(options.stored) == (at_rest != "float32")
+
+
+def test_a_choice_for_all_operands_or_one_for_each():
+    assert settings.for_operands("tensor") == ("tensor",) * 3
+    assert settings.for_operands("tensor,none,block32") == ("tensor", "none", "block32")
 
 
 def test_every_wrong_setting_is_told_at_once():
@@ -266,13 +422,13 @@ def test_what_may_differ_on_resume():
         "steps_per_dispatch",
     }
     old = to_dict(default_config())
-    other = {int: 7, float: 0.25, str: "other", bool: True, tuple: ["other"]}
     for name, field in FIELDS.items():
-        lines = settings.config_difference(old, {**old, name: other[field.kind]})
+        other = {int: 7, float: 0.25, str: "other", bool: not field.default, tuple: ["other"]}[field.kind]
+        lines = settings.config_difference(old, {**old, name: other})
         if name in RESUMABLE_FIELDS:
             assert lines == []
         else:
-            shown = old[name], other[field.kind]
+            shown = old[name], other
             assert lines == [f"{name}: {shown[0]!r} in the run, {shown[1]!r} now"]
 
 
@@ -295,6 +451,27 @@ def test_difference_lists_fields_in_order_and_names_absent_ones():
         "seed: 42 in the run, 1 now",
         "retired: 3 in the run, not a setting now",
     ]
+
+
+def test_a_record_of_version_1_is_one_with_the_defaults():
+    assert settings.ADDED_IN_2 == set(NEW)
+    new = to_dict(default_config())
+    old = {name: value for name, value in new.items() if name not in NEW}
+    assert from_dict(old).to_dict() == default_config().to_dict()
+    assert settings.upgraded(old) == new
+    assert settings.config_difference(old, new) == []
+    assert settings.config_difference(old, {**new, "use_fp8": True, "formats": ["E4M3"], "diagnostic_interval": 5}) == [
+        "use_fp8: False in the run, True now", "formats: [] in the run, ['E4M3'] now",
+        "diagnostic_interval: 100 in the run, 5 now"]
+    # What version 1 had must be there, and what a newer record says counts.
+    for name in (*ORDERED, *JOINED):
+        damaged = {other: value for other, value in old.items() if other != name}
+        with pytest.raises(UserError, match=f"^the setting {name} is missing"):
+            from_dict(damaged)
+        expected = [] if name in RESUMABLE_FIELDS else [f"{name}: not a setting of the run, {new[name]!r} now"]
+        assert settings.config_difference(damaged, new) == expected
+    quantized = {**new, "use_fp8": True, "formats": ["E4M3"], "amax_history": 4}
+    assert from_dict(quantized).amax_history == settings.upgraded(quantized)["amax_history"] == 4
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -371,5 +548,5 @@ def test_config_files_do_not_share_a_folder_or_a_name():
 
 
 def test_jax_is_not_imported():
-    code = "import sys, altgrad_jax.cli; sys.exit(bool({'jax', 'flax', 'wandb', 'numpy'} & set(sys.modules)))"
+    code = "import sys, altgrad_jax.cli; sys.exit(bool({'jax', 'flax', 'wandb', 'optax'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax import checkpoint
+from altgrad_jax import checkpoint, quantization
 from altgrad_jax import generate as generate_module
-from altgrad_jax.config import default_config, to_dict
+from altgrad_jax.config import ADDED_IN_2, default_config, to_dict
 from altgrad_jax.errors import UserError
+from altgrad_jax.formats import get_format
 from altgrad_jax.generate import generate, load_model, sample_token
-from altgrad_jax.model import GPT, GPTConfig, init_params
+from altgrad_jax.model import GPT, GPTConfig, Quantized, init_params, weights_of
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=256, compute_dtype="float32")
 ROOT = Path(__file__).parents[1]
@@ -302,3 +303,97 @@ def test_script_is_silent_when_its_reader_leaves(run_dir):
     script.stderr.close()
     assert script.wait() == 0
     assert complaint.startswith("note: ") and len(complaint.splitlines()) == 1
+
+
+# --- models in number formats ---------------------------------------------------------------------
+
+# Coarse, so that it shows: weights and activations of the block have one mantissa bit.
+FORMATS = {"use_fp8": True, "formats": ["E6M1", "head:A=E4M3"], "weights_at_rest": "nearest",
+           "operand_rounding": "stochastic", "emergency_formats": ["E3M4"]}
+AMAX = {"block_0/mlp_up": 3.0, "head": 5.0}
+
+
+@pytest.fixture(scope="module")
+def quantized_run(params, tmp_path_factory):
+    """A run folder with the state of a run in FORMATS: step 2 before an emergency shift, step 4 after it."""
+    folder = tmp_path_factory.mktemp("quantized")
+    config = to_dict(default_config()) | FORMATS | {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
+    config |= {"vocab_size": 256, "compute_dtype": "float32", "tokenizer": "bytes"}
+    options = quantization.options_of(config)
+    small = {name: leaf for name, leaf in params.items() if name != "block_1"}
+    weights = {layer: weights_of(small, layer) for layer in options.weight_layers}
+    table = quantization.format_table(options)
+    init = jax.jit(lambda level: quantization.init_state(
+        options, weights, quantization.formats_at(jax.device_put(table), level), ages=False)[0])
+    checkpoints = checkpoint.open_checkpoints(folder, max_checkpoints=2)
+    for step, level in ((2, 0), (4, 1)):
+        state = init(level)
+        history = np.ones(state.amax_history_Q3H.shape, np.float32)
+        for q, layer in enumerate(options.layers):
+            history[q, 1, 7] = AMAX.get(layer.layer, 1.0)
+        state = state._replace(amax_history_Q3H=jnp.asarray(history), level=jnp.int32(level))
+        checkpoints.save(step, {"params": small, "quant": state}, {"config": config})
+    checkpoints.close()
+    assert [outcome.error for outcome in checkpoints.check()] == [None, None]
+    return folder
+
+
+def greedy(config, params, operands, n_new):
+    """Greedy tokens by full forward passes, without a cache."""
+    @jax.jit
+    def next_token(tokens_BL, length):
+        out = GPT(config).apply({"params": params}, tokens_BL, quantized=Quantized(operands, {}))
+        return out.logits[0, length - 1].argmax()
+
+    tokens = list(PROMPT)
+    for _ in range(n_new):
+        padded = np.zeros((1, config.block_size), np.int32)
+        padded[0, : len(tokens)] = tokens
+        tokens.append(int(next_token(padded, len(tokens))))
+    return tokens[len(PROMPT) :]
+
+
+def test_text_comes_from_the_model_in_its_formats(quantized_run):
+    params, config, _, operands = load_model(quantized_run, 2)
+    plain = GPTConfig(**{**vars(config), "rules": ()})
+    params = jax.device_put(params)
+    by_model = greedy(config, params, operands, 12)
+    ids = generate(params, config, PROMPT, max_new_tokens=12, temperature=0.0, operands=operands)
+    assert list(ids) == by_model
+    assert list(ids) != list(generate(params, plain, PROMPT, max_new_tokens=12, temperature=0.0))
+
+
+@pytest.mark.parametrize("step, of_block, of_head", [(2, "E6M1", "E4M3"), (4, "E3M4", "E3M4")])
+def test_a_checkpoint_is_loaded_in_the_formats_in_use(quantized_run, params, step, of_block, of_head):
+    """After an emergency shift they are others; scales are the stored weights' own, and from the amaxes seen."""
+    operands = load_model(quantized_run, step).operands
+    assert set(operands) == {f"block_0/{part}" for part in ("attn_qkv", "attn_out", "mlp_up", "mlp_down")} | {"head"}
+    for layer, (w, a, g) in operands.items():
+        fmt = get_format(of_head if layer == "head" else of_block)
+        largest = min(fmt.max_finite, 2.0**16)
+        assert (a.format.mantissa_bits, a.format.max_finite) == (fmt.mantissa_bits, fmt.max_finite)
+        assert a.scale == 2.0 ** np.floor(np.log2(largest / AMAX.get(layer, 1.0))) and a.seed is None
+        if layer == "head":
+            assert w is None and g is None
+        else:
+            assert w.format.max_finite == g.format.max_finite == fmt.max_finite and w.seed is None
+            assert w.scale == 2.0 ** np.floor(np.log2(largest / np.abs(weights_of(params, layer)).max()))
+
+
+@pytest.mark.parametrize("more", [set(), {"use_fp8"}])
+def test_a_checkpoint_of_schema_version_1_has_no_formats(run_dir, params, tmp_path, more):
+    _, config, settings, _ = load_model(run_dir)
+    old = {name: value for name, value in settings.items() if name not in ADDED_IN_2 | more}
+    checkpoints = checkpoint.open_checkpoints(tmp_path, max_checkpoints=1)
+    checkpoints.save(0, {"params": params}, {"config": old})
+    checkpoints.close()
+    model = load_model(tmp_path)
+    assert (model.config, model.settings, model.operands) == (config, old, {}) and config.rules == ()
+
+
+def test_script_samples_from_a_model_in_formats(quantized_run, capsys):
+    sample(quantized_run, "--step", "2", "--prompt", "ab", "--max_new_tokens", "6", "--temperature", "0")
+    params, config, _, operands = load_model(quantized_run, 2)
+    ids = generate(params, config, list(b"ab"), max_new_tokens=6, temperature=0.0, end_id=255, operands=operands)
+    text = bytes(token for token in ids if token != 255).decode(errors="replace")
+    assert capsys.readouterr().out == f"ab{text}\n"

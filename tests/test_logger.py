@@ -17,6 +17,7 @@ import pytest
 from altgrad_jax import logger
 from altgrad_jax.errors import UserError
 from altgrad_jax.logger import DispatchRecord, Record, ValRising, Writer, format_row, keep_row, parse_row
+from altgrad_jax.rank_alerts import RankFalling
 
 NAMES = ("loss", "grad_norm/block_0/mlp_up", "100%s", "alert/loss_spike", "alert/dead_layer/block_0/mlp_up",
          "alert_value/dead_layer/block_0/mlp_up")
@@ -109,6 +110,54 @@ def test_the_fast_formatter_equals_format_row():
         assert formatter.line(3, values, evaluation, alerts) == format_row(row)
 
 
+SPARSE_NAMES = ("loss", "sparse/overflow/head/G", "grad_norm", "sparse/100%s", "alert/overflow/head/G")
+
+
+def sparse_row(step, values, alerts=()):
+    """The row that these values of SPARSE_NAMES are to give."""
+    keys = ("loss", "overflow/head/G", "grad_norm", "100%s")
+    kept = {key: value for key, value in zip(keys, values) if key in ("loss", "grad_norm") or not math.isnan(value)}
+    return {"step": step, **kept} | ({"alerts": list(alerts)} if alerts else {})
+
+
+@pytest.mark.parametrize("values", [
+    [1.5, 0.25, 2.0, 0.1, 0], [1.5, math.nan, 2.0, 0.1, 0], [1.5, 0.25, 2.0, math.nan, 0],
+    [1.5, math.nan, 2.0, math.nan, 0], [math.nan, math.nan, math.inf, math.nan, 0],
+    [math.nan, math.inf, math.nan, -math.inf, 0], [1.5, math.nan, 2.0, 0.1, 0.5],
+])
+def test_a_sparse_metric_is_left_out_where_it_is_nan_and_nowhere_else(values):
+    formatter = logger._Formatter(SPARSE_NAMES)
+    values = np.array(values, np.float32)
+    alerts = formatter.alerts_of(values)
+    assert alerts == ([{"kind": "overflow", "layer": "head/G", "value": 0.5}] if values[4] else [])
+    line = formatter.line(3, values, None, alerts)
+    assert line == format_row(sparse_row(3, values, alerts))
+    strict_json(line)
+    evaluation = {"val_loss": 0.1, "code_entropy/head/G": math.nan}
+    assert parse_row(formatter.line(3, values, evaluation, []))["val_loss"] == 0.1
+
+
+def test_rows_of_one_dispatch_may_have_different_metrics(tmp_path):
+    values = np.ones((6, 5), np.float32)
+    values[:, 4] = 0
+    values[[0, 2, 4], 1] = math.nan
+    values[3:, 3] = math.nan
+    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=1)
+    writer.submit(DispatchRecord(1, SPARSE_NAMES, values))
+    writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == [format_row(sparse_row(step, row)) for step, row in zip(range(1, 7), values)]
+    assert len({tuple(parse_row(line)) for line in lines}) == 4
+
+
+def test_a_template_is_made_once_for_each_set_of_metrics():
+    plain, mixed = logger._Formatter(NAMES), logger._Formatter(SPARSE_NAMES)
+    for step in range(20):
+        plain.line(step, packed([step])[0], None, [])
+        mixed.line(step, np.array([1, math.nan if step % 3 else 1, 1, 1, 0], np.float32), None, [])
+    assert (len(plain.templates), len(mixed.templates)) == (1, 2)
+
+
 def test_which_rows_are_kept():
     kept = [step for step in range(26) if keep_row(step, log_interval=10, max_steps=25, notable=step == 7)]
     assert kept == [0, 7, 10, 20, 25]
@@ -196,6 +245,59 @@ def test_a_changed_log_interval_is_judged_by_the_rows_that_were_due(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(line for line in lines if b'"step": 23,' not in line))
     with pytest.raises(UserError, match="lacks 1 of the rows up to step 44, the first at step 23"):
         Record.open(tmp_path, 44)
+
+
+def diagnose(run_dir, steps, resume_step=None):
+    """A record with rows to the last of these steps and two lines of diagnostics at each of them."""
+    record = Record.open(run_dir, resume_step)
+    first = 0 if resume_step is None else resume_step + 1
+    for step in range(first, max(steps) + 1):
+        if step in steps:
+            record.append_diagnostics([{"step": step, "layer": "head", "operand": operand, "amax": 0.1}
+                                       for operand in "WA"])
+        record.append([step], [format_row({"step": step, "loss": 1.0})])
+    record.close()
+
+
+def diagnostics_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "diagnostics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_without_diagnoses_has_no_file_for_them(tmp_path):
+    fill(tmp_path, 3)
+    fill(tmp_path, 5, resume_step=2)
+    record = Record.open(tmp_path, 5)
+    record.append_diagnostics([])
+    record.close()
+    assert not (tmp_path / "diagnostics.jsonl").exists()
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 12}\n{"step": 12, "lay', b'{"step": 8, "lay', b"\0" * 300, b'{"st\n'])
+def test_diagnostics_are_cut_back_to_the_step_that_is_resumed(tmp_path, torn):
+    diagnose(tmp_path / "whole", (0, 4, 8, 12))
+    whole = (tmp_path / "whole" / "diagnostics.jsonl").read_bytes()
+    assert [(row["step"], row["operand"]) for row in diagnostics_of(tmp_path / "whole")] == [
+        (step, operand) for step in (0, 4, 8, 12) for operand in "WA"]
+    diagnose(tmp_path / "cut", (0, 4, 8))
+    with open(tmp_path / "cut" / "diagnostics.jsonl", "ab") as file:
+        file.write(torn)
+    Record.open(tmp_path / "cut", 8).close()  # nothing that the checkpoint has seen is lost
+    assert (tmp_path / "cut" / "diagnostics.jsonl").read_bytes() == b"".join(whole.splitlines(True)[:6])
+    diagnose(tmp_path / "cut", (8, 12), resume_step=6)
+    assert (tmp_path / "cut" / "diagnostics.jsonl").read_bytes() == whole
+    assert record_bytes(tmp_path / "cut") == record_bytes(tmp_path / "whole")
+
+
+def test_a_run_that_starts_again_starts_its_diagnostics_again(tmp_path):
+    diagnose(tmp_path, (0, 3))
+    Record.open(tmp_path, -1).close()
+    assert (tmp_path / "diagnostics.jsonl").read_bytes() == record_bytes(tmp_path) == b""
+
+
+def test_a_fresh_run_refuses_old_diagnostics(tmp_path):
+    (tmp_path / "diagnostics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(UserError, match=r"diagnostics\.jsonl already holds a run.*--workdir"):
+        Record.open(tmp_path)
 
 
 KILLED = """
@@ -300,6 +402,48 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert record_bytes(tmp_path / "cut") == record_bytes(tmp_path / "whole")
     alerts = {row["step"]: row["alerts"] for row in rows_of(tmp_path / "whole") if "alerts" in row}
     assert alerts == {15: [{"kind": "val_rising", "layer": None, "value": pytest.approx(4.2)}]}
+
+
+# Stable ranks by step. With `after` 5 the first one counts at 10; half of it is 5, the strict share 7.
+RANKS = {0: (30, 30), 5: (20, 20), 10: (10, 10), 15: (6, 6), 20: (4, 8), 25: (4, 6), 30: (4, 6), 35: (9, 6)}
+
+
+def run_diagnosed(run_dir, steps, resume_step=None):
+    record = Record.open(run_dir, resume_step)
+    writer = Writer(record, max_steps=35, tokens_per_step=1, rank_falling=RankFalling(0.5, 0.7, record.ranks, after=5))
+    for step in range(0 if resume_step is None else resume_step + 1, steps + 1):
+        found = None
+        if step in RANKS:
+            found = dict(zip(("stable_rank/block_0/mlp_up", "stable_rank/embed"), np.float32(RANKS[step])))
+            found = {"spectral_norm/embed": 1.0, **found}
+        lines = [{"step": step, "layer": "head", "operand": "W"}] if found else []
+        if step:
+            writer.submit(DispatchRecord(step, NAMES, packed([step]), None, found, diagnostics=lines))
+        else:
+            writer.submit(DispatchRecord(0, evaluation=found, diagnostics=lines))
+    writer.close()
+
+
+def test_a_falling_rank_is_an_alert_of_the_row_that_diagnosed_it(tmp_path):
+    run_diagnosed(tmp_path, 35)
+    rows = rows_of(tmp_path)
+    assert {row["step"]: [(alert["kind"], alert["layer"], round(alert["value"], 5)) for alert in row["alerts"]]
+            for row in rows if "alerts" in row} == {
+        15: [("rank_falling", "embed", 0.6)], 20: [("rank_falling", "block_0/mlp_up", 0.4)],
+        25: [("rank_falling", "embed", 0.6)]}  # re-armed by 8 at step 20
+    assert [row["step"] for row in diagnostics_of(tmp_path)] == list(RANKS)
+    assert rows[10]["stable_rank/embed"] == 10.0 and "loss" in rows[10]
+    # A row without a validation loss is timed as what it was.
+    assert {row["event"] for row in timing_of(tmp_path) if "event" in row} == {"start", "diagnosis"}
+
+
+@pytest.mark.parametrize("stop, resume_step", [(7, 2), (12, 9), (17, 15), (22, 20), (29, 16), (34, 29)])
+def test_a_resumed_run_warns_of_ranks_as_an_uninterrupted_one(tmp_path, stop, resume_step):
+    run_diagnosed(tmp_path / "whole", 35)
+    run_diagnosed(tmp_path / "cut", stop)
+    run_diagnosed(tmp_path / "cut", 35, resume_step)
+    assert record_bytes(tmp_path / "cut") == record_bytes(tmp_path / "whole")
+    assert diagnostics_of(tmp_path / "cut") == diagnostics_of(tmp_path / "whole")
 
 
 def test_log_interval_keeps_what_matters(tmp_path):
@@ -447,13 +591,22 @@ def test_manifest_round_trip_and_its_errors(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         logger.read_manifest(tmp_path)
     logger.write_manifest(tmp_path, {"config": {"lr": 6e-4}, "a": [1, "é"]})
-    assert logger.read_manifest(tmp_path) == {"config": {"lr": 6e-4}, "a": [1, "é"], "schema_version": 1}
+    assert logger.read_manifest(tmp_path) == {"config": {"lr": 6e-4}, "a": [1, "é"], "schema_version": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
-    for text, error in (('{"schema_version": 2}', "schema_version 2, this program reads 1"), ("[1]", "None"),
+    for text, error in (('{"schema_version": 3}', "schema_version 3, this program reads 1 and 2: use the version"),
+                        ('{"schema_version": "2"}', "'2'"), ("{}", "None"), ("[1]", "None"),
                         ('{"schema_version": 1', "cannot be read")):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=error):
             logger.read_manifest(tmp_path)
+
+
+def test_a_manifest_of_version_1_is_read_as_it_is_and_written_as_version_2(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"schema_version": 1, "config": {"seed": 1}}')
+    manifest = logger.read_manifest(tmp_path)
+    assert manifest == {"schema_version": 1, "config": {"seed": 1}}
+    logger.write_manifest(tmp_path, manifest)
+    assert logger.read_manifest(tmp_path)["schema_version"] == logger.SCHEMA_VERSION == 2
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

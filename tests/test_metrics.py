@@ -106,3 +106,50 @@ def test_pack_keeps_names_and_values_together():
     assert names == ("b", "a/c") and values.dtype == jnp.float32
     np.testing.assert_array_equal(values, [1.0, 1.0])
 
+
+
+def fidelity(g, r):
+    """By their formulas, in float64."""
+    with np.errstate(divide="ignore"):
+        return {"grad_cosine": g @ r / (np.linalg.norm(g) * np.linalg.norm(r)),
+                "grad_sqnr_db": 10 * np.log10((r @ r) / ((g - r) @ (g - r))),
+                "grad_flushed": ((g == 0) & (r != 0)).mean()}
+
+
+def test_gradient_fidelity_by_layer_and_over_all_elements():
+    """Layers of different size, energy and error: over all elements a layer counts by its size."""
+    rng = np.random.default_rng(2)
+
+    def spoil(r, share):
+        r = np.where(rng.random(r.shape) < 0.1, 0, r)
+        g = np.where(rng.random(r.shape) < share, 0, r * (1 + share * rng.standard_normal(r.shape)))
+        return jnp.float32(r), jnp.float32(g)
+
+    pairs = {group: jax.tree.map(lambda r: spoil(r * 10.0**-k, 0.1 * (k + 1)), arrays)
+             for k, (group, arrays) in enumerate(make_tree(1).items())}
+    reference, grads = (jax.tree.map(lambda pair: pair[i], pairs, is_leaf=lambda node: isinstance(node, tuple))
+                        for i in range(2))
+    found = metrics.gradient_fidelity(grads, reference)
+    g_of, r_of = metrics.by_layer(grads), metrics.by_layer(reference)
+    expected = fidelity(*(np.concatenate([flat(arrays) for arrays in of.values()]) for of in (g_of, r_of)))
+    for layer, arrays in g_of.items():
+        expected |= {f"{name}/{layer}": value for name, value in fidelity(flat(arrays), flat(r_of[layer])).items()}
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(value, rel=1e-5), name
+    for name in ("grad_cosine", "grad_sqnr_db", "grad_flushed"):
+        mean_of_layers = np.mean([float(found[f"{name}/{layer}"]) for layer in g_of])
+        assert float(found[name]) != pytest.approx(mean_of_layers, rel=1e-2)
+    assert set(metrics.gradient_fidelity(grads, reference, "_x")) == {
+        name.replace(name.split("/")[0], name.split("/")[0] + "_x") for name in expected}
+
+
+def test_the_fidelity_of_a_gradient_to_itself_and_to_its_opposite():
+    tree = make_tree(3)
+    same = metrics.gradient_fidelity(tree, tree)
+    assert same["grad_cosine"] == pytest.approx(1, rel=1e-6) and same["grad_sqnr_db"] == np.inf
+    opposite = metrics.gradient_fidelity(jax.tree.map(jnp.negative, tree), tree)
+    assert opposite["grad_cosine"] == pytest.approx(-1, rel=1e-6)
+    assert opposite["grad_sqnr_db"] == pytest.approx(-20 * np.log10(2), rel=1e-5)
+    nothing = metrics.gradient_fidelity(jax.tree.map(jnp.zeros_like, tree), tree)
+    assert nothing["grad_flushed"] == 1 and nothing["grad_sqnr_db"] == 0

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax import lax
 
+from altgrad_jax import diagnostics
 from altgrad_jax import quant_dot as module
 from altgrad_jax.errors import UserError
-from altgrad_jax.formats import DEFAULT_8BIT, get_format, round_reference
+from altgrad_jax.formats import DEFAULT_8BIT, decode, encode, get_format, round_reference
 from altgrad_jax.quant_dot import (
     FIELDS,
     SCALINGS,
@@ -27,7 +28,7 @@ from altgrad_jax.quant_dot import (
     quant_dot,
     scale_for,
 )
-from altgrad_jax.quantize import format_params
+from altgrad_jax.quantize import format_params, stochastic_seed
 
 M, K, N = 8, 256, 384
 # What a caller might have kept from earlier steps: too large a scale for W (it clips), fitting for A, small for G.
@@ -479,3 +480,241 @@ def test_without_formats_the_program_is_what_it_was(w_is_NK, compute_dtype):
     for differentiate in (False, True):
         assert program(quant_dot, differentiate) == program(before, differentiate)
         assert "dot_general" in program(quant_dot, differentiate)
+
+
+# Native products, scales that are no powers of two, stochastic operands, and what others ask of a product.
+
+NATIVE = ("float8_e4m3fn", "float8_e4m3fn", "float8_e5m2")
+MIXED = {"w": "E4M3", "a": "E4M3", "g": "E5M2"}
+
+
+def mixed(seed=None):
+    """Operands in E4M3, E4M3 and E5M2, with the scales of `given_scale`."""
+    return Operands(**{name: Operand(format_params(get_format(fmt)), given_scale(get_format(fmt), name), seed)
+                       for name, fmt in MIXED.items()})  # fmt: skip
+
+
+def exact_sums(v, seed, scale):
+    """v's shape and signs, sizes whose products add up exactly in float32, in any order: some clip, some flush."""
+    size = np.random.default_rng(seed).uniform(28, 900, v.shape) / scale  # in codes: 5 powers of two, clipped at 448
+    size[::3, ::4] = 1e-12
+    return (np.sign(v) * size).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape, w_is_NK, scaling", [((M, K, N), False, "delayed"), ((5, 23, 41), True, "delayed"),
+                                                     ((M, K, N), True, "tensor")])  # fmt: skip
+def test_native_products_are_the_emulated_ones_bit_for_bit(shape, w_is_NK, scaling):
+    """Of E4M3 and E5M2. Where float32 sums are not exact, their order, which differs, may change the last bit."""
+    m, k, n = shape
+    x, w, g = (v[:rows, :columns] for v, rows, columns in zip(matrices(1), (m, k, m), (k, n, n)))
+    rules = [Rule(*[scaling] * 3, native=native) for native in (None, NATIVE)]
+    exact = [exact_sums(v, i, 2.0 ** -i) for i, v in enumerate((x, w, g))]
+    operands = Operands(*(operand._replace(scale=np.float32(2.0 ** -i)) for i, operand in zip((1, 0, 2), mixed())))
+    emulated, native = (compiled(*exact, operands, rule, w_is_NK) for rule in rules)
+    for got, want in zip(native[:3], emulated[:3]):
+        np.testing.assert_array_equal(np.asarray(got).view(np.int32), np.asarray(want).view(np.int32))
+    if scaling == "delayed":
+        assert all(named_statistics(stats)["overflow"] > 0.1 for stats in native[3][:2])
+    assert all(named_statistics(stats)["underflow"] > 0.05 for stats in native[3])
+    emulated, native = (compiled(x, w, g, mixed(), rule, w_is_NK) for rule in rules)
+    np.testing.assert_allclose(native[3], emulated[3], rtol=1e-6)
+    for got, want in zip(native[:3], emulated[:3]):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+def dot_dtypes(jaxpr):
+    """((dtypes of operands and result), shapes of the operands) of every product of a program, inner ones included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield (tuple(str(v.aval.dtype) for v in (*equation.invars, *equation.outvars)),
+                   tuple(v.aval.shape for v in equation.invars))  # fmt: skip
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from dot_dtypes(inner)
+
+
+def test_native_products_have_float8_operands():
+    x, w, g = matrices()
+    jaxpr = jax.make_jaxpr(partial(products, rule=Rule(native=NATIVE)))(x, w, g, mixed()).jaxpr
+    e4m3, e5m2 = NATIVE[1:]
+    assert sorted(dtypes for dtypes, _ in dot_dtypes(jaxpr)) == [
+        (e4m3, e4m3, "float32"), (e4m3, e5m2, "float32"), (e5m2, e4m3, "float32")]  # fmt: skip
+
+
+def float32_scale(v, fmt, scaling, given):
+    if scaling == "none":
+        return np.float32(1)
+    return np.float32(given) if scaling == "delayed" else np.float32(min(fmt.max_finite, 2.0**16)) / np.abs(v).max()
+
+
+@pytest.mark.parametrize("scaling", ["delayed", "tensor", "none"])
+@pytest.mark.parametrize("native", [None, NATIVE])
+def test_scales_that_are_no_powers_of_two_are_taken_off_the_results(scaling, native):
+    x, w, g = matrices(2)
+    rule = Rule(*[scaling] * 3, power_of_two=False, native=native)
+    operands = Operands(*(operand._replace(scale=np.float32(operand.scale * 0.7)) for operand in mixed()))
+    y, dx, dw, stats = compiled(x, w, g, operands, rule)
+    q = {}
+    for name, v, operand, got in zip("wag", (w, x, g), operands, stats):
+        fmt = get_format(MIXED[name])
+        scale = float32_scale(v, fmt, scaling, operand.scale)
+        q[name] = round_reference(fmt, v * scale) / np.float64(scale)  # v * scale in float32, as it is rounded
+        found = dict(zip(FIELDS, np.asarray(got, np.float64)))
+        assert found["scale"] == pytest.approx(scale, rel=1e-7) and found["count"] == v.size
+        assert found["flushed"] == ((v != 0) & (q[name] == 0)).sum()
+        assert found["noise"] == pytest.approx(((q[name] - v) ** 2).sum(), rel=1e-4)
+        assert np.log2(scale) % 1 != 0 or scaling == "none"
+    assert_product(y, q["a"], q["w"])
+    assert_product(dx, q["g"], q["w"].T)
+    assert_product(dw, q["a"].T, q["g"])
+
+
+def test_a_float32_scale_brings_the_amax_to_the_largest_number():
+    amax = np.float32(2.0) ** np.random.default_rng(0).uniform(-60, 60, 1000).astype(np.float32)
+    for name in ("E4M3", "E0M7", "E7M0"):
+        fmt = get_format(name)
+        got = np.asarray(scale_for(amax, format_params(fmt), power_of_two=False), np.float64)
+        np.testing.assert_allclose(got * amax, min(fmt.max_finite, 2.0**16), rtol=1e-7)
+    np.testing.assert_array_equal(scale_for(np.float32([0, np.inf, np.nan, 1e-40]), format_params(fmt), False), 1)
+
+
+def test_a_scale_from_the_own_amax_clips_nothing_whatever_its_rounding():
+    """The float32 quotient of largest number and amax, and that of largest number and scale, are rounded each."""
+    @jax.jit
+    def overflow(x):
+        _, stats = quant_dot(x, jnp.ones((64, 8)), operands=Operands(a=mixed().g._replace(scale=0.0)),
+                             rule=Rule(power_of_two=False))  # fmt: skip
+        return named_statistics(stats.a)["overflow"]
+
+    x = np.random.default_rng(0).standard_normal((40, 8, 64)).astype(np.float32)
+    assert all(np.isnan(overflow(batch)) for batch in x)
+
+
+def neighbours(fmt, x):
+    """The numbers of a format at or below and above each x, float64, saturating."""
+    values = decode(fmt, np.arange(fmt.max_code + 1))
+    values = np.concatenate([-values[:0:-1], values])
+    below = np.clip(np.searchsorted(values, x, side="right") - 1, 0, len(values) - 2)
+    return np.where(x >= values[-1], values[-1], values[below]), np.where(x <= values[0], values[0], values[below + 1])
+
+
+@jax.jit
+def rounded_operands(w_KN, x, g, operands):
+    """W, A and G as they enter the products: multiplied with an identity whose format is exact."""
+    def product(x, w, w_and_a):
+        return quant_dot(x, w, operands=w_and_a)[0]
+
+    q_w = product(jnp.eye(w_KN.shape[0]), w_KN, Operands(w=operands.w))
+    q_a = product(x, jnp.eye(x.shape[1]), Operands(a=operands.a))
+    q_g = jax.vjp(lambda x: product(x, jnp.eye(g.shape[1]), Operands(g=operands.g)), jnp.zeros_like(g))[1](g)[0]
+    return q_w, q_a, q_g
+
+
+def test_stochastic_operands_take_a_neighbour_each_and_are_unbiased():
+    x, w, g = matrices(3)
+    w, x, g = w[:24, :20], x[:, :32], g[:, :40]
+    n_draws = 300
+
+    def draw(step):
+        seeds = (stochastic_seed(7, step, stream) for stream in range(3))
+        return rounded_operands(w, x, g, Operands(*(op._replace(seed=seed) for op, seed in zip(mixed(), seeds))))
+
+    draws = [np.asarray(q, np.float64) for q in jax.jit(jax.vmap(draw))(jnp.arange(n_draws))]
+    for q_D, again in zip(draws, draw(5)):
+        np.testing.assert_array_equal(q_D[5], again)  # the same seed, the same bits
+        assert (q_D[0] != q_D[1]).mean() > 0.1
+    for name, v, q_D, operand in zip("wag", (w, x, g), draws, mixed()):
+        fmt, scale = get_format(MIXED[name]), np.float64(operand.scale)
+        low, high = (side / scale for side in neighbours(fmt, v * scale))
+        assert np.all((q_D == low) | (q_D == high))
+        clipped = np.clip(np.float64(v), -fmt.max_finite / scale, fmt.max_finite / scale)
+        variance = (clipped - low) * (high - clipped) / n_draws
+        common = np.minimum(clipped - low, high - clipped) > 0.05 * (high - low)
+        z = ((q_D.mean(0) - clipped) / np.sqrt(np.where(common, variance, 1)))[common]
+        assert common.sum() > 100 and np.abs(z).max() < 5 and abs(z.mean()) < 5 / np.sqrt(z.size)
+
+
+def test_stochastic_products_use_one_rounding_forward_and_backward():
+    """dx and dw are products of the very W and A that y was made of."""
+    x, w, g = matrices(4)
+    operands = mixed()
+    for i, name in enumerate("wag"):
+        operands = operands._replace(**{name: getattr(operands, name)._replace(seed=stochastic_seed(1, 2, i))})
+    q_w, q_a, q_g = (np.asarray(q, np.float64) for q in rounded_operands(w, x, g, operands))
+    y, dx, dw, _ = compiled(x, w, g, operands, Rule())
+    assert_product(y, q_a, q_w)
+    assert_product(dx, q_g, q_w.T)
+    assert_product(dw, q_a.T, q_g)
+    assert product_error(y, q_a, reference_quantize(w, get_format("E4M3"), "delayed", 0, operands.w.scale)[0]) > 100
+
+
+def test_rules_that_cannot_be_computed_are_refused():
+    for choice, words in (({"native": NATIVE}, "native products take one"),
+                          ({"power_of_two": False}, "scales that are no powers of two need one")):  # fmt: skip
+        for operand in "wag":
+            for scaling in ("channel", "block32", "block128"):
+                with pytest.raises(UserError, match=f"scaling '{scaling}' of {operand.upper()} has many .* {words}"):
+                    Rule(**{operand: scaling}, **choice)
+        Rule("tensor", "none", "delayed", **choice)
+    x, w, _ = matrices()
+    for missing in "wag":
+        with pytest.raises(UserError, match="native products .* give W, A and G a format each"):
+            quant_dot(x, w, operands=mixed()._replace(**{missing: None}), rule=Rule(native=NATIVE))
+
+
+@pytest.mark.parametrize("w_is_NK", [False, True])
+def test_weight_scale_is_the_scale_of_the_product(w_is_NK):
+    x, w_KN, g = matrices(5)
+    fmt = get_format("E3M4")
+    operands = same_for_all(fmt)
+    for scaling in SCALINGS:
+        size = {"channel": K, "block32": 32, "block128": 128}.get(scaling)
+        if size:
+            amax = np.abs(w_KN).reshape(K // size, size, N).max(1)
+            expected = np.repeat([[reference_scale(float(a), fmt) for a in row] for row in amax], size, axis=0)
+        else:
+            tensor = reference_scale(float(np.abs(w_KN).max()), fmt)
+            expected = np.full((K, N), {"none": 1, "delayed": operands.w.scale, "tensor": tensor}[scaling])
+        rule = Rule(w=scaling)
+        got = module.weight_scale(w_KN.T if w_is_NK else w_KN, operands.w, rule, w_is_NK=w_is_NK)
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(np.broadcast_to(got, (w_KN.T if w_is_NK else w_KN).shape),
+                                      expected.T if w_is_NK else expected)  # fmt: skip
+        _, _, _, (w_stats, _, _) = compiled(x, w_KN, g, operands, Rule(*[scaling] * 3), w_is_NK)
+        assert dict(zip(FIELDS, w_stats))["scale"] == expected.min()
+    history = module.weight_scale(w_KN, operands.w._replace(scale=0.0), Rule())
+    assert history == reference_scale(float(np.abs(w_KN).max()), fmt)  # delayed, before there is a history
+    exact = module.weight_scale(w_KN, operands.w._replace(scale=0.0), Rule(power_of_two=False))
+    np.testing.assert_allclose(exact, fmt.max_finite / np.abs(w_KN).max(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "block32"])
+def test_observations_are_appended_for_every_operand(scaling):
+    """The histogram of codes of each operand is that of the float64 oracle's codes of what the product rounds."""
+    x, w, g = matrices(6)
+    w[w == 0] = 1e-3  # a weight of -0 would have a code of its own in the oracle
+    fmt = get_format("E4M3")
+    rule = Rule(*[scaling] * 3, observe=diagnostics.observe)
+
+    def layer(x, w, probe):
+        return quant_dot(x, w, operands=same_for_all(fmt), rule=rule, g_probe=probe)
+
+    probe = np.concatenate([empty_statistics(), np.zeros(2 * diagnostics.HISTOGRAMS, np.float32)])
+    (w_vector, a_vector), g_vector = observed_products(layer, x, w, g, probe)
+    for v, axis, vector in ((w, 0, w_vector), (x, 1, a_vector), (g, 1, g_vector)):
+        assert_statistics(vector[:len(FIELDS)], reference_quantize(v, fmt, scaling, axis)[1])
+        codes_C, magnitudes = diagnostics.observed(vector[len(FIELDS):])
+        assert codes_C.sum() == magnitudes.sum() == v.size
+        scale = module.weight_scale(v, same_for_all(fmt).w, Rule(w=scaling), w_is_NK=axis == 1)
+        codes = encode(fmt, np.float64(v) * np.asarray(scale, np.float64))
+        codes[codes == fmt.n_magnitudes] = 0  # what rounds to -0 counts as zero
+        np.testing.assert_array_equal(codes_C, np.bincount(codes.ravel(), minlength=256))
+        np.testing.assert_array_equal(magnitudes, diagnostics.magnitude_histogram(v))
+
+
+@partial(jax.jit, static_argnums=0)
+def observed_products(layer, x, w, g, probe):
+    _, vjp, stats = jax.vjp(layer, x, w, probe, has_aux=True)
+    return stats, vjp(g)[2]

@@ -107,3 +107,64 @@ def test_bad_steps_are_counted_and_patience_is_in_a_row():
     monitor, *_ = run_monitor(losses[:7], bad=bad[:7])
     assert not bool(stability.is_frozen(monitor, THRESHOLDS))
     assert float(monitor.initial_loss) == 1.0 and int(monitor.seen) == 2
+
+
+def run_format_monitor(lost=None, overflow=None, bad=None):
+    """The bit_stall and overflow alerts that begin at each step, for two stored layers and two operands."""
+    n = len(lost if lost is not None else overflow)
+    lost = np.zeros((n, 2)) if lost is None else lost
+    overflow = np.zeros((n, 2)) if overflow is None else overflow
+    bad = np.zeros(n, bool) if bad is None else bad
+    monitor = stability.init_monitor(THRESHOLDS, {}, n_layers=2, n_stored=2, n_operands=2)
+    begun = {"bit_stall": [], "overflow": []}
+    for k in range(n):
+        monitor, _, begins = stability.update_monitor(
+            monitor, row_number=k + 1, loss=jnp.float32(3 - 0.01 * k), bad=jnp.asarray(bad[k]), dead_streak=(),
+            dead_shares=jnp.zeros(0), zero_update_S=jnp.zeros(2), thresholds=THRESHOLDS, lost_S=jnp.float32(lost[k]),
+            overflow_O=jnp.float32(overflow[k]))
+        for kind, values in begun.items():
+            values.append(np.asarray(begins[kind]))
+    return {kind: np.stack(values) for kind, values in begun.items()}
+
+
+def test_bit_stall_begins_when_the_mean_lost_share_exceeds_the_threshold_and_is_re_armed():
+    lost = np.random.default_rng(0).uniform(0, 0.4, (30, 2))
+    lost[3:9, 1] = lost[20:24, 1] = 0.95
+    lost[10:16, 0] = 0.9
+    bad = np.zeros(30, bool)
+    bad[[5, 12]] = True  # what a non-finite step lost does not count
+    begun = run_format_monitor(lost=lost, bad=bad)["bit_stall"]
+    expected, above = np.zeros((30, 2)), np.zeros(2, bool)
+    for k in range(30):
+        past = lost[:k + 1][~bad[:k + 1]][-THRESHOLDS.stall_window:]
+        if bad[k]:
+            continue
+        mean = past.mean(0)
+        now = (mean > THRESHOLDS.bit_stall_threshold) & (len(past) == THRESHOLDS.stall_window)
+        expected[k] = np.where(now & ~above, mean, 0)
+        above = now
+    assert (expected > 0).sum(0).tolist() == [1, 2]
+    np.testing.assert_allclose(begun, expected, rtol=1e-6)
+
+
+def test_bit_stall_waits_for_a_full_window():
+    begun = run_format_monitor(lost=np.ones((6, 2)))["bit_stall"]
+    assert np.flatnonzero(begun[:, 0]).tolist() == [THRESHOLDS.stall_window - 1]
+
+
+def test_overflow_begins_above_the_threshold_with_its_share_and_is_re_armed():
+    assert THRESHOLDS.overflow_threshold == 0.01
+    overflow = np.zeros((10, 2))
+    overflow[:, 0] = [0, 0.01, 0.02, 0.03, 0.005, 0.02, 0.02, 0, 0.5, 0]
+    overflow[3, 1] = 0.2
+    bad = np.zeros(10, bool)
+    bad[8] = True  # decides nothing
+    begun = run_format_monitor(overflow=overflow, bad=bad)["overflow"]
+    expected = np.zeros((10, 2))
+    expected[2, 0], expected[5, 0], expected[3, 1] = 0.02, 0.02, 0.2
+    np.testing.assert_allclose(begun, expected, rtol=1e-6)
+
+
+def test_without_formats_there_is_nothing_to_watch():
+    monitor = stability.init_monitor(THRESHOLDS, {"block_0/mlp_up": 2}, n_layers=2)
+    assert monitor.lost_WS is None and not {"bit_stall", "overflow"} & set(monitor.active)
