@@ -243,11 +243,13 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               "alert when a larger share of a quantized operand's values is clipped; with use_fp8=False no "
               "layer is quantized and there is none to watch"),
         Field("diagnostic_interval", 100, _whole(1),
-              "updates between two diagnoses: rank of the weights; with formats, use of codes, histograms"),
-        Field("rank_threshold", 0.1, _POSITIVE_SHARE,
-              "alert when a layer's stable rank falls below this share of its first value after the warm-up"),
-        Field("rank_threshold_strict", 0.3, _POSITIVE_SHARE,
-              "the same for the head and the projections into the residual stream"),
+              "updates between two diagnoses: rank of the weights; with formats, use of codes, histograms",
+              resumable=True),
+        Field("rank_threshold", 0.1, _number(0, 1),
+              "alert when a layer's stable rank falls below this share of its first value after the warm-up; "
+              "0 = off", resumable=True),
+        Field("rank_threshold_strict", 0.3, _number(0, 1),
+              "the same for the head and the projections into the residual stream", resumable=True),
         Field("dead_neuron_threshold", 1e-8, _SQUARED_SHARE,
               "L2 norm of an output unit's unclipped gradient below which the unit counts as silent"),
         Field("dead_neuron_window", 100, _whole(1), "silent updates in a row after which a unit is dead"),
@@ -637,7 +639,8 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-# Settings that records of schema version 1 lack. Their defaults do what those runs did.
+# Settings that records of schema version 1 lack. With their defaults, training goes on as in those runs; what is
+# measured besides may be more.
 ADDED_IN_2 = frozenset(
     {*_FORMAT_FIELDS, "shadow_interval", "diagnostic_interval", "rank_threshold", "rank_threshold_strict"}
 )

@@ -6,7 +6,8 @@ from step to step (amax histories, the level of the emergency shift, the scales 
 inside the training state: saved, restored and resumed with it.
 
 Delayed scaling (Micikevicius et al. 2022): the scale of an operand comes from the largest amax of the last `history`
-updates; before the first update, and while all were zero, from its own. A non-finite step leaves histories as they are.
+updates; before the first update, and while all were zero, from its own. A non-finite step leaves histories as they are;
+with saturate=False, where an overflow is what made it non-finite, the amaxes that are finite enter.
 
 Two interventions, both off by default:
 

@@ -311,8 +311,10 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         level, streak, rises = quantization.next_level(quant, state.quant, bad)
         next_Q3 = quantization.formats_at(table, level)
         history = quantization.push_history(quant, state.quant.amax_history_Q3H, statistics_Q3S, formats_Q3)
-        next_quant = state.quant._replace(amax_history_Q3H=jnp.where(ok, history, state.quant.amax_history_Q3H),
-                                          level=level, bad_streak=streak)
+        if quant.saturate:
+            history = jnp.where(ok, history, state.quant.amax_history_Q3H)
+        # Where overflow becomes infinity, the amax that overflowed must enter, or every later step would overflow too.
+        next_quant = state.quant._replace(amax_history_Q3H=history, level=level, bad_streak=streak)
         old = {layer: weights_of(state.params, layer) for layer in quant.weight_layers}
         update_of = {layer: weights_of(updates, layer) for layer in quant.weight_layers}
         grids = quantization.weight_grids(quant, state.quant, formats_Q3, old)
@@ -466,7 +468,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         if o.use_shadow:
             row |= shadow_metrics(state.params, windows, state.step, grads)
         if quant is not None and quant.emergency_formats:
-            row["format_level"] = quant_state.level.astype(jnp.float32)
+            row["format_level"] = state.quant.level.astype(jnp.float32)
         row |= _alert_columns(begins, layers, list(stats.neuron_square_sum), row["nonfinite_loss"], norm_overflow,
                               nonfinite_grads_S,
                               nonfinite_params_S, nonfinite_updates_S)

@@ -5,7 +5,7 @@ Command:   python scripts/train.py --config configs/mixed.py
 Argument:  ATTENTION,MLP,HEAD: the format of attn_qkv and attn_out, of mlp_up and mlp_down, and of the output head;
            `none` leaves a part in bfloat16 without a format.
 Time:      longer than the baseline's, for operands are rounded and measured; not measured for this model.
-Expected:  docs/results/formats-small.md has the gaps of whole models; parts cost less.
+Expected:  not measured for this split; docs/results/formats-small.md has whole models in one format.
 """
 
 import ml_collections

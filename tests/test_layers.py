@@ -27,8 +27,8 @@ LAYERS = [
 ]
 OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"}}
 MAY_JIT = {"step", "generate", "benchmark", "quantize"}
-NO_JAX = {"errors", "config", "formats", "format_rules", "whatif", "rank_alerts", "cli", "logger", "console", "verdict", "flops", "process", "data.tokenizer",
-          "data.sources", "data.prepare"}
+NO_JAX = {"errors", "config", "formats", "format_rules", "whatif", "rank_alerts", "cli", "logger", "console", "verdict",
+          "flops", "process", "data.tokenizer", "data.sources", "data.prepare"}
 
 
 def name_of(path):

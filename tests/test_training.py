@@ -76,7 +76,10 @@ def test_a_run_leaves_its_record_checkpoints_plot_and_verdict(whole):
     rows = rows_of(whole.run_dir)
     assert [row["step"] for row in rows] == list(range(41))
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 20, 40]
-    assert list(rows[0]) == ["step", "val_loss", "val_perplexity"]
+    assert list(rows[0])[:3] == ["step", "val_loss", "val_perplexity"]
+    ranks = ("stable_rank/", "participation_ratio/", "spectral_norm/")
+    assert all(name.startswith(ranks) for name in list(rows[0])[3:])
+    assert [row["step"] for row in rows if "stable_rank/embed" in row] == [0, 40]
     losses = whole.history["loss"][1:]
     assert losses[0] == pytest.approx(np.log(256), abs=0.1) and losses[-5:].mean() < losses[:5].mean() - 0.3
     assert len(list_steps(whole.run_dir)) == 3 and max(list_steps(whole.run_dir)) == 40
