@@ -494,7 +494,7 @@ def test_stochastic_storing_is_unbiased_with_noise_of_its_own_for_every_layer_an
             settled = np.minimum(share, 1 - share) < 1e-3  # where float32 may see another neighbour
             assert np.all((new_w == low) | (new_w == high) | settled)
             score = np.where(settled, 0, ((new_w == high) - share) / np.sqrt(np.clip(share * (1 - share), 1e-4, 1)))
-            z[layer, step] = score.ravel()
+            z[layer, step] = (np.sign(target) * score).ravel()  # noise adds to magnitudes
             assert np.mean((new_w == high) != (share > 0.5)) > 0.05
             assert abs(score.mean()) < 5 / np.sqrt(score.size)
     pairs = [((layer, 0), (layer, 1)) for layer in STORED_FORMATS]
