@@ -258,8 +258,9 @@ def _quantize(v, operand, scaling, axis, name, dtype, rule):
     clipped = excess = jnp.float32(0)
     if scaling in ("delayed", "none"):  # from its own amax nothing is clipped, and two passes are saved
         limit = operand.format.max_finite / scale
-        clipped = jnp.sum((size > limit).astype(jnp.float32))
-        excess = jnp.sum(jnp.where(size > limit, jnp.square(size - limit), 0))
+        # With a scale from the own amax the limit may lie an ulp below it, by rounding: no clipping either.
+        clipped = jnp.where(given > 0, jnp.sum((size > limit).astype(jnp.float32)), 0.0)
+        excess = jnp.where(given > 0, jnp.sum(jnp.where(size > limit, jnp.square(size - limit), 0)), 0.0)
     fields = {
         "amax": jnp.max(amax),
         "scale": jnp.min(scale),

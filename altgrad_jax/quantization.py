@@ -132,10 +132,11 @@ def formats_at(table: FormatParams, level) -> FormatParams:
 
 
 def by_shape(weights: dict) -> list[list[str]]:
-    """The layers grouped by the shape of their weights, in the order of the model."""
+    """The layers grouped by the shape of their weights, in the order of the model; the head, whose table has its output
+    axis first, by itself."""
     groups = {}
     for layer, w in weights.items():
-        groups.setdefault(w.shape, []).append(layer)
+        groups.setdefault((w.shape, layer == HEAD), []).append(layer)
     return list(groups.values())
 
 

@@ -55,9 +55,12 @@ def fresh(functions, *table):
     return jax.device_get(functions.init(42, *table))
 
 
-def advance(functions, state, n, *table):
+EQUAL_WINDOWS = np.tile(np.arange(8, dtype=np.uint16), len(TOKENS_T) // 8)
+
+
+def advance(functions, state, n, *table, data=TOKENS_T):
     """(state, rows) after n updates; states live on the host, for `run` is given theirs."""
-    state, rows_KM = functions.run(jax.device_put(state), jnp.asarray(TOKENS_T), n, *table)
+    state, rows_KM = functions.run(jax.device_put(state), jnp.asarray(data), n, *table)
     return jax.device_get(state), np.asarray(rows_KM)[:n]
 
 
@@ -79,7 +82,9 @@ def shifted():
 
 @pytest.fixture(scope="module")
 def accumulated():
-    return build(quant=MASTER, grad_accum_steps=2, metric_groups=("format",), optimizer="grid")
+    """Rounds G stochastically, so that the noise of two micro-batches shows."""
+    options = dataclasses.replace(MASTER, stochastic=(False, False, True))
+    return build(quant=options, grad_accum_steps=2, metric_groups=("format",), optimizer="grid")
 
 
 NAMES = ("E5M2", "E3M4", "E7M0", "E0M7", "E1M6")
@@ -304,7 +309,7 @@ def test_micro_batches_have_the_statistics_of_the_whole_batch(master, accumulate
     amax, part_amax = (s.quant.amax_history_Q3H[..., -1] for s in (whole, parts))
     np.testing.assert_array_equal(part_amax[:, 0], amax[:, 0])
     np.testing.assert_allclose(part_amax[:, 1], amax[:, 1], rtol=1e-5)
-    np.testing.assert_allclose(part_amax[:, 2], 2 * amax[:, 2], rtol=0.1)
+    np.testing.assert_allclose(part_amax[:, 2], 2 * amax[:, 2], rtol=0.2)
     assert part_amax[MASTER_LAYERS.index("head"), 2] == 2 * amax[MASTER_LAYERS.index("head"), 2]
     for layer in (*MASTER_LAYERS, "all"):
         for operand in "WA":  # shares and energies of both halves together, by their numbers of elements
@@ -316,6 +321,20 @@ def test_micro_batches_have_the_statistics_of_the_whole_batch(master, accumulate
     share = column(master, rows, "sparse/overflow/block_0/attn_qkv/A")[0]
     assert column(master, rows, "alert/overflow/block_0/attn_qkv/A")[0] == share > 0.01
     assert column(master, rows, "alert/overflow/block_0/attn_qkv/G")[0] == 0
+
+
+def test_micro_batches_have_a_noise_of_their_own(accumulated):
+    """All windows of these data are equal: were the noise, too, both would flush as many elements, an even number."""
+    table, odd = named(MASTER, "E0M7"), 0
+    for step in range(5):
+        start = fresh(accumulated, table)._replace(step=np.int32(step))
+        _, rows = advance(accumulated, start, 1, table, data=EQUAL_WINDOWS)
+        for layer in MASTER_LAYERS:
+            n_outputs = 64 if layer == "head" else weights_of(start.params, layer).shape[1]
+            flushed = column(accumulated, rows, f"sparse/underflow/{layer}/G")[0] * 32 * n_outputs
+            assert flushed == pytest.approx(round(flushed), abs=1e-2) and flushed > 10
+            odd += round(flushed) % 2
+    assert odd > 0
 
 
 # The shadow.
@@ -505,15 +524,13 @@ def test_stochastic_storing_is_unbiased_with_noise_of_its_own_for_every_layer_an
 
 def test_stochastic_operands_have_another_noise_at_every_update():
     """All windows of these data are equal, so that only the noise can make the loss of an update differ."""
-    data = np.tile(np.arange(8, dtype=np.uint16), len(TOKENS_T) // 8)
     for way, differs in (("error_feedback", True), ("stochastic", False)):
         functions, options = at_rest(way)
         table = format_table(options)
         losses = []
         for step in (0, 1, 7):
             start = fresh(functions, table)._replace(step=np.int32(step))
-            _, rows_KM = functions.run(jax.device_put(start), jnp.asarray(data), 1, table)
-            losses.append(float(column(functions, np.asarray(rows_KM), "loss")[0]))
+            losses.append(column(functions, advance(functions, start, 1, table, data=EQUAL_WINDOWS)[1], "loss")[0])
         assert len(set(losses)) == (3 if differs else 1)
 
 

@@ -24,7 +24,7 @@ from altgrad_jax.errors import UserError
 ROOT = Path(__file__).parent.parent
 TINY = dict(tokenizer="bytes", vocab_size=256, n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4,
             max_steps=40, warmup_steps=5, learning_rate=3e-3, checkpoint_interval=10, eval_interval=20, eval_windows=8,
-            eval_batch_size=4, dead_neuron_window=5, nan_patience=3, run_name="tiny", tags=("tiny",),
+            eval_batch_size=4, diagnostic_interval=20, dead_neuron_window=5, nan_patience=3, run_name="tiny", tags=("tiny",),
             wandb_mode="disabled", console="quiet")
 
 
@@ -79,7 +79,7 @@ def test_a_run_leaves_its_record_checkpoints_plot_and_verdict(whole):
     assert list(rows[0])[:3] == ["step", "val_loss", "val_perplexity"]
     ranks = ("stable_rank/", "participation_ratio/", "spectral_norm/")
     assert all(name.startswith(ranks) for name in list(rows[0])[3:])
-    assert [row["step"] for row in rows if "stable_rank/embed" in row] == [0, 40]
+    assert [row["step"] for row in rows if "stable_rank/embed" in row] == [0, 20, 40]
     losses = whole.history["loss"][1:]
     assert losses[0] == pytest.approx(np.log(256), abs=0.1) and losses[-5:].mean() < losses[:5].mean() - 0.3
     assert len(list_steps(whole.run_dir)) == 3 and max(list_steps(whole.run_dir)) == 40
