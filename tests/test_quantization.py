@@ -369,6 +369,6 @@ def test_the_grids_of_the_weights_are_those_of_the_product(scaling):
 
 
 def test_layers_of_one_shape_are_grouped_in_the_order_of_the_model():
-    shapes = {"a": (2, 3), "b": (4, 3), "c": (2, 3), "d": (3, 2)}
+    shapes = {"a": (2, 3), "b": (4, 3), "c": (2, 3), "d": (3, 2), "head": (2, 3)}
     groups = quantization.by_shape({name: np.zeros(shape) for name, shape in shapes.items()})
-    assert groups == [["a", "c"], ["b"], ["d"]]
+    assert groups == [["a", "c"], ["b"], ["d"], ["head"]]  # the head's scales lie along another axis

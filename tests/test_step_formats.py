@@ -1,7 +1,6 @@
 """The compiled step in number formats: one program for all of them, and what it does to weights, scales and gradients.
 
-The head's table and mlp_down's kernel have one shape here, so that the step treats two matrices of different formats
-together. Operands without a history are scaled by their own amax.
+Operands without a history are scaled by their own amax.
 """
 
 import dataclasses
@@ -33,13 +32,15 @@ ALL_LAYERS = EVERYWHERE.weight_layers
 # Not all layers in the programs that are compiled whole, for every operand costs compile time.
 MASTER = QuantOptions(resolve_rules(("block_0/attn_qkv=E4M3", "block_0/mlp_down=E4M3", "head=E4M3"), 1), amax_history=2)
 MASTER_LAYERS = MASTER.weight_layers
-STORED = QuantOptions(resolve_rules(("block_0/mlp_down=E4M3", "head:W=E5M2"), 1))
-STORED_FORMATS = {"block_0/mlp_down": "E4M3", "head": "E5M2"}
+# Two matrices of one shape, which the step treats together, in different formats.
+TWO_BLOCKS = dataclasses.replace(MODEL, n_layer=2)
+STORED = QuantOptions(resolve_rules(("block_*/mlp_down=E4M3", "block_1/mlp_down:W=E5M2"), 2))
+STORED_FORMATS = {"block_0/mlp_down": "E4M3", "block_1/mlp_down": "E5M2"}
 SHIFTED = dataclasses.replace(STORED, weights_at_rest="nearest", emergency_formats=("E3M4",), emergency_patience=2)
 
 
-def build(**options):
-    return make(MODEL, **dict(eval_batch_size=1, grad_clip=0.3, metric_groups=GROUPS) | options)
+def build(model=MODEL, **options):
+    return make(model, **dict(eval_batch_size=1, grad_clip=0.3, metric_groups=GROUPS) | options)
 
 
 def named(options, *names, **choices):
@@ -77,7 +78,7 @@ def master():
 
 @pytest.fixture(scope="module")
 def shifted():
-    return build(quant=SHIFTED)
+    return build(TWO_BLOCKS, quant=SHIFTED)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,11 @@ def reference_run(monkeypatch, params, windows, name, attention_rounding):
         return numpy_gpt2.run(params, windows[:, :-1], 2, windows[:, 1:], by_own_amax(name))[1:]
 
 
+def loud(params):
+    """Matrices ten times as large as at the start, so that the rounding of activations shows in the loss."""
+    return jax.tree.map(lambda p: np.float32(10 * p) if p.ndim == 2 else p, params)
+
+
 def first_operands(options, params, table):
     """{layer: Operands} before there is any history."""
     formats_Q3 = quantization.formats_at(table, 0)
@@ -160,8 +166,7 @@ def first_operands(options, params, table):
 
 @pytest.fixture(scope="module")
 def params(plain):
-    """Matrices ten times as large as at the start, so that the rounding of activations shows in the loss."""
-    return jax.tree.map(lambda p: np.float32(10 * p) if p.ndim == 2 else p, fresh(plain).params)
+    return loud(fresh(plain).params)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +246,7 @@ def test_an_evaluation_takes_the_scales_of_the_training(params, master, runs):
 def test_products_without_a_format_have_the_baseline_s_operands():
     """And those with one have bfloat16 operands, too: every product of the program has the dtypes of the baseline's."""
     programs = []
-    for quant in (None, EVERYWHERE, dataclasses.replace(MASTER, layers=STORED.layers, weights_at_rest="nearest")):
+    for quant in (None, EVERYWHERE, dataclasses.replace(MASTER, weights_at_rest="nearest")):
         functions = build(quant=quant)
         table = () if quant is None else (format_table(quant),)
         jaxpr = jax.make_jaxpr(functions.run)(functions.abstract_state, jnp.asarray(TOKENS_T), 1, *table)
@@ -325,16 +330,16 @@ def test_micro_batches_have_the_statistics_of_the_whole_batch(master, accumulate
 
 def test_micro_batches_have_a_noise_of_their_own(accumulated):
     """All windows of these data are equal: were the noise, too, both would flush as many elements, an even number."""
-    table, odd = named(MASTER, "E0M7"), 0
+    table, odd, in_all = named(MASTER, "E0M7"), 0, 0
     for step in range(5):
         start = fresh(accumulated, table)._replace(step=np.int32(step))
         _, rows = advance(accumulated, start, 1, table, data=EQUAL_WINDOWS)
         for layer in MASTER_LAYERS:
             n_outputs = 64 if layer == "head" else weights_of(start.params, layer).shape[1]
             flushed = column(accumulated, rows, f"sparse/underflow/{layer}/G")[0] * 32 * n_outputs
-            assert flushed == pytest.approx(round(flushed), abs=1e-2) and flushed > 10
-            odd += round(flushed) % 2
-    assert odd > 0
+            assert flushed == pytest.approx(round(flushed), abs=1e-2)
+            odd, in_all = odd + round(flushed) % 2, in_all + flushed
+    assert odd > 0 and in_all > 100
 
 
 # The shadow.
@@ -388,7 +393,7 @@ def at_rest(way):
     """(functions, options) of a way of storing weights, each with another optimizer."""
     optimizer, choices = AT_REST[way]
     options = dataclasses.replace(STORED, weights_at_rest=way, **choices)
-    return build(quant=options, optimizer=optimizer, metric_groups=("ledger",)), options
+    return build(TWO_BLOCKS, quant=options, optimizer=optimizer, metric_groups=("ledger",)), options
 
 
 def assert_on_grid(state, formats):
@@ -416,7 +421,7 @@ def test_stored_weights_stay_on_their_grid_and_runs_repeat(way):
         assert residual.dtype == jnp.bfloat16 and np.mean(np.float32(residual) != 0) > 0.5, key
     for layer in STORED_FORMATS:
         assert (weights_of(state.params, layer) != weights_of(start.params, layer)).any()
-    for layer in set(ALL_LAYERS) - set(STORED_FORMATS):
+    for layer in ("block_0/attn_qkv", "block_0/attn_out", "block_1/mlp_up", "head"):
         w = weights_of(state.params, layer)
         assert np.mean(on_grid("E4M3", reference_scale(np.abs(w).max(), get_format("E4M3")), w) == w) < 0.1
 
@@ -517,7 +522,7 @@ def test_stochastic_storing_is_unbiased_with_noise_of_its_own_for_every_layer_an
             assert np.mean((new_w == high) != (share > 0.5)) > 0.05
             assert abs(score.mean()) < 5 / np.sqrt(score.size)
     pairs = [((layer, 0), (layer, 1)) for layer in STORED_FORMATS]
-    pairs += [(("block_0/mlp_down", step), ("head", step)) for step in range(2)]
+    pairs += [tuple((layer, step) for layer in STORED_FORMATS) for step in range(2)]
     for one, other in pairs:
         assert abs(np.corrcoef(z[one], z[other])[0, 1]) < 5 / np.sqrt(z[one].size), (one, other)
 
@@ -546,11 +551,11 @@ def test_the_optimizers_not_tried_above_run_and_repeat(accumulated):
         assert (still > 0.01) == (layer in MASTER_LAYERS), (layer, still)
 
 
-def test_an_evaluation_rounds_to_nearest_where_training_rounds_stochastically(params, shifted):
+def test_an_evaluation_rounds_to_nearest_where_training_rounds_stochastically(shifted):
     functions, options = at_rest("error_feedback")
     table = format_table(options)
     state = fresh(functions, table)
-    windows = windows_of(2)
+    params, windows = loud(state.params), windows_of(2)
     quant = state.quant._replace(rest_scale={key: scale / 16 for key, scale in state.quant.rest_scale.items()})
     loss = float(functions.evaluate(params, windows, quant, table))
     quant = quant._replace(residual={}, age={})
@@ -752,7 +757,7 @@ def test_the_last_format_is_kept(shifted, warm):
 
 
 def test_stored_weights_need_no_ledger_among_the_metrics():
-    functions = build(quant=dataclasses.replace(STORED, weights_at_rest="nearest"), metric_groups=())
+    functions = build(TWO_BLOCKS, quant=dataclasses.replace(STORED, weights_at_rest="nearest"), metric_groups=())
     assert not any(name.startswith("sparse/lost") for name in functions.metric_names)
 
 

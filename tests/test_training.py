@@ -24,8 +24,8 @@ from altgrad_jax.errors import UserError
 ROOT = Path(__file__).parent.parent
 TINY = dict(tokenizer="bytes", vocab_size=256, n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4,
             max_steps=40, warmup_steps=5, learning_rate=3e-3, checkpoint_interval=10, eval_interval=20, eval_windows=8,
-            eval_batch_size=4, diagnostic_interval=20, dead_neuron_window=5, nan_patience=3, run_name="tiny", tags=("tiny",),
-            wandb_mode="disabled", console="quiet")
+            eval_batch_size=4, diagnostic_interval=20, dead_neuron_window=5, nan_patience=3, run_name="tiny",
+            tags=("tiny",), wandb_mode="disabled", console="quiet")
 
 
 def make_data(folder, seed=0):
@@ -353,7 +353,7 @@ def test_sigterm_saves_says_how_to_go_on_and_nothing_is_lost(long_run, data_dir,
 def test_a_second_signal_leaves_at_once_even_while_the_device_computes(data_dir, tmp_path):
     """One dispatch of this run takes minutes; both signals are answered while it computes."""
     endless = {**LONG, "max_steps": 10 ** 6, "checkpoint_interval": 10 ** 6, "eval_interval": 10 ** 6,
-               "steps_per_dispatch": 60000}
+               "diagnostic_interval": 10 ** 6, "steps_per_dispatch": 60000}
     process = start(data_dir, tmp_path / "run", **endless)
     wait_for_rows(process, tmp_path / "run", 1)  # the evaluation before the first dispatch
     time.sleep(0.5)

@@ -282,7 +282,6 @@ def test_an_interrupted_run_equals_the_whole(whole, data_dir, tmp_path, monkeypa
     ({"formats": ("E5M2",)}, r"formats: \['E4M3', 'block_\*:G=E5M2'\] in the run, \['E5M2'\] now"),
     ({"weights_at_rest": "nearest"}, "weights_at_rest: 'stochastic' in the run, 'nearest' now"),
     ({"shadow_interval": 4, "amax_history": 4}, "amax_history: 16 .*, 4 now; shadow_interval: 3 .*, 4 now"),
-    ({"diagnostic_interval": 5}, "diagnostic_interval: 10 in the run, 5 now"),
     (dict.fromkeys(STORED), "use_fp8: True in the run, False now; formats: .* now"),
 ])
 def test_resume_refuses_other_formats_by_name(whole, data_dir, changes, words):
