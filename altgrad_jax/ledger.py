@@ -25,8 +25,9 @@ nearest         w' = Q(w + u)
 stochastic      w' = Q(w + u), rounded up with the probability of the fraction, so that E[w'] = w + u
 error_feedback  w' = Q(w + r + u) and the residual r' = w + r + u - w' is kept in bfloat16 (Seide et al. 2014)
 
-The scale of stored weights moves only when it must: when the largest weight would be clipped, or has shrunk so far that
-the scale could be four times as large. It then becomes what it would be at the start of a run.
+The scale of stored weights moves only when it must: when the largest weight lies beyond the largest number by more than
+half of the gap there, so that ordinary rounding would not bring it back, or has shrunk so far that the scale could be
+four times as large. It then becomes what it would be at the start of a run.
 """
 
 from typing import NamedTuple
@@ -35,7 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from altgrad_jax.quant_dot import LARGEST_SCALED, scale_for
-from altgrad_jax.quantize import Grid, round_to_format, to_codes, to_grid
+from altgrad_jax.quantize import Grid, round_to_format, to_codes, to_grid, ulp
 
 _FIELDS = ("elements", "updates", "flips", "lost", "dot", "energy", "missed", "codes", "scale_flips", "age")
 MAX_AGE = 65535
@@ -62,7 +63,7 @@ def store(w, update, old_grid: Grid, fmt, *, residual=None, seed=None, force=Fal
     amax = jnp.max(jnp.abs(target))
     limit = jnp.minimum(fmt.max_finite, LARGEST_SCALED)
     reached = amax * old_grid.scale
-    moves = force | (reached > limit) | (reached <= limit / 4)
+    moves = force | (reached > limit + ulp(limit, Grid(fmt, 1.0)) / 2) | (reached <= limit / 4)
     grid = Grid(fmt, jnp.where(moves, scale_for(amax, fmt), old_grid.scale))
     weights = to_grid(target, grid, seed=seed)
     if residual is not None:

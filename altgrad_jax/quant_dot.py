@@ -34,8 +34,9 @@ again. There, as with native products, the operands are the codes' own values (v
 are divided by the scales, which needs one scale per operand: delayed, tensor or none.
 
 `Rule.native` computes the products on float8 operands (Micikevicius et al. 2022): E4M3 and E5M2 only, the results
-divided by the scales. On a CPU it equals the emulation; on a GPU of the Hopper generation or later XLA hands it to
-cuBLASLt, which takes no product of two E5M2 operands and, with fast accumulation, keeps fewer bits of the sum.
+divided by the scales. On a CPU it equals the emulation up to the order of its sums; on a GPU of the Hopper generation
+or later XLA hands it to cuBLASLt, which takes no product of two E5M2 operands and, with fast accumulation, keeps fewer
+bits of the sum.
 
 An operand is rounded once and used in two products, but scales per channel or block fit only one of them: that of y for
 W and A, that of dx for G. In the other product they vary from term to term of the sum, which is exact here; a device
@@ -247,7 +248,12 @@ def _quantize(v, operand, scaling, axis, name, dtype, rule):
     v, along = _groups(v.astype(jnp.float32), scaling, axis, name)
     size = jnp.abs(v)
     scale, amax, given = _scale_of(size, operand, scaling, along, rule.power_of_two)
-    scaled = round_to_format(v * scale, operand.format, seed=operand.seed)
+    scaled = v * scale
+    if not rule.power_of_two:
+        # The amax times its own scale may lie an ulp of float32 beyond the largest number.
+        largest = operand.format.max_finite
+        scaled = jnp.where(given > 0, scaled, jnp.clip(scaled, -largest, largest))
+    scaled = round_to_format(scaled, operand.format, seed=operand.seed)
     stored = scaled * (1 / scale)
     q = jnp.where(jnp.isfinite(v), scaled if rule.on_results else stored, v).astype(dtype)
     descale = (1 / scale).reshape(()) if rule.on_results else None

@@ -11,9 +11,9 @@ with saturate=False, where an overflow is what made it non-finite, the amaxes th
 
 Two interventions, both off by default:
 
-range_clip c > 0  limits the amax that enters the history of G to c * R * rms(G), where R = largest finite / smallest
-                  positive number of the format: c = 1 lets outliers push the bulk of a gradient (its rms) just to the
-                  smallest number of the format and no further; what lies beyond the scale's reach saturates.
+range_clip c > 0  limits the amax that enters the history of G to c * R * rms(G), where R = min(largest finite, 2^16) /
+                  smallest positive number of the format: c = 1 lets outliers push the bulk of a gradient (its rms) just
+                  to the smallest number of the format and no further; what lies beyond the scale's reach saturates.
 emergency shift   after `emergency_patience` bad updates in a row, every quantized operand changes to the next format of
                   `emergency_formats`, without compiling anything. Bad: not finite, or a loss spike, or divergence.
 
@@ -213,9 +213,10 @@ def push_history(options: QuantOptions, history_Q3H, statistics_Q3S, formats_Q3:
     field = {name: statistics_Q3S[..., i] for i, name in enumerate(FIELDS)}
     amax_Q3 = field["amax"]
     if options.range_clip:
-        reach = formats_Q3.max_finite * jnp.exp2(
+        reach = jnp.minimum(formats_Q3.max_finite, quant_dot.LARGEST_SCALED) * jnp.exp2(
             (formats_Q3.mantissa_bits - formats_Q3.min_exponent).astype(jnp.float32))
         limit = options.range_clip * reach * jnp.sqrt(field["signal"] / jnp.maximum(field["count"], 1))
+        limit = jnp.where(jnp.isnan(limit), jnp.inf, limit)  # 0 times a range beyond float32
         amax_Q3 = amax_Q3.at[:, 2].set(jnp.minimum(amax_Q3, limit)[:, 2])
     return quant_dot.push_amax(history_Q3H, amax_Q3)
 

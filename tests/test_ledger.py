@@ -10,7 +10,7 @@ import pytest
 from altgrad_jax import ledger
 from altgrad_jax.formats import DEFAULT_8BIT, decode, encode, get_format, round_reference
 from altgrad_jax.quant_dot import scale_for
-from altgrad_jax.quantize import Grid, format_params, stochastic_seed, to_grid
+from altgrad_jax.quantize import Grid, format_params, stochastic_seed, to_grid, ulp
 
 WIDE_AND_NARROW = ("E0M7", "E4M3", "E5M2", "E7M0")
 
@@ -228,7 +228,9 @@ def test_the_scale_moves_exactly_when_it_must(name, limit):
     grid = Grid(format_params(get_format(name)), scale)
     quarter = limit / 4
     just = partial(np.nextafter, dtype=np.float32)
-    for amax, factor in ((limit, 1), (just(limit, np.float32(np.inf)), 0.5), (1.5 * limit, 0.5), (2 * limit, 0.5),
+    gap = np.float32(ulp(limit, Grid(grid.format, 1.0)))
+    for amax, factor in ((limit, 1), (just(limit, np.float32(np.inf)), 1), (limit + gap / 2, 1),
+                         (just(limit + gap / 2, np.float32(np.inf)), 0.5), (2 * limit, 0.5),
                          (9 * limit, 1 / 16), (limit / 2, 1), (just(quarter, np.float32(np.inf)), 1), (quarter, 4),
                          (quarter / 2, 8), (quarter * 0.75, 4)):  # fmt: skip
         target = np.float32([0.3 * limit * min(1, amax / limit), -amax]) / scale
