@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Two processes with whole files each; `make test PARALLEL=` runs them in one, for a debugger.
+PARALLEL ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -26,7 +28,7 @@ train: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config configs/bf16_baseline.py $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not oracle"
+	$(BIN)/python -m pytest -m "not oracle" $(PARALLEL)
 
 oracle: $(VENV)/.oracle
 	$(BIN)/python -m pytest -m oracle

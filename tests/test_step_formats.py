@@ -514,7 +514,8 @@ def test_stochastic_storing_is_unbiased_with_noise_of_its_own_for_every_layer_an
             target = (weights_of(before.params, layer) + updates[layer]) * scale
             low, high = neighbours(get_format(name), target)
             new_w = np.float64(weights_of(after.params, layer)) * scale
-            share = (target - low) / (high - low)
+            between = high > low  # not beyond the largest number, and not on one
+            share = np.divide(target - low, high - low, out=np.zeros_like(target), where=between)
             settled = np.minimum(share, 1 - share) < 1e-3  # where float32 may see another neighbour
             assert np.all((new_w == low) | (new_w == high) | settled)
             score = np.where(settled, 0, ((new_w == high) - share) / np.sqrt(np.clip(share * (1 - share), 1e-4, 1)))

@@ -1,0 +1,432 @@
+"""Run folders as the report sees them: found, identified, checked to be comparable, and read fast.
+
+What a run is follows from its manifest. Its *arm* is everything that defines the treatment but the learning rate and the
+seed: format, which operands have it, how weights are kept, optimizer, and a variant (settings of the number formats or
+the clipping that differ from what most runs have). A *cell* is an arm at one learning rate; its runs differ in the seed.
+
+What happened to it follows from its record:
+
+    finished    it made all its steps and its last validation loss is a number
+    lost        it diverged or stopped by itself: it has no loss, and counts as worse than any number
+    unfinished  it was interrupted or is going on: counted nowhere, named in the report
+    damaged     the folder cannot be read: counted nowhere, named with the reason
+
+A finished run may still not be sound (some non-finite steps that were skipped, a rising validation loss): its loss counts
+as measured, and it is counted among the failures.
+
+A record is read in two depths. Its few global curves are cut out of the lines without parsing them, 8 MB in 20 ms; all
+statistics of all layers are parsed only for runs that the report shows them of.
+"""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from altgrad_jax.errors import UserError
+from altgrad_jax.logger import DIAGNOSTICS, MANIFEST, METRICS, TIMING, parse_row, read_manifest
+from altgrad_jax.verdict import UNSOUND_ALERTS, VERDICT, read_timing
+
+FINISHED, LOST, UNFINISHED, DAMAGED = "finished", "lost", "unfinished", "damaged"
+OPERANDS = ("W", "A", "G")
+REFERENCE = "BF16"
+
+# Settings that may differ between runs that are compared: they name, watch, save or place a run, and change no loss.
+FREE = frozenset("""
+    bit_stall_threshold checkpoint_dir console data_placement data_source dead_neuron_threshold
+    dead_neuron_window deterministic eval_batch_size max_checkpoints metrics nan_patience overflow_threshold project
+    rank_threshold rank_threshold_strict run_name spike_threshold spike_window stall_window steps_per_dispatch tags
+    use_shadow val_patience wandb_entity wandb_mode""".split())
+# Settings that the arm or the cell stands for.
+IDENTITY = frozenset(("compute_dtype", "formats", "learning_rate", "optimizer", "seed", "store_formats", "use_fp8",
+                      "weights_at_rest"))
+# Settings that make a separate arm where they differ from what most runs have. Those of number formats mean nothing to a
+# run without any.
+FORMAT_VARIANTS = ("scaling", "amax_history", "scale_rounding", "operand_rounding", "saturate", "products", "range_clip",
+                   "emergency_formats", "emergency_patience")
+VARIANTS = ("grad_clip", *FORMAT_VARIANTS)
+# Anything else, a setting this page does not know included, must be equal.
+
+# First elements of the names of the metrics that the report shows or watches.
+STATISTICS = frozenset("overflow underflow sqnr_db grad_cosine effective_lr lost not_flipped stable_rank "
+                       "participation_ratio nonfinite_loss nonfinite_grads nonfinite_params nonfinite_updates".split())
+
+
+@dataclass(frozen=True, order=True)
+class Arm:
+    """A treatment. operands: of "WAG" those that have the format; "" where only the stored weights have it."""
+
+    format: str
+    operands: str = "WAG"
+    at_rest: str = "float32"
+    optimizer: str = "adamw"
+    variant: str = ""
+
+    @property
+    def plain(self):
+        """Whether it is a whole format (or none at all), not an ablation."""
+        return self.operands == "WAG"
+
+    @property
+    def label(self):
+        parts = [self.format]
+        if self.operands != "WAG":
+            parts.append(f"only {' and '.join(self.operands)}" if self.operands else "only at rest")
+        return ", ".join(parts + self.treatment_parts)
+
+    @property
+    def treatment_parts(self):
+        parts = [] if self.at_rest == "float32" else [AT_REST_LABELS.get(self.at_rest, self.at_rest)]
+        return parts + ([] if self.optimizer == "adamw" else [self.optimizer]) + ([self.variant] if self.variant else [])
+
+
+AT_REST_LABELS = {"float32": "float32 master", "nearest": "stored, nearest", "stochastic": "stored, stochastic",
+                  "error_feedback": "stored, error feedback"}
+
+
+@dataclass
+class Run:
+    """One run folder. loss_S, steps_S: of every row that has a loss (float32, int64); val_steps, val_losses likewise.
+
+    val_loss: the last validation loss of a finished run; infinity for a lost one; NaN otherwise.
+    """
+
+    path: Path
+    name: str
+    state: str = DAMAGED
+    reason: str = ""
+    sound: bool = False
+    config: dict = field(default_factory=dict)
+    manifest: dict = field(default_factory=dict)
+    arm: Arm | None = None
+    steps: np.ndarray = None
+    losses: np.ndarray = None
+    val_steps: np.ndarray = None
+    val_losses: np.ndarray = None
+    last_step: int = 0
+    val_loss: float = math.nan
+    verdict: dict = field(default_factory=dict)
+
+    @property
+    def learning_rate(self):
+        return self.config["learning_rate"]
+
+    @property
+    def seed(self):
+        return self.config["seed"]
+
+    @property
+    def ended(self):
+        return self.state in (FINISHED, LOST)
+
+
+# ---------------------------------------------------------------------------------------------------- finding
+
+
+def find(paths):
+    """Folders of the runs at or below `paths`, in order of their paths, each once; UserError for a path that is none."""
+    found = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder: give run folders, or folders that hold run folders")
+        for folder, below, files in os.walk(path):
+            if MANIFEST in files or METRICS in files:
+                found.setdefault(os.path.realpath(folder), Path(folder))
+                below.clear()  # checkpoints
+            below[:] = sorted(name for name in below if not name.startswith("."))
+    return [found[key] for key in sorted(found)]
+
+
+def _names(folders):
+    """Short names that tell the folders apart: the last component, or as many as it takes."""
+    names = {}
+    for folder in folders:
+        parts = folder.resolve().parts
+        for n in range(1, len(parts) + 1):
+            names.setdefault(folder, [])
+            names[folder].append("/".join(parts[-n:]))
+    counts = Counter(name for candidates in names.values() for name in candidates)
+    return [next(name for name in [*names[folder], str(folder)] if counts[name] <= 1 or name == str(folder))
+            for folder in folders]
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+_STEP = re.compile(rb'\{"step": (\d+)[,}]')
+_NUMBER = re.compile(rb'"?(-?(?:[0-9][0-9.e+-]*|NaN|Infinity))')
+
+
+def _value(line, key):
+    at = line.find(key)
+    return None if at < 0 else float(_NUMBER.match(line, at + len(key))[1])
+
+
+def _damaged_line(path, number):
+    return UserError(f"{path} is damaged in line {number}: restore it from a copy, or resume the run from a checkpoint "
+                     "before that row")
+
+
+def read_curves(path):
+    """(steps, losses, val_steps, val_losses, last step) of metrics.jsonl; a torn last line is passed over.
+
+    Raises:
+      UserError: the file is missing, or a line is not a row of the record, or steps do not increase.
+    """
+    rows, validation, last = [], [], -1
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore it from a copy") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            match = _STEP.match(line)
+            if not match or not line.endswith(b"}\n") or not line.isascii() or b"\0" in line or int(match[1]) <= last:
+                raise _damaged_line(path, number)
+            last = int(match[1])
+            try:
+                loss, val_loss = _value(line, b'"loss": '), _value(line, b'"val_loss": ')
+            except (TypeError, ValueError):
+                raise _damaged_line(path, number) from None
+            if loss is not None:
+                rows.append((last, loss))
+            if val_loss is not None:
+                validation.append((last, val_loss))
+
+    def columns(pairs):
+        return np.array([s for s, _ in pairs], np.int64), np.array([v for _, v in pairs], np.float32)
+
+    return *columns(rows), *columns(validation), last
+
+
+def read_statistics(path):
+    """{"step": int64 [rows], name: float32 [rows]} of the metrics in STATISTICS; NaN where a row has none."""
+    steps, columns, wanted = [], {}, {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = parse_row(line)
+                steps.append(row["step"])
+                for key, value in row.items():
+                    keep = wanted.get(key)
+                    if keep is None:
+                        keep = wanted[key] = key.partition("/")[0] in STATISTICS
+                    if keep:
+                        columns.setdefault(key, []).append((number - 1, value))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise _damaged_line(path, number) from None
+    history = {"step": np.array(steps, np.int64)}
+    for key, items in columns.items():
+        history[key] = np.full(len(steps), np.nan, np.float32)
+        history[key][[i for i, _ in items]] = [value for _, value in items]
+    return history
+
+
+def read_codes(path):
+    """(step, {(layer, operand): (format, int64 [256])}) of the last diagnosis that has code histograms, or (None, {})."""
+    found = {}
+    if not path.exists():
+        return None, {}
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or b'"codes"' not in line:
+                continue
+            try:
+                row = json.loads(line)
+                counts = np.zeros(row["codes"]["bins"], np.int64)
+                for first, run in zip(row["codes"]["first"], row["codes"]["counts"], strict=True):
+                    counts[first:first + len(run)] = run
+                found.setdefault(row["step"], {})[row["layer"], row["operand"]] = row["format"], counts
+            except (ValueError, KeyError, TypeError):
+                continue  # one histogram less; the rest of the run stands
+    step = max(found, default=None)
+    return step, found.get(step, {})
+
+
+def _read_run(folder, name):
+    run = Run(folder, name)
+    try:
+        run.manifest = read_manifest(folder)
+        run.config = run.manifest["config"]
+        run.learning_rate, run.seed, run.config["max_steps"], run.manifest["data"]["fingerprint"]
+        run.arm = _arm_of(run)
+        run.steps, run.losses, run.val_steps, run.val_losses, run.last_step = read_curves(folder / METRICS)
+    except UserError as error:
+        run.reason = str(error)
+        return run
+    except (KeyError, TypeError, AttributeError) as error:
+        run.reason = f"{folder / MANIFEST} does not describe a run ({type(error).__name__}: {error})"
+        return run
+    _judge(run)
+    return run
+
+
+def _judge(run):
+    """Sets state, reason, sound and val_loss."""
+    path, max_steps = run.path / VERDICT, run.config["max_steps"]
+    try:
+        verdict = json.loads(path.read_bytes())
+        steps, stopped, run.sound = verdict["steps"], verdict["stopped"], bool(verdict["sound"])
+        ended_early, alerts = not verdict["finished"], set(verdict["alerts"])
+    except FileNotFoundError:
+        run.state, run.reason = UNFINISHED, f"step {max(run.last_step, 0)} of {max_steps}, no verdict"
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        run.reason = f"{path} cannot be read ({type(error).__name__}): delete it and resume the run, which writes it anew"
+        return
+    if run.last_step < steps:
+        run.reason = (f"{run.path / METRICS} ends at step {run.last_step}, its verdict speaks of {steps}: restore it from "
+                      "a copy")
+    elif run.last_step > steps or verdict["max_steps"] != max_steps and not ended_early:
+        run.state, run.reason = UNFINISHED, f"step {run.last_step} of {max_steps}, resumed after its verdict"
+    else:
+        run.verdict = verdict
+        last = run.val_losses[-1] if len(run.val_losses) and run.val_steps[-1] == run.last_step else math.nan
+        reasons = [f"stopped after {steps} of {max_steps} steps ({stopped})"] if ended_early else []
+        if not ended_early and not math.isfinite(last):
+            reasons.append("its last validation loss is not a number")
+        if "divergence" in alerts:
+            reasons.append(UNSOUND_ALERTS["divergence"])
+        if verdict.get("loss_fell") is False:
+            reasons.append("the loss did not fall")
+        run.state, run.reason = (LOST, "; ".join(reasons)) if reasons else (FINISHED, "")
+        run.val_loss = math.inf if reasons else float(last)
+        if not reasons and not run.sound:
+            run.reason = str(verdict.get("verdict", "not sound"))
+
+
+class Reader:
+    """Reads run folders and keeps what it read, so that a second look reads only files whose size or time changed."""
+
+    def __init__(self):
+        self._kept = {}
+
+    def _cached(self, kind, paths, read):
+        def mark(path):
+            try:
+                status = path.stat()
+            except OSError:
+                return None
+            return status.st_size, status.st_mtime_ns
+
+        now = tuple(map(mark, paths))
+        kept = self._kept.get((kind, paths))
+        if kept is None or kept[0] != now:
+            # Marked before it is read: what is written meanwhile is read again at the next look.
+            kept = self._kept[kind, paths] = now, read()
+        return kept[1]
+
+    def runs(self, paths):
+        """Every run at or below `paths`, as `find` orders them. Their arms have no variants yet; see `name_variants`."""
+        folders = find(paths)
+        found = []
+        for folder, name in zip(folders, _names(folders), strict=True):
+            files = tuple(folder / file for file in (MANIFEST, METRICS, VERDICT))
+            run = self._cached("run", files, lambda: _read_run(folder, name))
+            run.name = name
+            found.append(run)
+        return found
+
+    def statistics(self, run):
+        """`read_statistics` of a run; {} where its record turns out to be damaged inside a row."""
+        path = run.path / METRICS
+        try:
+            return self._cached("statistics", (path,), lambda: read_statistics(path))
+        except UserError as error:
+            run.reason = str(error)
+            return {}
+
+    def codes(self, run):
+        path = run.path / DIAGNOSTICS
+        return self._cached("codes", (path,), lambda: read_codes(path))
+
+    def timing(self, run):
+        """(rows, events) of timing.jsonl."""
+        return self._cached("timing", (run.path / TIMING,), lambda: read_timing(run.path))
+
+
+# ------------------------------------------------------------------------------------------------- identifying
+
+
+def _operands(layers):
+    """({format}, operands) of the manifest's list of layers: the one format that is not BF16, and who has it in all of
+    them; (all of them, None) where the layers do not fit that."""
+    found = {name for layer in layers for name in (layer["w"], layer["a"], layer["g"])} - {None, REFERENCE}
+    if len(found) != 1:
+        return found, "" if not found else None
+    name, = found
+    have = "".join(operand for operand in OPERANDS if all(layer[operand.lower()] == name for layer in layers))
+    some = any(layer[operand.lower()] == name for layer in layers for operand in OPERANDS if operand not in have)
+    return found, None if some or not have else have
+
+
+def _arm_of(run):
+    config = run.config
+    rest = {"at_rest": config.get("weights_at_rest", "float32"), "optimizer": config.get("optimizer", "adamw")}
+    if not config.get("use_fp8", False):
+        return Arm({"bfloat16": REFERENCE}.get(config["compute_dtype"], config["compute_dtype"]), **rest)
+    formats, operands = _operands((run.manifest.get("formats") or {}).get("layers") or [])
+    if operands:
+        return Arm(*formats, operands, **rest)
+    if operands is None:  # named by one of its runs; runs of equal rules are one arm whatever they are called
+        return Arm("mixed: " + ", ".join(config["formats"]), **rest)
+    stored = {rule.rpartition("=")[2] for rule in config.get("store_formats", ())} - {REFERENCE}
+    if stored and rest["at_rest"] != "float32":
+        return Arm("+".join(sorted(stored)), "", **rest)
+    return Arm(f"{REFERENCE} as a format", **rest)
+
+
+def _show(value):
+    return f"{value:g}" if isinstance(value, float) else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def name_variants(runs):
+    """Gives arms their variants: the settings of VARIANTS that differ from what most of the runs have."""
+    def value(run, key):
+        got = run.config.get(key)
+        return json.dumps(got)
+
+    def has(run, key):
+        return key in run.config and (key not in FORMAT_VARIANTS or run.config.get("use_fp8", False))
+
+    usual = {}
+    for key in VARIANTS:
+        counts = Counter(value(run, key) for run in runs if has(run, key))
+        if counts:
+            usual[key] = max(counts, key=lambda text: (counts[text], text))
+    for run in runs:
+        differs = [f"{key}={_show(run.config[key])}" for key in VARIANTS if has(run, key) and value(run, key) != usual[key]]
+        run.arm = Arm(run.arm.format, run.arm.operands, run.arm.at_rest, run.arm.optimizer, ", ".join(differs))
+
+
+def check_comparable(runs):
+    """UserError, one sentence, unless the runs differ only in what they may differ in.
+
+    A setting that one record has and another lacks (it is of a later version) is not compared.
+    """
+    def refuse(run, other, name, value, other_value):
+        raise UserError(f"{run.path} and {other.path} cannot be compared, for {name} is {value} in the one and "
+                        f"{other_value} in the other: report them separately, or leave one of the folders out")
+
+    def facts(run):
+        meta = run.manifest["data"].get("meta") or {}
+        yield "the data's fingerprint", run.manifest["data"]["fingerprint"]
+        yield "the data's tokenizer", meta.get("tokenizer", run.config.get("tokenizer"))
+        for name, value in run.config.items():
+            if name not in FREE | IDENTITY and name not in VARIANTS and not name.endswith("_interval"):
+                yield name, value
+
+    first = {}
+    for run in runs:
+        for name, value in facts(run):
+            other, other_value = first.setdefault(name, (run, value))
+            if value != other_value:
+                refuse(other, run, name, _show(other_value), _show(value))
