@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from altgrad_jax import config as settings
-from altgrad_jax import flops, optimizer, quantization
+from altgrad_jax import flops, optimizer
 from altgrad_jax.config import FORMAT_GROUPS, METRIC_GROUPS
 from altgrad_jax.data.dataset import gather_windows
 from altgrad_jax.errors import UserError
@@ -111,7 +111,7 @@ def bench_steps(config, variants, *, rounds, steps_per_round, say=lambda text: N
     for name, changes in {BARE: None, **variants}.items():
         if changes is None:
             init, run = bare_run(config, device)
-            n_metrics, formats = 1, ()
+            n_metrics, formats, inputs = 1, (), ()
         else:
             with (changed := config.copy_and_resolve_references()).unlocked():
                 changed.update(changes)
@@ -120,16 +120,16 @@ def bench_steps(config, variants, *, rounds, steps_per_round, say=lambda text: N
             functions = make_step_functions(model_config(changed, device), options, mesh, n_train_windows=N_WINDOWS,
                                             eval_batch_size=1, seed=config.seed)
             init, run, n_metrics = functions.init, functions.run, len(functions.metric_names)
-            formats = (quantization.format_table(options.quant),) if options.quant else ()
+            formats, inputs = (functions.inputs.formats,), (functions.inputs,)
         state = init(config.seed, *formats)
         started = time.perf_counter()
-        run = run.lower(state, tokens_T, np.int32(1), *formats).compile()
+        run = run.lower(state, tokens_T, np.int32(1), *inputs).compile()
         compiled = time.perf_counter()
-        state, out = run(state, tokens_T, np.int32(1), *formats)
+        state, out = run(state, tokens_T, np.int32(1), *inputs)
         np.asarray(out)
         rows.append({"name": name, "compile_s": compiled - started, "first_dispatch_s": time.perf_counter() - compiled,
                      "n_metrics": n_metrics, "rounds_s": []})
-        running.append([run, state, formats])
+        running.append([run, state, inputs])
         say(f"{name}: compiled in {compiled - started:.1f} s")
     for number in range(rounds):
         for row, pair in zip(rows, running, strict=True):

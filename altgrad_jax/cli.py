@@ -337,6 +337,24 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     return config
 
 
+def sweep_of(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
+    """What get_sweep(config) of the config file that was loaded last returns: the points of a sweep."""
+    module = sys.modules["altgrad_jax_config_file"]
+    get_sweep = getattr(module, "get_sweep", None)
+    if not callable(get_sweep):
+        raise UserError(f"{module.__file__} has no function get_sweep(config), so it names no members: add one, or "
+                        "give --axes, such as --axes='learning_rate=1e-3,2e-3;seed=0,1'")
+    try:
+        points = get_sweep(config)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(_failure_of(module.__file__, error)) from error
+    if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
+        raise UserError(f"get_sweep() of {module.__file__} must return a list of {{setting: value}}")
+    return points
+
+
 def _check_takes(get_config: Callable[..., Any], arguments: tuple[str, ...], path: str) -> None:
     try:
         inspect.signature(get_config).bind(*arguments)

@@ -106,6 +106,7 @@ _PROJECT = Rule(
     lambda value: _is_name(value) and not set(value) & set("/\\#?%:"),
 )
 _ENTITY = Rule("a W&B user or team name, or an empty string", lambda value: value == "" or _is_name(value))
+_GROUP = Rule("1 to 128 printable characters, or an empty string", lambda value: value == "" or _is_name(value))
 _FOLDER = Rule(
     "the path of a local folder (printable characters, no blanks around them, no scheme such as gs://)",
     lambda value: _is_name(value, longest=4096) and "://" not in value,
@@ -271,6 +272,9 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("log_interval", 1, _whole(1),
               "updates between two rows of the record and of W&B; a row with an evaluation or an alert, and "
               "the last one, are always kept", resumable=True),
+        Field("layer_interval", 1, _whole(1),
+              "updates between two rows that carry the statistics of every layer; the rows between have only those "
+              "of the whole model", resumable=True),
         Field("alert_interval", 100, _whole(1),
               "least updates between two alerts of one kind on console and W&B; the record keeps all",
               resumable=True),
@@ -281,6 +285,7 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("wandb_mode", "auto", _one_of("auto", "online", "offline", "disabled"),
               "auto = online where W&B finds credentials, else offline", resumable=True),
         Field("wandb_entity", "", _ENTITY, "W&B user or team; empty = the account's own", resumable=True),
+        Field("wandb_group", "", _GROUP, "W&B group; empty = none", resumable=True),
         Field("console", "auto", _one_of("auto", "plain", "quiet"),
               "auto = one live line on a terminal, plain lines when piped; quiet = alerts and messages",
               resumable=True),
@@ -642,7 +647,8 @@ def _as_json(value: Any) -> Any:
 # Settings that records of schema version 1 lack. With their defaults, training goes on as in those runs; what is
 # measured besides may be more.
 ADDED_IN_2 = frozenset(
-    {*_FORMAT_FIELDS, "shadow_interval", "diagnostic_interval", "rank_threshold", "rank_threshold_strict"}
+    {*_FORMAT_FIELDS, "shadow_interval", "diagnostic_interval", "rank_threshold", "rank_threshold_strict",
+     "layer_interval", "wandb_group"}
 )
 
 

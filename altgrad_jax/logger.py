@@ -116,6 +116,7 @@ class _Formatter:
         self.metrics = np.array([i for i, name in enumerate(names) if not name.startswith((ALERT, ALERT_VALUE))], int)
         self.keys = [names[i].removeprefix(SPARSE) for i in self.metrics]
         self.sparse = np.array([names[i].startswith(SPARSE) for i in self.metrics], bool)
+        self.of_layers = np.array(["/" in key for key in self.keys], bool)
         column = {name: i for i, name in enumerate(names)}
         self.alerts = []  # (column, kind, layer, column of the value)
         for i, name in enumerate(names):
@@ -135,10 +136,12 @@ class _Formatter:
         return [{"kind": kind, "layer": layer, "value": float(values_M[value])}
                 for (_, kind, layer, value), now in zip(self.alerts, begins, strict=True) if now]
 
-    def line(self, step, values_M, evaluation, alerts):
-        """What format_row gives for the same row, faster."""
+    def line(self, step, values_M, evaluation, alerts, of_layers=True):
+        """What format_row gives for the same row, faster; without the statistics of layers unless of_layers."""
         values = values_M[self.metrics]
         present = ~(self.sparse & np.isnan(values))
+        if not of_layers:
+            present &= ~self.of_layers
         template = self.templates.get(present.tobytes())
         if template is None:
             template = "".join(field for field, there in zip(self.fields, present) if there)
@@ -507,13 +510,14 @@ class Writer:
     every one after it; what was queued behind it is discarded, so that nothing waits for ever.
     """
 
-    def __init__(self, record, *, max_steps, tokens_per_step, log_interval=1, console=None,
+    def __init__(self, record, *, max_steps, tokens_per_step, log_interval=1, layer_interval=1, console=None,
                  alert_interval=100, val_rising=None, rank_falling=None, flops_per_step=None, peak_flops=None,
                  on_row=None, queue_size=8, clock=time.perf_counter):
         """Start the thread.
 
         Args:
           record: the open Record; the writer closes it.
+          layer_interval: only rows of every so many steps, and the last, carry the statistics of layers.
           tokens_per_step: tokens of one update, for tokens/s. flops_per_step, peak_flops: for MFU; None: not
             given.
           console: object with update and alert (see console.py), or None.
@@ -525,7 +529,7 @@ class Writer:
         """
         self._record, self._console, self._on_row = record, console, on_row
         self._val_rising, self._rank_falling = val_rising, rank_falling
-        self._max_steps, self._log_interval = max_steps, log_interval
+        self._max_steps, self._log_interval, self._layer_interval = max_steps, log_interval, layer_interval
         self._tokens_per_step = tokens_per_step
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
         self._gate = AlertGate(alert_interval)
@@ -650,7 +654,8 @@ class Writer:
             if keep_row(step, log_interval=self._log_interval, max_steps=self._max_steps,
                         notable=bool(alerts or own_evaluation)):
                 steps.append(step)
-                lines.append(formatter.line(step, values_M, own_evaluation, alerts))
+                of_layers = keep_row(step, log_interval=self._layer_interval, max_steps=self._max_steps)
+                lines.append(formatter.line(step, values_M, own_evaluation, alerts, of_layers))
                 if timing is not None:
                     timing_rows.append({"step": step, **timing})
             loss = None if loss_column is None else float(values_M[loss_column])
@@ -713,14 +718,14 @@ def resolve_wandb_mode(mode, environ=os.environ):
     return mode
 
 
-def open_wandb(run_dir, *, mode, run_id, project, name, entity=None, tags=(), config=None, resume_step=None,
+def open_wandb(run_dir, *, mode, run_id, project, name, entity=None, group=None, tags=(), config=None, resume_step=None,
                alert_interval=100, say=print, event=None, module="wandb", init_timeout=90.0):
     """Start feeding W&B from the record in run_dir. Returns a WandbSink, or None for disabled.
 
     Args:
       mode: auto, online, offline or disabled (see resolve_wandb_mode).
       run_id: of the W&B run; the same one continues it.
-      entity: W&B user or team; None: the account's own.
+      entity: W&B user or team; None: the account's own. group: of runs shown together, or None.
       config: the run's config, JSON-serializable.
       resume_step: the step the run resumes from, None for a fresh run. Online, sending starts after the last
         step that W&B already has (also when that is earlier: the gap is filled from the record); offline,
@@ -737,7 +742,8 @@ def open_wandb(run_dir, *, mode, run_id, project, name, entity=None, tags=(), co
         unasked = mode == "auto" and not has_wandb_credentials()
         why = "no login was found on this machine" if unasked else "as asked"
         say(f"W&B is offline ({why}); to send the run later: {_sync_command(run_dir)}")
-    init = {"project": project, "entity": entity, "name": name, "tags": list(tags), "config": config, "id": run_id}
+    init = {"project": project, "entity": entity, "group": group, "name": name, "tags": list(tags), "config": config,
+            "id": run_id}
     spec = {"run_dir": str(run_dir), "init": init, "module": module, "init_timeout": init_timeout,
             "resume_step": resume_step, "alert_interval": alert_interval, "pid": os.getpid(),
             "program": str(Path(sys.argv[0]).absolute()) if sys.argv and sys.argv[0] else "python"}

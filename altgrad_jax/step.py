@@ -13,14 +13,16 @@ parameters, moments and Adam's count as they were; `state.step` advances. An upd
 loss and gradient are (a damaged moment) is not applied, the others are, and the step counts as non-finite. After
 `nan_patience` such steps in a row the loop ends early and the state changes no more.
 
-Number formats are data: `run`, `init` and `evaluate` take a table of them (quantization.format_table) as an argument,
-and the state carries what they remember. Without formats neither exists, and the program is the baseline's. The shadow
-is the gradient of the same parameters on the same batch in float32 and without formats, computed beside the step's own.
+Seed, learning rate and number formats are data: `run` takes them as `Inputs`, so that runs which differ in nothing
+else share one compiled program, and `over_members` trains many of them in one. `init` and `evaluate` take the table of
+formats (quantization.format_table), and the state carries what they remember. Without formats neither exists, and the
+program is the baseline's. The shadow is the gradient of the same parameters on the same batch in float32 and without
+formats, computed beside the step's own.
 
 Columns named `sparse/NAME` stand for the metric NAME where they are not NaN: it was not measured at that step, or does
 not apply.
 
-Axes: B batch, L block_size, K steps of a dispatch, A micro-batches, M metrics, S layers, E evaluation windows.
+Axes: B batch, L block_size, K steps of a dispatch, A micro-batches, M metrics, S layers, E evaluation windows, R runs.
 """
 
 import dataclasses
@@ -31,6 +33,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -39,7 +42,7 @@ from altgrad_jax.config import METRIC_GROUPS
 from altgrad_jax.data.dataset import gather_windows, permute_windows
 from altgrad_jax.model import GPT, GPTConfig, Quantized, init_params, weights_of, with_weights
 from altgrad_jax.quant_dot import combine_statistics, empty_statistics, named_statistics
-from altgrad_jax.quantize import stochastic_seed
+from altgrad_jax.quantize import FormatParams, stochastic_seed
 
 SPARSE = "sparse/"
 # Streams of random bits beside those of the operands, which are numbered from 0.
@@ -56,9 +59,18 @@ class TrainState(NamedTuple):
     quant: quantization.QuantState | None = None  # None without number formats
 
 
+class Inputs(NamedTuple):
+    """What a run gives the compiled step as data."""
+
+    seed: Any  # int32: of the dropout masks and of stochastic rounding (the initialization's is an argument of init)
+    learning_rate: Any  # float32, the peak
+    formats: FormatParams | None = None  # quantization.format_table; None without number formats
+
+
 @dataclass(frozen=True)
 class StepOptions:
-    """Static choices of a training step; names and units as in the config."""
+    """Choices of a training step; names and units as in the config. Static but for the learning rate and the names of
+    the formats, which only enter `StepFunctions.inputs`."""
 
     batch_size: int
     steps_per_dispatch: int
@@ -88,7 +100,7 @@ class StepFunctions(NamedTuple):
     """What `make_step_functions` returns.
 
     init: (seed, table) -> TrainState. `table`: the formats; left out where there are none, here and below.
-    run: (TrainState, data, n_steps, table) -> (TrainState, float32 [K, M]); the state is donated. `data` is the uint16
+    run: (TrainState, data, n_steps, Inputs) -> (TrainState, float32 [K, M]); the state is donated. `data` is the uint16
       token file as a device array, or with data_on_device=False the batches uint16 [K, B, L+1]. Rows from n_steps on,
       and after the step at which the state froze, are NaN. n_steps <= steps_per_dispatch.
     evaluate: (params, windows uint16 [E, L+1], state.quant, table) -> float32 mean loss in nats per token, by the
@@ -97,6 +109,7 @@ class StepFunctions(NamedTuple):
       rank of the weights, and with formats how a forward and backward pass over these windows uses them.
     abstract_state: the state's shapes, dtypes and shardings, for restoring.
     metric_names: M names, in the order of the columns.
+    inputs: the Inputs that the options and the seed ask for, NumPy.
     """
 
     init: Callable
@@ -105,6 +118,7 @@ class StepFunctions(NamedTuple):
     diagnose: Callable
     abstract_state: TrainState
     metric_names: tuple
+    inputs: Inputs
 
 
 def token_loss(logits_BLV, targets_BL):
@@ -137,10 +151,10 @@ def make_evaluate(model_config: GPTConfig, eval_batch_size, mesh, operands_of=la
         default they are passed as they are.
     """
     loss_fn = make_loss(GPT(model_config))
-    split = NamedSharding(mesh, PartitionSpec("data" if eval_batch_size % mesh.size == 0 else None))
+    split = _splitter(mesh, "data" if eval_batch_size % mesh.size == 0 else None)
 
     def batch_loss(params, batch, quantized):
-        return loss_fn(params, jax.lax.with_sharding_constraint(batch, split), None, quantized)[0]
+        return loss_fn(params, split(batch), None, quantized)[0]
 
     def evaluate(params, windows, *formats):
         quantized = Quantized(operands_of(*formats), {}) if model_config.rules else None
@@ -197,6 +211,12 @@ def data_mesh(devices=None):
     return jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
+def _splitter(mesh, axis="data"):
+    """Function that asks for an array's first axis to be split over the mesh; on one device there is nothing to ask."""
+    sharding = NamedSharding(mesh, PartitionSpec(axis))
+    return partial(jax.lax.with_sharding_constraint, shardings=sharding) if mesh.size > 1 else lambda array: array
+
+
 def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, n_train_windows, eval_batch_size, seed):
     """Builds the compiled functions of a run; compiles nothing yet.
 
@@ -204,7 +224,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
       mesh: from data_mesh; its size must divide batch_size / grad_accum_steps.
       n_train_windows: windows in the training data, for the order of the epochs.
       eval_batch_size: evaluation windows per forward pass; must divide the number of windows given to evaluate.
-      seed: of the dropout masks (the initialization's is an argument of init).
+      seed: for `StepFunctions.inputs`.
     """
     o = options
     quant = o.quant
@@ -216,7 +236,8 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
     groups = o.metric_groups
     stored = quant.stored if quant else ()
     ages = quant is not None and "ledger" in groups
-    replicated, over_batch = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    split = _splitter(mesh)
     K, B, block_size = o.steps_per_dispatch, o.batch_size, model_config.block_size
 
     def is_quantized(params):
@@ -242,7 +263,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                                          len(stored), len(quantization.overflow_watched(quant)) if quant else 0)
         return TrainState(jnp.int32(0), params, update_rule.init(params), monitor, quant_state)
 
-    def gradients(loss_fn, params, windows, step, operands=None):
+    def gradients(loss_fn, params, windows, step, seed, operands=None):
         """Mean loss, mean gradient, model output, and with `operands` the statistics [Q, 3, S], over the batch in A
         equal micro-batches. `operands`: micro-batch number -> {layer: Operands}."""
         key = jax.random.fold_in(jax.random.key(seed), step) if model_config.dropout > 0 else None
@@ -266,7 +287,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
 
         def micro_batch(carry, item):
             windows, i = item
-            windows = jax.lax.with_sharding_constraint(windows, over_batch)
+            windows = split(windows)
             result = value_and_grad(windows, None if key is None else jax.random.fold_in(key, i), i)
             (loss, output), grads, statistics_Q3S = result
             sums, seen_Q3S = carry
@@ -284,14 +305,14 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                                   act_rms_N=jnp.sqrt(jnp.square(outputs.act_rms_N).mean(0)))
         return loss / A, jax.tree.map(lambda g: g / A, grads), output, statistics_Q3S
 
-    def shadow_metrics(params, windows, step, grads):
+    def shadow_metrics(params, windows, step, seed, grads):
         """Fidelity of the step's gradient, and of the bfloat16 one, to the float32 gradient; `sparse` columns."""
 
         def measure():
-            reference = gradients(shadow_loss_fn, params, windows, step)[1]
+            reference = gradients(shadow_loss_fn, params, windows, step, seed)[1]
             found = metrics.gradient_fidelity(grads, reference)
             if quant is not None:
-                plain = gradients(plain_loss_fn, params, windows, step)[1]
+                plain = gradients(plain_loss_fn, params, windows, step, seed)[1]
                 found |= metrics.gradient_fidelity(plain, reference, f"_{model_config.compute_dtype}")
             return {SPARSE + name: value for name, value in found.items()}
 
@@ -301,15 +322,15 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         # Row k + 1 is the k-th update's: the shadow is taken at rows 1, 1 + interval, ...
         return jax.lax.cond(step % o.shadow_interval == 0, measure, lambda: nothing)
 
-    def apply_formats(state, params, updates, table, statistics_Q3S, ok, bad):
+    def apply_formats(state, params, updates, inputs, statistics_Q3S, ok, bad):
         """What number formats do after the float32 update that led to `params`.
 
         Returns (parameters, with stored weights on their grids; the next QuantState; {layer: ledger entries}; whether
         the emergency level rose).
         """
-        formats_Q3 = quantization.formats_at(table, state.quant.level)
+        formats_Q3 = quantization.formats_at(inputs.formats, state.quant.level)
         level, streak, rises = quantization.next_level(quant, state.quant, bad)
-        next_Q3 = quantization.formats_at(table, level)
+        next_Q3 = quantization.formats_at(inputs.formats, level)
         history = quantization.push_history(quant, state.quant.amax_history_Q3H, statistics_Q3S, formats_Q3)
         if quant.saturate:
             history = jnp.where(ok, history, state.quant.amax_history_Q3H)
@@ -319,7 +340,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         update_of = {layer: weights_of(updates, layer) for layer in quant.weight_layers}
         grids = quantization.weight_grids(quant, state.quant, formats_Q3, old)
         if stored:
-            at_rest, next_quant = store_weights(state, next_quant, old, update_of, grids,
+            at_rest, next_quant = store_weights(state, inputs.seed, next_quant, old, update_of, grids,
                                                 quantization.weight_formats(quant, next_Q3), ok, rises)
             params = with_weights(params, at_rest)
         entries = {}
@@ -332,7 +353,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
 
     # Both treat matrices of one shape together (axis G): a fraction of the operations to compile and to launch.
 
-    def store_weights(state, next_quant, old, update_of, grids, next_formats, ok, rises):
+    def store_weights(state, seed, next_quant, old, update_of, grids, next_formats, ok, rises):
         """({layer: weights at rest after the update}, QuantState with their scales and residuals)."""
         weights, rest_scale, residual = {}, {}, {}
         for layers in quantization.by_shape(old):
@@ -379,11 +400,11 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                     age[key] = jnp.where(ok, new_age_G[i], age_G[i])
         return entries, age
 
-    def train_step(state, windows, table):
+    def train_step(state, windows, inputs):
         """One update; returns the next state and its row of metrics as {name: float32 scalar}."""
-        operands = formats_Q3 = None
+        seed, operands, formats_Q3 = inputs.seed, None, None
         if quant is not None:
-            formats_Q3 = quantization.formats_at(table, state.quant.level)
+            formats_Q3 = quantization.formats_at(inputs.formats, state.quant.level)
 
             def operands(micro_batch):
                 noise = None
@@ -391,13 +412,14 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                     noise = stochastic_seed(seed, state.step, micro_batch)
                 return quantization.operands(quant, state.quant, formats_Q3, noise)
 
-        loss, grads, output, statistics_Q3S = gradients(loss_fn, state.params, windows, state.step, operands)
+        loss, grads, output, statistics_Q3S = gradients(loss_fn, state.params, windows, state.step, seed,
+                                                          operands)
         stats = metrics.gradient_stats(grads)
         grad_norm = jnp.sqrt(sum(stats.square_sum.values()))
         nonfinite_grads_S = jnp.stack(list(stats.nonfinite.values()))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (nonfinite_grads_S.sum() == 0)
         factor = optimizer.clip_factor(grad_norm, o.grad_clip)
-        lr = optimizer.learning_rate(state.step, peak=o.learning_rate, warmup_steps=o.warmup_steps,
+        lr = optimizer.learning_rate(state.step, peak=inputs.learning_rate, warmup_steps=o.warmup_steps,
                                      max_steps=o.max_steps, schedule=o.schedule, min_lr_ratio=o.min_lr_ratio,
                                      decay_steps=o.decay_steps)
 
@@ -430,7 +452,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
             # Judged by the losses before this one, for the monitor comes later: it wants to know what was lost.
             spike = stability.robust_z(loss, state.monitor.losses_W) > o.thresholds.spike_threshold
             params, quant_state, entries, rises = apply_formats(
-                state, params, updates, table, statistics_Q3S, ok=finite,
+                state, params, updates, inputs, statistics_Q3S, ok=finite,
                 bad=bad | spike | state.monitor.active["divergence"])
         overflow_names, overflow_O = quantization.overflow_of(quant, statistics_Q3S) if quant else ((), None)
         lost_S = jnp.stack([ledger.lost_share(entries[layer]) for layer in stored]) if stored else None
@@ -466,7 +488,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
             row |= {SPARSE + name: value for name, value in ledger.ledger_metrics(
                 entries, stored=bool(stored), ages=ages).items()}
         if o.use_shadow:
-            row |= shadow_metrics(state.params, windows, state.step, grads)
+            row |= shadow_metrics(state.params, windows, state.step, seed, grads)
         if quant is not None and quant.emergency_formats:
             row["format_level"] = state.quant.level.astype(jnp.float32)
         row |= _alert_columns(begins, layers, list(stats.neuron_square_sum), row["nonfinite_loss"], norm_overflow,
@@ -476,20 +498,21 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
             row |= _format_alert_columns(begins, stored, overflow_names, quant, state.quant, quant_state, rises)
         return TrainState(state.step + 1, params, opt_state, monitor, quant_state), row
 
-    table = quantization.format_table(quant) if quant is not None else None
+    given = Inputs(np.int32(seed), np.float32(o.learning_rate),
+                   None if quant is None else quantization.format_table(quant))
     abstract_state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-                                  jax.eval_shape(init, 0, table))
+                                  jax.eval_shape(init, 0, given.formats))
     names = []
 
-    def packed_step(state, windows, table):
-        state, row = train_step(state, windows, table)
+    def packed_step(state, windows, inputs):
+        state, row = train_step(state, windows, inputs)
         names[:], row_M = metrics.pack(row)
         return state, row_M
 
     abstract_windows = jax.ShapeDtypeStruct((B, block_size + 1), jnp.uint16)
-    n_metrics = jax.eval_shape(packed_step, abstract_state, abstract_windows, table)[1].shape[0]
+    n_metrics = jax.eval_shape(packed_step, abstract_state, abstract_windows, given)[1].shape[0]
 
-    def run(state, data, n_steps, table=None):
+    def run(state, data, n_steps, inputs):
         if o.data_on_device:
             numbers = state.step.astype(jnp.uint32) * B + jnp.arange(K * B, dtype=jnp.uint32)
             index_KB = permute_windows(numbers, n_train_windows, o.data_seed, xp=jnp).reshape(K, B)
@@ -498,8 +521,8 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
             i, state, rows_KM = carry
             windows = gather_windows(data, index_KB[i], block_size, xp=jnp) if o.data_on_device else data[i]
             if o.grad_accum_steps == 1:
-                windows = jax.lax.with_sharding_constraint(windows, over_batch)
-            state, row_M = packed_step(state, windows, table)
+                windows = split(windows)
+            state, row_M = packed_step(state, windows, inputs)
             return i + 1, state, rows_KM.at[i].set(row_M)
 
         def goes_on(carry):
@@ -514,7 +537,81 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                          run=jax.jit(run, donate_argnums=0, out_shardings=replicated),
                          evaluate=make_evaluate(model_config, eval_batch_size, mesh, operands_at),
                          diagnose=make_diagnose(model_config, quant, mesh),
-                         abstract_state=abstract_state, metric_names=tuple(names))
+                         abstract_state=abstract_state, metric_names=tuple(names), inputs=given)
+
+
+class MemberFunctions(NamedTuple):
+    """What `over_members` returns: functions of StepFunctions for R runs at once.
+
+    run: (TrainStates [R, ...], data, n_steps int32 [R], Inputs [R, ...]) -> (TrainStates, float32 [R, K, M]).
+    evaluate: (params [R, ...], windows, state.quant [R, ...], formats [R, ...]) -> float32 [R].
+    stack: (list of trees, one a run) -> tree [R, ...] on the devices. pick: (tree [R, ...], r) -> tree of run r.
+    abstract: (tree of one run, R) -> shapes, dtypes and shardings of R of them. replicated: sharding of shared arrays.
+    """
+
+    run: Callable
+    evaluate: Callable
+    stack: Callable
+    pick: Callable
+    abstract: Callable
+    replicated: NamedSharding
+
+
+def over_members(functions: StepFunctions, devices, member_loop="map"):
+    """The functions of a single run for R runs that differ in their Inputs, seed of the initialization and steps made.
+
+    The runs are split over the devices, which must divide R, and on each device taken
+
+    map: one after the other: each computes what it computes alone, to the bit.
+    vmap: together, in batched products, whose sums round in another order; for a GPU that one run leaves idle.
+
+    The data are one array for all. A run that freezes makes no more updates, whatever the others do.
+
+    Args:
+      functions: made for a mesh of one device.
+    """
+    mesh = jax.make_mesh((len(devices),), ("run",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+    replicated, by_run = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("run",)))
+
+    def each(function, shared, *trees_R):
+        """function(shared, *trees of a run) for every run."""
+        if member_loop == "vmap":
+            return jax.vmap(partial(function, shared))(*trees_R)
+        return jax.lax.map(lambda trees: function(shared, *trees), trees_R)
+
+    def on_devices(function):
+        """The same, with runs split over the devices; `function` takes what is shared first."""
+        every = partial(each, function)
+        if len(devices) == 1:
+            return every
+
+        def call(shared, *trees_R):
+            specs = PartitionSpec(), *[PartitionSpec("run")] * len(trees_R)
+            return jax.shard_map(every, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("run"), check_vma=False)(
+                shared, *trees_R)
+
+        return call
+
+    # The functions behind their jit, which asks for the shardings of a run by itself.
+    run, evaluate = functions.run.__wrapped__, functions.evaluate.__wrapped__
+    run_each = on_devices(lambda data, state, n, inputs: run(state, data, n, inputs))
+    evaluate_each = on_devices(lambda windows, params, *formats: evaluate(params, windows, *formats))
+
+    def stack(trees):
+        return jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves), by_run), *jax.device_get(trees))
+
+    def abstract(tree, n_runs):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n_runs, *np.shape(leaf)), leaf.dtype, sharding=by_run),
+                            tree)
+
+    return MemberFunctions(
+        run=jax.jit(lambda state_R, data, n_R, inputs_R: run_each(data, state_R, n_R, inputs_R), donate_argnums=0,
+                    out_shardings=by_run),
+        evaluate=jax.jit(lambda params_R, windows, *formats: evaluate_each(windows, params_R, *formats),
+                         out_shardings=by_run),
+        stack=stack, abstract=abstract, replicated=replicated,
+        pick=jax.jit(lambda tree, r: jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, r, keepdims=False),
+                                                  tree), out_shardings=replicated))
 
 
 def _stack(trees):

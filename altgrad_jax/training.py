@@ -4,6 +4,9 @@ Phases of a run: check every setting; find or prepare the data; find out whether
 finished; compile; then dispatch after dispatch, each ending at the next evaluation or checkpoint or after about a
 second; at the end the verdict.
 
+A `Program` is what is compiled, with its data and the states it acts on; a `Run` is a folder with its record and its
+checkpoints. One run is a program with one state; a sweep (sweep.py) gives a program many; the same loop drives both.
+
 The loop waits for one small array a dispatch, which is what lets it look at the state it may have to save. A dispatch
 of about a second makes that wait rare; rows are formatted and written on a thread meanwhile.
 
@@ -58,7 +61,7 @@ from altgrad_jax.model import GPTConfig, count_params
 from altgrad_jax.process import StopRequest, lock_folder
 from altgrad_jax.quantize import canary
 from altgrad_jax.rank_alerts import RankFalling
-from altgrad_jax.step import StepOptions, data_mesh, make_step_functions
+from altgrad_jax.step import Inputs, StepOptions, data_mesh, make_step_functions, over_members
 
 FINISHED, NOT_SAVED, STOPPED_NON_FINITE = 0, 1, 3
 SAMPLE_TAG = "eurlex-sample"
@@ -109,18 +112,26 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
     with contextlib.ExitStack() as resources:
         lock_folder(run_dir, resources)
-        if _already_finished(run_dir, config, resume):
+        if resume == "auto" and is_finished(run_dir, config):
+            made = max(list_steps(run_dir))
+            print(f"{run_dir} is finished: it has made {made} of max_steps={config.max_steps} steps; raise max_steps "
+                  "to go on, or give another --workdir to start a new run")
             return Result(FINISHED, run_dir, _read_verdict(run_dir), verdict.read_history(run_dir))
         if config.deterministic:
             use_deterministic_operations()
         use_compilation_cache()
         console = make_console(config.console, config.max_steps)
         resources.callback(console.close)
-        run = _Run(config, data_dir, run_dir, resume, console, resources)
+        run = Run(config, run_dir, resume, console, resources)
+        program = Program(config, data_dir, console, resources)
+        run.open(program)
+        console.message("compiling ...")
+        run.writer.event("compiled", run.step, seconds=program.compile())
         # Until here an interrupt has nothing to save, and simply ends the process; after the loop likewise.
         with StopRequest() as stop:
-            exit_code = run.loop(stop)
-        run.finish(exit_code)
+            loop(program, [run], stop)
+        exit_code = run.finish(stop)
+        run.tell()
     interrupted = exit_code > 128
     return Result(exit_code, run_dir, None if interrupted else _read_verdict(run_dir),
                   verdict.read_history(run_dir))
@@ -129,9 +140,9 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
 # ------------------------------------------------------------------------------------------------ before the first step
 
 
-def _already_finished(run_dir, config, resume):
-    """Whether the run has nothing left to do; says so if it has not."""
-    if resume != "auto" or not (run_dir / verdict.VERDICT).exists() or not (run_dir / MANIFEST).exists():
+def is_finished(run_dir, config):
+    """Whether the folder holds the run that `config` describes, with all steps made; UserError if it holds another."""
+    if not (run_dir / verdict.VERDICT).exists() or not (run_dir / MANIFEST).exists():
         return False
     steps = list_steps(run_dir)
     if not steps or max(steps) < config.max_steps:
@@ -143,9 +154,21 @@ def _already_finished(run_dir, config, resume):
     if told != config.max_steps:
         return False
     _refuse_other_config(run_dir, read_manifest(run_dir), config)
-    print(f"{run_dir} is finished: it has made {max(steps)} of max_steps={config.max_steps} steps; raise max_steps "
-          "to go on, or give another --workdir to start a new run")
     return True
+
+
+def has_ended(run_dir, config):
+    """Whether the run made all its steps, or stopped for good because it was not finite; UserError as is_finished."""
+    if is_finished(run_dir, config):
+        return True
+    try:
+        told = _read_verdict(run_dir)
+        stopped = not told["finished"] and "non-finite steps in a row" in told["stopped"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if stopped:
+        _refuse_other_config(run_dir, read_manifest(run_dir), config)
+    return stopped
 
 
 def _read_verdict(run_dir):
@@ -192,6 +215,13 @@ def step_options(config, *, steps_per_dispatch, data_on_device=True):
         quant=quantization.options_of(config))
 
 
+def inputs_of(config):
+    """What the run that `config` describes gives the compiled step as data."""
+    quant = quantization.options_of(config)
+    return Inputs(np.int32(config.seed), np.float32(config.learning_rate),
+                  None if quant is None else quantization.format_table(quant))
+
+
 def model_flops_per_step(config):
     """Floating-point operations of one update, by formula (flops.training_flops_per_token)."""
     return config.batch_size * config.block_size * flops.training_flops_per_token(
@@ -212,20 +242,25 @@ def require_float8_kernels(compiled, device, n_layers):
                         "later; set products='emulated'")
 
 
-class _Run:
-    """Everything that is open while a run goes on. Built in the order in which things can be refused."""
+# ------------------------------------------------------------------------------------------------- what is compiled
 
-    def __init__(self, config, data_dir, run_dir, resume, console, resources):
-        self.config, self.run_dir, self.console, self.resources = config, run_dir, console, resources
-        self.started = time.time()
-        self._check_folder(resume)
+
+class Program:
+    """The compiled functions of one config, with their data and device, and the states they act on.
+
+    Args:
+      width: None for a run by itself, else how many runs are trained side by side ("lanes"): with `config` they share
+        every setting that is not data to the program (see step.Inputs).
+      member_loop: "map" or "vmap", how lanes are computed (step.over_members).
+      devices: those used; default all. Lanes are split over them, or the batch of a single run.
+    """
+
+    def __init__(self, config, data_dir, console, resources, *, width=None, member_loop="map", devices=None):
+        self.config, self.console, self.resources, self.width = config, console, resources, width
         self._open_data(data_dir)
-        self._build_step()
-        self._certify_formats()
-        self._restore_or_start(resume)
-        self._compile()
-
-    # Data, model and functions.
+        self._build(member_loop, devices or jax.devices())
+        self._certified, self._fed = {}, None
+        self.certify(self.quant)
 
     def _open_data(self, data_dir):
         config = self.config
@@ -234,7 +269,7 @@ class _Run:
             self.console.message(banner(prepared.warnings))
         self.data = load_token_data(prepared.dir, vocab_size=config.vocab_size, block_size=config.block_size,
                                     tokenizer=config.tokenizer)
-        self.tags = tuple(config.tags) + ((SAMPLE_TAG,) if prepared.is_sample else ())
+        self.extra_tags = (SAMPLE_TAG,) if prepared.is_sample else ()
         if prepared.is_sample:
             self.console.message(f"this run trains on the small sample and is tagged {SAMPLE_TAG}: its figures are not "
                                  "the baseline's")
@@ -245,9 +280,11 @@ class _Run:
                                  f"{self.data.n_val_windows}: each evaluation uses {len(self.val_windows)} of them, in "
                                  f"whole batches of {self.eval_batch_size}")
 
-    def _build_step(self):
+    def _build(self, member_loop, devices):
         config = self.config
-        self.mesh = data_mesh()
+        # Runs side by side are independent: each is computed on one device, as if it had no other.
+        self.devices = devices
+        self.mesh = data_mesh(devices if self.width is None else devices[:1])
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.device = self.mesh.devices.flat[0]
         if config.batch_size // config.grad_accum_steps % self.mesh.size:
@@ -264,29 +301,256 @@ class _Run:
         self.buffer_steps = min(config.steps_per_dispatch or AUTO_DISPATCH_STEPS, config.max_steps)
         options = step_options(config, steps_per_dispatch=self.buffer_steps, data_on_device=self.on_device)
         self.thresholds, self.quant = options.thresholds, options.quant
-        self.table = None
-        if self.quant is not None:
-            self.table = jax.device_put(quantization.format_table(self.quant), self.replicated)
         self.functions = make_step_functions(
             model_config(config, self.device), options, self.mesh, n_train_windows=self.data.n_train_windows,
             eval_batch_size=self.eval_batch_size, seed=config.seed)
+        self.members = None
+        if self.width is not None:
+            self.members = over_members(self.functions, devices, member_loop)
         self.column = {name: i for i, name in enumerate(self.functions.metric_names)}
         self.tokens_per_step = config.batch_size * config.block_size
         self.flops_per_step = model_flops_per_step(config)
-        self.peak_flops = flops.peak_flops(self.device.device_kind, self.mesh.size, config.compute_dtype)
+        self.peak_flops = flops.peak_flops(self.device.device_kind, len(devices), config.compute_dtype)
 
-    def _certify_formats(self):
-        """Proves on this device that rounding happens, and is the certified one, before anything is trained."""
-        self.certificates = {}
-        if self.quant is not None:
-            names = format_rules.names_used(self.quant.layers) + list(self.quant.emergency_formats)
-            for name in names:
-                self.certificates[name] = canary(get_format(name), saturate=self.quant.saturate)
+    def certify(self, quant):
+        """Proves on this device that rounding happens, and is the certified one, before anything is trained. Returns
+        {format: certificate} of all formats that these options (None: no formats) may come to use."""
+        if quant is None:
+            return {}
+        names = format_rules.names_used(quant.layers) + list(quant.emergency_formats)
+        for name in names:
+            if (name, quant.saturate) not in self._certified:
+                self._certified[name, quant.saturate] = canary(get_format(name), saturate=quant.saturate)
+        return {name: self._certified[name, quant.saturate] for name in names}
 
-    # The run folder: new, or to be continued.
+    def compile(self):
+        """All programs, ahead of the first step: a call with other shapes is then an error, never a recompilation.
+        Returns the seconds it took."""
+        config = self.config
+        started = time.perf_counter()
+        shape = ((len(self.data.train_T),) if self.on_device
+                 else (self.buffer_steps, config.batch_size, config.block_size + 1))
+        everywhere = self.replicated if self.members is None else self.members.replicated
+        tokens = jax.ShapeDtypeStruct(shape, np.uint16, sharding=everywhere)
+
+        def windows(n, sharding):
+            return jax.ShapeDtypeStruct((n, config.block_size + 1), np.uint16, sharding=sharding)
+
+        functions, state, inputs, n_steps = self.functions, self.functions.abstract_state, self.functions.inputs, ()
+        # A diagnosis is rare: of runs side by side each is given its own.
+        diagnose = functions.diagnose.lower(state.params, windows(self.eval_batch_size, self.replicated), state.quant,
+                                            inputs.formats).compile()
+        if self.members is not None:
+            functions, n_steps = self.members, (self.width,)
+            state, inputs = (self.members.abstract(tree, self.width) for tree in (state, inputs))
+        run = functions.run.lower(state, tokens, jax.ShapeDtypeStruct(n_steps, np.int32), inputs).compile()
+        if self.quant is not None and self.quant.native:
+            require_float8_kernels(run, self.device, len(self.quant.layers))
+        evaluate = functions.evaluate.lower(state.params, windows(len(self.val_windows), everywhere), state.quant,
+                                            inputs.formats).compile()
+        self.compiled = run, evaluate, diagnose
+        return round(time.perf_counter() - started, 3)
+
+    def take(self, runs):
+        """Takes the states of these runs, which have opened their folders; lane i is runs[i]."""
+        self.runs = list(runs)
+        for lane, run in enumerate(self.runs):
+            run.lane = lane
+        if self.members is None:
+            (run,) = self.runs
+            self.state, self.inputs = run.state, run.inputs
+        else:
+            # Lanes without a run are given the first one's state and no steps.
+            filled = self.runs + self.runs[:1] * (self.width - len(self.runs))
+            self.state, self.inputs = (self.members.stack([getattr(run, name) for run in filled])
+                                       for name in ("state", "inputs"))
+        for run in self.runs:
+            run.state = None  # donated by the first dispatch
+        if self._fed is None:
+            everywhere = self.replicated if self.members is None else self.members.replicated
+            self.val_on_device = jax.device_put(self.val_windows, everywhere)
+            self.diagnosed_windows = jax.device_put(self.val_windows[:self.eval_batch_size], self.replicated)
+            self._fed = self._feed(everywhere)
+
+    def _feed(self, everywhere):
+        """Function (first step, n) -> the token array on the device, or the batches [K, B, L+1] of those steps."""
+        if self.on_device:
+            tokens_T = jax.device_put(np.asarray(self.data.train_T), everywhere)
+            return lambda step, n: tokens_T
+        config = self.config
+        stream = HostStream(self.data.train_T, batch_size=config.batch_size, block_size=config.block_size,
+                            seed=config.data_seed)
+        self.resources.callback(stream.close)
+        batches_KBL = np.zeros((self.buffer_steps, config.batch_size, config.block_size + 1), np.uint16)
+
+        def next_batches(step, n):
+            batches_KBL[:n] = stream.get(step, n)
+            return jax.device_put(batches_KBL, everywhere)
+
+        return next_batches
+
+    def advance(self, runs, step, n):
+        """Makes n updates from `step` in the lanes of these runs, fewer where one freezes.
+
+        Returns:
+          The rows of each run, float32 [made, M].
+        """
+        n_R = np.zeros(self.width or 1, np.int32)
+        n_R[[run.lane for run in runs]] = n
+        self.state, rows = self.compiled[0](self.state, self._fed(step, n), n_R[0] if self.members is None else n_R,
+                                            self.inputs)
+        rows_RKM = self._by_lane(rows)
+        frozen_R = self._by_lane(stability.is_frozen(self.state.monitor, self.thresholds))
+        first_bad_R = self._by_lane(self.state.monitor.first_bad_step)
+        made = []
+        for run in runs:
+            rows_KM = rows_RKM[run.lane][:n]
+            # Rows of steps that were not made, because the state froze, are NaN throughout.
+            made.append(rows_KM[~np.isnan(rows_KM[:, self.column["learning_rate"]])])
+            run.frozen, run.first_bad_step = bool(frozen_R[run.lane]), int(first_bad_R[run.lane])
+        return made
+
+    def _by_lane(self, tree):
+        """Host arrays with a leading axis of lanes."""
+        tree = jax.device_get(tree)
+        return tree if self.members is not None else jax.tree.map(lambda leaf: np.asarray(leaf)[None], tree)
+
+    def state_of(self, run):
+        """The run's state, on the device."""
+        return self.state if self.members is None else self.members.pick(self.state, run.lane)
+
+    def look(self, runs, *, evaluate, diagnose):
+        """For each run (metrics for the row of its step or None, lines for diagnostics.jsonl), of its present state."""
+        losses_R = None
+        if evaluate:
+            losses_R = self._by_lane(self.compiled[1](self.state.params, self.val_on_device, self.state.quant,
+                                                      self.inputs.formats))
+        looks = []
+        for run in runs:
+            found, lines = {}, []
+            if evaluate:
+                loss = float(losses_R[run.lane])
+                with np.errstate(over="ignore"):
+                    found = {"val_loss": loss, "val_perplexity": float(np.exp(np.float32(loss)))}
+            if diagnose:
+                state = self.state_of(run)
+                if self.members is not None:
+                    state = jax.device_put(state, self.replicated)
+                # One transfer: a scalar at a time would cost a wait each.
+                ranks, observed = jax.device_get(self.compiled[2](state.params, self.diagnosed_windows, state.quant,
+                                                                  run.inputs.formats))
+                found |= {name: float(value) for name, value in ranks.items()}
+                if observed is not None:
+                    of_operands, lines = diagnosis(run.quant, int(state.quant.level), run.step, observed)
+                    found |= of_operands
+            looks.append((found or None, lines))
+        return looks
+
+
+def diagnosis(quant, level, step, observed):
+    """({metric: value}, lines for diagnostics.jsonl) of one run's histograms, under the format in use at this level."""
+    found, lines = {}, []
+    for q, layer in enumerate(quant.layers):
+        for i, (operand, name) in enumerate(zip(format_rules.OPERANDS, layer.wag)):
+            if name:
+                in_use = quant.emergency_formats[level - 1] if level else name
+                counts = [array_Q3[q, i] for array_Q3 in observed]
+                row, use = whatif.operand_row(*counts, get_format(in_use))
+                lines.append({"step": step, "layer": layer.layer, "operand": operand} | row)
+                found |= {f"{key}/{layer.layer}/{operand}": value for key, value in use.items()}
+    return found, lines
+
+
+# --------------------------------------------------------------------------------------------------- the loop
+
+
+def loop(program, runs, stop):
+    """Trains every run to max_steps, or to its first unrecoverable step, or all of them to a signal.
+
+    Runs that were saved at an earlier step than others are brought up to them first.
+    """
+    config = program.config
+    program.take(runs)
+    seconds_per_step = None
+
+    fresh = [run for run in runs if run.step == 0 and not run.resumed]
+    if fresh and not stop.number:
+        started = time.perf_counter()
+        looks = program.look(fresh, evaluate=True, diagnose=True)
+        seconds = (time.perf_counter() - started) / len(fresh)
+        for run, (evaluation, lines) in zip(fresh, looks, strict=True):
+            run.writer.submit(DispatchRecord(0, evaluation=evaluation, evaluation_s=seconds, diagnostics=lines))
+
+    while not stop.number and (going := [run for run in runs if run.goes_on]):
+        step = min(run.step for run in going)
+        behind = [run for run in going if run.step == step]
+        n = dispatch_length(config, step, seconds_per_step, longest=program.buffer_steps)
+        started = time.perf_counter()
+        rows = program.advance(behind, step, n)
+        ended = time.perf_counter()
+        seconds_per_step = (ended - started) / max(1, *map(len, rows))
+        for run, rows_KM in zip(behind, rows, strict=True):
+            run.step += len(rows_KM)
+        step += n
+
+        def due(interval):
+            return step % interval == 0 or step == config.max_steps
+
+        whole = [run for run in behind if not run.frozen]
+        looks, seconds = {}, None
+        if whole and (due(config.eval_interval) or due(config.diagnostic_interval)):
+            looks = dict(zip(map(id, whole), program.look(whole, evaluate=due(config.eval_interval),
+                                                          diagnose=due(config.diagnostic_interval)), strict=True))
+            seconds = (time.perf_counter() - ended) / len(whole)
+        for run, rows_KM in zip(behind, rows, strict=True):
+            evaluation, lines = looks.get(id(run), (None, []))
+            # A run's own share of the time.
+            run.record(rows_KM, evaluation, lines, started=started, seconds=(ended - started) / len(behind),
+                       look_seconds=seconds if evaluation else None)
+            if due(config.checkpoint_interval) or run.frozen:
+                run.save()
+    for run in runs:
+        if run.step > 0 and run.step not in run.saved_steps():
+            # Interrupted between two checkpoints, or the save at the last step failed: once more.
+            run.save()
+
+
+def dispatch_length(config, step, seconds_per_step, *, longest):
+    """Steps of the next dispatch: as many as take about a second, up to the next evaluation or checkpoint."""
+    if not config.steps_per_dispatch:
+        # The first dispatch is a single step: it tells how long one takes.
+        longest = min(longest, max(1, int(AUTO_DISPATCH_SECONDS / seconds_per_step)) if seconds_per_step else 1)
+    intervals = config.eval_interval, config.checkpoint_interval, config.diagnostic_interval
+    to_next = [interval - step % interval for interval in intervals]
+    return min(longest, *to_next, config.max_steps - step)
+
+
+# ------------------------------------------------------------------------------------------------------ a run's folder
+
+
+class Run:
+    """A run's folder while it is trained into: manifest, record, checkpoints, W&B, and where the run stands.
+
+    Attributes:
+      step: updates made. frozen: whether so many steps in a row were non-finite that it stopped. resumed: whether it
+        goes on from a checkpoint. lane: its place in the program.
+    """
+
+    def __init__(self, config, run_dir, resume, console, resources, *, watch=None):
+        """Refuses a folder that this run may not use, before anything expensive is done.
+
+        Args:
+          watch: what the record's writer tells its progress and alerts to; default the console.
+        """
+        self.config, self.run_dir, self.console, self.resources = config, run_dir, console, resources
+        self.watch = watch or console
+        self.quant = quantization.options_of(config)
+        self.started = time.time()
+        self.lane, self.frozen, self.first_bad_step, self.evaluation = 0, False, -1, None
+        self._check_folder(resume)
 
     def _check_folder(self, resume):
-        """Refuses a folder that this run may not use, before anything expensive is done; reads its manifest."""
+        """Reads the manifest of the folder, where there is one."""
         run_dir = self.run_dir
         self.manifest, self.resume = None, resume
         if resume == "never":
@@ -303,18 +567,29 @@ class _Run:
             raise UserError(f"--resume={resume} names a checkpoint that {run_dir} does not hold; it has "
                             f"{', '.join(map(str, list_steps(run_dir))) or 'none'}")
 
-    def _restore_or_start(self, resume):
-        config, run_dir = self.config, self.run_dir
-        if self.manifest and self.manifest["data"]["fingerprint"] != self.data.fingerprint:
+    def open(self, program):
+        """Restores the run's state, or starts it, and opens its record."""
+        self.program = program
+        self.inputs = inputs_of(self.config)
+        self.certificates = program.certify(self.quant)
+        self._restore_or_start()
+        self.frozen = bool(stability.is_frozen(self.state.monitor, program.thresholds))
+        self._open_record()
+        self._introduce()
+
+    def _restore_or_start(self):
+        config, run_dir, resume = self.config, self.run_dir, self.resume
+        data, abstract_state = self.program.data, self.program.functions.abstract_state
+        if self.manifest and self.manifest["data"]["fingerprint"] != data.fingerprint:
             raise UserError(
                 f"{run_dir} was trained on other data (fingerprint {self.manifest['data']['fingerprint'][:12]}, "
-                f"{self.data.dir} has {self.data.fingerprint[:12]}): give the --data_dir it was made with, or another "
+                f"{data.dir} has {data.fingerprint[:12]}): give the --data_dir it was made with, or another "
                 "--workdir to start a new run")
         self.checkpoints = open_checkpoints(run_dir, config.max_checkpoints)
         self.resources.callback(self.checkpoints.close)
         restored = None
         if isinstance(resume, int):
-            state, meta = self.checkpoints.restore(resume, self.functions.abstract_state)
+            state, meta = self.checkpoints.restore(resume, abstract_state)
             self._refuse_foreign(resume, meta)
             superseded = self.checkpoints.set_aside_newer_than(resume)
             if superseded:
@@ -323,7 +598,7 @@ class _Run:
             restored = resume, state
         elif self.manifest is not None:
             found = self.checkpoints.restore_newest(
-                self.functions.abstract_state,
+                abstract_state,
                 on_damaged=lambda step, reason: self.console.alert(
                     f"checkpoint {step} is damaged ({reason}); it is set aside and an older one is used"))
             if found is not None:
@@ -332,36 +607,13 @@ class _Run:
             else:
                 self._start_again()
 
-        # What an earlier end said is no longer true.
-        for name in (verdict.VERDICT, verdict.LOSS_PLOT):
-            (run_dir / name).unlink(missing_ok=True)
-        self.step, self.state = restored or (0, self.functions.init(config.seed, self.table))
+        self.step, self.state = restored or (0, self.program.functions.init(config.seed, self.inputs.formats))
         self.resumed = restored is not None
-        self._write_manifest()
-        resume_step = self.step if self.resumed else (None if self.manifest_was_new else -1)
-        record = Record.open(run_dir, resume_step, log_interval=config.log_interval)
-        self.writer = Writer(
-            record, max_steps=config.max_steps, tokens_per_step=self.tokens_per_step, log_interval=config.log_interval,
-            console=self.console, alert_interval=config.alert_interval,
-            val_rising=ValRising(config.val_patience, record.val_losses),
-            rank_falling=RankFalling(config.rank_threshold, config.rank_threshold_strict, record.ranks,
-                                     after=config.warmup_steps),
-            flops_per_step=self.flops_per_step,
-            peak_flops=self.peak_flops)
-        self.resources.callback(self.writer.close)
-        self.wandb = open_wandb(
-            run_dir, mode=config.wandb_mode, run_id=self.run_id, project=config.project, name=config.run_name,
-            entity=config.wandb_entity or None, tags=self.tags, config=settings.to_dict(config),
-            resume_step=self.step if self.resumed else None, alert_interval=config.alert_interval,
-            say=self.console.message, event=self.writer.event)
-        if self.wandb is not None:
-            # After finish() there is nothing left to close; after an exception this ends W&B's process.
-            self.resources.callback(self.wandb.close, drain_timeout=5.0)
-        self._introduce()
 
     def _refuse_foreign(self, step, meta):
         """A checkpoint of another run, copied into this folder, would continue as if it were this one's."""
-        if meta.get("run_id") != self.manifest["run_id"] or meta.get("data_fingerprint") != self.data.fingerprint:
+        fingerprint = self.program.data.fingerprint
+        if meta.get("run_id") != self.manifest["run_id"] or meta.get("data_fingerprint") != fingerprint:
             raise UserError(
                 f"checkpoint {step} in {self.run_dir} belongs to another run (id {meta.get('run_id')!r}, this folder's "
                 f"manifest says {self.manifest['run_id']!r}): take it out of the folder, or give another --workdir")
@@ -376,42 +628,74 @@ class _Run:
                 "any more: bring one back, or give another --workdir to start a new run")
         self.console.message("no checkpoint was saved in this folder yet: starting again at step 0")
 
+    def _open_record(self):
+        config, run_dir, program = self.config, self.run_dir, self.program
+        # What an earlier end said is no longer true.
+        for name in (verdict.VERDICT, verdict.LOSS_PLOT):
+            (run_dir / name).unlink(missing_ok=True)
+        self._write_manifest()
+        resume_step = self.step if self.resumed else (None if self.manifest_was_new else -1)
+        record = Record.open(run_dir, resume_step, log_interval=config.log_interval)
+        self.writer = Writer(
+            record, max_steps=config.max_steps, tokens_per_step=program.tokens_per_step,
+            log_interval=config.log_interval, layer_interval=config.layer_interval, console=self.watch,
+            alert_interval=config.alert_interval,
+            val_rising=ValRising(config.val_patience, record.val_losses),
+            rank_falling=RankFalling(config.rank_threshold, config.rank_threshold_strict, record.ranks,
+                                     after=config.warmup_steps),
+            flops_per_step=program.flops_per_step, peak_flops=program.peak_flops)
+        self.resources.callback(self.writer.close)
+        self.wandb = open_wandb(
+            run_dir, mode=config.wandb_mode, run_id=self.run_id, project=config.project, name=config.run_name,
+            entity=config.wandb_entity or None, group=config.wandb_group or None, tags=self.tags,
+            config=settings.to_dict(config),
+            resume_step=self.step if self.resumed else None, alert_interval=config.alert_interval,
+            say=self.console.message, event=self.writer.event)
+        if self.wandb is not None:
+            # After finish() there is nothing left to close; after an exception this ends W&B's process.
+            self.resources.callback(self.wandb.close, drain_timeout=5.0)
+
     def _write_manifest(self):
         """What this run is. A resumed run keeps what was true at its start and adds how it was continued."""
-        config = self.config
+        config, program = self.config, self.program
+        tags = list(config.tags + program.extra_tags)
         start = {"time": round(self.started, 3), "step": self.step, "argv": sys.argv, "versions": versions(),
                  "git": git_commit(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
-                 "device": {"platform": self.device.platform, "kind": self.device.device_kind, "count": self.mesh.size}}
+                 "device": {"platform": program.device.platform, "kind": program.device.device_kind,
+                            "count": len(program.devices)}}
+        if program.width is not None:
+            # The times of this run's rows are its share of those of all.
+            start["side_by_side"] = program.width
         self.manifest_was_new = self.manifest is None
         if self.manifest_was_new:
             self.manifest = {
                 "run_id": new_run_id(), "starts": [],
-                "data": {"fingerprint": self.data.fingerprint, "dir": str(self.data.dir.absolute()),
-                         "meta": self.data.meta, "placement": "device" if self.on_device else "host",
-                         "eval_windows": len(self.val_windows)},
-                "model": {"parameters": count_params(self.functions.abstract_state.params),
-                          "flops_per_step": self.flops_per_step},
+                "data": {"fingerprint": program.data.fingerprint, "dir": str(program.data.dir.absolute()),
+                         "meta": program.data.meta, "placement": "device" if program.on_device else "host",
+                         "eval_windows": len(program.val_windows)},
+                "model": {"parameters": count_params(program.functions.abstract_state.params),
+                          "flops_per_step": program.flops_per_step},
             }
             if self.quant is not None:
                 self.manifest["formats"] = {
                     "layers": [dataclasses.asdict(layer) for layer in self.quant.layers],
                     "certificates": self.certificates}
-        self.run_id = self.manifest["run_id"]
-        self.manifest = self.manifest | {"config": settings.to_dict(config), "tags": list(self.tags),
+        self.tags, self.run_id = tags, self.manifest["run_id"]
+        self.manifest = self.manifest | {"config": settings.to_dict(config), "tags": tags,
                                          "starts": self.manifest["starts"] + [start]}
         write_manifest(self.run_dir, self.manifest)
 
     def _introduce(self):
         config, say = self.config, self.console.message
-        meta = self.data.meta
+        meta = self.program.data.meta
         n_tokens = meta["n_tokens"]
         say(f"{config.run_name}: {self.manifest['model']['parameters']:,} parameters in {config.compute_dtype}, "
             f"{config.max_steps} steps of {config.batch_size} x {config.block_size} tokens")
         if self.quant is not None:
             say(self._describe_formats())
         say(f"data: {meta['source']}, {n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens, in "
-            f"{self.data.dir}")
-        say(f"device: {self.mesh.size} x {self.device.device_kind} ({self.device.platform})")
+            f"{self.program.data.dir}")
+        say(f"device: {len(self.program.devices)} x {self.program.device.device_kind} ({self.program.device.platform})")
         say(f"run folder: {self.run_dir}" + (f", continued from step {self.step}" if self.resumed else ""))
 
     def _describe_formats(self):
@@ -425,144 +709,34 @@ class _Run:
                 f"weights at rest {self.config.weights_at_rest}, optimizer {self.config.optimizer}; rounding certified "
                 "on this device")
 
-    # The loop.
+    @property
+    def goes_on(self):
+        return not self.frozen and self.step < self.config.max_steps
 
-    def loop(self, stop):
-        """Trains to max_steps, to the first unrecoverable step, or to a signal. Returns the exit code."""
-        config = self.config
-        run = self.compiled[0]
-        self.val_on_device = jax.device_put(self.val_windows, self.replicated)
-        data, next_batches = self._feed()
-        seconds_per_step = evaluation = None
-        frozen = bool(stability.is_frozen(self.state.monitor, self.thresholds))
+    def record(self, rows_KM, evaluation, diagnostics, *, started, seconds, look_seconds):
+        """Hands the rows of a dispatch to the writer; `step` stands behind the last of them."""
+        first_row = self.step - len(rows_KM) + 1
+        self.evaluation = evaluation
+        self.writer.submit(DispatchRecord(first_row, self.program.functions.metric_names, rows_KM, len(rows_KM),
+                                          evaluation, started, seconds, look_seconds, diagnostics))
+        self._save_anomaly(first_row, rows_KM)
+        self._tell_saves()
 
-        if self.step == 0 and not self.resumed and not stop.number:
-            started = time.perf_counter()
-            evaluation, diagnosis = self._look(evaluate=True, diagnose=True)
-            self.writer.submit(DispatchRecord(0, evaluation=evaluation, evaluation_s=time.perf_counter() - started,
-                                              diagnostics=diagnosis))
-
-        while self.step < config.max_steps and not frozen and not stop.number:
-            n = self._dispatch_length(seconds_per_step)
-            started = time.perf_counter()
-            state, rows_KM = run(self.state, data if self.on_device else next_batches(self.step, n), np.int32(n),
-                                 self.table)
-            first_row, self.state = self.step + 1, state
-            rows_KM = np.asarray(rows_KM)
-            # Rows of steps that were not made, because the state froze, are NaN throughout.
-            made = int(np.sum(~np.isnan(rows_KM[:n, self.column["learning_rate"]])))
-            ended = time.perf_counter()
-            seconds_per_step = (ended - started) / max(1, made)
-            self.step += made
-            frozen = bool(stability.is_frozen(self.state.monitor, self.thresholds))
-            evaluation, diagnosis = self._look(evaluate=self._is_due(config.eval_interval) and not frozen,
-                                               diagnose=self._is_due(config.diagnostic_interval) and not frozen)
-            self.writer.submit(DispatchRecord(
-                first_row, self.functions.metric_names, rows_KM, made, evaluation, started, ended - started,
-                time.perf_counter() - ended if evaluation else None, diagnosis))
-            self._save_anomaly(first_row, rows_KM[:made])
-            self._tell_saves()
-            if self._is_due(config.checkpoint_interval) or frozen:
-                self._save((evaluation or {}).get("val_loss"))
-        if self.step > 0 and self.step not in self._saved_steps():
-            # Interrupted between two checkpoints, or the save at the last step failed: once more.
-            self._save((evaluation or {}).get("val_loss"))
-        if frozen:
-            return STOPPED_NON_FINITE
-        if self.step > 0 and self.step not in self._saved_steps():
-            return NOT_SAVED
-        return 128 + stop.number if stop.number and self.step < config.max_steps else FINISHED
-
-    def _saved_steps(self):
+    def saved_steps(self):
         """Steps of the complete checkpoints, once no save is under way."""
         self.checkpoints.wait()
         self._tell_saves()
         return self.checkpoints.steps()
 
-    def _compile(self):
-        """All programs, ahead of the first step: a call with other shapes is then an error, never a recompilation."""
-        config = self.config
-        self.console.message("compiling ...")
-        started = time.perf_counter()
-        shape = ((len(self.data.train_T),) if self.on_device
-                 else (self.buffer_steps, config.batch_size, config.block_size + 1))
-        tokens = jax.ShapeDtypeStruct(shape, np.uint16, sharding=self.replicated)
-        abstract = self.functions.abstract_state
-        run = self.functions.run.lower(abstract, tokens, jax.ShapeDtypeStruct((), np.int32), self.table).compile()
-        if self.quant is not None and self.quant.native:
-            require_float8_kernels(run, self.device, len(self.quant.layers))
-
-        def windows(n):
-            return jax.ShapeDtypeStruct((n, config.block_size + 1), np.uint16, sharding=self.replicated)
-
-        of_state = abstract.quant, self.table
-        evaluate = self.functions.evaluate.lower(abstract.params, windows(len(self.val_windows)), *of_state)
-        diagnose = self.functions.diagnose.lower(abstract.params, windows(self.eval_batch_size), *of_state)
-        self.compiled = run, evaluate.compile(), diagnose.compile()
-        self.writer.event("compiled", self.step, seconds=round(time.perf_counter() - started, 3))
-
-    def _feed(self):
-        """(token array on the device, None), or (None, function (first step, n) -> batches [K, B, L+1])."""
-        if self.on_device:
-            return jax.device_put(np.asarray(self.data.train_T), self.replicated), None
-        config = self.config
-        stream = HostStream(self.data.train_T, batch_size=config.batch_size, block_size=config.block_size,
-                            seed=config.data_seed)
-        self.resources.callback(stream.close)
-        batches_KBL = np.zeros((self.buffer_steps, config.batch_size, config.block_size + 1), np.uint16)
-
-        def next_batches(step, n):
-            batches_KBL[:n] = stream.get(step, n)
-            return jax.device_put(batches_KBL, self.replicated)
-
-        return None, next_batches
-
-    def _dispatch_length(self, seconds_per_step):
-        """Steps of the next dispatch: as many as take about a second, up to the next evaluation or checkpoint."""
-        config = self.config
-        longest = self.buffer_steps
-        if not config.steps_per_dispatch:
-            # The first dispatch is a single step: it tells how long one takes.
-            longest = min(longest, max(1, int(AUTO_DISPATCH_SECONDS / seconds_per_step)) if seconds_per_step else 1)
-        intervals = config.eval_interval, config.checkpoint_interval, config.diagnostic_interval
-        to_next = [interval - self.step % interval for interval in intervals]
-        return min(longest, *to_next, config.max_steps - self.step)
-
-    def _is_due(self, interval):
-        return self.step % interval == 0 or self.step == self.config.max_steps
-
-    def _look(self, *, evaluate, diagnose):
-        """(metrics for the row of this step or None, lines for diagnostics.jsonl), from the state as it is."""
-        found, lines = {}, []
-        of_state = self.state.quant, self.table
-        if evaluate:
-            loss = float(self.compiled[1](self.state.params, self.val_on_device, *of_state))
-            with np.errstate(over="ignore"):
-                found = {"val_loss": loss, "val_perplexity": float(np.exp(np.float32(loss)))}
-        if diagnose:
-            ranks, observed = self.compiled[2](self.state.params, self.val_on_device[:self.eval_batch_size], *of_state)
-            # One transfer: a scalar at a time would cost a wait each.
-            found |= {name: float(value) for name, value in jax.device_get(ranks).items()}
-            if observed is not None:
-                level = int(self.state.quant.level)
-                for q, layer in enumerate(self.quant.layers):
-                    for i, (operand, name) in enumerate(zip(format_rules.OPERANDS, layer.wag)):
-                        if name:
-                            in_use = self.quant.emergency_formats[level - 1] if level else name
-                            counts = jax.tree.map(lambda array_Q3: np.asarray(array_Q3)[q, i], observed)
-                            row, use = whatif.operand_row(*counts, get_format(in_use))
-                            where = {"step": self.step, "layer": layer.layer, "operand": operand}
-                            lines.append(where | row)
-                            found |= {f"{key}/{layer.layer}/{operand}": value for key, value in use.items()}
-        return found or None, lines
-
     def _meta(self):
-        return {"config": settings.to_dict(self.config), "data_fingerprint": self.data.fingerprint,
+        return {"config": settings.to_dict(self.config), "data_fingerprint": self.program.data.fingerprint,
                 "run_id": self.run_id, "step": self.step}
 
-    def _save(self, val_loss):
+    def save(self):
+        """Starts to save the run's state at this step."""
         self.writer.flush()
-        self.checkpoints.save(self.step, self.state, self._meta(), val_loss)
+        val_loss = (self.evaluation or {}).get("val_loss")
+        self.checkpoints.save(self.step, self.program.state_of(self), self._meta(), val_loss)
 
     def _tell_saves(self):
         for outcome in self.checkpoints.check():
@@ -575,17 +749,17 @@ class _Run:
 
     def _save_anomaly(self, first_row, rows_KM):
         """At the run's first non-finite step: the end state of its dispatch, and how to see that step again."""
-        bad_row = int(self.state.monitor.first_bad_step)
+        bad_row = self.first_bad_step
         if not first_row <= bad_row < first_row + len(rows_KM):
             return
         B = self.config.batch_size
         numbers = np.arange((bad_row - 1) * B, bad_row * B, dtype=np.uint32)
-        windows = permute_windows(numbers, self.data.n_train_windows, self.config.data_seed, xp=np)
+        windows = permute_windows(numbers, self.program.data.n_train_windows, self.config.data_seed, xp=np)
         row = rows_KM[bad_row - first_row]
-        where = {name: float(row[i]) for name, i in self.column.items()
+        where = {name: float(row[i]) for name, i in self.program.column.items()
                  if name.startswith("alert/nonfinite") and row[i] != 0}
         self.writer.flush()
-        outcome = save_anomaly(self.run_dir, self.step, self.state, self._meta() | {
+        outcome = save_anomaly(self.run_dir, self.step, self.program.state_of(self), self._meta() | {
             "first_bad_step": bad_row, "windows": windows.tolist(),
             "found": {name.removeprefix("alert/"): count for name, count in where.items()}})
         self.writer.event("anomaly", self.step, first_bad_step=bad_row, path=str(outcome.path), error=outcome.error)
@@ -594,10 +768,13 @@ class _Run:
 
     # The end.
 
-    def finish(self, exit_code):
-        """Says how it went: the verdict, or how to resume. The record is closed by whoever opened it."""
+    def finish(self, stop, *, plot=True):
+        """Writes the verdict and the plot of the loss, unless the run was interrupted, ends W&B, and returns the exit
+        code. Whoever opened the record closes it."""
+        self.exit_code = exit_code = self._exit_code(stop)
         self.writer.flush()
         interrupted = exit_code > 128
+        self.verdict = None
         if not interrupted:
             reason = {
                 FINISHED: None,
@@ -605,19 +782,32 @@ class _Run:
                 STOPPED_NON_FINITE: f"{self.config.nan_patience} non-finite steps in a row, the last at step "
                                     f"{self.step}",
             }[exit_code]
-            result = verdict.make_verdict(self.run_dir, stopped=reason)
-            verdict.plot_loss(self.run_dir, title=self.config.run_name)
-            verdict.write_verdict(self.run_dir, result)
+            self.verdict = verdict.make_verdict(self.run_dir, stopped=reason)
+            if plot:
+                verdict.plot_loss(self.run_dir, title=self.config.run_name)
+            verdict.write_verdict(self.run_dir, self.verdict)
         if self.wandb is not None:
             # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
             self.wandb.close(drain_timeout=5.0 if interrupted else 300.0,
-                             summary={} if interrupted else {"verdict": result["verdict"]})
+                             summary={} if interrupted else {"verdict": self.verdict["verdict"]})
+        return exit_code
+
+    def tell(self):
+        """Says how it went: the verdict, or how to resume."""
         self.console.close()
-        if interrupted:
+        exit_code = self.exit_code
+        if exit_code > 128:
             saved = list_steps(self.run_dir)
             goes_on = f"continues from checkpoint {max(saved)}" if saved else "starts again, for nothing was saved yet"
             how = "the same command" if self.resume == "auto" else "the same command with --resume=auto"
             print(f"{signal.Signals(exit_code - 128).name}: stopped after step {self.step} of {self.config.max_steps}; "
                   f"{how} {goes_on}")
         else:
-            verdict.print_verdict(result, seconds=time.time() - self.started)
+            verdict.print_verdict(self.verdict, seconds=time.time() - self.started)
+
+    def _exit_code(self, stop):
+        if self.frozen:
+            return STOPPED_NON_FINITE
+        if self.step > 0 and self.step not in self.saved_steps():
+            return NOT_SAVED
+        return 128 + stop.number if stop.number and self.step < self.config.max_steps else FINISHED

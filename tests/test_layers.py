@@ -23,7 +23,7 @@ LAYERS = [
     {"generate"},
     {"evaluation"},
     {"training"},
-    {"benchmark", "campaign"},
+    {"benchmark", "campaign", "sweep"},
 ]
 OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"}}
 MAY_JIT = {"step", "generate", "benchmark", "quantize"}

@@ -32,7 +32,7 @@ def train(functions, dispatches, data=TOKENS_T, state=None):
     state = functions.init(42) if state is None else state
     rows, data = [], jnp.asarray(data)
     for n in dispatches:
-        state, rows_KM = functions.run(state, data, n)
+        state, rows_KM = functions.run(state, data, n, functions.inputs)
         rows.append(np.asarray(rows_KM)[:n])
     return state, np.concatenate(rows)
 
@@ -175,7 +175,7 @@ def test_the_seed_of_the_data_and_of_the_run_are_independent(functions, trained)
 
 def spoiled(functions, where, value=np.nan):
     state = functions.init(42)
-    state, _ = functions.run(state, jnp.asarray(TOKENS_T), 2)
+    state, _ = functions.run(state, jnp.asarray(TOKENS_T), 2, functions.inputs)
     path, index = where
 
     def change(key_path, leaf):
@@ -188,7 +188,7 @@ def spoiled(functions, where, value=np.nan):
 
 def test_a_non_finite_parameter_changes_nothing_is_located_and_stops_the_run(functions):
     before = jax.device_get(spoiled(functions, (".params['block_1']['mlp_up']['kernel']", (0, 3))))
-    state, rows_KM = functions.run(jax.device_put(before), jnp.asarray(TOKENS_T), 6)
+    state, rows_KM = functions.run(jax.device_put(before), jnp.asarray(TOKENS_T), 6, functions.inputs)
     rows = np.asarray(rows_KM)
     assert_same(state.params, before.params)
     assert_same(state.opt_state, before.opt_state)
@@ -203,17 +203,18 @@ def test_a_non_finite_parameter_changes_nothing_is_located_and_stops_the_run(fun
 
 
 def test_a_frozen_state_stays_frozen(functions):
-    state, _ = functions.run(spoiled(functions, (".params['embed']['embedding']", (5, 5))), jnp.asarray(TOKENS_T), 6)
+    state = spoiled(functions, (".params['embed']['embedding']", (5, 5)))
+    state, _ = functions.run(state, jnp.asarray(TOKENS_T), 6, functions.inputs)
     before = jax.device_get(state)
-    after, rows_KM = functions.run(state, jnp.asarray(TOKENS_T), 6)
+    after, rows_KM = functions.run(state, jnp.asarray(TOKENS_T), 6, functions.inputs)
     assert_same(after, before)
     assert np.isnan(rows_KM).all()
 
 
 def test_a_damaged_moment_harms_only_its_own_element(functions):
-    clean, _ = functions.run(functions.init(42), jnp.asarray(TOKENS_T), 3)
+    clean, _ = functions.run(functions.init(42), jnp.asarray(TOKENS_T), 3, functions.inputs)
     state = spoiled(functions, (".opt_state[0].mu['block_0']['attn_out']['kernel']", (2, 1)))
-    state, rows_KM = functions.run(state, jnp.asarray(TOKENS_T), 1)
+    state, rows_KM = functions.run(state, jnp.asarray(TOKENS_T), 1, functions.inputs)
     rows = np.asarray(rows_KM)[:1]
     assert column(functions, rows, "alert/nonfinite_updates/block_0/attn_out")[0] == 1
     assert column(functions, rows, "nonfinite_updates")[0] == 1
@@ -230,7 +231,7 @@ def test_a_non_finite_gradient_norm_counts_as_a_bad_step():
     params = jax.tree.map(lambda p: p, state.params)
     params["ln_f"]["scale"] = params["ln_f"]["scale"] * 1e30
     before = jax.device_get(state._replace(params=params))
-    state, _ = functions.run(jax.device_put(before), jnp.asarray(TOKENS_T), 1)
+    state, _ = functions.run(jax.device_put(before), jnp.asarray(TOKENS_T), 1, functions.inputs)
     assert int(state.monitor.bad_steps) == 1 and int(state.step) == 1
     assert_same(state.params, before.params)
     assert int(state.opt_state[0].count) == 0
@@ -239,5 +240,5 @@ def test_a_non_finite_gradient_norm_counts_as_a_bad_step():
 def test_the_run_recovers_after_fewer_bad_steps_than_patience(functions):
     state = functions.init(42)
     bad = state.monitor._replace(bad_streak=jnp.int32(2), bad_steps=jnp.int32(2))
-    state, _ = functions.run(state._replace(monitor=bad), jnp.asarray(TOKENS_T), 4)
+    state, _ = functions.run(state._replace(monitor=bad), jnp.asarray(TOKENS_T), 4, functions.inputs)
     assert int(state.monitor.bad_streak) == 0 and int(state.monitor.bad_steps) == 2 and int(state.step) == 4

@@ -61,7 +61,8 @@ EQUAL_WINDOWS = np.tile(np.arange(8, dtype=np.uint16), len(TOKENS_T) // 8)
 
 def advance(functions, state, n, *table, data=TOKENS_T):
     """(state, rows) after n updates; states live on the host, for `run` is given theirs."""
-    state, rows_KM = functions.run(jax.device_put(state), jnp.asarray(data), n, *table)
+    inputs = functions.inputs._replace(formats=table[0] if table else functions.inputs.formats)
+    state, rows_KM = functions.run(jax.device_put(state), jnp.asarray(data), n, inputs)
     return jax.device_get(state), np.asarray(rows_KM)[:n]
 
 
@@ -248,8 +249,7 @@ def test_products_without_a_format_have_the_baseline_s_operands():
     programs = []
     for quant in (None, EVERYWHERE, dataclasses.replace(MASTER, weights_at_rest="nearest")):
         functions = build(quant=quant)
-        table = () if quant is None else (format_table(quant),)
-        jaxpr = jax.make_jaxpr(functions.run)(functions.abstract_state, jnp.asarray(TOKENS_T), 1, *table)
+        jaxpr = jax.make_jaxpr(functions.run)(functions.abstract_state, jnp.asarray(TOKENS_T), 1, functions.inputs)
         programs.append(list(dot_dtypes(jaxpr.jaxpr)))
     assert programs[0] == programs[1] == programs[2]
     assert len(programs[0]) == 3 * len(ALL_LAYERS) + 6

@@ -274,15 +274,15 @@ def test_non_finite_steps_are_located_kept_and_end_the_run(data_dir, tmp_path, m
 
     run_dir = tmp_path / "nan"
     train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
-    restore = training._Run._restore_or_start
+    restore = training.Run._restore_or_start
 
-    def restore_and_spoil(self, resume):
-        restore(self, resume)
+    def restore_and_spoil(self):
+        restore(self)
         params = jax.tree.map(jnp.copy, self.state.params)
         params["block_0"]["mlp_up"]["kernel"] = params["block_0"]["mlp_up"]["kernel"].at[1, 2].set(np.nan)
         self.state = self.state._replace(params=params)
 
-    monkeypatch.setattr(training._Run, "_restore_or_start", restore_and_spoil)
+    monkeypatch.setattr(training.Run, "_restore_or_start", restore_and_spoil)
     result = train(tiny(), data_dir=data_dir, workdir=run_dir)
     assert result.exit_code == 3
     rows = rows_of(run_dir)

@@ -217,13 +217,9 @@ def test_a_diagnosis_names_the_format_in_use(level, expected):
     quant = QuantOptions(tuple(training.format_rules.resolve_rules(("head:W=E4M3", "head:G=E5M2"), 1)),
                          emergency_formats=("E3M4", "E2M5"))
     observed = Observed(np.ones((1, 3, 256)), np.ones((1, 3, whatif.N_BINS)), np.ones((1, 3)), np.ones((1, 3)))
-    run = SimpleNamespace(
-        step=7, quant=quant, table=None, eval_batch_size=1, val_on_device=np.zeros((1, 2)),
-        state=SimpleNamespace(params=None, quant=SimpleNamespace(level=level)),
-        compiled=(None, None, lambda *_: ({"stable_rank/embed": jnp.float32(3)}, observed)))
-    found, lines = training._Run._look(run, evaluate=False, diagnose=True)
+    found, lines = training.diagnosis(quant, level, 7, observed)
     assert [(line["step"], line["layer"], line["operand"]) for line in lines] == [(7, "head", "W"), (7, "head", "G")]
-    assert [line["format"] for line in lines] == expected and found["stable_rank/embed"] == 3
+    assert [line["format"] for line in lines] == expected
     assert found["codes_used_share/head/G"] == 256 / formats.get_format(expected[1]).n_finite
 
 
@@ -236,11 +232,11 @@ class Killed(BaseException):
 
 def interrupt(monkeypatch, step, how):
     """At this step, which must end a dispatch: `how` is SIGTERM, or Killed, which saves nothing."""
-    loop, tell_saves = training._Run.loop, training._Run._tell_saves
+    loop, tell_saves = training.loop, training.Run._tell_saves
 
-    def watched_loop(self, stop):
-        self.stop = stop
-        return loop(self, stop)
+    def watched_loop(program, runs, stop):
+        runs[0].stop = stop
+        return loop(program, runs, stop)
 
     def watched_tell_saves(self):
         if self.step == step and how is Killed:
@@ -249,8 +245,8 @@ def interrupt(monkeypatch, step, how):
             self.stop.number = how
         tell_saves(self)
 
-    monkeypatch.setattr(training._Run, "loop", watched_loop)
-    monkeypatch.setattr(training._Run, "_tell_saves", watched_tell_saves)
+    monkeypatch.setattr(training, "loop", watched_loop)
+    monkeypatch.setattr(training.Run, "_tell_saves", watched_tell_saves)
 
 
 def test_an_interrupted_run_equals_the_whole(whole, data_dir, tmp_path, monkeypatch):

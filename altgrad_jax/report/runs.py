@@ -1,8 +1,9 @@
 """Run folders as the report sees them: found, identified, checked to be comparable, and read fast.
 
-What a run is follows from its manifest. Its *arm* is everything that defines the treatment but the learning rate and the
-seed: format, which operands have it, how weights are kept, optimizer, and a variant (settings of the number formats or
-the clipping that differ from what most runs have). A *cell* is an arm at one learning rate; its runs differ in the seed.
+What a run is follows from its manifest. Its *arm* is everything that defines the treatment but the learning rate and
+the seed: format, which operands have it, how weights are kept, optimizer, and a variant (settings of the number
+formats or the clipping that differ from what most runs have). A *cell* is an arm at one learning rate; its runs
+differ in the seed.
 
 What happened to it follows from its record:
 
@@ -11,8 +12,8 @@ What happened to it follows from its record:
     unfinished  it was interrupted or is going on: counted nowhere, named in the report
     damaged     the folder cannot be read: counted nowhere, named with the reason
 
-A finished run may still not be sound (some non-finite steps that were skipped, a rising validation loss): its loss counts
-as measured, and it is counted among the failures.
+A finished run may still not be sound (some non-finite steps that were skipped, a rising validation loss): its loss
+counts as measured, and it is counted among the failures.
 
 A record is read in two depths. Its few global curves are cut out of the lines without parsing them, 8 MB in 20 ms; all
 statistics of all layers are parsed only for runs that the report shows them of.
@@ -31,30 +32,46 @@ import numpy as np
 from altgrad_jax.errors import UserError
 from altgrad_jax.logger import DIAGNOSTICS, MANIFEST, METRICS, TIMING, parse_row, read_manifest
 from altgrad_jax.verdict import UNSOUND_ALERTS, VERDICT, read_timing
+from altgrad_jax.whatif import dense
 
 FINISHED, LOST, UNFINISHED, DAMAGED = "finished", "lost", "unfinished", "damaged"
 OPERANDS = ("W", "A", "G")
 REFERENCE = "BF16"
 
-# Settings that may differ between runs that are compared: they name, watch, save or place a run, and change no loss.
-FREE = frozenset("""
+# Settings that may differ between runs that are compared, as may every interval and those of W&B: they name, watch,
+# save or place a run, and change no loss.
+FREE = frozenset(
+    """
     bit_stall_threshold checkpoint_dir console data_placement data_source dead_neuron_threshold
     dead_neuron_window deterministic eval_batch_size max_checkpoints metrics nan_patience overflow_threshold project
     rank_threshold rank_threshold_strict run_name spike_threshold spike_window stall_window steps_per_dispatch tags
-    use_shadow val_patience wandb_entity wandb_mode""".split())
+    use_shadow val_patience""".split()
+)
 # Settings that the arm or the cell stands for.
-IDENTITY = frozenset(("compute_dtype", "formats", "learning_rate", "optimizer", "seed", "store_formats", "use_fp8",
-                      "weights_at_rest"))
-# Settings that make a separate arm where they differ from what most runs have. Those of number formats mean nothing to a
-# run without any.
-FORMAT_VARIANTS = ("scaling", "amax_history", "scale_rounding", "operand_rounding", "saturate", "products", "range_clip",
-                   "emergency_formats", "emergency_patience")
+IDENTITY = frozenset(
+    ("compute_dtype", "formats", "learning_rate", "optimizer", "seed", "store_formats", "use_fp8", "weights_at_rest")
+)
+# Settings that make a separate arm where they differ from what most runs have. Those of number formats mean nothing
+# to a run without any.
+FORMAT_VARIANTS = (
+    "scaling",
+    "amax_history",
+    "scale_rounding",
+    "operand_rounding",
+    "saturate",
+    "products",
+    "range_clip",
+    "emergency_formats",
+    "emergency_patience",
+)
 VARIANTS = ("grad_clip", *FORMAT_VARIANTS)
 # Anything else, a setting this page does not know included, must be equal.
 
 # First elements of the names of the metrics that the report shows or watches.
-STATISTICS = frozenset("overflow underflow sqnr_db grad_cosine effective_lr lost not_flipped stable_rank "
-                       "participation_ratio nonfinite_loss nonfinite_grads nonfinite_params nonfinite_updates".split())
+STATISTICS = frozenset(
+    "overflow underflow sqnr_db grad_cosine effective_lr lost not_flipped stable_rank "
+    "participation_ratio nonfinite_loss nonfinite_grads nonfinite_params nonfinite_updates".split()
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -82,11 +99,17 @@ class Arm:
     @property
     def treatment_parts(self):
         parts = [] if self.at_rest == "float32" else [AT_REST_LABELS.get(self.at_rest, self.at_rest)]
-        return parts + ([] if self.optimizer == "adamw" else [self.optimizer]) + ([self.variant] if self.variant else [])
+        return (
+            parts + ([] if self.optimizer == "adamw" else [self.optimizer]) + ([self.variant] if self.variant else [])
+        )
 
 
-AT_REST_LABELS = {"float32": "float32 master", "nearest": "stored, nearest", "stochastic": "stored, stochastic",
-                  "error_feedback": "stored, error feedback"}
+AT_REST_LABELS = {
+    "float32": "float32 master",
+    "nearest": "stored, nearest",
+    "stochastic": "stored, stochastic",
+    "error_feedback": "stored, error feedback",
+}
 
 
 @dataclass
@@ -129,7 +152,7 @@ class Run:
 
 
 def find(paths):
-    """Folders of the runs at or below `paths`, in order of their paths, each once; UserError for a path that is none."""
+    """Folders of the runs at or below `paths`, by their paths, each once; UserError for a path that is no folder."""
     found = {}
     for path in map(Path, paths):
         if not path.is_dir():
@@ -151,8 +174,10 @@ def _names(folders):
             names.setdefault(folder, [])
             names[folder].append("/".join(parts[-n:]))
     counts = Counter(name for candidates in names.values() for name in candidates)
-    return [next(name for name in [*names[folder], str(folder)] if counts[name] <= 1 or name == str(folder))
-            for folder in folders]
+    return [
+        next(name for name in [*names[folder], str(folder)] if counts[name] <= 1 or name == str(folder))
+        for folder in folders
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -167,8 +192,10 @@ def _value(line, key):
 
 
 def _damaged_line(path, number):
-    return UserError(f"{path} is damaged in line {number}: restore it from a copy, or resume the run from a checkpoint "
-                     "before that row")
+    return UserError(
+        f"{path} is damaged in line {number}: restore it from a copy, or resume the run from a checkpoint "
+        "before that row"
+    )
 
 
 def read_curves(path):
@@ -231,7 +258,7 @@ def read_statistics(path):
 
 
 def read_codes(path):
-    """(step, {(layer, operand): (format, int64 [256])}) of the last diagnosis that has code histograms, or (None, {})."""
+    """(step, {(layer, operand): (format, int64 [256])}) of the last diagnosis with codes, or (None, {})."""
     found = {}
     if not path.exists():
         return None, {}
@@ -241,10 +268,7 @@ def read_codes(path):
                 continue
             try:
                 row = json.loads(line)
-                counts = np.zeros(row["codes"]["bins"], np.int64)
-                for first, run in zip(row["codes"]["first"], row["codes"]["counts"], strict=True):
-                    counts[first:first + len(run)] = run
-                found.setdefault(row["step"], {})[row["layer"], row["operand"]] = row["format"], counts
+                found.setdefault(row["step"], {})[row["layer"], row["operand"]] = row["format"], dense(row["codes"])
             except (ValueError, KeyError, TypeError):
                 continue  # one histogram less; the rest of the run stands
     step = max(found, default=None)
@@ -280,11 +304,14 @@ def _judge(run):
         run.state, run.reason = UNFINISHED, f"step {max(run.last_step, 0)} of {max_steps}, no verdict"
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
-        run.reason = f"{path} cannot be read ({type(error).__name__}): delete it and resume the run, which writes it anew"
+        run.reason = (
+            f"{path} cannot be read ({type(error).__name__}): delete it and resume the run, which writes it anew"
+        )
         return
     if run.last_step < steps:
-        run.reason = (f"{run.path / METRICS} ends at step {run.last_step}, its verdict speaks of {steps}: restore it from "
-                      "a copy")
+        run.reason = (
+            f"{run.path / METRICS} ends at step {run.last_step}, its verdict speaks of {steps}: restore it from a copy"
+        )
     elif run.last_step > steps or verdict["max_steps"] != max_steps and not ended_early:
         run.state, run.reason = UNFINISHED, f"step {run.last_step} of {max_steps}, resumed after its verdict"
     else:
@@ -325,7 +352,7 @@ class Reader:
         return kept[1]
 
     def runs(self, paths):
-        """Every run at or below `paths`, as `find` orders them. Their arms have no variants yet; see `name_variants`."""
+        """Every run at or below `paths`, as `find` orders them. Arms have no variants yet: `name_variants`."""
         folders = find(paths)
         found = []
         for folder, name in zip(folders, _names(folders), strict=True):
@@ -362,7 +389,7 @@ def _operands(layers):
     found = {name for layer in layers for name in (layer["w"], layer["a"], layer["g"])} - {None, REFERENCE}
     if len(found) != 1:
         return found, "" if not found else None
-    name, = found
+    (name,) = found
     have = "".join(operand for operand in OPERANDS if all(layer[operand.lower()] == name for layer in layers))
     some = any(layer[operand.lower()] == name for layer in layers for operand in OPERANDS if operand not in have)
     return found, None if some or not have else have
@@ -385,11 +412,18 @@ def _arm_of(run):
 
 
 def _show(value):
-    return f"{value:g}" if isinstance(value, float) else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (
+        f"{value:g}"
+        if isinstance(value, float)
+        else ",".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )
 
 
 def name_variants(runs):
     """Gives arms their variants: the settings of VARIANTS that differ from what most of the runs have."""
+
     def value(run, key):
         got = run.config.get(key)
         return json.dumps(got)
@@ -403,7 +437,9 @@ def name_variants(runs):
         if counts:
             usual[key] = max(counts, key=lambda text: (counts[text], text))
     for run in runs:
-        differs = [f"{key}={_show(run.config[key])}" for key in VARIANTS if has(run, key) and value(run, key) != usual[key]]
+        differs = [
+            f"{key}={_show(run.config[key])}" for key in VARIANTS if has(run, key) and value(run, key) != usual[key]
+        ]
         run.arm = Arm(run.arm.format, run.arm.operands, run.arm.at_rest, run.arm.optimizer, ", ".join(differs))
 
 
@@ -412,16 +448,20 @@ def check_comparable(runs):
 
     A setting that one record has and another lacks (it is of a later version) is not compared.
     """
+
     def refuse(run, other, name, value, other_value):
-        raise UserError(f"{run.path} and {other.path} cannot be compared, for {name} is {value} in the one and "
-                        f"{other_value} in the other: report them separately, or leave one of the folders out")
+        raise UserError(
+            f"{run.path} and {other.path} cannot be compared, for {name} is {value} in the one and "
+            f"{other_value} in the other: report them separately, or leave one of the folders out"
+        )
 
     def facts(run):
         meta = run.manifest["data"].get("meta") or {}
         yield "the data's fingerprint", run.manifest["data"]["fingerprint"]
         yield "the data's tokenizer", meta.get("tokenizer", run.config.get("tokenizer"))
         for name, value in run.config.items():
-            if name not in FREE | IDENTITY and name not in VARIANTS and not name.endswith("_interval"):
+            free = name in FREE or name.endswith("_interval") or name.startswith("wandb_")
+            if not free and name not in IDENTITY and name not in VARIANTS:
                 yield name, value
 
     first = {}

@@ -1,7 +1,8 @@
 """Differences paired by seed, their Student t intervals, and ranks that do not claim more than the intervals do.
 
 A difference is taken between two runs that saw the same batches from the same initial weights, so that what a seed does
-to both cancels. With pairs d_1 ... d_n, their mean d and standard deviation s (n - 1 in the denominator), the interval is
+to both cancels. With pairs d_1 ... d_n, their mean d and standard deviation s (n - 1 in the denominator), the
+interval is
 
     d +- t s / sqrt(n),    t the (1 + CONFIDENCE) / 2 quantile of Student's distribution with n - 1 degrees of freedom.
 
@@ -26,8 +27,10 @@ def _continued_fraction(a, b, x):
     d = 1 / (d if abs(d) > tiny else tiny)
     value = d
     for m in range(1, 100_000):
-        for numerator in (m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-                          -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))):
+        for numerator in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
             d = 1 + numerator * d
             d = 1 / (d if abs(d) > tiny else tiny)
             c = 1 + numerator / c
@@ -128,8 +131,12 @@ def paired(first, second):
         groups[{(1, 1): "values", (0, 1): "worse", (1, 0): "better", (0, 0): "neither"}[ends]].append(seed)
     seeds = tuple(groups.pop("values"))
     values = tuple(float(first[seed]) - float(second[seed]) for seed in seeds)
-    return Difference(seeds, values, **{name: tuple(group) for name, group in groups.items()},
-                      **dict(zip(("mean", "low", "high"), interval(values), strict=True)))
+    return Difference(
+        seeds,
+        values,
+        **{name: tuple(group) for name, group in groups.items()},
+        **dict(zip(("mean", "low", "high"), interval(values), strict=True)),
+    )
 
 
 @dataclass(frozen=True)

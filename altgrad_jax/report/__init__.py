@@ -1,0 +1,63 @@
+"""One page from many run folders: which formats train, how far from BF16, where each fails first.
+
+Only run folders are read (manifest, record, diagnostics, timing, verdict), never a checkpoint, and jax is not imported.
+
+    runs        finds, identifies and reads run folders, and refuses those that cannot be compared
+    statistics  paired differences, Student t intervals, ranks
+    analysis    gaps, learning rates, first failures, early warnings
+    tables      the words and tables;  panels, figures: the figures and their numbers
+    page        HTML and Markdown
+"""
+
+import time
+from pathlib import Path
+
+from altgrad_jax.errors import UserError
+from altgrad_jax.logger import write_atomically
+from altgrad_jax.report.analysis import Comparison
+from altgrad_jax.report.page import Report
+from altgrad_jax.report.runs import UNFINISHED, Reader
+
+
+def build(paths, reader=None, seconds=None):
+    """The Report of the runs at or below `paths`. UserError where there is none, or they cannot be compared."""
+    reader = reader or Reader()
+    runs = reader.runs(paths)
+    if not runs and seconds is None:
+        raise UserError(
+            f"there is no run folder in {', '.join(map(str, paths))}: give folders that hold a manifest.json, or "
+            "folders of such folders"
+        )
+    return Report(Comparison(runs), reader, seconds)
+
+
+def write(report, outputs, data_dir=None):
+    """Writes the page to each of `outputs` (.html or .md), each whole or not at all, and its CSV files to data_dir."""
+    for path in map(Path, outputs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (report.markdown() if path.suffix == ".md" else report.html()).encode())
+    if data_dir:
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        for name, content in report.data():
+            write_atomically(Path(data_dir) / name, content)
+
+
+def live(paths, outputs, data_dir=None, *, seconds, say=print, sleep=time.sleep):
+    """Writes the page every `seconds` until every run found is finished at two looks in a row; then once more, as
+    final.
+
+    Two looks, since a sweep is between two runs for a moment. Only files that changed are read again.
+    """
+    reader, done = Reader(), 0
+    while done < 2:
+        started = time.monotonic()
+        report = build(paths, reader, seconds)
+        write(report, outputs, data_dir)
+        runs = report.c.all_runs
+        going = [run for run in runs if run.state == UNFINISHED]
+        done = done + 1 if runs and not going else 0
+        say(f"{len(runs)} runs, {len(going)} unfinished; {time.monotonic() - started:.1f} s")
+        if done < 2:
+            sleep(seconds)
+    write(build(paths, reader), outputs, data_dir)
+    say("all runs are finished")

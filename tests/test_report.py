@@ -1,0 +1,693 @@
+"""The report over synthetic run folders, written by the project's own logger, whose effects are known."""
+
+import base64
+import csv
+import gzip
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from altgrad_jax import report
+from altgrad_jax.config import default_config
+from altgrad_jax.errors import UserError
+from altgrad_jax.logger import Record, write_manifest
+from altgrad_jax.report import analysis, figures, panels, tables
+from altgrad_jax.report.analysis import Comparison
+from altgrad_jax.report.runs import DAMAGED, FINISHED, LOST, UNFINISHED, Arm, Reader, find, read_curves
+from altgrad_jax.verdict import make_verdict, read_history, write_verdict
+from altgrad_jax.whatif import sparse
+
+STEPS, EVERY = 20, 5
+SEEDS, RATES = (1, 2, 3, 4, 5), (0.001, 0.002, 0.004)
+LAYERS = ("block_0/attn_qkv", "block_0/mlp_up")
+ROOT = Path(__file__).parent.parent
+
+
+def jitter(key, seed, size):
+    """A number in [-size, size] that depends on its arguments alone; 0 on average over SEEDS."""
+    return size * (-1, 0.5, 0, -0.5, 1)[(seed + zlib.crc32(key.encode())) % 5]
+
+
+def write_run(folder, *, val, statistics=None, codes=None, steps=STEPS, ended=True, fingerprint="f" * 64,
+              layers=None, stopped=None, rise=False, alerts=None, **settings):
+    """A run folder whose last validation loss is `val`.
+
+    statistics: {key: {step: value}}, or {key: value} for every step. steps: rows written. ended: whether it has a
+    verdict. layers: the manifest's list; by default what rules such as E4M3 or block_*:W=E4M3 give both LAYERS.
+    """
+    config = dict(default_config()) | {
+        "max_steps": STEPS, "eval_interval": EVERY, "warmup_steps": 2, "run_name": folder.name,
+        "checkpoint_dir": str(folder)} | settings
+    manifest = {"config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
+                "data": {"fingerprint": fingerprint, "meta": {"tokenizer": config["tokenizer"]}},
+                "model": {"parameters": 1000}, "starts": [{"device": {"kind": "cpu"}}]}
+    if config["use_fp8"]:
+        have = dict.fromkeys("wag")
+        for rule in config["formats"]:
+            place, _, name = rule.rpartition("=")
+            for operand in place.rpartition(":")[2].lower() or "wag":
+                have[operand] = name
+        manifest["formats"] = {"layers": layers or [{"layer": layer, **have} for layer in LAYERS]}
+    write_manifest(folder, manifest)
+    record = Record.open(folder)
+    rows = [{"step": 0, "val_loss": 5.5}]
+    for step in range(1, steps + 1):
+        row = {"step": step, "loss": 5.5 + 1.0 * step if rise else val + 3 * (1 - step / STEPS), "grad_norm": 1.0,
+               "nonfinite_loss": 0.0}
+        for key, value in (statistics or {}).items():
+            value = value.get(step) if isinstance(value, dict) else value
+            if value is not None:
+                row[key] = value
+        if step % EVERY == 0:
+            row["val_loss"] = val + (1 - step / STEPS)
+        if alerts and step in alerts:
+            row["alerts"] = [{"kind": alerts[step], "layer": None, "value": 1.0}]
+        rows.append(row)
+    record.write(rows, [{"step": step, "time": 100.0 + step, "step_time_s": 0.25, "tokens_per_s": 4000.0}
+                        for step in range(1, steps + 1)])
+    record.event("compiled", 0, seconds=3.0)
+    record.event("eval", 5, seconds=0.5)
+    record.append_diagnostics([{"step": step, "layer": layer, "operand": operand, "format": fmt, "scale": 1.0,
+                                "amax": 1.0, "magnitudes": {}, "codes": sparse(counts)}
+                               for step, layer, operand, fmt, counts in codes or ()])
+    record.close()
+    if ended:
+        write_verdict(folder, make_verdict(folder, stopped=stopped))
+    return folder
+
+
+def rules(name, operand=None):
+    return {"use_fp8": True, "formats": (name if operand is None else f"block_*:{operand}={name}",)}
+
+
+def seed_loss(seed):
+    return 2.0 + 0.05 * seed
+
+
+def bf16(seed, rate):
+    return seed_loss(seed) + {0.001: 0.004, 0.002: 0.0, 0.004: 0.2}[rate]
+
+
+EFFECTS = {"E4M3": 0.03, "E5M2": 0.03, "E2M5": 0.0, "E0M7": 0.2, "E1M6": 0.2}
+
+
+def loss_of(name, seed, rate, extra=0.0):
+    """Small effects of seed by format; E5M2 is best at the lowest rate, the others where BF16 is."""
+    best = 0.001 if name == "E5M2" else 0.002
+    own = "E0M7" if name == "E1M6" else name
+    away = abs(math.log2(rate / best))
+    return seed_loss(seed) + EFFECTS[name] + extra + 0.1 * away + jitter(own, seed, size=0.002)
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    """BF16 and five formats x 3 rates x 5 seeds with a master, E7M0 with 2 lost seeds, stored weights, ablations."""
+    root = tmp_path_factory.mktemp("matrix")
+    for rate in RATES:
+        for seed in SEEDS:
+            common = {"learning_rate": rate, "seed": seed}
+            where = f"lr{rate:g}-seed{seed}"
+            write_run(root / "bf16" / where, val=bf16(seed, rate), **common,
+                      statistics={f"stable_rank/{LAYERS[0]}": {5: 8.0, 10: 4.0, 20: 2.0}})
+            for name in EFFECTS:
+                extra = {}
+                if name == "E4M3":
+                    extra = {"statistics": {
+                        f"overflow/{LAYERS[0]}/G": {step: 0.5 if seed == 3 and step >= 7 else 0.001
+                                                    for step in range(1, 21)},
+                        f"underflow/{LAYERS[1]}/A": {step: 0.6 if step >= 12 else 0.1 for step in range(1, 21, 3)},
+                        f"sqnr_db/{LAYERS[1]}/W": 30.0, "sqnr_db/all/W": 5.0,
+                        f"effective_lr/{LAYERS[1]}": 0.1, f"grad_cosine/{LAYERS[0]}": {1: 0.999, 11: 0.9985},
+                        f"stable_rank/{LAYERS[0]}": {5: 8.0, 10: 2.0, 20: 1.0}}}
+                    counts = np.zeros(256, int)
+                    counts[[0, 1, 126, 129]] = 5, 10, 3, 7
+                    extra["codes"] = [(10, LAYERS[0], "W", name, counts), (20, LAYERS[0], "W", name, counts),
+                                      (20, LAYERS[1], "W", name, 2 * counts)]
+                write_run(root / name / where, val=loss_of(name, seed, rate), **common, **rules(name), **extra)
+    for seed in SEEDS:
+        common = {"learning_rate": 0.002, "seed": seed}
+        lost = seed in (2, 4)
+        write_run(root / "E7M0" / f"seed{seed}", val=seed_loss(seed) - 0.1, **common, **rules("E7M0"), rise=lost,
+                  steps=12 if lost else STEPS, stopped="10 non-finite steps in a row" if lost else None)
+        for operand, cost in {"W": 0.0, "A": 0.001, "G": 0.03}.items():
+            write_run(root / f"only{operand}" / f"seed{seed}", **common, **rules("E4M3", operand),
+                      val=bf16(seed, 0.002) + cost + jitter(operand, seed, size=0.003))
+        for name, stored in (("E4M3", 0.012), ("E2M5", 0.3)):
+            at_rest = {"weights_at_rest": "nearest", **rules(name), **common}
+            value = loss_of(name, seed, 0.002, stored + jitter("s", seed, size=0.001))
+            write_run(root / f"{name}-nearest" / f"seed{seed}", val=value, **at_rest,
+                      statistics={f"lost/{LAYERS[0]}": {2: 0.4, 3: 0.9}, f"effective_lr/{LAYERS[1]}": {4: 0.2}})
+            ulp = {"E4M3": -0.05 + jitter("u", seed, size=0.004), "E2M5": jitter("v", seed, size=0.05)}[name]
+            write_run(root / f"{name}-ulp" / f"seed{seed}", val=value + ulp, optimizer="ulp_adamw", **at_rest)
+    return root
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return Reader()
+
+
+@pytest.fixture(scope="module")
+def compared(matrix, reader):
+    return Comparison(reader.runs([matrix]))
+
+
+@pytest.fixture(scope="module")
+def page(matrix, compared, reader):
+    return report.page.Report(compared, reader)
+
+
+def losses(c, arm, rate):
+    return np.array(list(c.losses(arm, rate).values()), np.float64)
+
+
+# ------------------------------------------------------------------------------------------- the opening table
+
+
+def test_every_arm_is_taken_at_its_own_best_learning_rate(compared):
+    assert compared.choice(Arm("BF16")).rate == 0.002 and compared.choice(Arm("E5M2")).rate == 0.001
+    assert compared.choice(Arm("E4M3")).rates == RATES and compared.choice(Arm("E4M3")).best
+    # BF16 at 0.001 is 0.004 from its best, within the noise floor; at 0.004 it is not.
+    assert compared.choice(Arm("BF16")).works == (0.001, 0.002)
+    assert compared.choice(Arm("E4M3", "G")).best is False
+    assert "own best learning rate" in compared.lr_heading()  # E7M0 has one rate
+
+
+def test_gap_is_the_paired_difference_with_its_t_interval_in_float64(compared):
+    d = compared.gap(Arm("E5M2"))
+    values = losses(compared, Arm("E5M2"), 0.001) - losses(compared, Arm("BF16"), 0.002)
+    half = 2.7764451051977987 * values.std(ddof=1) / math.sqrt(5)
+    assert d.seeds == SEEDS
+    np.testing.assert_allclose([d.mean, d.low, d.high], [values.mean(), values.mean() - half, values.mean() + half],
+                               rtol=1e-12)
+    np.testing.assert_allclose(values, [EFFECTS["E5M2"] + jitter("E5M2", s, size=0.002) for s in SEEDS], atol=1e-6)
+
+
+def test_ranking_groups_what_is_not_separated_and_puts_lost_runs_last(compared):
+    ranks = {arm.format: rank for rank, arm in compared.ranking()}
+    assert ranks == {"BF16": 1, "E2M5": 1, "E4M3": 3, "E5M2": 3, "E0M7": 5, "E1M6": 5, "E7M0": 7}
+    assert compared.gap(Arm("E2M5")).sign == 0
+    row = next(row for row in tables.ranking_table(compared, {}).rows if row[1] == "E7M0")
+    assert row[0] == "7" and row[5] == "2 of 5"
+    assert "survivors only: both ended in 3 of 5 pairs" in row[2] and "fewer than 5" in row[2] and row[3] == "worse"
+    assert next(row for row in tables.ranking_table(compared, {}).rows if row[1] == "E2M5")[0] == "1="
+
+
+def test_a_better_number_does_not_hide_lost_runs(compared):
+    """The surviving seeds of E7M0 are better than BF16 by 0.1; two of five have no loss."""
+    d = compared.gap(Arm("E7M0"))
+    assert d.mean == pytest.approx(-0.1, abs=1e-6) and d.worse == (2, 4) and d.sign == 1
+    assert [run.state for run in compared.cell(Arm("E7M0"), 0.002).values()] == [FINISHED, LOST] * 2 + [FINISHED]
+    answer = dict(tables.answer(compared))
+    assert "with runs that were lost: E7M0 (2 of 5 seeds)" in next(iter(answer.values()))
+
+
+def test_noise_floor_is_bf16_against_itself(compared):
+    values = losses(compared, Arm("BF16"), 0.002)
+    assert compared.noise.n_seeds == 5
+    assert compared.noise.rms == pytest.approx(math.sqrt(2) * values.std(ddof=1))
+    assert compared.noise.largest == pytest.approx(values.max() - values.min())
+
+
+def test_first_failure_is_attributed_by_ablations(compared):
+    assert compared.first_failure("E4M3") == ("gradient (G)", ("gradient (G)",), "")
+    rate, causes = compared.causes("E4M3")
+    assert rate == 0.002 and list(causes) == list(analysis.CAUSES)
+    assert causes["gradient (G)"].mean == pytest.approx(0.03, abs=0.003)
+    assert causes["update"].mean == pytest.approx(0.012, abs=0.001)
+    assert compared.first_failure("E2M5")[0] == "update"
+    assert compared.first_failure("E5M2") == ("not measured", (), "no ablations")
+
+
+def test_causes_that_are_not_separated_from_the_largest_are_named_with_it(tmp_path):
+    for seed in SEEDS:
+        write_run(tmp_path / f"b{seed}", val=seed_loss(seed), seed=seed)
+        write_run(tmp_path / f"m{seed}", val=seed_loss(seed), seed=seed, **rules("E4M3"))
+        for operand, cost in (("W", 0.05), ("A", 0.049), ("G", 0.02)):
+            write_run(tmp_path / f"{operand}{seed}", seed=seed, **rules("E4M3", operand),
+                      val=seed_loss(seed) + cost + jitter(operand, seed, size=0.004))
+        write_run(tmp_path / f"x{seed}", seed=seed, val=seed_loss(seed) + 0.001 + jitter("x", seed, size=0.004),
+                  **rules("E5M2", "W"))
+    c = Comparison(Reader().runs([tmp_path]))
+    assert c.first_failure("E4M3")[0] == "forward (W) or forward (A)"
+    assert set(c.causes("E5M2")[1]) == {"forward (W)"} and c.first_failure("E5M2")[0] == "not separated"
+
+
+def test_the_optimizer_is_compared_at_the_same_rate_and_seed(compared):
+    effects = {arm.format: d for arm, rate, own, d in compared.optimizer_effects() if own and rate == 0.002}
+    assert effects["E4M3"].sign == -1 and effects["E4M3"].mean == pytest.approx(-0.05, abs=0.004)
+    assert effects["E2M5"].sign == 0
+    words = next(text for heading, text in tables.answer(compared) if heading.startswith("ulp_adamw"))
+    assert "lower loss in E4M3" in words and "not separated in E2M5" in words
+
+
+def test_early_warning_names_step_layer_statistic_and_seed(compared, reader):
+    first, every = tables.early_warnings(compared, reader)
+    # Seed 3 overflows from step 7. effective_lr says nothing under a master, and the total of sqnr_db is no layer.
+    assert first[Arm("E4M3")] == (3, ("overflow", (7, f"{LAYERS[0]}/G", 0.5, 0.01, 1)))
+    assert every[Arm("E4M3")]["underflow"][1][:2] == (13, f"{LAYERS[1]}/A")
+    # The first stable rank after the warm-up is that of step 5: 8.0; step 20 holds an eighth of it, not below a tenth.
+    assert set(every[Arm("E4M3")]) == {"overflow", "underflow"}
+    assert first[Arm("E4M3", at_rest="nearest")] == (1, ("lost", (3, LAYERS[0], pytest.approx(0.9), 0.5, 1)))
+    assert every[Arm("E4M3", at_rest="nearest")]["effective_lr"][1][:2] == (4, LAYERS[1])
+    assert first[Arm("E5M2")] is None
+
+
+def test_thresholds_are_those_of_the_runs_own_config():
+    history = {"step": np.arange(5), "overflow/a/W": np.array([0, 0.02, 0.2, 0.2, 0.2], np.float32),
+               "stable_rank/block_0/mlp_down": np.array([90, np.nan, 10, np.nan, 2.5], np.float32),
+               "nonfinite_grads": np.array([0, 0, 0, np.inf, 1], np.float32)}
+    config = {"overflow_threshold": 0.1, "rank_threshold": 0.1, "rank_threshold_strict": 0.3, "warmup_steps": 1}
+    found = analysis.first_crossings(history, config, stored=False)
+    assert found["overflow"][:2] == (2, "a/W") and found["overflow"][3] == 0.1
+    assert found["stable_rank"] == (4, "block_0/mlp_down", 0.25, 0.3, 1)  # of 10, the first after the warm-up
+    assert found["nonfinite_grads"][0] == 3
+    assert analysis.early_warning(found)[0] == "overflow" and analysis.early_warning({}) is None
+
+
+def test_totals_warn_in_rows_without_layers_only():
+    nan = math.nan
+    history = {"step": np.arange(4), "underflow/a/W": np.array([nan, 0.1, nan, 0.9], np.float32),
+               "underflow/all/W": np.array([0.1, 0.9, 0.7, 0.9], np.float32)}
+    assert analysis.first_crossings(history, {}, False)["underflow"][:2] == (2, "all/W")
+    history["underflow/all/W"][2] = 0.2
+    assert analysis.first_crossings(history, {}, False)["underflow"][:2] == (3, "a/W")
+
+
+def test_formats_of_one_grid_are_checked_to_the_bit(compared, tmp_path):
+    assert compared.same_grid("E0M7", "E1M6") == (True, 15)
+    assert tables.checks(compared)[0][1] == "yes"
+    for name, val in (("E0M7", 2.0), ("E1M6", np.nextafter(np.float32(2), np.float32(3)))):
+        write_run(tmp_path / name, val=val, **rules(name))
+    assert Comparison(Reader().runs([tmp_path])).same_grid("E0M7", "E1M6") == (False, 1)
+
+
+# ---------------------------------------------------------------------------------------- fewer seeds and rates
+
+
+def test_few_seeds_are_said(tmp_path):
+    for seed in (1, 2, 3):
+        write_run(tmp_path / f"b{seed}", val=seed_loss(seed), seed=seed)
+        write_run(tmp_path / f"e{seed}", val=seed_loss(seed) + 0.1 + 0.01 * seed, seed=seed, **rules("E4M3"))
+    write_run(tmp_path / "one", val=2.3, seed=1, **rules("E5M2"))
+    c = Comparison(Reader().runs([tmp_path]))
+    rows = {row[1]: row for row in tables.ranking_table(c, {}).rows}
+    assert "(n=3, fewer than 5)" in rows["E4M3"][2] and "[" in rows["E4M3"][2] and rows["E4M3"][3] == "worse"
+    assert "(n=1, no interval)" in rows["E5M2"][2] and "[" not in rows["E5M2"][2] and rows["E5M2"][3] == "one seed"
+    assert c.lr_heading() == "at learning rate 0.0006"
+    assert not any("chosen on the same seeds" in text for text in tables.caveats(c))
+
+
+def test_the_choice_of_the_rate_is_declared(compared):
+    assert any("chosen on the same seeds" in text for text in tables.caveats(compared))
+
+
+def test_one_seed_ranks_nothing(tmp_path):
+    for name in ("E4M3", "E5M2"):
+        write_run(tmp_path / name, val=2.0 if name == "E4M3" else 3.0, **rules(name))
+    write_run(tmp_path / "b", val=1.9)
+    c = Comparison(Reader().runs([tmp_path]))
+    assert [rank for rank, _ in c.ranking()] == [None] * 3
+    assert "one seed and no noise floor: E4M3 (+0.100) and E5M2 (+1.100)" in tables.answer(c)[0][1]
+
+
+def test_rates_compete_on_common_seeds_only(tmp_path):
+    """Seed 9, far better, was run at one rate only: it must not decide."""
+    for rate, cost in zip(RATES, (0.0, 0.1, 0.2)):
+        for seed in (1, 2):
+            write_run(tmp_path / f"{rate}-{seed}", val=2 + cost, learning_rate=rate, seed=seed)
+    write_run(tmp_path / "extra", val=0.1, learning_rate=0.004, seed=9)
+    choice = Comparison(Reader().runs([tmp_path])).choice(Arm("BF16"))
+    assert (choice.rate, choice.seeds) == (0.001, (1, 2))
+
+
+def test_a_rate_with_a_lost_run_is_not_the_best(tmp_path):
+    for rate, val in zip(RATES, (2.2, 2.1, 1.0)):
+        for seed in (1, 2):
+            write_run(tmp_path / f"{rate}-{seed}", val=val, learning_rate=rate, seed=seed,
+                      rise=rate == 0.004 and seed == 2)
+    c = Comparison(Reader().runs([tmp_path]))
+    assert c.choice(Arm("BF16")).rate == 0.002 and c.losses(Arm("BF16"), 0.004)[2] == math.inf
+
+
+def test_without_bf16_the_report_says_so(tmp_path):
+    write_run(tmp_path / "e", val=2.0, **rules("E4M3"))
+    c = Comparison(Reader().runs([tmp_path]))
+    assert "No finished BF16 run" in tables.answer(c)[0][1]
+    assert "no BF16 run" in report.build([tmp_path]).html()
+
+
+# ------------------------------------------------------------------------------------------ which run is which
+
+
+@pytest.mark.parametrize("settings, layers, arm", [
+    ({}, None, Arm("BF16")),
+    ({"compute_dtype": "float32"}, None, Arm("float32")),
+    (rules("E4M3"), None, Arm("E4M3")),
+    (rules("E4M3", "A"), None, Arm("E4M3", "A")),
+    ({"use_fp8": True, "formats": ("block_*:W=E4M3", "block_*:A=BF16", "block_*:G=BF16")}, None, Arm("E4M3", "W")),
+    (rules("BF16"), None, Arm("BF16 as a format")),
+    ({**rules("E4M3"), "weights_at_rest": "stochastic", "optimizer": "ulp_adamw"}, None,
+     Arm("E4M3", at_rest="stochastic", optimizer="ulp_adamw")),
+    ({**rules("BF16"), "weights_at_rest": "nearest", "store_formats": ["block_*=E4M3"]}, None,
+     Arm("E4M3", "", at_rest="nearest")),
+    ({"use_fp8": True, "formats": ("E4M3", "block_*:G=E5M2")},
+     [{"layer": "a", "w": "E4M3", "a": "E4M3", "g": "E5M2"}], Arm("mixed: E4M3, block_*:G=E5M2")),
+    ({"use_fp8": True, "formats": ("block_0/*=E4M3",)},
+     [{"layer": "a", "w": "E4M3", "a": "E4M3", "g": "E4M3"}, {"layer": "b", "w": "E4M3", "a": "BF16", "g": "BF16"}],
+     Arm("mixed: block_0/*=E4M3")),
+])
+def test_arms_are_read_from_the_manifest(tmp_path, settings, layers, arm):
+    write_run(tmp_path / "r", val=2.0, layers=layers, **settings)
+    run, = Reader().runs([tmp_path])
+    assert run.arm == arm and run.state == FINISHED
+
+
+def test_settings_of_the_formats_make_arms_of_their_own(tmp_path):
+    write_run(tmp_path / "b", val=2.0)
+    for seed in (1, 2):
+        write_run(tmp_path / f"e{seed}", val=2.1, seed=seed, **rules("E4M3"))
+    write_run(tmp_path / "t", val=2.1, scaling="tensor", **rules("E4M3"))
+    c = Comparison(Reader().runs([tmp_path]))
+    assert Arm("E4M3", variant="scaling=tensor") in c.arms and Arm("E4M3") in c.arms
+    assert c.reference == Arm("BF16")
+
+
+@pytest.mark.parametrize("field, value, shown", [
+    ("n_embd", 768, "n_embd is 384 in the one and 768 in the other"), ("max_steps", 40, "max_steps is 20"),
+    ("data_seed", 1, "data_seed is 1337"), ("schedule", "cosine", "schedule is constant in the one and cosine"),
+    ("weight_decay", 0.0, "weight_decay is 0.1 in the one and 0"), ("eval_windows", 64, "eval_windows is 128"),
+    ("fingerprint", "0" * 64, "the data's fingerprint is f"),
+    ("tokenizer", "bytes", "the data's tokenizer is gpt2 in the one and bytes"),
+])
+def test_runs_that_cannot_be_compared_are_refused_by_name(tmp_path, field, value, shown):
+    write_run(tmp_path / "a", val=2.0)
+    write_run(tmp_path / "b", val=2.0, **{field: value})
+    with pytest.raises(UserError) as refused:
+        report.build([tmp_path])
+    message = str(refused.value)
+    assert shown in message and str(tmp_path / "a") in message and str(tmp_path / "b") in message
+    assert "leave one of the folders out" in message and "\n" not in message
+
+
+def test_what_only_watches_or_names_a_run_may_differ(tmp_path):
+    write_run(tmp_path / "a", val=2.0)
+    write_run(tmp_path / "b", val=2.0, seed=7, metrics="none", log_interval=5, tags=("x",), wandb_mode="offline",
+              overflow_threshold=0.5, use_shadow=True, some_new_interval=3)
+    assert len(report.build([tmp_path]).c.cell(Arm("BF16"), 6e-4)) == 2
+
+
+# ------------------------------------------------------------------------------------------- unusable folders
+
+
+def test_unfinished_and_damaged_runs_are_named_and_the_report_goes_on(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"b{seed}", val=seed_loss(seed), seed=seed)
+        write_run(tmp_path / f"e{seed}", val=seed_loss(seed) + 0.1, seed=seed, **rules("E4M3"))
+    write_run(tmp_path / "going", val=1.0, seed=3, steps=8, ended=False, **rules("E4M3"))
+    for name in ("torn", "hole", "noise", "late", "manifest", "verdict", "back"):
+        write_run(tmp_path / name, val=1.0, seed=4, **rules("E4M3"))
+    for name, edit in {"torn": lambda text: text + b'{"step": 21, "lo',  # a killed run's last line: no damage
+                       "hole": lambda text: text.replace(b'{"step": 9,', b'{"ste', 1),
+                       "noise": lambda text: text.replace(b'"loss": 2', b'"loss": \xff\0', 1),
+                       "back": lambda text: text.replace(b'{"step": 9,', b'{"step": 3,', 1),
+                       "late": lambda text: b"".join(text.splitlines(keepends=True)[:-4])}.items():
+        path = tmp_path / name / "metrics.jsonl"
+        path.write_bytes(edit(path.read_bytes()))
+    (tmp_path / "manifest" / "manifest.json").write_text("{")
+    (tmp_path / "verdict" / "verdict.json").write_text("{")
+    page = report.build([tmp_path])
+    states = {run.name: run.state for run in page.c.all_runs}
+    damaged = {name for name, state in states.items() if state == DAMAGED}
+    assert damaged == {"hole", "noise", "late", "manifest", "verdict", "back"}
+    assert states["going"] == UNFINISHED and states["torn"] == FINISHED
+    text = page.html()
+    for name in ("hole", "noise", "late", "manifest", "verdict", "going"):
+        assert f"<b>{name}</b>: {states[name]}" in text
+    assert "metrics.jsonl is damaged in line 10" in text and "step 8 of 20, no verdict" in text
+    assert page.c.gap(Arm("E4M3")).seeds == (1, 2)  # seed 4 has no partner
+
+
+def test_a_run_resumed_after_its_verdict_is_unfinished(tmp_path):
+    write_run(tmp_path / "r", val=2.0)
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 21, "loss": 1.0}\n')
+    run, = Reader().runs([tmp_path])
+    assert run.state == UNFINISHED
+
+
+def test_a_finished_run_that_is_not_sound_keeps_its_loss_and_counts_as_failed(tmp_path):
+    write_run(tmp_path / "r", val=2.0, alerts={9: "val_rising"})
+    c = Comparison(Reader().runs([tmp_path]))
+    run, = c.all_runs
+    assert run.state == FINISHED and not run.sound and run.val_loss == 2.0
+    assert c.failures(Arm("BF16")) == (1, 1)
+
+
+def test_duplicates_are_left_out_by_name(tmp_path):
+    write_run(tmp_path / "a", val=2.0)
+    write_run(tmp_path / "b", val=3.0)
+    page = report.build([tmp_path, tmp_path / "a"])  # a folder given twice is one run
+    assert len(page.c.all_runs) == 2
+    assert page.c.losses(Arm("BF16"), 6e-4) == {42: 2.0}
+    assert "the same arm, learning rate and seed as a" in page.html()
+
+
+def test_folders_are_found_at_any_depth_but_not_below_a_run(tmp_path):
+    write_run(tmp_path / "x" / "y" / "run", val=2.0)
+    write_run(tmp_path / "z" / "run", val=2.0)
+    shutil.copytree(tmp_path / "z" / "run", tmp_path / "z" / "run" / "20" / "copy")
+    assert [path.parent.name for path in find([tmp_path])] == ["y", "z"]
+    assert [run.name for run in Reader().runs([tmp_path])] == ["y/run", "z/run"]
+    with pytest.raises(UserError, match="is not a folder: give run folders"):
+        find([tmp_path / "nothing"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="there is no run folder in"):
+        report.build([tmp_path / "empty"])
+
+
+def test_curves_cut_from_the_lines_equal_the_parsed_record(tmp_path):
+    write_run(tmp_path / "r", val=2.0,
+              statistics={"grad_loss": 9.0, "nonfinite_loss": 1.0, "loss": {3: math.nan, 4: math.inf}})
+    steps, values, val_steps, val_values, last = read_curves(tmp_path / "r" / "metrics.jsonl")
+    history = read_history(tmp_path / "r", ["loss", "val_loss"])
+    np.testing.assert_array_equal(steps, history["step"][1:])
+    np.testing.assert_array_equal(values, history["loss"][1:])
+    has = np.isfinite(history["val_loss"])
+    np.testing.assert_array_equal(val_steps, history["step"][has])
+    np.testing.assert_array_equal(val_values, history["val_loss"][has])
+    assert last == STEPS
+
+
+def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
+    for name in "ab":
+        write_run(tmp_path / name, val=2.0, seed=ord(name), ended=name == "a", steps=10 if name == "b" else STEPS)
+    read = []
+    original = report.runs._read_run
+    monkeypatch.setattr(report.runs, "_read_run", lambda folder, name: read.append(name) or original(folder, name))
+    reader = Reader()
+    reader.runs([tmp_path])
+    reader.runs([tmp_path])
+    assert read == ["a", "b"]
+    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 11, "loss": 1.0}\n')
+    assert reader.runs([tmp_path])[1].last_step == 11 and read == ["a", "b", "b"]
+
+
+# ------------------------------------------------------------------------------------------------------ page
+
+
+def read_csv(content):
+    return list(csv.DictReader(io.StringIO(content.decode())))
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    text = page.html()
+    assert not re.search(r"https?://", text) and "<script" not in text and "<link" not in text and "@import" not in text
+    assert "url(" not in text and "<iframe" not in text
+    sources = re.findall(r'(?:src|href)="?([^">\s]+)', text)
+    assert sources and all(source.startswith(("data:", "#s")) for source in sources)
+    assert "prefers-color-scheme:dark" in text and "http-equiv=refresh" not in text
+    anchors = {source[1:] for source in sources if source.startswith("#")}
+    assert all(f"<h2 id={anchor}>" in text for anchor in anchors)
+
+
+def test_the_page_opens_with_the_answer(page):
+    text = page.html()
+    assert text.index("<div class=answer>") < text.index("<table") < text.index("<svg")
+    before_table = text[:text.index("<table")]
+    assert "not separated from BF16: E2M5" in before_table and "gradient (G) in E4M3" in before_table
+    assert "E0M7 and E1M6, one grid, agree to the bit (15 pairs of runs): <span class=yes>yes</span>" in text
+
+
+def test_every_table_and_figure_has_its_data_in_the_page(page):
+    text = page.html()
+    linked = dict(re.findall(r'download="([^"]+)" href="data:[^,]+;base64,([^"]+)"', text))
+    for name, content in page.data():
+        assert base64.b64decode(linked[name]) == content
+    assert {"ranking.csv", "losses.csv", "gap-validation.csv", "gap-training.csv", "gaps.csv", "codes.csv", "rank.csv",
+            "throughput.csv", "first-failure.csv", "heat-E4M3-float32.csv.gz"} <= set(linked)
+
+
+def test_data_of_the_curves_equals_the_records(page, matrix):
+    data = dict(page.data())
+    rows = [row for row in read_csv(data["losses.csv"]) if row["arm"] == "E4M3"]
+    columns = np.array([read_history(matrix / "E4M3" / f"lr0.002-seed{s}", ["loss"])["loss"][1:] for s in SEEDS], float)
+    assert [int(row["first_step"]) for row in rows] == list(range(1, STEPS + 1))
+    for name, expected in (("mean", columns.mean(0)), ("lowest", columns.min(0)), ("highest", columns.max(0))):
+        np.testing.assert_allclose([float(row[name]) for row in rows], expected, rtol=1e-8)
+    assert {row["seeds"] for row in rows} == {"5"}
+    rows = [row for row in read_csv(data["gap-validation.csv"]) if row["arm"] == "E5M2"]
+    gap = [[read_history(matrix / "E5M2" / f"lr0.001-seed{s}", ["val_loss"])["val_loss"],
+            read_history(matrix / "bf16" / f"lr0.002-seed{s}", ["val_loss"])["val_loss"]] for s in SEEDS]
+    expected = (np.array(gap, float)[:, 0] - np.array(gap, float)[:, 1])[:, EVERY::EVERY].mean(0)
+    assert [int(row["first_step"]) for row in rows] == [5, 10, 15, 20]
+    np.testing.assert_allclose([float(row["mean"]) for row in rows], expected, rtol=1e-7)
+
+
+def test_data_of_heat_maps_codes_and_rank_equal_the_records(page, matrix):
+    data = dict(page.data())
+    rows = read_csv(gzip.decompress(data["heat-E4M3-float32.csv.gz"]))
+    history = read_history(matrix / "E4M3" / "lr0.002-seed1")
+    seen = {(row["statistic"], row["layer"], row["operand"], int(row["first_step"])): np.float32(row["mean"])
+            for row in rows}
+    for statistic, layer, operand in (("underflow", LAYERS[1], "A"), ("overflow", LAYERS[0], "G"),
+                                      ("effective_lr", LAYERS[1], ""), ("grad_cosine", LAYERS[0], "")):
+        column = history["/".join(filter(None, (statistic, layer, operand)))]
+        for step, value in zip(history["step"], column):
+            shown = seen.get((statistic, layer, operand, int(step)), math.nan)
+            assert shown == pytest.approx(value, nan_ok=True, rel=0)
+    assert not any(statistic == "lost" for statistic, *_ in seen)  # absent, so never 0
+    codes = {int(row["code"]): int(row["count"]) for row in read_csv(data["codes.csv"])}
+    assert {code: n for code, n in codes.items() if n} == {0: 15, 1: 30, 126: 9, -1: 21} and len(codes) == 255
+    rank = [(int(row["step"]), float(row["value"]), float(row["bf16_value"])) for row in read_csv(data["rank.csv"])]
+    assert rank == [(5, 8.0, 8.0), (10, 2.0, 4.0), (20, 1.0, 2.0)]
+
+
+def test_data_of_the_tables_are_the_numbers_shown(page, compared):
+    data = dict(page.data())
+    row = next(row for row in read_csv(data["ranking.csv"]) if row["format"] == "E4M3")
+    d = compared.gap(Arm("E4M3"))
+    assert [float(row[f"gap_{name}"]) for name in ("mean", "low", "high")] == [d.mean, d.low, d.high]
+    assert row["rank"] == "3" and row["fails_first"] == "gradient (G)" and row["failed"] == "0"
+    row = next(row for row in read_csv(data["gaps.csv"]) if row["arm"] == "E7M0")
+    assert (row["n"], row["pairs"]) == ("3", "5")
+    speed = read_csv(data["throughput.csv"])
+    assert all(float(row["ms_per_step"]) == 250 and float(row["compile_s"]) == 3 for row in speed)
+
+
+def test_markdown_says_the_same(page, tmp_path):
+    report.write(page, [tmp_path / "r.md", tmp_path / "sub" / "r.html"], tmp_path / "data")
+    text = (tmp_path / "r.md").read_text()
+    assert all(sentence in text for _, sentence in tables.answer(page.c))
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert any(line.startswith("| 3= | E4M3 |") for line in table)
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(name for name, _ in page.data())
+    assert (tmp_path / "sub" / "r.html").read_text() == page.html()
+
+
+def test_names_from_a_run_cannot_break_the_page(tmp_path):
+    write_run(tmp_path / "<img src=x>", val=2.0, steps=3, ended=False, run_name="</style>")
+    assert "<img src=x>" not in report.build([tmp_path]).html()
+
+
+def test_bins_are_means_and_one_step_each_where_few():
+    steps = np.arange(1, 251)
+    values = np.vstack([np.where(steps % 7, steps, np.nan), steps * 2.0])
+    firsts, lasts, means = panels.binned(steps, values)
+    assert list(firsts[:2]) == [1, 4] and lasts[-1] == 250 and len(firsts) == 84
+    np.testing.assert_allclose(means[0, 2], np.mean([8, 9]))  # step 7 has no number
+    same = panels.binned(steps[:50], values[:, :50])
+    np.testing.assert_array_equal(same[2], values[:, :50])
+
+
+def test_png_and_ticks():
+    image = figures.png(np.zeros((2, 3, 4), np.uint8))
+    assert image.startswith(b"\x89PNG") and b"IEND" in image
+    assert figures.colours([np.nan])[0, 3] == 0 and figures.colours([2.0, -1.0]).tolist()[0][:3] == [253, 231, 37]
+    assert figures.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert figures.ticks(-0.13, 0.29) == pytest.approx([-0.1, 0, 0.1, 0.2])
+
+
+# ------------------------------------------------------------------------------------------------ command, live
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "-W", "error", str(ROOT / "scripts" / "report.py"), *map(str, arguments)],
+                          capture_output=True, text=True, timeout=60)
+
+
+def test_command(tmp_path):
+    write_run(tmp_path / "runs" / "b", val=2.0)
+    done = command(tmp_path / "runs", "-o", tmp_path / "r.html", "-o", tmp_path / "r.md")
+    assert done.returncode == 0 and done.stderr == "" and (tmp_path / "r.md").exists(), done.stderr
+    assert "No finished run in a number format" in done.stdout
+    done = command(tmp_path / "none", "-o", tmp_path / "r.html")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert command(tmp_path / "runs", "-o", "r.pdf").returncode == 2
+
+
+def test_no_jax_and_no_matplotlib():
+    code = "import sys, altgrad_jax.report; print(sorted({'jax', 'matplotlib', 'flax'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
+def test_live_renders_until_every_run_is_finished(tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "r.html"
+    runs.mkdir()
+    said, seen = [], []
+
+    def sleep(seconds):
+        assert seconds == 7
+        seen.append(out.read_text())
+        if len(seen) == 1:
+            assert "No finished run" in seen[0]  # an empty folder: the sweep has not begun
+            write_run(runs / "b", val=2.0, steps=9, ended=False)
+        elif len(seen) == 2:
+            shutil.rmtree(runs / "b")
+            write_run(runs / "b", val=2.0)
+        elif len(seen) == 3:  # all are finished for a moment, and the sweep goes on
+            write_run(runs / "c", val=2.0, seed=1, steps=9, ended=False)
+        elif len(seen) == 4:
+            shutil.rmtree(runs / "c")
+            write_run(runs / "c", val=2.0, seed=1)
+
+    report.live([runs], [out], seconds=7, say=said.append, sleep=sleep)
+    assert 'http-equiv=refresh content="7"' in seen[1] and "step 9 of 20, no verdict" in seen[1]
+    assert len(seen) == 5 and said[-1] == "all runs are finished"  # at two looks in a row
+    assert "http-equiv=refresh" not in out.read_text() and "2 runs (2 finished)" in out.read_text()
+
+
+def test_interrupting_live_is_a_clean_130(tmp_path, monkeypatch):
+    write_run(tmp_path / "b", val=2.0, steps=9, ended=False)
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import report as script
+    finally:
+        sys.path.pop(0)
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.live, "__kwdefaults__", {**report.live.__kwdefaults__, "sleep": interrupted})
+    args = script.parse_args([str(tmp_path), "-o", str(tmp_path / "r.html"), "--live"])
+    with pytest.raises(SystemExit) as stopped:
+        script.run_script(lambda: script.main(args))
+    assert stopped.value.code == 130 and (tmp_path / "r.html").exists()
+
+
+def test_manifest_of_a_later_version_is_named(tmp_path):
+    write_run(tmp_path / "r", val=2.0)
+    path = tmp_path / "r" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    run, = Reader().runs([tmp_path])
+    assert run.state == DAMAGED and "schema_version 99" in run.reason
