@@ -273,8 +273,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               "updates between two rows of the record and of W&B; a row with an evaluation or an alert, and "
               "the last one, are always kept", resumable=True),
         Field("layer_interval", 1, _whole(1),
-              "updates between two rows that carry the statistics of every layer; the rows between have only those "
-              "of the whole model", resumable=True),
+              "updates between two rows that carry the statistics of every layer, from the first on; the rows between "
+              "have only those of the whole model", resumable=True),
         Field("alert_interval", 100, _whole(1),
               "least updates between two alerts of one kind on console and W&B; the record keeps all",
               resumable=True),

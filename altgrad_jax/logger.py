@@ -517,7 +517,7 @@ class Writer:
 
         Args:
           record: the open Record; the writer closes it.
-          layer_interval: only rows of every so many steps, and the last, carry the statistics of layers.
+          layer_interval: rows 1, 1 + layer_interval, ... and the last carry the statistics of layers, the others not.
           tokens_per_step: tokens of one update, for tokens/s. flops_per_step, peak_flops: for MFU; None: not
             given.
           console: object with update and alert (see console.py), or None.
@@ -654,7 +654,8 @@ class Writer:
             if keep_row(step, log_interval=self._log_interval, max_steps=self._max_steps,
                         notable=bool(alerts or own_evaluation)):
                 steps.append(step)
-                of_layers = keep_row(step, log_interval=self._layer_interval, max_steps=self._max_steps)
+                # Rows 1, 1 + interval, ..., as those of a shadow of this interval; and the last.
+                of_layers = (step - 1) % self._layer_interval == 0 or step == self._max_steps
                 lines.append(formatter.line(step, values_M, own_evaluation, alerts, of_layers))
                 if timing is not None:
                     timing_rows.append({"step": step, **timing})

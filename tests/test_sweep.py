@@ -102,8 +102,9 @@ def test_a_member_s_folder_is_a_run_s(swept, data_dir):
 def test_rows_between_carry_no_layers(swept):
     rows = rows_of(swept[0] / "E4M3")
     with_layers = [row["step"] for row in rows if any(key.startswith("sqnr_db/block") for key in row)]
-    assert with_layers == [4, 8, 12, 16, 20] and all("loss" in row for row in rows[1:])
-    assert not any("/" in key for row in rows if row["step"] % 4 for key in row)
+    assert with_layers == [1, 5, 9, 13, 17, 20] and all("loss" in row for row in rows[1:])
+    evaluated = (0, 20)
+    assert not any("/" in key for row in rows if row["step"] not in (*with_layers, *evaluated) for key in row)
 
 
 def test_times_are_shares(swept):

@@ -1,0 +1,65 @@
+"""The whole question as one sweep: formats x how weights are kept x learning rates x seeds, and one operand at a time.
+
+Command:   python scripts/prepare_data.py --input ACTS --tokenizer bytes --out data/bytes
+           python scripts/sweep.py --config configs/matrix.py --out runs/matrix --cpu_devices=2
+           python scripts/report.py runs/matrix -o report.html
+Members:   bfloat16 and float32; each format with a float32 master, stored to nearest and stored stochastically, at
+           three learning rates and five seeds; ulp_adamw beside adamw where weights are stored to nearest; at the
+           middle rate W, A or G alone in the format, and weights stored in it with A and G exact. E1M6 is E0M7's grid
+           and joins once, as a check that both give the same run.
+Time:      docs/results/matrix.md. The model is small (0.1 million parameters, a token is a byte), for two CPU cores.
+
+The base of the sweep is any config: --config.max_steps=2000 trains every member longer.
+"""
+
+import ml_collections
+
+from altgrad_jax.config import default_config
+from altgrad_jax.formats import DEFAULT_8BIT
+from altgrad_jax.sweep import axis, grid, only
+
+RATES = (1e-3, 2e-3, 4e-3)
+SEEDS = (1, 2, 3, 4, 5)
+SAME_GRID = "E1M6"  # as E0M7
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.tokenizer, config.vocab_size = "bytes", 256
+    config.n_layer, config.n_head, config.n_embd, config.block_size = 2, 4, 64, 64
+    config.batch_size, config.max_steps, config.warmup_steps, config.learning_rate = 16, 400, 40, 2e-3
+    config.checkpoint_interval, config.eval_interval, config.eval_windows = 400, 100, 128
+    config.dead_neuron_window, config.diagnostic_interval, config.layer_interval = 50, 200, 50
+    config.run_name, config.tags, config.wandb_mode = "matrix", ("matrix", "bytes"), "disabled"
+    return config
+
+
+def get_sweep(config) -> list[dict]:
+    """The members, those first that the answer needs most."""
+    measured = {"use_fp8": True, "metrics": "grad,format,ledger", "use_shadow": True, "shadow_interval": 50}
+    plain = {"metrics": "grad,update"}
+
+    def arms(**settings):
+        kind = "-".join(value for name, value in settings.items() if name != "metrics")
+        return [{"run_name": f"{name}-{kind}" if kind else name, "formats": (name,), **measured, **settings}
+                for name in DEFAULT_8BIT if name != SAME_GRID]
+
+    def ablations(operands, **settings):
+        kind = "rest" if settings else f"only{operands}"
+        return [{"run_name": f"{name}-{kind}", "formats": only(operands, name), **measured, **settings}
+                for name in DEFAULT_8BIT if name != SAME_GRID]
+
+    rates = axis("learning_rate", RATES, lambda rate: f"lr{rate:g}")
+    middle = axis("learning_rate", RATES[1:2], lambda rate: f"lr{rate:g}")
+    seeds = axis("seed", SEEDS, lambda seed: f"s{seed}")
+    return [
+        *grid([{"run_name": "bf16", **plain}, {"run_name": "float32", "compute_dtype": "float32", **plain}],
+              rates, seeds),
+        *grid(arms(), rates, seeds),
+        *grid(ablations("W") + ablations("A") + ablations("G"), middle, seeds),
+        *grid([{"run_name": SAME_GRID, "formats": (SAME_GRID,), **measured}], middle, seeds[:1]),
+        *grid(arms(weights_at_rest="nearest"), rates, seeds),
+        *grid(ablations("W", weights_at_rest="nearest"), middle, seeds),
+        *grid(arms(weights_at_rest="stochastic"), rates, seeds),
+        *grid(arms(weights_at_rest="nearest", optimizer="ulp_adamw"), rates, seeds),
+    ]
