@@ -325,6 +325,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         arguments = (argument,) if colon else ()
         _check_takes(get_config, arguments, path)
         config = get_config(*arguments)
+        sys.modules[module.__name__] = module  # it may have loaded another one meanwhile
     except UserError:
         raise
     except (Exception, SystemExit) as error:

@@ -132,8 +132,10 @@ class PlainConsole:
     def update(self, step, loss=None, val_loss=None, tokens_per_s=None):
         with self._lock:
             first = self._progress.loss is None and loss is not None
+            # Steps of a sweep come by the dozen: what counts is whether a multiple was passed.
+            passed = step // self._every > (step - 1 if first else self._progress.step) // self._every
             self._progress.update(step, loss, val_loss, tokens_per_s)
-            if self._shows_progress and (first or val_loss is not None or step % self._every == 0
+            if self._shows_progress and (first or val_loss is not None or passed
                                          or step == self._progress.max_steps):
                 # Only what this step measured: an old validation loss on a new line reads as a new one.
                 parts = [] if loss is None else [f"loss {loss:.4f}"]

@@ -8,6 +8,7 @@ Members:   bfloat16 and float32; each format with a float32 master, stored to ne
            middle rate W, A or G alone in the format, and weights stored in it with A and G exact. E1M6 is E0M7's grid
            and joins once, as a check that both give the same run.
 Time:      docs/results/matrix.md. The model is small (0.1 million parameters, a token is a byte), for two CPU cores.
+Expected:  bfloat16 at its best rate ends near a validation loss of 2.1 nats per byte; the rest is the question.
 
 The base of the sweep is any config: --config.max_steps=2000 trains every member longer.
 """

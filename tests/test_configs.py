@@ -141,3 +141,27 @@ def test_jax_would_be_missed(tmp_path):
         [sys.executable, "scripts/train.py", "--config", "configs/fp8.py:E4M3", f"--workdir={tmp_path}"],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert process.returncode == 1 and "jax was imported" in process.stderr
+
+
+def test_the_matrix_is_whole():
+    """Every arm at every rate and seed, in as many programs as there are kinds of arms."""
+    from altgrad_jax.sweep import make_groups, make_members
+
+    config = cli.load_config("configs/matrix.py")
+    points = cli.sweep_of(config)
+    members = make_members(config, points, "runs/matrix")
+    assert len(members) == len(points) == 2 * 15 + 7 * (15 + 15 + 15 + 15) + 7 * 4 * 5 + 1
+    sizes = [len(group) for group in make_groups(members)]
+    assert sizes == [15, 15, 7 * 15 + 7 * 15 + 1, 7 * 15 + 7 * 5, 7 * 15, 7 * 15]
+    cells = {}
+    for member in members:
+        layers = {layer.wag for layer in resolve_rules(member.config.formats, 2)} if member.config.use_fp8 else {None}
+        (wag,) = layers
+        cell = wag, member.config.compute_dtype, member.config.weights_at_rest, member.config.optimizer
+        cells.setdefault(cell, set()).add((member.config.learning_rate, member.config.seed))
+    once = {cell for cell, runs in cells.items() if cell[0] == ("E1M6",) * 3}
+    assert len(once) == 1
+    for cell, runs in cells.items():
+        of_operand = cell[0] and "BF16" in cell[0]
+        assert len(runs) == (1 if cell in once else 5 if of_operand else 15), cell
+    assert {name for cell in cells if cell[0] for name in cell[0]} == {*DEFAULT_8BIT, "BF16"}

@@ -9,6 +9,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "altgrad_jax"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
+REPORT = {f"report.{name}" for name in ("__init__", "analysis", "figures", "page", "panels", "runs", "statistics",
+                                        "tables")}
+
 # From the bottom up; a module may import only from rows above its own, or from its own row where that is no cycle.
 LAYERS = [
     {"errors", "__init__", "data.__init__"},
@@ -20,6 +23,7 @@ LAYERS = [
     {"data.prepare", "hf", "environment"},
     {"data.dataset", "checkpoint", "logger", "console"},
     {"step", "verdict"},
+    REPORT,
     {"generate"},
     {"evaluation"},
     {"training"},
@@ -28,7 +32,7 @@ LAYERS = [
 OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"}}
 MAY_JIT = {"step", "generate", "benchmark", "quantize"}
 NO_JAX = {"errors", "config", "formats", "format_rules", "whatif", "rank_alerts", "cli", "logger", "console", "verdict",
-          "flops", "process", "data.tokenizer", "data.sources", "data.prepare"}
+          "flops", "process", "data.tokenizer", "data.sources", "data.prepare", *REPORT}
 
 
 def name_of(path):

@@ -455,6 +455,23 @@ def test_log_interval_keeps_what_matters(tmp_path):
     Record.open(tmp_path, 33, log_interval=10).close()
 
 
+def test_layer_interval_thins_the_layers_out_and_nothing_else(tmp_path):
+    names = ("loss", "grad_l2/block_0", "sparse/sqnr_db/head/W", "sparse/sqnr_db", "alert/dead_layer/block_0")
+    values = np.arange(50, dtype=np.float32).reshape(10, 5) + 1
+    values[:, 4] = 0
+    values[1, 4] = 7
+    for interval in (1, 4):
+        writer = Writer(Record.open(tmp_path / str(interval)), max_steps=10, tokens_per_step=1, layer_interval=interval)
+        writer.submit(DispatchRecord(1, names, values, evaluation={"val_loss": 5.0, "stable_rank/head": 2.0}))
+        writer.close()
+    whole, thin = (rows_of(tmp_path / str(interval)) for interval in (1, 4))
+    for before, after in zip(whole, thin, strict=True):
+        dropped = set() if before["step"] in (1, 5, 9, 10) else {"grad_l2/block_0", "sqnr_db/head/W"}
+        assert after == {key: value for key, value in before.items() if key not in dropped}
+    assert "stable_rank/head" in thin[-1] and thin[1]["alerts"] == [
+        {"kind": "dead_layer", "layer": "block_0", "value": 7.0}]
+
+
 def test_an_interruption_is_not_the_last_step(tmp_path):
     run_writer(tmp_path, 7, log_interval=5, eval_every=100, max_steps=20, val=lambda step: 5.0).close()
     assert [row["step"] for row in rows_of(tmp_path)] == [0, 5, 7]  # 7: it was evaluated

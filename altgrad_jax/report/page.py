@@ -34,7 +34,8 @@ th,td{text-align:left;vertical-align:top;padding:5px 9px;border-bottom:1px solid
 max-width:25em}
 th{background:var(--card);font-weight:600;line-height:1.25}
 .many{min-width:1180px}table{min-width:min(620px,180vw)}td.key{position:sticky;left:0;background:var(--bg)}
-tr:last-child td{border-bottom:0}td:first-child,td.key{white-space:nowrap}td.key{font-weight:600}
+tr:last-child td{border-bottom:0}td.key{white-space:nowrap}
+td.name{min-width:13em;overflow-wrap:anywhere}td.key,td.name{font-weight:600}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,310px),1fr));gap:10px 14px;margin:.6em 0}
 .panels svg{width:100%;max-width:480px;height:auto;display:block}
 .legend{display:flex;flex-wrap:wrap;gap:.1em 1.2em;font-size:.86rem;margin:.3em 0}.legend svg{width:26px;height:10px;
@@ -69,11 +70,7 @@ def _link(name, content):
 def _table(table, heading="h2"):
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
     body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=key' if i == _key(table) else ''}>{html.escape(cell)}</td>" for i, cell in enumerate(row)
-        )
-        + "</tr>"
+        "<tr>" + "".join(f"<td{_cell_class(table, i)}>{html.escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
         for row in table.rows
     )
     return (
@@ -84,8 +81,11 @@ def _table(table, heading="h2"):
     )
 
 
-def _key(table):
-    return table.columns.index("format") if "format" in table.columns else 0
+def _cell_class(table, i):
+    """The cell that names the row: formats stay on one line, longer names wrap."""
+    if "format" in table.columns:
+        return " class=key" if table.columns[i] == "format" else ""
+    return "" if i else " class=name"
 
 
 def _swatch(cls, dashed, words):
