@@ -5,6 +5,7 @@ a variant's cost is the median over rounds of its ratio to the bare step *of the
 first, warming step are reported apart.
 """
 
+import contextlib
 import random
 import statistics
 import time
@@ -17,13 +18,14 @@ import optax
 from altgrad_jax import config as settings
 from altgrad_jax import flops, optimizer
 from altgrad_jax.config import FORMAT_GROUPS, METRIC_GROUPS
+from altgrad_jax.console import make_console
 from altgrad_jax.data.dataset import gather_windows
 from altgrad_jax.errors import UserError
 from altgrad_jax.formats import get_format
 from altgrad_jax.model import GPT, init_params
 from altgrad_jax.quantize import format_params, round_to_format, stochastic_seed
 from altgrad_jax.step import data_mesh, make_loss, make_step_functions
-from altgrad_jax.training import model_config, model_flops_per_step, step_options
+from altgrad_jax.training import Program, model_config, model_flops_per_step, step_options
 
 BARE = "bare step"
 N_WINDOWS = 399  # of random tokens: their values do not matter to the time, the data file's size hardly
@@ -163,6 +165,56 @@ def format_table(rows):
                      f"({row['ratio_low']:.3f}-{row['ratio_high']:.3f}) | {baseline} | {row['n_metrics']} "
                      f"| {row['compile_s']:.1f} |")
     return "\n".join(lines)
+
+
+def bench_members(config, widths, member_loops, *, data_dir, rounds, steps_per_round=2, say=lambda text: None):
+    """Times a training step of several runs in one program against the step of one run alone, interleaved.
+
+    Args:
+      widths: runs side by side. member_loops: "map", "vmap" or both (step.over_members).
+
+    Returns:
+      Rows {name, width, s_per_step, ratio, ratio_low, ratio_high, rounds_s, compile_s}: of all its runs together;
+      ratios are medians and quartiles over rounds to the first row, one run alone.
+    """
+    rows, programs = [], []
+    with contextlib.ExitStack() as resources:
+        for loop, width in [(None, None), *((loop, width) for loop in member_loops for width in widths)]:
+            name = "one run alone" if width is None else f"{width} runs, {loop}"
+            program = Program(config, data_dir, make_console("quiet", 1), resources, width=width,
+                              member_loop=loop or "map", devices=jax.devices()[:1])
+            compile_s = program.compile()
+            state = program.functions.init(config.seed, program.functions.inputs.formats)
+            inputs = program.functions.inputs
+            if width is not None:
+                state, inputs = (program.members.stack([tree] * width) for tree in (state, inputs))
+            programs.append([program, state, inputs, program.feed()(0, 1)])
+            rows.append({"name": name, "width": width or 1, "compile_s": compile_s, "rounds_s": []})
+            say(f"{name}: compiled in {compile_s:.1f} s")
+        for number in range(rounds + 1):  # round 0 warms up
+            for row, entry in zip(rows, programs, strict=True):
+                program, state, inputs, data = entry
+                n = np.int32(steps_per_round) if program.width is None else np.full(program.width, steps_per_round,
+                                                                                    np.int32)
+                started = time.perf_counter()
+                entry[1], out = program.compiled[0](state, data, n, inputs)
+                np.asarray(out)
+                if number:
+                    row["rounds_s"].append((time.perf_counter() - started) / steps_per_round)
+    for row in rows:
+        ratios = [own / one for own, one in zip(row["rounds_s"], rows[0]["rounds_s"], strict=True)]
+        row["s_per_step"] = statistics.median(row["rounds_s"])
+        row["ratio_low"], row["ratio"], row["ratio_high"] = np.percentile(ratios, [25, 50, 75]).tolist()
+    return rows
+
+
+def members_table(rows):
+    """The rows of bench_members as a table in Markdown."""
+    lines = ["| program | s a step of all | / one run alone (quartiles) | / as many alone | compile s |",
+             "|---|---|---|---|---|"]
+    return "\n".join(lines + [f"| {row['name']} | {row['s_per_step']:.4f} | {row['ratio']:.2f} ({row['ratio_low']:.2f}-"
+                              f"{row['ratio_high']:.2f}) | {row['ratio'] / row['width']:.2f} | {row['compile_s']:.1f} |"
+                              for row in rows])
 
 
 def bench_rounding(n_elements, *, rounds, repeats=3):

@@ -464,8 +464,7 @@ def time_steps(program, n_steps):
     config = program.config
     state = program.functions.init(config.seed, program.functions.inputs.formats)
     state_R, inputs_R = (program.members.stack([tree] * program.width) for tree in (state, program.functions.inputs))
-    data = jax.device_put(np.asarray(program.data.train_T), program.members.replicated) if program.on_device else \
-        np.zeros((program.buffer_steps, config.batch_size, config.block_size + 1), np.uint16)
+    data = program.feed()(0, 1)
     taken = []
     for _ in range(n_steps + 1):
         started = time.perf_counter()

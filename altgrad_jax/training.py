@@ -370,10 +370,11 @@ class Program:
             everywhere = self.replicated if self.members is None else self.members.replicated
             self.val_on_device = jax.device_put(self.val_windows, everywhere)
             self.diagnosed_windows = jax.device_put(self.val_windows[:self.eval_batch_size], self.replicated)
-            self._fed = self._feed(everywhere)
+            self._fed = self.feed()
 
-    def _feed(self, everywhere):
+    def feed(self):
         """Function (first step, n) -> the token array on the device, or the batches [K, B, L+1] of those steps."""
+        everywhere = self.replicated if self.members is None else self.members.replicated
         if self.on_device:
             tokens_T = jax.device_put(np.asarray(self.data.train_T), everywhere)
             return lambda step, n: tokens_T

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything worth running on a GPU, in one go: the tests that touch the device, the rounding certificates, the whole
-# baseline, the benchmark, 8-bit training emulated and native, and the campaign over all formats.
+# baseline, the benchmark, 8-bit training emulated and native, sixteen runs in one program, the matrix and its report.
 #
 #   bash scripts/gpu_suite.sh OUT_DIR TOKEN_DIR BYTES_DIR
 #
 # TOKEN_DIR, BYTES_DIR: token files of the gpt2 and of the bytes tokenizer, from scripts/prepare_data.py. OUT_DIR receives
 # logs, tables and records without checkpoints, packed. Uses the python on the PATH; every part runs even if one before it
-# failed, and each has a time limit, so that all of it ends within 25 minutes.
+# failed, and each has a time limit, so that all of it ends within 30 minutes.
 set -u
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -46,5 +46,9 @@ for how in emulated native; do
     pack "$runs/fp8-$how" "fp8-$how"
 done
 
-timeout 400 python3 scripts/format_campaign.py --config configs/small.py --data_dir "$bytes" --out "$runs/formats" \
-    --report "$out/formats.md" 2>&1 | tee "$out/formats.log" | tail -n 60
+timeout 200 python3 scripts/bench_sweep.py --config configs/bf16_baseline.py --data_dir "$data" --processes=no \
+    --widths=1,4,16 --member_loops=vmap --rounds=5 --json "$out/members.json" 2>&1 | tee "$out/members.log" | tail -n 8
+
+timeout 400 python3 scripts/sweep.py --config configs/matrix.py --data_dir "$bytes" --out "$runs/matrix" 2>&1 \
+    | tee "$out/matrix.log" | tail -n 20
+python3 scripts/report.py "$runs/matrix" -o "$out/matrix.html" -o "$out/matrix.md" 2>&1 | tee "$out/report.log" | tail -n 8

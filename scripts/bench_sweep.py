@@ -1,0 +1,111 @@
+"""What training many runs as one program saves: whole processes side by side with a sweep, and a step of many with one.
+
+  python scripts/bench_sweep.py --config configs/small.py --axes="seed=1,2,3,4,5,6"
+  python scripts/bench_sweep.py --config configs/bf16_baseline.py --axes="seed=1,2" --processes=no --widths=1,4,16
+
+Processes: the members of --axes are trained by scripts/train.py one after the other, then all by scripts/sweep.py, in
+alternating rounds, each in fresh folders; programs come from the compilation cache, which one round before the first
+fills. Steps: a compiled step of so many runs, against that of one run alone, in the same rounds.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from altgrad_jax import cli
+from altgrad_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def numbers(flag):
+    def parse(text):
+        if not all(part.isdecimal() and 1 <= int(part) <= 4096 for part in text.split(",")):
+            raise UserError(f"--{flag}={text} cannot be used: give whole numbers from 1 joined by commas, such as "
+                            "1,4,16")
+        return [int(part) for part in text.split(",")]
+
+    return parse
+
+
+def yes_no(text):
+    if text not in ("yes", "no"):
+        raise UserError(f"--processes={text} cannot be used: give yes or no")
+    return text == "yes"
+
+
+def time_processes(config, axes, rounds, data_dir, cpu_devices):
+    """[{"alone": seconds, "map": ..., ...}] a round, for the members of the axes."""
+    from altgrad_jax import config as settings
+    from altgrad_jax import sweep
+
+    points = sweep.parse_axes(axes)
+    script = {name: str(ROOT / "scripts" / f"{name}.py") for name in ("train", "sweep")}
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.py"
+        file.write_text("from altgrad_jax.config import from_dict\n\n\ndef get_config():\n"
+                        f"    return from_dict({settings.to_dict(config)!r})\n")
+        common = [f"--config={file}", f"--data_dir={data_dir}"]
+        ways = {"alone": None, "sweep": [], **{f"sweep, {n} CPU devices": [f"--cpu_devices={n}"] for n in cpu_devices}}
+        for number in range(rounds + 1):
+            row = {}
+            for way, flags in ways.items():
+                out = Path(folder) / f"{number}-{way.replace(' ', '-')}"
+                started = time.perf_counter()
+                if flags is None:
+                    for point in points:
+                        changes = [f"--config.{name}={','.join(value) if isinstance(value, tuple) else value}"
+                                   for name, value in point.items()]
+                        subprocess.run([sys.executable, script["train"], *common, *changes,
+                                        f"--workdir={out / point['run_name']}"], check=True, stdout=subprocess.DEVNULL)
+                else:
+                    subprocess.run([sys.executable, script["sweep"], *common, f"--out={out}", f"--axes={axes}", *flags],
+                                   check=True, stdout=subprocess.DEVNULL)
+                row[way] = time.perf_counter() - started
+            print(f"round {number} of {rounds}: " + ", ".join(f"{way} {seconds:.1f} s" for way, seconds in row.items())
+                  + (" (fills the compilation cache)" if number == 0 else ""), flush=True)
+            found += [row] * (number > 0)
+    return len(points), found
+
+
+def run(config, *, axes, rounds, processes, widths, member_loops, cpu_devices, data_dir, **paths):
+    with config.unlocked():
+        config.wandb_mode, config.console = "disabled", "quiet"
+    result = {}
+    if processes:
+        n, rows = time_processes(config, axes, rounds, data_dir, cpu_devices or [])
+        print(f"\n| {n} members | seconds | / one after the other |\n|---|---|---|")
+        for way in rows[0]:
+            ratio = statistics.median(row[way] / row["alone"] for row in rows)
+            print(f"| {way} | {statistics.median(row[way] for row in rows):.1f} | {ratio:.2f} |")
+        result["processes"] = rows
+    if widths:
+        from altgrad_jax import benchmark
+
+        rows = benchmark.bench_members(config, widths, member_loops.split(","), data_dir=data_dir, rounds=rounds,
+                                       say=lambda text: print(text, flush=True))
+        print("\n" + benchmark.members_table(rows))
+        result["steps"] = rows
+    if paths["json"]:
+        Path(paths["json"]).write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+FLAGS = (
+    cli.Flag("axes", "seed=1,2,3,4", "members: SETTING=VALUE,VALUE;SETTING=VALUE,..."),
+    cli.Flag("rounds", "3", "times that everything is timed", lambda text: numbers("rounds")(text)[0]),
+    cli.Flag("processes", "yes", "no = only steps", yes_no),
+    cli.Flag("widths", None, "runs side by side whose step is timed, such as 1,4,16", numbers("widths")),
+    cli.Flag("member_loops", "map,vmap", "for those: map, vmap or both"),
+    cli.Flag("cpu_devices", None, "sweeps with a CPU divided into so many devices, too", numbers("cpu_devices")),
+    cli.Flag("data_dir", "data/{tokenizer}", "folder of the token files", cli.folder("data_dir")),
+    cli.Flag("json", None, "file for every timing"),
+)
+
+if __name__ == "__main__":
+    cli.main(run, flags=FLAGS, usage=__doc__)
