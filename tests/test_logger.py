@@ -646,7 +646,7 @@ class Run:
     summary = {{}}
     def __init__(self, kw):
         self.out = open(OUT, "a")
-        self.put(init={{k: kw[k] for k in ("id", "mode", "resume", "dir", "project")}},
+        self.put(init={{k: kw[k] for k in ("id", "mode", "resume", "dir", "project", "group")}},
                  console=kw["settings"]["console"])
         self.starting_step = {starting_step}
     def put(self, **message):
@@ -729,12 +729,12 @@ class Feed:
 
 def test_wandb_gets_every_key_of_every_row(tmp_path, fake):
     module, received = fake()
-    feed = Feed(tmp_path / "run", module)
+    feed = Feed(tmp_path / "run", module, group="sweep")
     assert os.getsid(feed.sink._child.pid) == feed.sink._child.pid  # out of reach of the terminal's Ctrl-C
     assert feed.close() == 0
     first = received("init")[0]
     assert first["init"] == {"id": "abc", "mode": "online", "resume": "allow", "dir": str(tmp_path / "run"),
-                             "project": "p"} and first["console"] == "off"
+                             "project": "p", "group": "sweep"} and first["console"] == "off"
     sent = received("step")
     assert [message["step"] for message in sent] == list(range(13))
     for row, message in zip(rows_of(tmp_path / "run"), sent, strict=True):
