@@ -182,6 +182,13 @@ def test_every_arm_is_taken_at_its_own_best_learning_rate(compared):
     assert "own best learning rate" in compared.lr_heading()  # E7M0 has one rate
 
 
+def test_a_best_rate_at_the_edge_of_those_tried_is_said(compared, page):
+    assert compared.choice(Arm("E5M2")).at_edge and not compared.choice(Arm("BF16")).at_edge
+    (caveat,) = [text for text in report.tables.caveats(compared) if text.startswith("At the edge of the rates tried")]
+    assert "E5M2" in caveat and "BF16" not in caveat and "E7M0" not in caveat
+    assert "At the edge of the rates tried" in page.html()
+
+
 def test_gap_is_the_paired_difference_with_its_t_interval_in_float64(compared):
     d = compared.gap(Arm("E5M2"))
     values = losses(compared, Arm("E5M2"), 0.001) - losses(compared, Arm("BF16"), 0.002)

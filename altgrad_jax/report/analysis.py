@@ -75,6 +75,11 @@ class Choice:
     best: bool
     works: tuple | None = None
 
+    @property
+    def at_edge(self):
+        """Whether it is the best of several, and the lowest or highest of them."""
+        return self.best and self.rate in (self.rates[0], self.rates[-1])
+
 
 class Comparison:
     """Runs that may be compared, by cell. UserError where they may not; unfinished and damaged ones do not count."""

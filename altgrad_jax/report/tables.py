@@ -230,6 +230,11 @@ def caveats(c):
             "The best learning rate is chosen on the same seeds that give the gap, so the best of k looks a little "
             f"better than a fresh run at it would; {REFERENCE} is favoured in the same way."
         )
+    at_edge = [_short(arm, c) for _, arm in c.ranking() if c.choice(arm).at_edge]
+    if at_edge:
+        parts.append(
+            f"At the edge of the rates tried, so that a better one may lie beyond: {', '.join(at_edge)}."
+        )
     return parts
 
 
