@@ -153,6 +153,23 @@ def test_one_sentence_for_what_cannot_be_read(tmp_path, name, data, message):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("offset, value, message", [
+    (10, 99, r"a\.zip is packed in a way that cannot be read here \(That compression method.*unpack it and give the"),
+    (8, 1, r"a\.zip is encrypted; unpack it"),
+])  # fmt: skip
+def test_a_zip_that_cannot_be_unpacked_here_is_not_called_damaged(tmp_path, offset, value, message):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("train.jsonl", "dev.jsonl"):
+            archive.writestr(name, JSONL)
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    for signature, shift in ((b"PK\1\2", 0), (b"PK\3\4", -2)):  # the directory, and the member itself
+        at = -1
+        while (at := data.find(signature, at + 1)) >= 0:
+            data[at + offset + shift] = value
+    with pytest.raises(UserError, match=message):
+        texts(write(tmp_path / "a.zip", bytes(data)))
+
+
 def test_missing_and_empty_input(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         local(tmp_path / "nowhere.jsonl")

@@ -422,6 +422,8 @@ def _member(archive: zipfile.ZipFile, base: str, path: Path) -> zipfile.ZipInfo:
             f"the archive {path} has {len(found)} members called {base!r} where one is expected; it is not "
             "EURLEX57K's dataset.zip"
         )
+    if found[0].flag_bits & 1:  # zipfile would raise a bare RuntimeError
+        raise UserError(f"the archive {path} is encrypted; unpack it and give the folder")
     return found[0]
 
 
@@ -533,9 +535,14 @@ def _reading(path: Path) -> Iterator[None]:
     """Turns what the standard library raises on damaged or unreadable files into one sentence."""
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, NotImplementedError) as e:
+    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as e:
         raise UserError(
             f"the file {path} is damaged or incomplete ({first_line(e)}); fetch it again"
+        ) from None
+    except NotImplementedError as e:  # zipfile's, of a compression or version that it does not know
+        raise UserError(
+            f"the file {path} is packed in a way that cannot be read here ({first_line(e)}); unpack it and give the "
+            "folder, or fetch it again if it is damaged"
         ) from None
     except OSError as e:
         raise UserError(
