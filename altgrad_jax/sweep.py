@@ -231,22 +231,23 @@ def lane_bytes(program, *, member_loop):
 
 
 def memory_limit(device):
-    """Bytes that a program may take: MEMORY_SHARE of the device's, or of what the host has free."""
+    """Bytes that a program may take on each device: MEMORY_SHARE of the device's, or its part of what the host has
+    free."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return MEMORY_SHARE * stats["bytes_limit"]
     with contextlib.suppress(OSError, ValueError, IndexError):
         line = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return MEMORY_SHARE * 1024 * int(line[1])
-    return MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return MEMORY_SHARE * 1024 * int(line[1]) / jax.device_count()
+    return MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.device_count()
 
 
 def choose_width(n_members, n_devices, per_lane, once, limit, asked=0):
     """Runs side by side: as asked, or as many as fit; a multiple of the devices, no more than there are members.
 
-    UserError where not even one run a device fits.
+    Bytes are of one device. UserError where not even one run a device fits.
     """
-    fits = int((limit - once) // per_lane) if limit > once else 0  # per_lane: of all devices together
+    fits = int((limit - once) // per_lane) if limit > once else 0
     if asked:
         width = asked
     else:
@@ -348,7 +349,7 @@ def sweep(members, out, *, data_dir=None, member_loop="auto", width=0, memory=0.
       out: folder of the sweep, in which sweep.json tells its members.
       member_loop: see step.over_members; "auto" is map on a CPU and vmap on a GPU.
       width: runs side by side; 0: as many as fit.
-      memory: GiB that a program may take; 0: most of what there is.
+      memory: GiB that a program may take on each device; 0: most of what there is.
       shard: (i, n): the slice of the members that this process trains.
       cpu_devices: where jax computes on a CPU, the devices that it is divided into. A small model keeps one core busy;
         two devices then train two members at a time. Sums may round otherwise than on one, though always alike.
@@ -360,10 +361,10 @@ def sweep(members, out, *, data_dir=None, member_loop="auto", width=0, memory=0.
     """
     if cpu_devices > 1:
         _divide_cpu(cpu_devices)
-    member_loop = resolve_member_loop(member_loop)
     if any(member.config.deterministic for member in members):
-        use_deterministic_operations()
+        use_deterministic_operations()  # before anything asks which backend there is, which starts it
     use_compilation_cache()
+    member_loop = resolve_member_loop(member_loop)
     out = Path(out).absolute()
     mine = take_shard(members, *shard)
     left = {member.name for member in mine if not has_ended(member.folder, member.config)}

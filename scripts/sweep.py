@@ -51,7 +51,7 @@ FLAGS = (
     cli.Flag("member_loop", "auto", "map = one after the other in the program, to the bit as alone; vmap = together; "
                                     "auto = map on a CPU, vmap on a GPU"),
     cli.Flag("width", "0", "runs side by side; 0 = as many as fit", whole("width", 0)),
-    cli.Flag("memory", "0", "GiB that a program may take; 0 = most of what there is", gibibytes),
+    cli.Flag("memory", "0", "GiB that a program may take on each device; 0 = most of what there is", gibibytes),
     cli.Flag("shard", "auto", "slice i of n of the members, as i/n; auto = from SLURM's or JAX's variables, else all"),
     cli.Flag("cpu_devices", "1", "devices that a CPU is divided into, each of which trains members of its own",
              whole("cpu_devices", 1)),
