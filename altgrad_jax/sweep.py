@@ -455,7 +455,8 @@ def _predict(program, planned, n_steps=3):
         - analysis.alias_size_in_bytes
     seconds = time_steps(program, n_steps)
     steps = len(planned.chunks) * program.config.max_steps
-    share = len(planned.members) / (planned.width * len(planned.chunks))  # lanes without a run cost nothing with map
+    # With map a lane without a run costs nothing, with vmap as much as any.
+    share = len(planned.members) / (planned.width * len(planned.chunks)) if program.member_loop == "map" else 1
     return (f"{n_bytes / 2**20:,.0f} MiB as compiled; {seconds:.3g} s for a step of {planned.width}, so about "
             f"{show_duration(seconds * steps * share)} without evaluations")
 

@@ -257,6 +257,7 @@ class Program:
 
     def __init__(self, config, data_dir, console, resources, *, width=None, member_loop="map", devices=None):
         self.config, self.console, self.resources, self.width = config, console, resources, width
+        self.member_loop = member_loop
         self._open_data(data_dir)
         self._build(member_loop, devices or jax.devices())
         self._certified, self._fed = {}, None
