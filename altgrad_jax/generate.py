@@ -58,8 +58,9 @@ def load_model(path, step=None) -> Model:
     if "params" not in arrays:
         raise UserError(f"the checkpoint {path} holds no parameters: give one that the training wrote")
     settings = meta.get("config", {})
-    # The kernel is a choice of the machine it trained on; "xla" computes the same everywhere.
-    names = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("attention", "rules")]
+    # Kernel and tiles are choices of the machine it trained on; the defaults compute the same everywhere.
+    names = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("attention", "rules",
+                                                                                         "loss_tile_bytes")]
     missing = [name for name in names if name not in settings]
     if missing:
         raise UserError(

@@ -32,7 +32,8 @@ INIT_STD = 0.02
 class GPTConfig:
     """Shape and dtypes of the model. `attention` is the kernel: "xla" or "cudnn" (GPU, bfloat16 only).
 
-    `rules`: (layer, Rule) of every layer whose products are quantized.
+    `rules`: (layer, Rule) of every layer whose products are quantized. `loss_tile_bytes`: limit of the float32 logits
+    that the loss computes at once (cross_entropy).
     """
 
     n_layer: int
@@ -44,6 +45,7 @@ class GPTConfig:
     compute_dtype: str = "bfloat16"
     attention: str = "xla"
     rules: tuple[tuple[str, Rule], ...] = ()
+    loss_tile_bytes: int = 2**27
 
 
 class KVCache(NamedTuple):
@@ -54,7 +56,8 @@ class KVCache(NamedTuple):
 
 
 class GPTOutput(NamedTuple):
-    logits: jax.Array  # float32 [B, L, V]
+    hidden: jax.Array  # float32 [B, L, D]: what the head multiplies with the embedding table
+    logits: jax.Array | None  # float32 [B, L, V]; None with head=False
     act_amax_N: jax.Array  # float32: largest magnitude of the residual stream as it leaves each block
     act_rms_N: jax.Array  # float32: its root mean square
     cache: KVCache | None
@@ -181,7 +184,7 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BL, *, train=False, cache: KVCache | None = None, position=0,
-                 quantized: Quantized | None = None):
+                 quantized: Quantized | None = None, head=True):
         """Logits of the next token at every position.
 
         Args:
@@ -191,6 +194,7 @@ class GPT(nn.Module):
             is returned. None: the tokens are the whole context.
           position: index of tokens_BL[:, 0] in the context (traced or static); position + L <= block_size.
           quantized: the operands of the layers in config.rules; needed where there are any.
+          head: whether the logits are wanted.
         """
         config = self.config
         embed = Embedding(config.vocab_size, config.n_embd, name="embed")
@@ -209,9 +213,11 @@ class GPT(nn.Module):
                 keys.append(block_cache[0])
                 values.append(block_cache[1])
         x_BLD = LayerNorm(name="ln_f")(x_BLD)
-        logits_BLV = _product(config, "head", x_BLD, embed.table, quantized, statistics, w_is_NK=True)
+        logits_BLV = None
+        if head:
+            logits_BLV = _product(config, "head", x_BLD, embed.table, quantized, statistics, w_is_NK=True)
         cache = None if cache is None else KVCache(tuple(keys), tuple(values))
-        return GPTOutput(logits_BLV, jnp.stack(amax_N), jnp.stack(rms_N), cache, statistics)
+        return GPTOutput(x_BLD, logits_BLV, jnp.stack(amax_N), jnp.stack(rms_N), cache, statistics)
 
 
 def init_params(config: GPTConfig, seed):

@@ -285,7 +285,7 @@ def _quantize(v, operand, scaling, axis, name, dtype, rule):
     return q.reshape(shape), descale, statistics
 
 
-def _product(a, b, contract_a, contract_b, descales=()):
+def product(a, b, contract_a, contract_b, descales=()):
     """a . b over one axis of each, accumulated in float32, times `descales` (None: 1). float32 operands stay float32
     (never TF32)."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -297,6 +297,27 @@ def _product(a, b, contract_a, contract_b, descales=()):
     return y
 
 
+def weight_gradient(x_MK, g_MN, w_is_NK=False, descales=()):
+    """x^T g, float32 [K, N] or with `w_is_NK` [N, K]; operands and `descales` as in `product`."""
+
+    def direct(x_MK, g_MN):
+        return product(g_MN, x_MK, 0, 0, descales) if w_is_NK else product(x_MK, g_MN, 0, 0, descales)
+
+    def transposed(x_MK, g_MN):
+        # In halves, or XLA would fold the transpose into the product again, which is what must not happen.
+        half = x_MK.shape[1] // 2
+        x_KM = jnp.concatenate([x_MK[:, :half].T, x_MK[:, half:].T])
+        # Likewise a transpose of the result, which the barrier keeps apart.
+        dw_KN = lax.optimization_barrier(product(x_KM, g_MN, 1, 0, descales))
+        return dw_KN.T if w_is_NK else dw_KN
+
+    if not (x_MK.dtype == g_MN.dtype == jnp.bfloat16 and min(*x_MK.shape, *g_MN.shape) >= 8):
+        return direct(x_MK, g_MN)
+    # XLA's CPU backend multiplies bfloat16 matrices only as they lie, contracting rows with columns; for any other product
+    # it converts them to float32 first, at less than half the speed. Transposing x costs a few percent of that.
+    return lax.platform_dependent(x_MK, g_MN, cpu=transposed, default=direct)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _dot_MK(x_MK, w, w_is_NK, compute_dtype):
     return _forward(x_MK, w, w_is_NK, compute_dtype)[0]
@@ -304,15 +325,14 @@ def _dot_MK(x_MK, w, w_is_NK, compute_dtype):
 
 def _forward(x_MK, w, w_is_NK, compute_dtype):
     x_MK, w = x_MK.astype(compute_dtype), w.astype(compute_dtype)
-    return _product(x_MK, w, 1, 1 if w_is_NK else 0), (x_MK, w)
+    return product(x_MK, w, 1, 1 if w_is_NK else 0), (x_MK, w)
 
 
 def _backward(w_is_NK, compute_dtype, operands, g_MN):
     x_MK, w = operands
     g_MN = g_MN.astype(compute_dtype)
-    dx_MK = _product(g_MN, w, 1, 0 if w_is_NK else 1)
-    dw = _product(g_MN, x_MK, 0, 0) if w_is_NK else _product(x_MK, g_MN, 0, 0)
-    return dx_MK, dw
+    dx_MK = product(g_MN, w, 1, 0 if w_is_NK else 1)
+    return dx_MK, weight_gradient(x_MK, g_MN, w_is_NK)
 
 
 _dot_MK.defvjp(_forward, _backward)
@@ -338,7 +358,7 @@ def _quant_forward(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule):
     axis = 1 if w_is_NK else 0
     x_MK, a_descale, a_stats = _as_operand(x_MK, operands.a, rule.a, 1, "A", compute_dtype, rule)
     w, w_descale, w_stats = _as_operand(w, operands.w, rule.w, axis, "W", compute_dtype, rule)
-    y_MN = _product(x_MK, w, 1, axis, (a_descale, w_descale))
+    y_MN = product(x_MK, w, 1, axis, (a_descale, w_descale))
     saved = x_MK, a_descale, w, w_descale, operands.g, g_probe is not None
     return (y_MN, Statistics(w_stats, a_stats)), saved
 
@@ -347,9 +367,8 @@ def _quant_backward(w_is_NK, compute_dtype, rule, saved, cotangents):
     x_MK, a_descale, w, w_descale, g_operand, probed = saved
     g_MN, _ = cotangents
     g_MN, g_descale, g_stats = _as_operand(g_MN, g_operand, rule.g, 1, "G", compute_dtype, rule)
-    dx_MK = _product(g_MN, w, 1, 0 if w_is_NK else 1, (g_descale, w_descale))
-    descales = (g_descale, a_descale)
-    dw = _product(g_MN, x_MK, 0, 0, descales) if w_is_NK else _product(x_MK, g_MN, 0, 0, descales)
+    dx_MK = product(g_MN, w, 1, 0 if w_is_NK else 1, (g_descale, w_descale))
+    dw = weight_gradient(x_MK, g_MN, w_is_NK, (g_descale, a_descale))
     return dx_MK, dw, None, g_stats if probed else None
 
 

@@ -39,6 +39,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from altgrad_jax import diagnostics, ledger, metrics, optimizer, quantization, stability
 from altgrad_jax.config import METRIC_GROUPS
+from altgrad_jax.cross_entropy import tied_cross_entropy
 from altgrad_jax.data.dataset import gather_windows, permute_windows
 from altgrad_jax.model import GPT, GPTConfig, Quantized, init_params, weights_of, with_weights
 from altgrad_jax.quant_dot import combine_statistics, empty_statistics, named_statistics
@@ -128,14 +129,22 @@ def token_loss(logits_BLV, targets_BL):
 
 
 def make_loss(model: GPT):
-    """loss(params, windows [B, L+1], dropout key or None, Quantized or None) -> (mean, GPTOutput without logits)."""
+    """loss(params, windows [B, L+1], dropout key or None, Quantized or None) -> (mean, GPTOutput without hidden and
+    logits). All logits exist at once only where the head's product is quantized."""
+    config = model.config
+    whole = "head" in dict(config.rules)
 
     def loss(params, windows, dropout_key, quantized=None):
         tokens_BL, targets_BL = windows[:, :-1].astype(jnp.int32), windows[:, 1:].astype(jnp.int32)
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         output = model.apply({"params": params}, tokens_BL, train=dropout_key is not None, rngs=rngs,
-                             quantized=quantized)
-        return token_loss(output.logits, targets_BL).mean(), output._replace(logits=None)
+                             quantized=quantized, head=whole)
+        if whole:
+            mean = token_loss(output.logits, targets_BL).mean()
+        else:
+            mean = tied_cross_entropy(output.hidden, weights_of(params, "head"), targets_BL,
+                                      compute_dtype=config.compute_dtype, tile_bytes=config.loss_tile_bytes)
+        return mean, output._replace(hidden=None, logits=None)
 
     return loss
 

@@ -68,6 +68,8 @@ SAMPLE_TAG = "eurlex-sample"
 # With steps_per_dispatch=0: rows of the metrics buffer, and the time a dispatch is steered to.
 AUTO_DISPATCH_STEPS = 100
 AUTO_DISPATCH_SECONDS = 1.0
+# Logits that exist at once, beside GPTConfig's own choice, which is a CPU's: a GPU wants large products.
+LOSS_TILE_BYTES_GPU = 2 ** 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +201,8 @@ def _attention_kernel(config, device):
 def model_config(config, device):
     """The model that `config` describes, with the attention kernel for this device."""
     return GPTConfig(config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size, config.dropout,
-                     config.compute_dtype, _attention_kernel(config, device))
+                     config.compute_dtype, _attention_kernel(config, device),
+                     **({} if device.platform == "cpu" else {"loss_tile_bytes": LOSS_TILE_BYTES_GPU}))
 
 
 def step_options(config, *, steps_per_dispatch, data_on_device=True):
