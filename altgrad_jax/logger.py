@@ -210,6 +210,15 @@ def _log_intervals(timing_path, default):
     return segments or [(0, default)]
 
 
+def furthest_step(run_dir):
+    """The last step that any start of the run has made and timed, by timing.jsonl; 0 where there is none."""
+    try:
+        with open(Path(run_dir) / TIMING, "rb") as file:
+            return max((int(match[1]) for match in map(_STEP.match, file) if match), default=0)
+    except FileNotFoundError:
+        return 0
+
+
 def _scan(path, resume_step):
     """Read the record up to resume_step. Returns (bytes to keep, steps, [(step, val_loss)], [(step, {layer: stable
     rank})]).

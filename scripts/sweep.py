@@ -39,10 +39,11 @@ def yes_no(text):
 
 def run(config, *, out, axes, shard, **options):
     from altgrad_jax import sweep
+    from altgrad_jax.process import process_age
 
     points = sweep.parse_axes(axes) if axes else cli.sweep_of(config)
     members = sweep.make_members(config, points, out)
-    return sweep.sweep(members, out, shard=sweep.shard_of(shard), **options)
+    return sweep.sweep(members, out, shard=sweep.shard_of(shard), age=process_age(), **options)
 
 
 FLAGS = (

@@ -12,9 +12,10 @@ from altgrad_jax import cli
 
 def run(config, *, data_dir, workdir, resume):
     # Only now: --help and every complaint about a setting come without waiting for jax.
+    from altgrad_jax.process import process_age
     from altgrad_jax.training import train
 
-    return train(config, data_dir=data_dir, workdir=workdir, resume=resume).exit_code
+    return train(config, data_dir=data_dir, workdir=workdir, resume=resume, age=process_age()).exit_code
 
 
 if __name__ == "__main__":
