@@ -45,7 +45,7 @@ MEMORY_SHARE = 0.8
 # Settings that the compiled program does not see, or sees as data.
 _NOT_COMPILED = frozenset({
     "seed", "learning_rate", "formats", "emergency_formats", "run_name", "checkpoint_dir", "tags", "project",
-    "wandb_mode", "wandb_entity", "wandb_group", "console"})
+    "wandb_mode", "wandb_entity", "wandb_group", "wandb_keys", "console"})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,13 +47,18 @@ from altgrad_jax.evaluation import choose_windows
 from altgrad_jax.formats import get_format
 from altgrad_jax.goodput import Goodput, describe, total
 from altgrad_jax.logger import (
+    ALERT,
+    ALERT_VALUE,
     MANIFEST,
     METRICS,
+    SPARSE,
+    TIMING_KEYS,
     DispatchRecord,
     Record,
     ValRising,
     Writer,
     furthest_step,
+    matching,
     new_run_id,
     open_wandb,
     read_manifest,
@@ -233,6 +238,18 @@ def model_flops_per_step(config):
         n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size)
 
 
+def require_wandb_keys(patterns, program):
+    """UserError unless each of these patterns matches a name that the program's rows have."""
+    names = program.row_names() if patterns else []
+    for pattern in patterns:
+        if not matching(names, [pattern]):
+            guess = settings.nearest(pattern, {*names, *(f"{name.partition('/')[0]}/*" for name in names
+                                                         if "/" in name)})
+            hint = f"did you mean {guess}?" if guess else "the keys of metrics.jsonl are their names"
+            raise UserError(f"wandb_keys={pattern} matches no metric of this run: give names or patterns such as loss "
+                            f"or grad_norm/*; {hint}")
+
+
 def require_float8_kernels(compiled, device, n_layers):
     """On a GPU: UserError unless the compiled step multiplies in float8, three products a quantized layer.
 
@@ -331,6 +348,19 @@ class Program:
             if (name, quant.saturate) not in self._certified:
                 self._certified[name, quant.saturate] = canary(get_format(name), saturate=quant.saturate)
         return {name: self._certified[name, quant.saturate] for name in names}
+
+    def row_names(self):
+        """Every name that a row of the record may have, those of its timing included."""
+        names = [name.removeprefix(SPARSE) for name in self.functions.metric_names
+                 if not name.startswith((ALERT, ALERT_VALUE))]
+        windows = jax.ShapeDtypeStruct((self.eval_batch_size, self.config.block_size + 1), np.uint16)
+        state = self.functions.abstract_state
+        ranks, observed = jax.eval_shape(self.functions.diagnose, state.params, windows, state.quant,
+                                         self.functions.inputs.formats)
+        if observed is not None:
+            nothing = jax.tree.map(lambda array: np.zeros(array.shape), observed)
+            names += diagnosis(self.quant, 0, 0, nothing)[0]
+        return [*names, "val_loss", "val_perplexity", *ranks, *TIMING_KEYS]
 
     def compile(self):
         """All programs, ahead of the first step: a call with other shapes is then an error, never a recompilation.
@@ -596,6 +626,7 @@ class Run:
     def open(self, program):
         """Restores the run's state, or starts it, and opens its record."""
         self.program, self.goodput = program, program.goodput
+        require_wandb_keys(self.config.wandb_keys, program)
         self.inputs = inputs_of(self.config)
         self.certificates = program.certify(self.quant)
         self._restore_or_start()
@@ -679,7 +710,7 @@ class Run:
             entity=config.wandb_entity or None, group=config.wandb_group or None, tags=self.tags,
             config=settings.to_dict(config),
             resume_step=self.step if self.resumed else None, alert_interval=config.alert_interval,
-            say=self.console.message, event=self.writer.event)
+            keys=config.wandb_keys, say=self.console.message, event=self.writer.event)
         if self.wandb is not None:
             # After finish() there is nothing left to close; after an exception this ends W&B's process.
             self.resources.callback(self.wandb.close, drain_timeout=5.0)

@@ -6,10 +6,10 @@ import sys
 import time
 
 import pytest
+from test_training import make_data, tiny
 
 from altgrad_jax import goodput, train, verdict
 from altgrad_jax.process import process_age
-from test_training import make_data, tiny
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,8 @@ def test_the_line_and_the_sum_over_starts():
 
 
 def test_a_run_accounts_for_its_time_and_for_steps_made_twice(data_dir, tmp_path, capsys):
-    config, run_dir = tiny(max_steps=20, checkpoint_interval=10, eval_interval=10, diagnostic_interval=10), tmp_path / "a"
+    run_dir = tmp_path / "a"
+    config = tiny(max_steps=20, checkpoint_interval=10, eval_interval=10, diagnostic_interval=10)
     started = time.perf_counter()
     result = train(config, data_dir=data_dir, workdir=run_dir, age=2.0)
     seconds = time.perf_counter() - started + 2.0
