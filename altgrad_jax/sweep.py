@@ -29,6 +29,7 @@ import numpy as np
 from altgrad_jax import config as settings
 from altgrad_jax import format_rules
 from altgrad_jax.console import make_console, show_duration
+from altgrad_jax.dry_run import program_bytes
 from altgrad_jax.environment import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.errors import UserError
 from altgrad_jax.formats import get_format
@@ -455,9 +456,7 @@ def _count(n, what):
 
 def _predict(program, planned, n_steps=3):
     """Memory as compiled, and the time the group takes by a few steps of its program."""
-    analysis = program.compiled[0].memory_analysis()
-    n_bytes = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + analysis.output_size_in_bytes \
-        - analysis.alias_size_in_bytes
+    n_bytes = program_bytes(program.compiled[0])
     seconds = time_steps(program, n_steps)
     steps = len(planned.chunks) * program.config.max_steps
     # With map a lane without a run costs nothing, with vmap as much as any.

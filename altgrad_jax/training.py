@@ -38,6 +38,8 @@ from altgrad_jax.environment import (
     fits_on_device,
     git_commit,
     has_cudnn_attention,
+    keep_autotune_results,
+    use_autotune_results,
     use_compilation_cache,
     use_deterministic_operations,
     versions,
@@ -116,9 +118,7 @@ def train(config, *, data_dir=None, workdir=None, resume="auto", age=0.0) -> Res
     goodput = Goodput(age)
     settings.validate(config)
     resolve_wandb_mode(config.wandb_mode)
-    if resume not in ("auto", "never") and type(resume) is not int:
-        raise UserError(f"resume={resume!r} cannot be used: give 'auto', 'never', or the step of a checkpoint such as "
-                        "1000")
+    require_resume(resume)
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
     with contextlib.ExitStack() as resources:
         lock_folder(run_dir, resources)
@@ -127,16 +127,18 @@ def train(config, *, data_dir=None, workdir=None, resume="auto", age=0.0) -> Res
             print(f"{run_dir} is finished: it has made {made} of max_steps={config.max_steps} steps; raise max_steps "
                   "to go on, or give another --workdir to start a new run")
             return Result(FINISHED, run_dir, _read_verdict(run_dir), verdict.read_history(run_dir))
-        if config.deterministic:
-            use_deterministic_operations()
-        use_compilation_cache()
         console = make_console(config.console, config.max_steps)
         resources.callback(console.close)
         run = Run(config, run_dir, resume, console, resources)
+        if config.deterministic:
+            use_deterministic_operations()
+            use_autotune_results(run_dir, run.made_on(), console.message)
+        use_compilation_cache()
         program = Program(config, data_dir, console, resources, goodput=goodput)
         run.open(program)
         console.message("compiling ...")
         run.writer.event("compiled", run.step, seconds=program.compile())
+        keep_autotune_results(run_dir)
         # Until here an interrupt has nothing to save, and simply ends the process; after the loop likewise.
         with StopRequest() as stop:
             loop(program, [run], stop)
@@ -148,6 +150,13 @@ def train(config, *, data_dir=None, workdir=None, resume="auto", age=0.0) -> Res
 
 
 # ------------------------------------------------------------------------------------------------ before the first step
+
+
+def require_resume(resume):
+    """UserError unless it is a value of train's `resume`."""
+    if resume not in ("auto", "never") and type(resume) is not int:
+        raise UserError(f"resume={resume!r} cannot be used: give 'auto', 'never', or the step of a checkpoint such as "
+                        "1000")
 
 
 def is_finished(run_dir, config):
@@ -610,7 +619,7 @@ class Run:
         run_dir = self.run_dir
         self.manifest, self.resume = None, resume
         if resume == "never":
-            if any(run_dir.iterdir()):
+            if run_dir.exists() and any(run_dir.iterdir()):
                 raise UserError(f"{run_dir} is not empty and --resume=never starts anew: give an empty folder with "
                                 "--workdir, or continue with --resume=auto")
         elif (run_dir / MANIFEST).exists():
@@ -623,12 +632,20 @@ class Run:
             raise UserError(f"--resume={resume} names a checkpoint that {run_dir} does not hold; it has "
                             f"{', '.join(map(str, list_steps(run_dir))) or 'none'}")
 
+    def made_on(self):
+        """Device kind of the run's first start, None if this is it."""
+        return self.manifest["starts"][0]["device"]["kind"] if self.manifest else None
+
     def open(self, program):
         """Restores the run's state, or starts it, and opens its record."""
         self.program, self.goodput = program, program.goodput
         require_wandb_keys(self.config.wandb_keys, program)
         self.inputs = inputs_of(self.config)
         self.certificates = program.certify(self.quant)
+        made_on, kind = self.made_on(), program.device.device_kind
+        if self.config.deterministic and made_on not in (None, kind):
+            self.console.message(f"this run was begun on {made_on} and goes on on {kind}: XLA chooses kernels of its "
+                                 "own for each, so from here on its numbers may round otherwise")
         self._restore_or_start()
         self.frozen = bool(stability.is_frozen(self.state.monitor, program.thresholds))
         self._open_record()
@@ -636,12 +653,8 @@ class Run:
 
     def _restore_or_start(self):
         config, run_dir, resume = self.config, self.run_dir, self.resume
-        data, abstract_state = self.program.data, self.program.functions.abstract_state
-        if self.manifest and self.manifest["data"]["fingerprint"] != data.fingerprint:
-            raise UserError(
-                f"{run_dir} was trained on other data (fingerprint {self.manifest['data']['fingerprint'][:12]}, "
-                f"{data.dir} has {data.fingerprint[:12]}): give the --data_dir it was made with, or another "
-                "--workdir to start a new run")
+        abstract_state = self.program.functions.abstract_state
+        self.require_same_data(self.program)
         self.checkpoints = open_checkpoints(run_dir, config.max_checkpoints)
         self.resources.callback(self.checkpoints.close)
         restored = None
@@ -666,6 +679,15 @@ class Run:
 
         self.step, self.state = restored or (0, self.program.functions.init(config.seed, self.inputs.formats))
         self.resumed = restored is not None
+
+    def require_same_data(self, program):
+        """UserError if the folder's run was trained on other data than the program's."""
+        data = program.data
+        if self.manifest and self.manifest["data"]["fingerprint"] != data.fingerprint:
+            raise UserError(
+                f"{self.run_dir} was trained on other data (fingerprint {self.manifest['data']['fingerprint'][:12]}, "
+                f"{data.dir} has {data.fingerprint[:12]}): give the --data_dir it was made with, or another "
+                "--workdir to start a new run")
 
     def _refuse_foreign(self, step, meta):
         """A checkpoint of another run, copied into this folder, would continue as if it were this one's."""

@@ -27,7 +27,7 @@ LAYERS = [
     {"generate"},
     {"evaluation"},
     {"training"},
-    {"benchmark", "campaign", "sweep"},
+    {"benchmark", "campaign", "dry_run", "sweep"},
 ]
 OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"}}
 MAY_JIT = {"step", "generate", "benchmark", "quantize"}
