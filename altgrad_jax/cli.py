@@ -39,13 +39,25 @@ class Flag:
 
     `default` is text that `parse` accepts; a {field} in it is replaced by that setting's value. None: the
     keyword is None where the flag is absent. `parse` turns text into the value, or raises UserError naming
-    the flag.
+    the flag. `bare` is the text that the flag without a value stands for; None: it needs one.
     """
 
     name: str
     default: str | None
     meaning: str
     parse: Callable[[str], Any] = str
+    bare: str | None = None
+
+
+def yes_no(flag: str) -> Callable[[str], bool]:
+    """A parser for a flag that is yes or no."""
+
+    def parse(text: str) -> bool:
+        if text not in ("yes", "no"):
+            raise UserError(f"--{flag}={text} cannot be used: give yes or no")
+        return text == "yes"
+
+    return parse
 
 
 def folder(flag: str) -> Callable[[str], str]:
@@ -85,6 +97,10 @@ TRAIN_FLAGS = (
          "auto = go on from the newest checkpoint that restores, if there is one; never = start anew, in an "
          "empty folder; a number = go on from that step's checkpoint", resume_choice),
 )
+
+
+DRY_RUN = Flag("dry_run", "no", "yes, or the flag alone = only say what would be trained, in which memory and time",
+               yes_no("dry_run"), bare="yes")
 
 
 def main(
@@ -186,6 +202,7 @@ def parse(argv: Sequence[str], flags: Sequence[Flag]) -> tuple[ml_collections.Co
 def _split(argv: Sequence[str], flags: Sequence[Flag]) -> tuple[dict[str, str], dict[str, Any]]:
     """The text of --config and of each of `flags` that is given, and the parsed value of each override."""
     names = {"config", *(flag.name for flag in flags)}
+    bare = {flag.name: flag.bare for flag in flags}
     texts: dict[str, str] = {}
     overrides: dict[str, Any] = {}
     waiting = list(argv)
@@ -205,6 +222,8 @@ def _split(argv: Sequence[str], flags: Sequence[Flag]) -> tuple[dict[str, str], 
                 value = overrides[field_name] + value
             overrides[field_name] = value
         elif name in names:
+            if given is None and bare.get(name) is not None and (not waiting or waiting[0] not in ("yes", "no")):
+                given = bare[name]
             texts[name] = _value_of(f"--{name}", given, waiting)
         else:
             raise UserError(_unknown_flag(name, names))

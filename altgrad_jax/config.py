@@ -118,6 +118,14 @@ _TAGS = Rule(
 )
 
 
+_PATTERNS = Rule(
+    'a tuple of different patterns of metric names such as ("loss", "val_*"), each printable and without a comma',
+    lambda value: len(set(value)) == len(value)
+    and all(type(pattern) is str and _is_name(pattern) and "," not in pattern for pattern in value),
+    "patterns",
+)
+
+
 def _names_groups(value: str) -> bool:
     groups = value.split(",")
     return value in ("all", "none") or (len(set(groups)) == len(groups) and set(groups) <= set(METRIC_GROUPS))
@@ -286,6 +294,9 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               "auto = online where W&B finds credentials, else offline", resumable=True),
         Field("wandb_entity", "", _ENTITY, "W&B user or team; empty = the account's own", resumable=True),
         Field("wandb_group", "", _GROUP, "W&B group; empty = none", resumable=True),
+        Field("wandb_keys", (), _PATTERNS,
+              "metrics that W&B gets, by name or shell-style pattern (loss, val_*, grad_norm/*; * also matches /); "
+              "empty = all; the local record has all in any case", resumable=True),
         Field("console", "auto", _one_of("auto", "plain", "quiet"),
               "auto = one live line on a terminal, plain lines when piped; quiet = alerts and messages",
               resumable=True),
@@ -648,7 +659,7 @@ def _as_json(value: Any) -> Any:
 # measured besides may be more.
 ADDED_IN_2 = frozenset(
     {*_FORMAT_FIELDS, "shadow_interval", "diagnostic_interval", "rank_threshold", "rank_threshold_strict",
-     "layer_interval", "wandb_group"}
+     "layer_interval", "wandb_group", "wandb_keys"}
 )
 
 

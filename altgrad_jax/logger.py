@@ -18,6 +18,8 @@ interpreter lock nor signal handlers, exit hooks or standard output with the tra
 the training it still sends what was recorded.
 """
 
+import fnmatch
+import functools
 import importlib
 import json
 import math
@@ -54,6 +56,7 @@ READABLE_VERSIONS = (1, 2)
 ALERT = "alert/"
 ALERT_VALUE = "alert_value/"
 SPARSE = "sparse/"
+TIMING_KEYS = ("time", "step_time_s", "tokens_per_s", "mfu")  # of a row of timing.jsonl, beside its step
 
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')
@@ -208,6 +211,15 @@ def _log_intervals(timing_path, default):
                     continue  # a damaged line of the history; the check then asks for the default
                 segments = [s for s in segments if s[0] < start] + [(start, interval)]
     return segments or [(0, default)]
+
+
+def furthest_step(run_dir):
+    """The last step that any start of the run has made and timed, by timing.jsonl; 0 where there is none."""
+    try:
+        with open(Path(run_dir) / TIMING, "rb") as file:
+            return max((int(match[1]) for match in map(_STEP.match, file) if match), default=0)
+    except FileNotFoundError:
+        return 0
 
 
 def _scan(path, resume_step):
@@ -720,7 +732,7 @@ def resolve_wandb_mode(mode, environ=os.environ):
 
 
 def open_wandb(run_dir, *, mode, run_id, project, name, entity=None, group=None, tags=(), config=None, resume_step=None,
-               alert_interval=100, say=print, event=None, module="wandb", init_timeout=90.0):
+               alert_interval=100, keys=(), say=print, event=None, module="wandb", init_timeout=90.0):
     """Start feeding W&B from the record in run_dir. Returns a WandbSink, or None for disabled.
 
     Args:
@@ -731,6 +743,7 @@ def open_wandb(run_dir, *, mode, run_id, project, name, entity=None, group=None,
       resume_step: the step the run resumes from, None for a fresh run. Online, sending starts after the last
         step that W&B already has (also when that is earlier: the gap is filled from the record); offline,
         where that is unknown, at resume_step + 1.
+      keys: shell-style patterns of the names that are sent, of metrics and of timing; empty: all.
       say: called with one line of text now and then, from another thread. event: called as event(kind, step,
         **fields) where something went wrong, e.g. Writer.event.
       module: name of the module that plays wandb's part.
@@ -746,7 +759,7 @@ def open_wandb(run_dir, *, mode, run_id, project, name, entity=None, group=None,
     init = {"project": project, "entity": entity, "group": group, "name": name, "tags": list(tags), "config": config,
             "id": run_id}
     spec = {"run_dir": str(run_dir), "init": init, "module": module, "init_timeout": init_timeout,
-            "resume_step": resume_step, "alert_interval": alert_interval, "pid": os.getpid(),
+            "resume_step": resume_step, "alert_interval": alert_interval, "keys": list(keys), "pid": os.getpid(),
             "program": str(Path(sys.argv[0]).absolute()) if sys.argv and sys.argv[0] else "python"}
     return WandbSink(spec, resolved, say, event or (lambda kind, step, **fields: None))
 
@@ -962,8 +975,14 @@ def _insist(action, tell, pauses=_PAUSES_S):
     return action()
 
 
+def matching(names, patterns):
+    """The names that at least one of the shell-style patterns matches."""
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
 def _feed(spec, orders, tell):
     """Send the record's rows to W&B until told to finish and nothing is left."""
+    is_sent = functools.cache(lambda name: not spec["keys"] or bool(matching([name], spec["keys"])))
     wandb = importlib.import_module(spec["module"])
     mode = spec["mode"]
     tell(starting=True)
@@ -998,8 +1017,9 @@ def _feed(spec, orders, tell):
                 alerts = row.pop("alerts", ())
                 del row["step"]
                 seconds = {key: value for key, value in times.pop(last, {}).items() if key != "step"}
-                _insist(lambda row=row | seconds: run.log(row, step=last),
-                        lambda error: tell(failed=f"sending failed ({_brief(error)})"))
+                if sent := {key: value for key, value in (row | seconds).items() if is_sent(key)}:
+                    _insist(lambda sent=sent: run.log(sent, step=last),
+                            lambda error: tell(failed=f"sending failed ({_brief(error)})"))
                 for kind, text in gate.messages(last, alerts):
                     try:
                         run.alert(title=kind, text=text, level="WARN", wait_duration=0)

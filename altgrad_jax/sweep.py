@@ -29,9 +29,11 @@ import numpy as np
 from altgrad_jax import config as settings
 from altgrad_jax import format_rules
 from altgrad_jax.console import make_console, show_duration
+from altgrad_jax.dry_run import program_bytes
 from altgrad_jax.environment import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.errors import UserError
 from altgrad_jax.formats import get_format
+from altgrad_jax.goodput import Goodput, describe
 from altgrad_jax.logger import write_atomically
 from altgrad_jax.process import StopRequest, lock_folder
 from altgrad_jax.training import NOT_SAVED, Program, Run, has_ended, loop, model_flops_per_step
@@ -44,7 +46,7 @@ MEMORY_SHARE = 0.8
 # Settings that the compiled program does not see, or sees as data.
 _NOT_COMPILED = frozenset({
     "seed", "learning_rate", "formats", "emergency_formats", "run_name", "checkpoint_dir", "tags", "project",
-    "wandb_mode", "wandb_entity", "wandb_group", "console"})
+    "wandb_mode", "wandb_entity", "wandb_group", "wandb_keys", "console"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +343,7 @@ def resolve_member_loop(member_loop):
 
 
 def sweep(members, out, *, data_dir=None, member_loop="auto", width=0, memory=0.0, shard=(0, 1), cpu_devices=1,
-          dry_run=False):
+          dry_run=False, age=0.0):
     """Trains every member of this shard that is not finished. Returns the exit code.
 
     Args:
@@ -354,11 +356,13 @@ def sweep(members, out, *, data_dir=None, member_loop="auto", width=0, memory=0.
       cpu_devices: where jax computes on a CPU, the devices that it is divided into. A small model keeps one core busy;
         two devices then train two members at a time. Sums may round otherwise than on one, though always alike.
       dry_run: only says what would be done: compiles every program and times a few of its steps.
+      age: as for training.train.
 
     Returns:
       0; 1 if a last checkpoint could not be saved; 128 + signal number if interrupted. A member that stopped because it
       was not finite is a result, and is told.
     """
+    goodput = Goodput(age)
     if cpu_devices > 1:
         _divide_cpu(cpu_devices)
     if any(member.config.deterministic for member in members):
@@ -385,7 +389,7 @@ def sweep(members, out, *, data_dir=None, member_loop="auto", width=0, memory=0.
                     if not todo or stop.number:
                         continue
                     program, planned = _prepare(group, todo, data_dir, console, resources, member_loop=member_loop,
-                                                width=width, memory=memory)
+                                                width=width, memory=memory, goodput=goodput)
                     title = f"group {number} of {len(groups)}"
                     say(f"{title}: {_describe(planned, program)}")
                     seconds = program.compile()
@@ -398,6 +402,7 @@ def sweep(members, out, *, data_dir=None, member_loop="auto", width=0, memory=0.
     finally:
         console.close()
     if not dry_run:
+        print(describe(goodput.account()), flush=True)
         print(_summary(mine, time.monotonic() - started, watch.alerts, interrupted=code > 128), flush=True)
     return code
 
@@ -420,10 +425,11 @@ def write_plan(out, members):
     write_atomically(Path(out) / SWEEP, (json.dumps(plan, indent=1) + "\n").encode())
 
 
-def _prepare(group, todo, data_dir, console, resources, *, member_loop, width, memory):
+def _prepare(group, todo, data_dir, console, resources, *, member_loop, width, memory, goodput):
     """(Program, Planned) of one group; the program is not compiled yet."""
     config, devices = group[0].config, jax.devices()
-    program = Program(config, data_dir, console, resources, width=1, member_loop=member_loop, devices=devices)
+    program = Program(config, data_dir, console, resources, width=1, member_loop=member_loop, devices=devices,
+                      goodput=goodput)
     per_lane, once = lane_bytes(program, member_loop=member_loop)
     limit = memory * 2**30 if memory else memory_limit(program.device)
     # With map a run's numbers do not depend on those beside it. With vmap they may, by rounding: a sweep that goes on
@@ -450,9 +456,7 @@ def _count(n, what):
 
 def _predict(program, planned, n_steps=3):
     """Memory as compiled, and the time the group takes by a few steps of its program."""
-    analysis = program.compiled[0].memory_analysis()
-    n_bytes = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + analysis.output_size_in_bytes \
-        - analysis.alias_size_in_bytes
+    n_bytes = program_bytes(program.compiled[0])
     seconds = time_steps(program, n_steps)
     steps = len(planned.chunks) * program.config.max_steps
     # With map a lane without a run costs nothing, with vmap as much as any.

@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -37,6 +38,8 @@ from altgrad_jax.environment import (
     fits_on_device,
     git_commit,
     has_cudnn_attention,
+    keep_autotune_results,
+    use_autotune_results,
     use_compilation_cache,
     use_deterministic_operations,
     versions,
@@ -44,13 +47,20 @@ from altgrad_jax.environment import (
 from altgrad_jax.errors import UserError
 from altgrad_jax.evaluation import choose_windows
 from altgrad_jax.formats import get_format
+from altgrad_jax.goodput import Goodput, describe, total
 from altgrad_jax.logger import (
+    ALERT,
+    ALERT_VALUE,
     MANIFEST,
     METRICS,
+    SPARSE,
+    TIMING_KEYS,
     DispatchRecord,
     Record,
     ValRising,
     Writer,
+    furthest_step,
+    matching,
     new_run_id,
     open_wandb,
     read_manifest,
@@ -90,7 +100,7 @@ class Result:
     history: dict[str, np.ndarray]
 
 
-def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
+def train(config, *, data_dir=None, workdir=None, resume="auto", age=0.0) -> Result:
     """Runs, or continues, the training that `config` describes; works in a script and in a notebook.
 
     Args:
@@ -99,6 +109,7 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
       workdir: the run's folder; default config.checkpoint_dir.
       resume: "auto" continues from the newest checkpoint that restores, if there is one; "never" demands an empty
         folder; a number continues from that step, and sets later checkpoints aside.
+      age: seconds of start-up that came before this call and count as the run's: a script's process.process_age().
 
     Returns:
       Result.
@@ -106,11 +117,10 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
     Raises:
       UserError: any setting, file or folder that cannot be used; before the first step.
     """
+    goodput = Goodput(age)
     settings.validate(config)
     resolve_wandb_mode(config.wandb_mode)
-    if resume not in ("auto", "never") and type(resume) is not int:
-        raise UserError(f"resume={resume!r} cannot be used: give 'auto', 'never', or the step of a checkpoint such as "
-                        "1000")
+    require_resume(resume)
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
     with contextlib.ExitStack() as resources:
         lock_folder(run_dir, resources)
@@ -119,16 +129,18 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
             print(f"{run_dir} is finished: it has made {made} of max_steps={config.max_steps} steps; raise max_steps "
                   "to go on, or give another --workdir to start a new run")
             return Result(FINISHED, run_dir, _read_verdict(run_dir), verdict.read_history(run_dir))
-        if config.deterministic:
-            use_deterministic_operations()
-        use_compilation_cache()
         console = make_console(config.console, config.max_steps)
         resources.callback(console.close)
         run = Run(config, run_dir, resume, console, resources)
-        program = Program(config, data_dir, console, resources)
+        if config.deterministic:
+            use_deterministic_operations()
+            use_autotune_results(run_dir, run.made_on(), console.message)
+        use_compilation_cache()
+        program = Program(config, data_dir, console, resources, goodput=goodput)
         run.open(program)
         console.message("compiling ...")
         run.writer.event("compiled", run.step, seconds=program.compile())
+        keep_autotune_results(run_dir)
         # Until here an interrupt has nothing to save, and simply ends the process; after the loop likewise.
         with StopRequest() as stop:
             loop(program, [run], stop)
@@ -140,6 +152,13 @@ def train(config, *, data_dir=None, workdir=None, resume="auto") -> Result:
 
 
 # ------------------------------------------------------------------------------------------------ before the first step
+
+
+def require_resume(resume):
+    """UserError unless it is a value of train's `resume`."""
+    if resume not in ("auto", "never") and type(resume) is not int:
+        raise UserError(f"resume={resume!r} cannot be used: give 'auto', 'never', or the step of a checkpoint such as "
+                        "1000")
 
 
 def is_finished(run_dir, config):
@@ -231,6 +250,18 @@ def model_flops_per_step(config):
         n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size)
 
 
+def require_wandb_keys(patterns, program):
+    """UserError unless each of these patterns matches a name that the program's rows have."""
+    names = program.row_names() if patterns else []
+    for pattern in patterns:
+        if not matching(names, [pattern]):
+            guess = settings.nearest(pattern, {*names, *(f"{name.partition('/')[0]}/*" for name in names
+                                                         if "/" in name)})
+            hint = f"did you mean {guess}?" if guess else "the keys of metrics.jsonl are their names"
+            raise UserError(f"wandb_keys={pattern} matches no metric of this run: give names or patterns such as loss "
+                            f"or grad_norm/*; {hint}")
+
+
 def require_float8_kernels(compiled, device, n_layers):
     """On a GPU: UserError unless the compiled step multiplies in float8, three products a quantized layer.
 
@@ -256,10 +287,13 @@ class Program:
         every setting that is not data to the program (see step.Inputs).
       member_loop: "map" or "vmap", how lanes are computed (step.over_members).
       devices: those used; default all. Lanes are split over them, or the batch of a single run.
+      goodput: where the time of the process is booked.
     """
 
-    def __init__(self, config, data_dir, console, resources, *, width=None, member_loop="map", devices=None):
+    def __init__(self, config, data_dir, console, resources, *, width=None, member_loop="map", devices=None,
+                 goodput=None):
         self.config, self.console, self.resources, self.width = config, console, resources, width
+        self.goodput = goodput or Goodput()
         self.member_loop = member_loop
         self._open_data(data_dir)
         self._build(member_loop, devices or jax.devices())
@@ -327,11 +361,36 @@ class Program:
                 self._certified[name, quant.saturate] = canary(get_format(name), saturate=quant.saturate)
         return {name: self._certified[name, quant.saturate] for name in names}
 
+    def row_names(self):
+        """Every name that a row of the record may have, those of its timing included."""
+        names = [name.removeprefix(SPARSE) for name in self.functions.metric_names
+                 if not name.startswith((ALERT, ALERT_VALUE))]
+        windows = jax.ShapeDtypeStruct((self.eval_batch_size, self.config.block_size + 1), np.uint16)
+        state = self.functions.abstract_state
+        ranks, observed = jax.eval_shape(self.functions.diagnose, state.params, windows, state.quant,
+                                         self.functions.inputs.formats)
+        if observed is not None:
+            nothing = jax.tree.map(lambda array: np.zeros(array.shape), observed)
+            names += diagnosis(self.quant, 0, 0, nothing)[0]
+        return [*names, "val_loss", "val_perplexity", *ranks, *TIMING_KEYS]
+
     def compile(self):
         """All programs, ahead of the first step: a call with other shapes is then an error, never a recompilation.
         Returns the seconds it took."""
-        config = self.config
         started = time.perf_counter()
+        with self.goodput.spend("compile"):
+            # While XLA compiles one, which takes no interpreter lock, the next is traced and compiled beside it.
+            # Autotuning results go to one file, which wants one writer.
+            with ThreadPoolExecutor(1 if self.config.deterministic else 3, thread_name_prefix="compile") as threads:
+                self.compiled = [threads.submit(lowered.compile) for lowered in self.lower()]
+            self.compiled = tuple(compiling.result() for compiling in self.compiled)
+            if self.quant is not None and self.quant.native:
+                require_float8_kernels(self.compiled[0], self.device, len(self.quant.layers))
+        return round(time.perf_counter() - started, 3)
+
+    def lower(self):
+        """Yields the lowered programs run (first, for it takes longest to compile), evaluate and diagnose."""
+        config = self.config
         shape = ((len(self.data.train_T),) if self.on_device
                  else (self.buffer_steps, config.batch_size, config.block_size + 1))
         everywhere = self.replicated if self.members is None else self.members.replicated
@@ -341,19 +400,16 @@ class Program:
             return jax.ShapeDtypeStruct((n, config.block_size + 1), np.uint16, sharding=sharding)
 
         functions, state, inputs, n_steps = self.functions, self.functions.abstract_state, self.functions.inputs, ()
-        # A diagnosis is rare: of runs side by side each is given its own.
-        diagnose = functions.diagnose.lower(state.params, windows(self.eval_batch_size, self.replicated), state.quant,
-                                            inputs.formats).compile()
         if self.members is not None:
             functions, n_steps = self.members, (self.width,)
             state, inputs = (self.members.abstract(tree, self.width) for tree in (state, inputs))
-        run = functions.run.lower(state, tokens, jax.ShapeDtypeStruct(n_steps, np.int32), inputs).compile()
-        if self.quant is not None and self.quant.native:
-            require_float8_kernels(run, self.device, len(self.quant.layers))
-        evaluate = functions.evaluate.lower(state.params, windows(len(self.val_windows), everywhere), state.quant,
-                                            inputs.formats).compile()
-        self.compiled = run, evaluate, diagnose
-        return round(time.perf_counter() - started, 3)
+        yield functions.run.lower(state, tokens, jax.ShapeDtypeStruct(n_steps, np.int32), inputs)
+        yield functions.evaluate.lower(state.params, windows(len(self.val_windows), everywhere), state.quant,
+                                       inputs.formats)
+        # A diagnosis is rare: of runs side by side each is given its own.
+        state, inputs = self.functions.abstract_state, self.functions.inputs
+        yield self.functions.diagnose.lower(state.params, windows(self.eval_batch_size, self.replicated), state.quant,
+                                            inputs.formats)
 
     def take(self, runs):
         """Takes the states of these runs, which have opened their folders; lane i is runs[i]."""
@@ -474,27 +530,33 @@ def loop(program, runs, stop):
 
     Runs that were saved at an earlier step than others are brought up to them first.
     """
-    config = program.config
+    config, goodput = program.config, program.goodput
+    goodput.enter("other")
     program.take(runs)
     seconds_per_step = None
 
     fresh = [run for run in runs if run.step == 0 and not run.resumed]
     if fresh and not stop.number:
         started = time.perf_counter()
-        looks = program.look(fresh, evaluate=True, diagnose=True)
+        with goodput.spend("evaluation"):
+            looks = program.look(fresh, evaluate=True, diagnose=True)
         seconds = (time.perf_counter() - started) / len(fresh)
         for run, (evaluation, lines) in zip(fresh, looks, strict=True):
-            run.writer.submit(DispatchRecord(0, evaluation=evaluation, evaluation_s=seconds, diagnostics=lines))
+            with goodput.spend("logging_blocked"):
+                run.writer.submit(DispatchRecord(0, evaluation=evaluation, evaluation_s=seconds, diagnostics=lines))
 
     while not stop.number and (going := [run for run in runs if run.goes_on]):
         step = min(run.step for run in going)
         behind = [run for run in going if run.step == step]
         n = dispatch_length(config, step, seconds_per_step, longest=program.buffer_steps)
         started = time.perf_counter()
-        rows = program.advance(behind, step, n)
+        with goodput.spend("step"):
+            rows = program.advance(behind, step, n)
         ended = time.perf_counter()
         seconds_per_step = (ended - started) / max(1, *map(len, rows))
         for run, rows_KM in zip(behind, rows, strict=True):
+            again = min(len(rows_KM), max(0, run.furthest - run.step))
+            goodput.move("step", "replayed", (ended - started) / len(behind) * again / max(1, len(rows_KM)))
             run.step += len(rows_KM)
         step += n
 
@@ -504,8 +566,9 @@ def loop(program, runs, stop):
         whole = [run for run in behind if not run.frozen]
         looks, seconds = {}, None
         if whole and (due(config.eval_interval) or due(config.diagnostic_interval)):
-            looks = dict(zip(map(id, whole), program.look(whole, evaluate=due(config.eval_interval),
-                                                          diagnose=due(config.diagnostic_interval)), strict=True))
+            with goodput.spend("evaluation"):
+                looks = dict(zip(map(id, whole), program.look(whole, evaluate=due(config.eval_interval),
+                                                              diagnose=due(config.diagnostic_interval)), strict=True))
             seconds = (time.perf_counter() - ended) / len(whole)
         for run, rows_KM in zip(behind, rows, strict=True):
             evaluation, lines = looks.get(id(run), (None, []))
@@ -538,7 +601,7 @@ class Run:
 
     Attributes:
       step: updates made. frozen: whether so many steps in a row were non-finite that it stopped. resumed: whether it
-        goes on from a checkpoint. lane: its place in the program.
+        goes on from a checkpoint. lane: its place in the program. furthest: the last step an earlier start recorded.
     """
 
     def __init__(self, config, run_dir, resume, console, resources, *, watch=None):
@@ -559,7 +622,7 @@ class Run:
         run_dir = self.run_dir
         self.manifest, self.resume = None, resume
         if resume == "never":
-            if any(run_dir.iterdir()):
+            if run_dir.exists() and any(run_dir.iterdir()):
                 raise UserError(f"{run_dir} is not empty and --resume=never starts anew: give an empty folder with "
                                 "--workdir, or continue with --resume=auto")
         elif (run_dir / MANIFEST).exists():
@@ -572,11 +635,20 @@ class Run:
             raise UserError(f"--resume={resume} names a checkpoint that {run_dir} does not hold; it has "
                             f"{', '.join(map(str, list_steps(run_dir))) or 'none'}")
 
+    def made_on(self):
+        """Device kind of the run's first start, None if this is it."""
+        return self.manifest["starts"][0]["device"]["kind"] if self.manifest else None
+
     def open(self, program):
         """Restores the run's state, or starts it, and opens its record."""
-        self.program = program
+        self.program, self.goodput = program, program.goodput
+        require_wandb_keys(self.config.wandb_keys, program)
         self.inputs = inputs_of(self.config)
         self.certificates = program.certify(self.quant)
+        made_on, kind = self.made_on(), program.device.device_kind
+        if self.config.deterministic and made_on not in (None, kind):
+            self.console.message(f"this run was begun on {made_on} and goes on on {kind}: XLA chooses kernels of its "
+                                 "own for each, so from here on its numbers may round otherwise")
         self._restore_or_start()
         self.frozen = bool(stability.is_frozen(self.state.monitor, program.thresholds))
         self._open_record()
@@ -584,12 +656,8 @@ class Run:
 
     def _restore_or_start(self):
         config, run_dir, resume = self.config, self.run_dir, self.resume
-        data, abstract_state = self.program.data, self.program.functions.abstract_state
-        if self.manifest and self.manifest["data"]["fingerprint"] != data.fingerprint:
-            raise UserError(
-                f"{run_dir} was trained on other data (fingerprint {self.manifest['data']['fingerprint'][:12]}, "
-                f"{data.dir} has {data.fingerprint[:12]}): give the --data_dir it was made with, or another "
-                "--workdir to start a new run")
+        abstract_state = self.program.functions.abstract_state
+        self.require_same_data(self.program)
         self.checkpoints = open_checkpoints(run_dir, config.max_checkpoints)
         self.resources.callback(self.checkpoints.close)
         restored = None
@@ -614,6 +682,15 @@ class Run:
 
         self.step, self.state = restored or (0, self.program.functions.init(config.seed, self.inputs.formats))
         self.resumed = restored is not None
+
+    def require_same_data(self, program):
+        """UserError if the folder's run was trained on other data than the program's."""
+        data = program.data
+        if self.manifest and self.manifest["data"]["fingerprint"] != data.fingerprint:
+            raise UserError(
+                f"{self.run_dir} was trained on other data (fingerprint {self.manifest['data']['fingerprint'][:12]}, "
+                f"{data.dir} has {data.fingerprint[:12]}): give the --data_dir it was made with, or another "
+                "--workdir to start a new run")
 
     def _refuse_foreign(self, step, meta):
         """A checkpoint of another run, copied into this folder, would continue as if it were this one's."""
@@ -640,6 +717,7 @@ class Run:
             (run_dir / name).unlink(missing_ok=True)
         self._write_manifest()
         resume_step = self.step if self.resumed else (None if self.manifest_was_new else -1)
+        self.furthest = furthest_step(run_dir)
         record = Record.open(run_dir, resume_step, log_interval=config.log_interval)
         self.writer = Writer(
             record, max_steps=config.max_steps, tokens_per_step=program.tokens_per_step,
@@ -650,12 +728,14 @@ class Run:
                                      after=config.warmup_steps),
             flops_per_step=program.flops_per_step, peak_flops=program.peak_flops)
         self.resources.callback(self.writer.close)
+        self.account = None
+        self.resources.callback(self._account)  # after an exception; else finish() has done it
         self.wandb = open_wandb(
             run_dir, mode=config.wandb_mode, run_id=self.run_id, project=config.project, name=config.run_name,
             entity=config.wandb_entity or None, group=config.wandb_group or None, tags=self.tags,
             config=settings.to_dict(config),
             resume_step=self.step if self.resumed else None, alert_interval=config.alert_interval,
-            say=self.console.message, event=self.writer.event)
+            keys=config.wandb_keys, say=self.console.message, event=self.writer.event)
         if self.wandb is not None:
             # After finish() there is nothing left to close; after an exception this ends W&B's process.
             self.resources.callback(self.wandb.close, drain_timeout=5.0)
@@ -722,14 +802,16 @@ class Run:
         """Hands the rows of a dispatch to the writer; `step` stands behind the last of them."""
         first_row = self.step - len(rows_KM) + 1
         self.evaluation = evaluation
-        self.writer.submit(DispatchRecord(first_row, self.program.functions.metric_names, rows_KM, len(rows_KM),
-                                          evaluation, started, seconds, look_seconds, diagnostics))
+        with self.goodput.spend("logging_blocked"):
+            self.writer.submit(DispatchRecord(first_row, self.program.functions.metric_names, rows_KM, len(rows_KM),
+                                              evaluation, started, seconds, look_seconds, diagnostics))
         self._save_anomaly(first_row, rows_KM)
         self._tell_saves()
 
     def saved_steps(self):
         """Steps of the complete checkpoints, once no save is under way."""
-        self.checkpoints.wait()
+        with self.goodput.spend("save_blocked"):
+            self.checkpoints.wait()
         self._tell_saves()
         return self.checkpoints.steps()
 
@@ -739,9 +821,11 @@ class Run:
 
     def save(self):
         """Starts to save the run's state at this step."""
-        self.writer.flush()
+        with self.goodput.spend("logging_blocked"):
+            self.writer.flush()
         val_loss = (self.evaluation or {}).get("val_loss")
-        self.checkpoints.save(self.step, self.program.state_of(self), self._meta(), val_loss)
+        with self.goodput.spend("save_blocked"):
+            self.checkpoints.save(self.step, self.program.state_of(self), self._meta(), val_loss)
 
     def _tell_saves(self):
         for outcome in self.checkpoints.check():
@@ -763,10 +847,12 @@ class Run:
         row = rows_KM[bad_row - first_row]
         where = {name: float(row[i]) for name, i in self.program.column.items()
                  if name.startswith("alert/nonfinite") and row[i] != 0}
-        self.writer.flush()
-        outcome = save_anomaly(self.run_dir, self.step, self.program.state_of(self), self._meta() | {
-            "first_bad_step": bad_row, "windows": windows.tolist(),
-            "found": {name.removeprefix("alert/"): count for name, count in where.items()}})
+        with self.goodput.spend("logging_blocked"):
+            self.writer.flush()
+        with self.goodput.spend("save_blocked"):
+            outcome = save_anomaly(self.run_dir, self.step, self.program.state_of(self), self._meta() | {
+                "first_bad_step": bad_row, "windows": windows.tolist(),
+                "found": {name.removeprefix("alert/"): count for name, count in where.items()}})
         self.writer.event("anomaly", self.step, first_bad_step=bad_row, path=str(outcome.path), error=outcome.error)
         self.console.alert(outcome.error or f"step {bad_row} was not finite; the state at step {self.step} is kept in "
                                             f"{outcome.path}")
@@ -777,7 +863,8 @@ class Run:
         """Writes the verdict and the plot of the loss, unless the run was interrupted, ends W&B, and returns the exit
         code. Whoever opened the record closes it."""
         self.exit_code = exit_code = self._exit_code(stop)
-        self.writer.flush()
+        with self.goodput.spend("logging_blocked"):
+            self.writer.flush()
         interrupted = exit_code > 128
         self.verdict = None
         if not interrupted:
@@ -793,12 +880,26 @@ class Run:
             verdict.write_verdict(self.run_dir, self.verdict)
         if self.wandb is not None:
             # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
-            self.wandb.close(drain_timeout=5.0 if interrupted else 300.0,
-                             summary={} if interrupted else {"verdict": self.verdict["verdict"]})
+            with self.goodput.spend("logging_blocked"):
+                self.wandb.close(drain_timeout=5.0 if interrupted else 300.0,
+                                 summary={} if interrupted else {"verdict": self.verdict["verdict"]})
+        self._account()
+        if self.account and self.verdict:
+            # Once more: sending to W&B may have taken minutes, and a verdict does not wait for that.
+            self.writer.flush()
+            self.verdict["goodput"] = total(verdict.read_timing(self.run_dir)[1])
+            verdict.write_verdict(self.run_dir, self.verdict)
         return exit_code
 
+    def _account(self):
+        """Records, once, where the time of this start went. Not of runs side by side, who have no time of their own."""
+        if self.account is None and self.program.width is None:
+            self.account = self.goodput.account()
+            self.writer.event("goodput", self.step, **self.account)
+
     def tell(self):
-        """Says how it went: the verdict, or how to resume."""
+        """Says how it went: where the time went, and the verdict, or how to resume."""
+        self.console.message(describe(self.account))
         self.console.close()
         exit_code = self.exit_code
         if exit_code > 128:
@@ -808,7 +909,7 @@ class Run:
             print(f"{signal.Signals(exit_code - 128).name}: stopped after step {self.step} of {self.config.max_steps}; "
                   f"{how} {goes_on}")
         else:
-            verdict.print_verdict(self.verdict, seconds=time.time() - self.started)
+            verdict.print_verdict(self.verdict, seconds=self.account["wall_s"])
 
     def _exit_code(self, stop):
         if self.frozen:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from altgrad_jax import goodput
 from altgrad_jax.console import Lasting, show_duration, show_rate
 from altgrad_jax.errors import UserError
 from altgrad_jax.logger import MANIFEST, METRICS, TIMING, parse_row, write_atomically
@@ -150,7 +151,8 @@ def make_verdict(run_dir, *, max_steps=None, stopped=None):
       last 5%), `initial_loss`, `final_loss`, `final_perplexity`, `nonfinite_steps`, `first_nonfinite_step`,
       `alerts` ({kind: count}), `validation` ([[step, loss]]), `best_val_loss`, `best_val_step`,
       `final_val_loss`, `final_val_perplexity`, `checkpoints`, `anomalies` (steps), `tokens_per_s`,
-      `step_time_s`, `paths`. Losses are nats per token; what is not finite is a string.
+      `step_time_s`, `goodput` (goodput.total of all starts), `paths`. Losses are nats per token; what is not
+      finite is a string.
     """
     run_dir = Path(run_dir)
     max_steps = _max_steps(run_dir) if max_steps is None else max_steps
@@ -171,7 +173,8 @@ def make_verdict(run_dir, *, max_steps=None, stopped=None):
     reasons = _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, alerts)
     finite_validation = [(loss, step) for step, loss in validation if math.isfinite(loss)]
     best_loss, best_step = min(finite_validation, default=(None, None))
-    tokens_per_s, step_time = _typical_speed(*read_timing(run_dir))
+    timing, events = read_timing(run_dir)
+    tokens_per_s, step_time = _typical_speed(timing, events)
     final_loss = losses[-1] if losses else None
     final_val_loss = validation[-1][1] if validation else None
     mild = {kind: n for kind, n in alerts.items() if kind not in UNSOUND_ALERTS}
@@ -189,7 +192,7 @@ def make_verdict(run_dir, *, max_steps=None, stopped=None):
         "validation": validation, "best_val_loss": best_loss, "best_val_step": best_step,
         "final_val_loss": final_val_loss, "final_val_perplexity": _exp(final_val_loss),
         "checkpoints": _step_folders(run_dir), "anomalies": _step_folders(run_dir / "anomaly"),
-        "tokens_per_s": tokens_per_s, "step_time_s": step_time,
+        "tokens_per_s": tokens_per_s, "step_time_s": step_time, "goodput": goodput.total(events),
         "paths": {"run": str(run_dir), "record": str(run_dir / METRICS), "verdict": str(run_dir / VERDICT),
                   "loss_plot": str(run_dir / LOSS_PLOT)},
     })

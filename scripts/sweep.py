@@ -31,18 +31,13 @@ def gibibytes(text):
     raise UserError(f"--memory={text} cannot be used: give a number of GiB, such as 8, or 0 for most of what there is")
 
 
-def yes_no(text):
-    if text not in ("yes", "no"):
-        raise UserError(f"--dry_run={text} cannot be used: give yes or no")
-    return text == "yes"
-
-
 def run(config, *, out, axes, shard, **options):
     from altgrad_jax import sweep
+    from altgrad_jax.process import process_age
 
     points = sweep.parse_axes(axes) if axes else cli.sweep_of(config)
     members = sweep.make_members(config, points, out)
-    return sweep.sweep(members, out, shard=sweep.shard_of(shard), **options)
+    return sweep.sweep(members, out, shard=sweep.shard_of(shard), age=process_age(), **options)
 
 
 FLAGS = (
@@ -55,7 +50,7 @@ FLAGS = (
     cli.Flag("shard", "auto", "slice i of n of the members, as i/n; auto = from SLURM's or JAX's variables, else all"),
     cli.Flag("cpu_devices", "1", "devices that a CPU is divided into, each of which trains members of its own",
              whole("cpu_devices", 1)),
-    cli.Flag("dry_run", "no", "yes = only say what would be trained, in which memory and time", yes_no),
+    cli.DRY_RUN,
     cli.Flag("data_dir", "data/{tokenizer}", "folder of the token files", cli.folder("data_dir")),
 )
 

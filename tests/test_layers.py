@@ -15,7 +15,7 @@ REPORT = {f"report.{name}" for name in ("__init__", "analysis", "figures", "page
 # From the bottom up; a module may import only from rows above its own, or from its own row where that is no cycle.
 LAYERS = [
     {"errors", "__init__", "data.__init__"},
-    {"formats", "flops", "process", "data.tokenizer"},
+    {"formats", "flops", "goodput", "process", "data.tokenizer"},
     {"format_rules", "whatif", "rank_alerts"},
     {"config"},
     {"quantize", "quant_dot"},
@@ -27,12 +27,12 @@ LAYERS = [
     {"generate"},
     {"evaluation"},
     {"training"},
-    {"benchmark", "campaign", "sweep"},
+    {"benchmark", "campaign", "dry_run", "sweep"},
 ]
 OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"}}
 MAY_JIT = {"step", "generate", "benchmark", "quantize"}
 NO_JAX = {"errors", "config", "formats", "format_rules", "whatif", "rank_alerts", "cli", "logger", "console", "verdict",
-          "flops", "process", "data.tokenizer", "data.sources", "data.prepare", *REPORT}
+          "flops", "goodput", "process", "data.tokenizer", "data.sources", "data.prepare", *REPORT}
 
 
 def name_of(path):

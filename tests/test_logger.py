@@ -746,6 +746,27 @@ def test_wandb_gets_every_key_of_every_row(tmp_path, fake):
     assert feed.said == ["W&B: https://wandb.test/run"] and not feed.events
 
 
+def test_only_the_asked_keys_are_sent_and_the_record_has_all(tmp_path, fake):
+    module, received = fake()
+    feed = Feed(tmp_path / "run", module, keys=("lo*s", "tokens_per_s"))
+    assert feed.sink.close() == 0
+    rows, sent = rows_of(tmp_path / "run"), received("step")
+    assert [set(message["row"]) for message in sent] == [{"loss", "tokens_per_s"}] * 12
+    assert [message["row"]["loss"] for message in sent] == [row["loss"] for row in rows[1:]]
+    assert all(set(row) > {"step", "loss"} for row in rows[1:])
+    assert [message["alert"] for message in received("alert")] == ["step 3: loss_spike, value 9.5"]
+    # Row 0 has neither of the two, and nothing is left unsent all the same.
+    assert rows[0]["step"] == 0 and feed.sink.last_sent == 12
+
+
+def test_a_feed_that_lags_drains_at_the_end_and_says_how_far_it_is(tmp_path, fake):
+    module, received = fake(log="time.sleep(0.4)")
+    feed = Feed(tmp_path / "run", module)
+    assert feed.sink.close() == 0
+    assert [message["step"] for message in received("step")] == list(range(13))
+    assert [line for line in feed.said if "rows still to be sent; giving up in 29" in line]
+
+
 @pytest.mark.parametrize("fault", [
     {"log": "time.sleep(0.3)"}, {"log": "time.sleep(999)"}, {"log": "raise RuntimeError('no route')"},
     {"init": "time.sleep(999)"}, {"init": "raise RuntimeError('no\\nroute')"}, {"finish": "time.sleep(999)"},

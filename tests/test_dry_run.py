@@ -1,0 +1,94 @@
+"""What a dry run says, and that it leaves nothing behind."""
+
+import re
+import subprocess
+
+import numpy as np
+import pytest
+from test_training import command, make_data, tiny
+
+from altgrad_jax import train
+from altgrad_jax.dry_run import dry_run
+from altgrad_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def tree_of(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+
+
+def test_it_says_what_a_run_takes_and_makes_no_folder(data_dir, tmp_path, capsys):
+    run_dir = tmp_path / "not" / "there"
+    assert dry_run(tiny(), data_dir=data_dir, workdir=run_dir) == 0
+    assert not run_dir.parent.exists()
+    said = capsys.readouterr().out
+    groups = dict(re.findall(r"([A-Za-z_ ]+?) ([\d,]+)[,)]", re.search(r"parameters: [\d,]+ \((.*)", said)[1]))
+    counts = {name.strip(): int(count.replace(",", "")) for name, count in groups.items()}
+    # GPT-2 by hand: 16 wide, one block, a position for each of 16 tokens, 256 token ids.
+    assert counts == {"embed": 4096, "pos_embed": 256, "attention": 16 * 48 + 48 + 16 * 16 + 16,
+                      "MLP": 16 * 64 + 64 + 64 * 16 + 16, "layer norms": 3 * 2 * 16}
+    assert f"parameters: {sum(counts.values()):,} (" in said
+    table = {line.split("  ")[0]: [float(word) for word in line.split()[-5:]] for line in said.splitlines()
+             if line.startswith(("training step", "evaluation", "diagnosis"))}
+    assert len(table) == 3
+    for arguments, outputs, temporaries, aliased, together in table.values():
+        assert together == pytest.approx(arguments + outputs + temporaries - aliased, abs=0.2)
+    per_token = 6 * (12 * 16 ** 2 + 256 * 16) + 12 * 16 * 16
+    assert f"operations of a step: {4 * 16 * per_token / 1e9:,.4g} GFLOP by formula" in said
+    assert re.search(r"predicted: .* ms a step", said) and "as just measured here" in said
+    assert "there is room" in said and f"next: a new run of 40 steps in {run_dir}" in said
+
+
+def test_a_known_device_is_predicted_from_its_peak_and_the_assumption_is_named(data_dir, tmp_path, capsys, monkeypatch):
+    from altgrad_jax import training
+
+    monkeypatch.setattr(training.flops, "peak_flops", lambda *_: 1e12)
+    dry_run(tiny(), data_dir=data_dir, workdir=tmp_path / "x")
+    flops = 4 * 16 * (6 * (12 * 16 ** 2 + 256 * 16) + 12 * 16 * 16)
+    said = capsys.readouterr().out
+    assert f"predicted: {1e3 * flops / 0.3e12:.3g} ms a step" in said and "MFU 30%: supposing" in said
+
+
+def test_it_says_where_a_run_would_go_on_and_touches_nothing(data_dir, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
+    before = tree_of(run_dir)
+
+    def said(resume="auto", **changes):
+        capsys.readouterr()
+        assert dry_run(tiny(**changes), data_dir=data_dir, workdir=run_dir, resume=resume) == 0
+        return capsys.readouterr().out
+
+    assert "next: nothing" in said(max_steps=20)
+    assert "next: resume at step 20 of 40, from a checkpoint that verifies" in said()
+    assert "next: resume at step 10 of 40" in said(resume=10)
+    with pytest.raises(UserError, match="is not empty"):
+        said(resume="never")
+    with pytest.raises(UserError, match="learning_rate"):
+        said(learning_rate=1e-3)
+    with pytest.raises(UserError, match="other data"):
+        dry_run(tiny(), data_dir=make_data(tmp_path, seed=1), workdir=run_dir)
+    assert tree_of(run_dir) == before
+    victim = max((path for path in (run_dir / "20" / "state").rglob("*") if path.is_file()),
+                 key=lambda path: path.stat().st_size)
+    content = np.frombuffer(victim.read_bytes(), np.uint8).copy()
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content.tobytes())
+    before = tree_of(run_dir)
+    text = said()
+    assert "checkpoint 20 is damaged" in text and "next: resume at step 10 of 40" in text
+    assert tree_of(run_dir) == before
+
+
+def test_the_script_takes_the_bare_flag(data_dir, tmp_path):
+    done = subprocess.run([*command(data_dir, tmp_path / "x"), "--dry_run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "next: a new run" in done.stdout and not (tmp_path / "x").exists() and "\x1b" not in done.stdout
+    done = subprocess.run([*command(data_dir, tmp_path / "x", n_embd=15), "--dry_run"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: n_embd=15 cannot be split")
+    done = subprocess.run([*command(data_dir, tmp_path / "x"), "--dry_run=perhaps"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: --dry_run=perhaps cannot be used: give yes or no\n"
