@@ -11,9 +11,9 @@ Operands are rounded as in quant_dot: x, the table, and the gradient of the logi
 maximum, log-sum-exp and softmax are float32. Tiles change the order in which the table's gradient is summed, nothing
 else.
 
-The table is padded with rows of zeros to a multiple of 128, a size that matrix units work with undivided, only as an
-operand: parameters, moments and checkpoints have the vocabulary's own size. Padded logits are -inf, so they have no
-part in the loss.
+The table is padded with rows of zeros to a multiple of 128, a size that matrix units work with undivided (vocabularies
+up to 128 are left alone), only as an operand: parameters, moments and checkpoints have the vocabulary's own size.
+Padded logits are -inf, so they have no part in the loss.
 
 Axes: B batch, L length, D width, V vocabulary (P padded), N tiles, M tokens of a tile.
 """
@@ -30,8 +30,8 @@ PADDED_TO = 128
 
 
 def padded(vocab_size):
-    """The vocabulary's size as an operand: the next multiple of PADDED_TO."""
-    return -(-vocab_size // PADDED_TO) * PADDED_TO
+    """The vocabulary's size as an operand."""
+    return vocab_size if vocab_size < PADDED_TO else -(-vocab_size // PADDED_TO) * PADDED_TO
 
 
 def tiles(batch, length, vocab_size, tile_bytes):
@@ -39,6 +39,21 @@ def tiles(batch, length, vocab_size, tile_bytes):
     take at most tile_bytes, or `length` where none does."""
     return next(n for n in range(1, length + 1) if length % n == 0
                 and (batch * (length // n) * padded(vocab_size) * 4 <= tile_bytes or n == length))
+
+
+@jax.custom_vjp
+def cross_entropy(logits_BLV, targets_BL):
+    """Mean cross entropy of all logits, float32, at once, in nats per token; rounds as a single tile does."""
+    return _cross_entropy_forward(logits_BLV, targets_BL)[0]
+
+
+def _cross_entropy_forward(logits_BLV, targets_BL):
+    # Flat, as in a tile, for the sums to be in its order.
+    loss_M, share_MV, hit_MV = _losses(logits_BLV.reshape(-1, logits_BLV.shape[-1]), targets_BL.reshape(-1))
+    return loss_M.mean(), ((share_MV - hit_MV) * (1 / targets_BL.size)).reshape(logits_BLV.shape)
+
+
+cross_entropy.defvjp(_cross_entropy_forward, lambda gradient_BLV, g: (gradient_BLV * g, None))
 
 
 def tied_cross_entropy(x_BLD, table_VD, targets_BL, *, compute_dtype, tile_bytes):
@@ -52,52 +67,53 @@ def tied_cross_entropy(x_BLD, table_VD, targets_BL, *, compute_dtype, tile_bytes
       tile_bytes: limit of the float32 logits that exist at once (see `tiles`).
     """
     n = tiles(*x_BLD.shape[:2], table_VD.shape[0], tile_bytes)
-    return _cross_entropy(x_BLD, table_VD, targets_BL, jnp.dtype(compute_dtype), n)
+    return _tied(x_BLD, table_VD, targets_BL, jnp.dtype(compute_dtype), n)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _cross_entropy(x_BLD, table_VD, targets_BL, compute_dtype, n_tiles):
+def _tied(x_BLD, table_VD, targets_BL, compute_dtype, n_tiles):
     table_PD = _operand(table_VD, compute_dtype)
 
     def tile(x_MD, targets_M):
-        return _tile_loss(x_MD.astype(compute_dtype), table_PD, targets_M, table_VD.shape[0])[0]
+        return _tile_losses(x_MD.astype(compute_dtype), table_PD, targets_M, table_VD.shape[0])[0]
 
     if n_tiles == 1:
         return tile(*_tiled(x_BLD, targets_BL, 1)).mean()
     return lax.map(lambda item: tile(*item), _tiled(x_BLD, targets_BL, n_tiles)).mean()
 
 
-def _forward(x_BLD, table_VD, targets_BL, compute_dtype, n_tiles):
+def _tied_forward(x_BLD, table_VD, targets_BL, compute_dtype, n_tiles):
     B, L, D = x_BLD.shape
     vocab_size = table_VD.shape[0]
     table_PD = _operand(table_VD, compute_dtype)
 
     def tile(x_MD, targets_M):
         x_MD = x_MD.astype(compute_dtype)
-        loss_M, share_MP, hit_MP = _tile_loss(x_MD, table_PD, targets_M, vocab_size)
+        loss_M, share_MP, hit_MP = _tile_losses(x_MD, table_PD, targets_M, vocab_size)
         g_MP = ((share_MP - hit_MP) * (1 / (B * L))).astype(compute_dtype)
-        return loss_M, product(g_MP, table_PD, 1, 0), weight_gradient(x_MD, g_MP)
+        return loss_M, product(g_MP, table_PD, 1, 0), weight_gradient(x_MD, g_MP, w_is_NK=n_tiles == 1)
 
     if n_tiles == 1:
-        loss_M, dx_MD, dtable_DP = tile(*_tiled(x_BLD, targets_BL, 1))
-        return loss_M.mean(), (dx_MD.reshape(B, L, D), dtable_DP.T[:vocab_size])
+        loss_M, dx_MD, dtable_PD = tile(*_tiled(x_BLD, targets_BL, 1))
+        return loss_M.mean(), (dx_MD.reshape(B, L, D), dtable_PD[:vocab_size])
 
     def body(dtable_DP, item):
         loss_M, dx_MD, more_DP = tile(*item)
         return dtable_DP + more_DP, (loss_M, dx_MD)
 
+    # Transposed once, at the end, instead of in every tile.
     zeros_DP = jnp.zeros(table_PD.shape[::-1], jnp.float32)
     dtable_DP, (loss_NM, dx_NMD) = lax.scan(body, zeros_DP, _tiled(x_BLD, targets_BL, n_tiles))
     dx_BLD = dx_NMD.reshape(n_tiles, B, L // n_tiles, D).swapaxes(0, 1).reshape(B, L, D)
     return loss_NM.mean(), (dx_BLD, dtable_DP.T[:vocab_size])
 
 
-def _backward(compute_dtype, n_tiles, gradients, g):
+def _tied_backward(compute_dtype, n_tiles, gradients, g):
     dx_BLD, dtable_VD = gradients
     return dx_BLD * g, dtable_VD * g, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_tied.defvjp(_tied_forward, _tied_backward)
 
 
 def _operand(table_VD, compute_dtype):
@@ -115,16 +131,20 @@ def _tiled(x_BLD, targets_BL, n):
             targets_BL.reshape(B, n, L // n).swapaxes(0, 1).reshape(n, B * L // n))
 
 
-def _tile_loss(x_MD, table_PD, targets_M, vocab_size):
-    """(loss in nats [M], softmax [M, P], whether a column is the row's target [M, P]) of one tile."""
+def _tile_losses(x_MD, table_PD, targets_M, vocab_size):
+    """`_losses` of one tile."""
     logits_MP = product(x_MD, table_PD, 1, 1)
-    column_P = jnp.arange(table_PD.shape[0])
     if table_PD.shape[0] > vocab_size:
-        logits_MP = jnp.where(column_P < vocab_size, logits_MP, -jnp.inf)
-    amax_M1 = logits_MP.max(-1, keepdims=True)
+        logits_MP = jnp.where(jnp.arange(table_PD.shape[0]) < vocab_size, logits_MP, -jnp.inf)
+    return _losses(logits_MP, targets_M)
+
+
+def _losses(logits, targets):
+    """(loss in nats of each token [...], softmax [..., V], whether a column is the token's target [..., V])."""
+    amax = logits.max(-1, keepdims=True)
     # One exponential serves the sum and the softmax.
-    e_MP = jnp.exp(logits_MP - amax_M1)
-    sum_M1 = e_MP.sum(-1, keepdims=True)
-    target_M1 = jnp.take_along_axis(logits_MP, targets_M[:, None], axis=-1)
-    loss_M = (jnp.log(sum_M1) + amax_M1 - target_M1)[:, 0]
-    return loss_M, e_MP * (1 / sum_M1), column_P == targets_M[:, None]
+    e = jnp.exp(logits - amax)
+    total = e.sum(-1, keepdims=True)
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    loss = (jnp.log(total) + amax - target)[..., 0]
+    return loss, e * (1 / total), jnp.arange(logits.shape[-1]) == targets[..., None]

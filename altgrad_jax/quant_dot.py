@@ -313,8 +313,8 @@ def weight_gradient(x_MK, g_MN, w_is_NK=False, descales=()):
 
     if not (x_MK.dtype == g_MN.dtype == jnp.bfloat16 and min(*x_MK.shape, *g_MN.shape) >= 8):
         return direct(x_MK, g_MN)
-    # XLA's CPU backend multiplies bfloat16 matrices only as they lie, contracting rows with columns; for any other product
-    # it converts them to float32 first, at less than half the speed. Transposing x costs a few percent of that.
+    # XLA's CPU backend multiplies bfloat16 matrices only as they lie, contracting the left one's columns; for any other
+    # product it converts them to float32 first, at less than half the speed. Transposing x costs little beside that.
     return lax.platform_dependent(x_MK, g_MN, cpu=transposed, default=direct)
 
 

@@ -39,7 +39,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from altgrad_jax import diagnostics, ledger, metrics, optimizer, quantization, stability
 from altgrad_jax.config import METRIC_GROUPS
-from altgrad_jax.cross_entropy import tied_cross_entropy
+from altgrad_jax.cross_entropy import cross_entropy, tied_cross_entropy
 from altgrad_jax.data.dataset import gather_windows, permute_windows
 from altgrad_jax.model import GPT, GPTConfig, Quantized, init_params, weights_of, with_weights
 from altgrad_jax.quant_dot import combine_statistics, empty_statistics, named_statistics
@@ -122,12 +122,6 @@ class StepFunctions(NamedTuple):
     inputs: Inputs
 
 
-def token_loss(logits_BLV, targets_BL):
-    """Cross entropy in nats per token, float32 [B, L], through a float32 log-sum-exp."""
-    target_logit_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BLV, axis=-1) - target_logit_BL
-
-
 def make_loss(model: GPT):
     """loss(params, windows [B, L+1], dropout key or None, Quantized or None) -> (mean, GPTOutput without hidden and
     logits). All logits exist at once only where the head's product is quantized."""
@@ -140,7 +134,7 @@ def make_loss(model: GPT):
         output = model.apply({"params": params}, tokens_BL, train=dropout_key is not None, rngs=rngs,
                              quantized=quantized, head=whole)
         if whole:
-            mean = token_loss(output.logits, targets_BL).mean()
+            mean = cross_entropy(output.logits, targets_BL)
         else:
             mean = tied_cross_entropy(output.hidden, weights_of(params, "head"), targets_BL,
                                       compute_dtype=config.compute_dtype, tile_bytes=config.loss_tile_bytes)

