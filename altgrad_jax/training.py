@@ -16,6 +16,7 @@ finds, the record reaches it.
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -279,6 +280,18 @@ def require_float8_kernels(compiled, device, n_layers):
 # ------------------------------------------------------------------------------------------------- what is compiled
 
 
+@contextlib.contextmanager
+def _without_garbage_collection():
+    """Tracing makes millions of objects that live on; looking through them again and again took a fifth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Program:
     """The compiled functions of one config, with their data and device, and the states they act on.
 
@@ -339,9 +352,10 @@ class Program:
         self.buffer_steps = min(config.steps_per_dispatch or AUTO_DISPATCH_STEPS, config.max_steps)
         options = step_options(config, steps_per_dispatch=self.buffer_steps, data_on_device=self.on_device)
         self.thresholds, self.quant = options.thresholds, options.quant
-        self.functions = make_step_functions(
-            model_config(config, self.device), options, self.mesh, n_train_windows=self.data.n_train_windows,
-            eval_batch_size=self.eval_batch_size, seed=config.seed)
+        with _without_garbage_collection():
+            self.functions = make_step_functions(
+                model_config(config, self.device), options, self.mesh, n_train_windows=self.data.n_train_windows,
+                eval_batch_size=self.eval_batch_size, seed=config.seed)
         self.members = None
         if self.width is not None:
             self.members = over_members(self.functions, devices, member_loop)
@@ -381,7 +395,8 @@ class Program:
         with self.goodput.spend("compile"):
             # While XLA compiles one, which takes no interpreter lock, the next is traced and compiled beside it.
             # Autotuning results go to one file, which wants one writer.
-            with ThreadPoolExecutor(1 if self.config.deterministic else 3, thread_name_prefix="compile") as threads:
+            with ThreadPoolExecutor(1 if self.config.deterministic else 3, thread_name_prefix="compile") as threads, \
+                    _without_garbage_collection():
                 self.compiled = [threads.submit(lowered.compile) for lowered in self.lower()]
             self.compiled = tuple(compiling.result() for compiling in self.compiled)
             if self.quant is not None and self.quant.native:
@@ -460,9 +475,10 @@ class Program:
         n_R[[run.lane for run in runs]] = n
         self.state, rows = self.compiled[0](self.state, self._fed(step, n), n_R[0] if self.members is None else n_R,
                                             self.inputs)
-        rows_RKM = self._by_lane(rows)
-        frozen_R = self._by_lane(stability.is_frozen(self.state.monitor, self.thresholds))
-        first_bad_R = self._by_lane(self.state.monitor.first_bad_step)
+        # One transfer, and no operation on the device for what a comparison on the host decides: it waits meanwhile.
+        monitor = self.state.monitor
+        rows_RKM, bad_streak_R, first_bad_R = self._by_lane((rows, monitor.bad_streak, monitor.first_bad_step))
+        frozen_R = stability.is_frozen(monitor._replace(bad_streak=bad_streak_R), self.thresholds)
         made = []
         for run in runs:
             rows_KM = rows_RKM[run.lane][:n]
