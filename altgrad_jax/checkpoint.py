@@ -35,6 +35,7 @@ Everything here assumes one process, which may drive any number of devices.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -44,10 +45,12 @@ import math
 import os
 import re
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +64,10 @@ from altgrad_jax.errors import UserError
 SCHEMA_VERSION = 1
 ANOMALY, DAMAGED, SUPERSEDED, DELETED = "anomaly", "damaged", "superseded", ".deleted"
 _STATE, _META, _META_FILE = "state", "meta", "meta.json"
-_UNFINISHED = "*.orbax-checkpoint-tmp*"
+_UNFINISHED = ".orbax-checkpoint-tmp*"
 _NAMED_IN_A_MESSAGE = 4
+# Saves of one run folder that may be under way together; see docs/results/checkpoint-speed.md.
+SAVES_AT_ONCE = 3
 
 
 class DamagedCheckpoint(UserError):
@@ -88,8 +93,7 @@ class SaveOutcome:
         that only the removal of older checkpoints failed.
       n_bytes: bytes of all arrays.
       blocked_s: seconds for which the caller was held.
-      background_s: seconds the worker took, of which
-      digest_s: seconds went into sha256 (the wait for the device's copy included).
+      background_s: seconds the worker took, the removal of older checkpoints included.
     """
 
     step: int
@@ -98,7 +102,6 @@ class SaveOutcome:
     n_bytes: int = 0
     blocked_s: float = 0.0
     background_s: float = 0.0
-    digest_s: float = 0.0
 
 
 class _OrbaxIsQuiet(logging.Filter):
@@ -140,24 +143,6 @@ def best_step(val_losses: Mapping[int, float | None]) -> int | None:
     """The step with the lowest finite validation loss, the newest of equals; None where there is none."""
     finite = {step: loss for step, loss in val_losses.items() if loss is not None and math.isfinite(loss)}
     return min(finite, key=lambda step: (finite[step], -step)) if finite else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _KeepBestAndNewest:
-    """Orbax's PreservationPolicy over `kept_steps`.
-
-    Orbax can keep metrics itself, but one flipped bit in such a file stops its manager from opening the
-    folder. So the losses come from our own records: `val_losses` belongs to `Checkpoints`, read when asked.
-    """
-
-    val_losses: Mapping[int, float | None]
-    max_checkpoints: int
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> list[bool]:
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = kept_steps({step: self.val_losses.get(step) for step in steps}, self.max_checkpoints)
-        return [step in kept for step in steps]
 
 
 # Trees, paths and digests.
@@ -251,21 +236,68 @@ def _snapshot(state: Any) -> dict[str, Any]:
     return dict(zip(flat, copies))
 
 
+class _HostMemory:
+    """Bounds the bytes that saves under way hold together on the host, over all run folders of the process."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self._taken = 0
+        self._changed = threading.Condition()
+
+    def take(self, n_bytes: int) -> None:
+        """Waits until there is room; one save alone always has room."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + n_bytes <= self.limit)
+            self._taken += n_bytes
+
+    def give_back(self, n_bytes: int) -> None:
+        with self._changed:
+            self._taken -= n_bytes
+            self._changed.notify_all()
+
+
+_HOST_MEMORY = _HostMemory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4)
+# sha256 releases the GIL. Half the cores at most: the others belong to the loop and to the writing.
+_HASHERS = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 2)), thread_name_prefix="sha256")
+
+
+def _to_host(copies: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Future[str]]]:
+    """Empties `copies` one by one, so that the device's copy goes as the host's comes.
+
+    Returns:
+      The arrays on the host, and their sha256, which are worked out beside what follows.
+    """
+    arrays = {}
+    digests = {}
+    for name in list(copies):
+        arrays[name] = np.asarray(copies.pop(name))
+        digests[name] = _HASHERS.submit(_digest, arrays[name])
+    return arrays, digests
+
+
 def _describe(
-    step: int, val_loss: float | None, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
+    step: int,
+    val_loss: float | None,
+    arrays: Mapping[str, np.ndarray],
+    digests: Mapping[str, Future[str]],
+    meta: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of meta.json, with the sha256 of each array and of itself."""
     document = {
         "schema_version": SCHEMA_VERSION,
         "step": step,
-        "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+        "val_loss": _finite_or_none(val_loss),
         "arrays": {
-            path: {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": _digest(array)}
+            path: {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": digests[path].result()}
             for path, array in arrays.items()
         },
         "meta": meta,
     }
     return {**document, "sha256": _document_digest(document)}
+
+
+def _finite_or_none(val_loss: float | None) -> float | None:
+    return val_loss if val_loss is not None and math.isfinite(val_loss) else None
 
 
 class _AllOrAnError(ocp.type_handlers.NumpyHandler):
@@ -325,12 +357,27 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
     )
 
 
-def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    """The two items of a checkpoint."""
+class _LateJsonHandler(ocp.JsonCheckpointHandler):
+    """Writes what a function returns, which is called while the arrays are being written."""
+
+    async def _save_fn(self, x: Callable[[], Any], directory: Any) -> None:
+        await super()._save_fn(x(), directory)
+
+    @classmethod
+    def typestr(cls) -> str:
+        # It stands in Orbax's own metadata, where it names the format.
+        return ocp.JsonCheckpointHandler.typestr()
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Writes the two items of a checkpoint to a temporary folder, then renames it."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add(_STATE, ocp.args.PyTreeSave, _array_handler())
-    registry.add(_META, ocp.args.JsonSave, ocp.JsonCheckpointHandler(filename=_META_FILE))
-    return registry
+    registry.add(_META, ocp.args.JsonSave, _LateJsonHandler(filename=_META_FILE))
+    # Folders that are made asynchronously are announced under a number that all threads share: a save could
+    # take the folders of another for its own.
+    options = ocp.CompositeOptions(async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(handler_registry=registry, composite_options=options))
 
 
 def _refuse_a_full_disk(folder: Path, n_bytes: int) -> None:
@@ -340,12 +387,13 @@ def _refuse_a_full_disk(folder: Path, n_bytes: int) -> None:
         raise OSError(errno.ENOSPC, f"it needs {n_bytes / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
 
 
-def _items(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> ocp.args.Composite:
+def _write(path: Path, arrays: Mapping[str, Any], describe: Callable[[], dict[str, Any]]) -> None:
+    """Writes the checkpoint `path`; `describe` gives meta.json and is called in another thread meanwhile."""
     # Orbax refuses arrays without elements. Dtype and shape say all there is to know of them.
-    with_elements = {path: array for path, array in arrays.items() if array.size}
-    return ocp.args.Composite(
-        **{_STATE: ocp.args.PyTreeSave(_nest(with_elements)), _META: ocp.args.JsonSave(document)}
-    )
+    with_elements = {name: array for name, array in arrays.items() if array.size}
+    items = {_STATE: ocp.args.PyTreeSave(_nest(with_elements)), _META: ocp.args.JsonSave(describe)}
+    with _checkpointer() as checkpointer:
+        checkpointer.save(path, args=ocp.args.Composite(**items))
 
 
 def save_anomaly(run_dir: str | Path, step: int, state: Any, meta: Mapping[str, Any]) -> SaveOutcome:
@@ -366,22 +414,16 @@ def save_anomaly(run_dir: str | Path, step: int, state: Any, meta: Mapping[str, 
         return SaveOutcome(step, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: np.asarray(leaf) for name, leaf in _flatten(state).items()}
-        _refuse_a_full_disk(path.parent, sum(array.nbytes for array in arrays.values()))
-        document = _describe(step, None, arrays, json.loads(json.dumps(meta)))
-        digest_s = time.perf_counter() - started
-        checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler(handler_registry=_handlers()))
-        try:
-            checkpointer.save(path, args=_items(arrays, document))
-        finally:
-            checkpointer.close()
+        arrays, digests = _to_host(_flatten(state))
+        n_bytes = sum(array.nbytes for array in arrays.values())
+        _refuse_a_full_disk(path.parent, n_bytes)
+        meta = json.loads(json.dumps(meta))
+        _write(path, arrays, lambda: _describe(step, None, arrays, digests, meta))
     except Exception as error:
         _remove_unfinished(path.parent)
         message = f"the anomaly checkpoint of step {step} was not saved to {path}: {_one_line(error)}"
         return SaveOutcome(step, path, error=message)
-    elapsed = time.perf_counter() - started
-    n_bytes = sum(array.nbytes for array in arrays.values())
-    return SaveOutcome(step, path, n_bytes=n_bytes, blocked_s=elapsed, digest_s=digest_s)
+    return SaveOutcome(step, path, n_bytes=n_bytes, blocked_s=time.perf_counter() - started)
 
 
 # Reading.
@@ -571,8 +613,8 @@ def _step_path(run_dir: Path, step: int | None) -> Path:
 # The run folder, while it is trained into.
 
 
-def _remove_unfinished(folder: Path) -> None:
-    for path in folder.glob(_UNFINISHED) if folder.is_dir() else ():
+def _remove_unfinished(folder: Path, name: str = "*") -> None:
+    for path in folder.glob(name + _UNFINISHED) if folder.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -623,18 +665,18 @@ def open_checkpoints(run_dir: str | Path, max_checkpoints: int) -> Checkpoints:
 class Checkpoints:
     """The checkpoints of one run folder; made by `open_checkpoints`, released by `close`.
 
-    Methods are called from one thread. `save` hands its work to a worker thread; one save runs at a time.
+    Methods are called from one thread. `save` hands its work to worker threads, of which SAVES_AT_ONCE work
+    side by side; the rotation is under a lock.
     """
 
     def __init__(self, run_dir: Path, max_checkpoints: int):
         self.run_dir = run_dir
         self.max_checkpoints = max_checkpoints
         self._val_losses = {step: _val_loss_of(run_dir / str(step)) for step in list_steps(run_dir)}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: Future[SaveOutcome] | None = None
+        self._workers = ThreadPoolExecutor(SAVES_AT_ONCE, thread_name_prefix="checkpoint")
+        self._running: dict[Future[SaveOutcome], int] = {}
         self._finished: list[SaveOutcome] = []
-        # Made by the worker when needed, dropped when its list of steps may be wrong: a new one looks again.
-        self._manager: ocp.CheckpointManager | None = None
+        self._rotation = threading.Lock()
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints on the disk, ascending, without one that is being written."""
@@ -651,7 +693,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: Mapping[str, Any], val_loss: float | None = None) -> bool:
         """Starts to save `state` as checkpoint `step`; never raises for want of disk, memory or rights.
 
-        Waits for an earlier save that is still being written, so that at most one copy of the state is alive.
+        Waits only while SAVES_AT_ONCE saves are under way, or for the memory that they hold.
 
         Args:
           step: updates made so far; the folder's name.
@@ -664,33 +706,46 @@ class Checkpoints:
           told by `check`; after a failed one the caller simply saves at the next interval.
         """
         started = time.perf_counter()
-        self.wait()
+        if step in self._running.values():
+            self.wait()
+        while len(self._running) >= SAVES_AT_ONCE:
+            wait_for(self._running, return_when=FIRST_COMPLETED)
+            self._collect()
         if step in self.steps():
             return False
+        n_bytes = 0
         try:
             meta = json.loads(json.dumps(meta))
+            n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            _HOST_MEMORY.take(n_bytes)
             copies = _snapshot(state)
         except Exception as error:
+            _HOST_MEMORY.give_back(n_bytes)
             self._finished.append(self._failure(step, error))
             return True
-        val_loss = None if val_loss is None else float(val_loss)
+        val_loss = _finite_or_none(None if val_loss is None else float(val_loss))
         blocked_s = time.perf_counter() - started
-        self._running = self._worker.submit(self._write, step, copies, meta, val_loss, blocked_s)
+        self._running[self._workers.submit(self._save, step, copies, n_bytes, meta, val_loss, blocked_s)] = step
         return True
 
     def wait(self) -> None:
         """Blocks until no save is under way. Never raises for a save that failed: `check` tells."""
-        if self._running is not None:
-            outcome = self._running.result()
-            self._running = None
-            self._finished.append(outcome)
+        wait_for(self._running)
+        self._collect()
 
     def check(self) -> list[SaveOutcome]:
-        """The saves that ended since the last call, in order, without waiting; a failed one has `error`."""
-        if self._running is not None and self._running.done():
-            self.wait()
+        """The saves that ended since the last call, in the order of their start, without waiting.
+
+        A failed one has `error`. One that was started earlier may end, and so be told, later.
+        """
+        self._collect()
         finished, self._finished = self._finished, []
         return finished
+
+    def _collect(self) -> None:
+        for future in [future for future in self._running if future.done()]:
+            del self._running[future]
+            self._finished.append(future.result())
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """Reads checkpoint `step`, or raises UserError if there is none; the rest as `restore_path`."""
@@ -747,18 +802,14 @@ class Checkpoints:
         return newer
 
     def close(self) -> None:
-        """Waits for a save under way and releases the worker. `check` may still be called, `close` again."""
+        """Waits for the saves under way and releases the workers. `check` may still be called, `close` again."""
         self.wait()
-        if self._manager is not None:
-            self._worker.submit(self._drop_manager).result()
-        self._worker.shutdown()
+        self._workers.shutdown()
 
     def _move(self, steps: Sequence[int], folder: str) -> None:
         for step in steps:
             _set_aside(self.run_dir, step, folder)
             self._val_losses.pop(step, None)
-        if steps and self._manager is not None:
-            self._worker.submit(self._drop_manager).result()
 
     def _failure(self, step: int, error: Exception, **timings: Any) -> SaveOutcome:
         path = self.run_dir / str(step)
@@ -768,17 +819,13 @@ class Checkpoints:
             message = f"checkpoint {step} was not saved to {path}: {_one_line(error)}"
         return SaveOutcome(step, path, error=message, **timings)
 
-    # The worker's side.
+    # The workers' side.
 
-    def _drop_manager(self) -> None:
-        manager, self._manager = self._manager, None
-        if manager is not None:
-            manager.close()
-
-    def _write(
+    def _save(
         self,
         step: int,
         copies: dict[str, Any],
+        n_bytes: int,
         meta: dict[str, Any],
         val_loss: float | None,
         blocked_s: float,
@@ -786,45 +833,41 @@ class Checkpoints:
         started = time.perf_counter()
         path = self.run_dir / str(step)
         try:
-            n_bytes = sum(copy.nbytes for copy in copies.values())
             _refuse_a_full_disk(self.run_dir, n_bytes)
-            # One by one, so that the device's copy goes as the host's comes.
-            arrays = {name: np.asarray(copies.pop(name)) for name in list(copies)}
-            document = _describe(step, val_loss, arrays, meta)
-            digest_s = time.perf_counter() - started
-            self._val_losses[step] = document["val_loss"]
-            self._rotate_in(step, _items(arrays, document))
+            arrays, digests = _to_host(copies)
+            # Before the checkpoint appears: the save beside this one may rotate it.
+            self._val_losses[step] = val_loss
+            _write(path, arrays, lambda: _describe(step, val_loss, arrays, digests, meta))
+            self._rotate()
         except Exception as error:
-            self._clean_up_after_failure()
+            _remove_unfinished(self.run_dir, str(step))
             if not path.is_dir():
                 self._val_losses.pop(step, None)
             elapsed = time.perf_counter() - started
             return self._failure(step, error, blocked_s=blocked_s, background_s=elapsed)
+        finally:
+            _HOST_MEMORY.give_back(n_bytes)
         elapsed = time.perf_counter() - started
-        return SaveOutcome(
-            step, path, n_bytes=n_bytes, blocked_s=blocked_s, background_s=elapsed, digest_s=digest_s
-        )
+        return SaveOutcome(step, path, n_bytes=n_bytes, blocked_s=blocked_s, background_s=elapsed)
 
-    def _rotate_in(self, step: int, items: ocp.args.Composite) -> None:
-        if self._manager is None:
-            self._manager = ocp.CheckpointManager(
-                self.run_dir,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_KeepBestAndNewest(self._val_losses, self.max_checkpoints),
-                    enable_async_checkpointing=False,
-                    todelete_subdir=DELETED,
-                    # The list of steps is all that it needs from the disk; see _KeepBestAndNewest.
-                    lightweight_initialize=True,
-                ),
-                handler_registry=_handlers(),
-            )
-        # force: whether a save is due was decided by the caller.
-        self._manager.save(step, args=items, force=True)
-        shutil.rmtree(self.run_dir / DELETED, ignore_errors=True)
+    def _rotate(self) -> None:
+        """Deletes what `kept_steps` does not keep of the checkpoints that are complete now.
 
-    def _clean_up_after_failure(self) -> None:
-        try:
-            self._drop_manager()
-        except Exception:  # It already failed once, and is replaced by a new one.
-            self._manager = None
-        _remove_unfinished(self.run_dir)
+        In whatever order saves end, the same remain: a step that is dropped for newer and better ones would
+        be dropped for them and any others too.
+        """
+        folder = self.run_dir / DELETED
+        dropped = []
+        with self._rotation:
+            steps = self.steps()
+            kept = kept_steps({step: self._val_losses.get(step) for step in steps}, self.max_checkpoints)
+            for step in steps:
+                if step not in kept:
+                    folder.mkdir(exist_ok=True)
+                    shutil.rmtree(folder / str(step), ignore_errors=True)
+                    dropped.append((self.run_dir / str(step)).rename(folder / str(step)))
+                    self._val_losses.pop(step, None)
+        for path in dropped:
+            shutil.rmtree(path, ignore_errors=True)
+        with self._rotation, contextlib.suppress(OSError):
+            folder.rmdir()
