@@ -748,10 +748,10 @@ def _read_arrays(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict
     if stored:
         # No dtype is asked for: Orbax would cast to it, and what lies on the disk is what must be compared.
         as_stored = ocp.RestoreArgs(restore_type=np.ndarray)
-        checkpointer = ocp.Checkpointer(_array_handler())
+        # The handler without a Checkpointer, which has barriers by device collectives.
         try:
-            tree = checkpointer.restore(
-                path / _STATE,
+            tree = _array_handler().restore(
+                epath.Path(path / _STATE),
                 args=ocp.args.PyTreeRestore(
                     item=_nest({name: 0 for name in stored}),
                     restore_args=_nest({name: as_stored for name in stored}),
@@ -763,8 +763,6 @@ def _read_arrays(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict
             raise
         except Exception as error:
             raise DamagedCheckpoint(path, f"the arrays are not readable, {_one_line(error)}") from error
-        finally:
-            checkpointer.close()
     for name, description in empty.items():
         arrays[name] = np.zeros(description["shape"], jax.numpy.dtype(description["dtype"]))
     wrong = []
