@@ -4,32 +4,39 @@ The only file that imports orbax. What it decides, and why:
 
 - **A save costs the training one copy on the device.** `save` copies the arrays
   (`device_put(may_alias=False)`: asynchronous, nothing is compiled) and returns; the originals may be
-  donated at once. One worker thread takes it from there: sha256, Orbax, rotation. That thread runs the
-  *synchronous* CheckpointManager. The asynchronous one holds its caller for the transfer from the device,
-  returns success although the disk is full, and when a save fails it has already struck the steps that were
-  to be deleted from its list, so that they stay for ever. Here a save ends as a complete checkpoint or as
-  an outcome with an error, and a failed one leaves nothing behind.
+  donated at once. A worker thread takes it from there: transfer, Orbax with sha256 beside it, rotation. Up to
+  SAVES_AT_ONCE of them work side by side, so that the training waits only if it saves faster than the disk
+  writes; what they hold on the host is bounded by `_HOST_MEMORY`. Each runs the *synchronous* Checkpointer.
+  The asynchronous one holds its caller for the transfer from the device and returns success although the disk
+  is full. Orbax's CheckpointManager takes one save at a time, and when one fails it has already struck the
+  steps that were to be deleted from its list, so that they stay for ever: the rotation is ours. Here a save ends
+  as a complete checkpoint or as an outcome with an error, and a failed one leaves nothing behind.
 - **Nothing unverified is accepted.** Each checkpoint carries `meta/meta.json` with dtype, shape and sha256
   of each array, itself under a sha256. Restoring compares dtypes and shapes with the wanted state before it
   reads an array (Orbax would cast without a word), and the hashes before it hands one out.
 - **Nothing half-written or half-deleted is listed.** Orbax writes to a temporary name and renames. Deletion
   is a rename into `.deleted/` first. The remains of both are purged when the run folder is opened for
   training.
-- **Layout:** OCDBT over zarr3, not compressed. zstd saves 8% of float32 noise and takes half as long again;
-  without OCDBT the baseline's state is 450 files a checkpoint, with it 18, at the same speed.
+- **Layout:** OCDBT over zarr3, not compressed: docs/results/checkpoint-speed.md has what others cost.
 - **Which are kept** is decided by `kept_steps` from the validation losses that stand in the checkpoints
-  themselves, and so is the same after a restart.
+  themselves, and so is the same after a restart. It is applied to what is complete on the disk, so the order
+  in which saves end does not matter.
+- **Several processes** (jax.distributed, one disk that all see) save together. Each writes the pieces it owns;
+  process 0 alone joins and describes them, renames, rotates and deletes. What happens in one happens in all: they
+  agree over the key-value store (`_Agreement`), never by device collectives. Restoring reads whole arrays in each
+  process and places them by the shardings asked for, so any number of devices or processes reads what any other
+  wrote.
 
 In a run folder:
 
     <step>/state/            the arrays (Orbax), dicts in dicts: params/block_0/mlp_up/kernel, ...
     <step>/meta/meta.json    {"schema_version", "step", "val_loss", "arrays": {path: {dtype, shape, sha256}},
-                              "meta": the caller's JSON data, "sha256": of the rest}
+                              "meta": the caller's JSON data, "sha256": of the rest};
+                              schema version 2: an array that was spread over processes has, in place of
+                              its sha256, "shards": [{"index": [[start, stop], ...], "sha256"}, ...]
     anomaly/<step>/          the same, outside the rotation
     damaged/<step>-<k>/      set aside because it did not verify
     superseded/<step>-<k>/   set aside because the run went back to an earlier step
-
-Everything here assumes one process, which may drive any number of devices.
 """
 
 from __future__ import annotations
@@ -370,7 +377,14 @@ def _has_room_for_a_copy(leaves: Sequence[jax.Array]) -> bool:
 def _copies(leaves: Sequence[jax.Array]) -> list[Any]:
     """Copies that outlive the donation of `leaves`: on the device or, if that is full, on the host."""
     if _has_room_for_a_copy(leaves):
-        return jax.device_put(leaves, [leaf.sharding for leaf in leaves], may_alias=False)
+        # One call per sharding: a list of shardings, one for each leaf, takes device_put twice as long.
+        alike: dict[jax.sharding.Sharding, list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            alike.setdefault(leaf.sharding, []).append(i)
+        copies: dict[int, jax.Array] = {}
+        for sharding, which in alike.items():
+            copies |= zip(which, jax.device_put([leaves[i] for i in which], sharding, may_alias=False), strict=True)
+        return [copies[i] for i in range(len(leaves))]
     for leaf in leaves:
         leaf.copy_to_host_async()
     return [np.array(leaf) for leaf in leaves]
@@ -565,10 +579,18 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 class _LateJsonHandler(ocp.JsonCheckpointHandler):
-    """Writes what a function returns, which is called while the arrays are being written."""
+    """Writes what a function returns, which is called when the arrays have been written.
 
-    async def _save_fn(self, x: Callable[[], Any], directory: Any) -> None:
-        await super()._save_fn(x(), directory)
+    Until then they are hashed beside the writing. And what fails here does so when nothing is being written
+    any more into the folder that is then removed.
+    """
+
+    async def async_save(self, directory: Any, item: Any = None, args: Any = None) -> list[Any]:
+        self._late = args.item
+        return []
+
+    def finalize(self, directory: Any) -> None:
+        (directory / _META_FILE).write_text(json.dumps(self._late()))
 
     @classmethod
     def typestr(cls) -> str:

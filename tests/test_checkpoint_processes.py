@@ -202,6 +202,9 @@ def four_devices(folder):
     assert (jax.process_count(), jax.device_count()) == (1, 4)
     for step in (1, 8):
         assert_holds(checkpoint.restore_path(Path(folder) / "two" / str(step), abstract())[0], step)
+    checkpoints = checkpoint.open_checkpoints(Path(folder) / "four", 3)
+    checkpoints.save(7, make_state(7), META)
+    checkpoints.close()
     print("done", flush=True)
 
 
@@ -265,3 +268,6 @@ def test_two_processes_save_and_any_number_restores(tmp_path):
     spread = {name for name, described in document["arrays"].items() if "shards" in described}
     assert spread == {"params/w", "params/h", "mu/w"}
     finish(four)
+    assert_holds(checkpoint.restore_path(tmp_path / "four" / "7", abstract())[0], 7)
+    document = json.loads((tmp_path / "four" / "7" / "meta" / "meta.json").read_text())
+    assert document["schema_version"] == 1  # one process: as ever
