@@ -257,9 +257,10 @@ class _Agreement:
             try:
                 text = client.blocking_key_value_get(f"{prefix}/{process}", int(PEER_TIMEOUT_S * 1000))
             except Exception as error:
+                late = f"did not answer within {PEER_TIMEOUT_S:g} s"
+                reason = late if "DEADLINE_EXCEEDED" in str(error) else f"cannot be asked ({_one_line(error)})"
                 raise UserError(
-                    f"process {process} did not answer within {PEER_TIMEOUT_S:.0f} s ({_one_line(error)}):"
-                    " see what became of it and start all processes again"
+                    f"process {process} {reason}: see what became of it and start all processes again"
                 ) from error
             values.append(json.loads(text))
         if self._turn:  # All have given the value of this turn, so all have read that of the last.

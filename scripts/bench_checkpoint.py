@@ -3,13 +3,14 @@
   python scripts/bench_checkpoint.py --config configs/bf16_baseline.py --folder=/tmp/bench --rounds=9
 
 Parts: each part of a save alone. Layouts: Orbax writing the same arrays in other layouts. Saves: 8 whole saves begun
-one after the other as fast as the loop is let, by how many may be under way together. Every variant runs once a round;
-a ratio is the median over rounds of variant / present way in the same round. The folder's disk is what is measured; it
-is left empty.
+one after the other as fast as the loop is let, by how many may be under way together. Every variant runs once a round,
+in another order each time; a ratio is the median over rounds of variant / present way in the same round. The folder's
+disk is what is measured; it is left empty.
 """
 
 import contextlib
 import os
+import random
 import shutil
 import statistics
 import time
@@ -159,9 +160,11 @@ def time_variants(variants, folder, rounds):
     seconds = {name: [] for name in variants}
     failed = {}
     deletions = []
-    for _ in range(rounds):
-        for name, run in variants.items():
+    for number in range(rounds):
+        for name in random.Random(number).sample(list(variants), len(variants)):
+            run = variants[name]
             path = Path(folder) / "variant"
+            os.sync()  # what the last one left in the page cache is not this one's to write
             started = time.perf_counter()
             try:
                 run(path)
