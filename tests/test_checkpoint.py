@@ -513,7 +513,8 @@ def test_a_save_that_cannot_be_described_is_an_outcome_too(tmp_path, opened):
         assert outcome.error and checkpoints.steps() == []
 
 
-def test_check_does_not_wait_and_save_does(tmp_path, opened, monkeypatch):
+def test_check_does_not_wait_and_save_does_when_enough_are_under_way(tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SAVES_AT_ONCE", 1)
     checkpoints = opened(tmp_path)
     describe = checkpoint._describe
 
@@ -530,6 +531,126 @@ def test_check_does_not_wait_and_save_does(tmp_path, opened, monkeypatch):
     checkpoints.wait()
     assert [outcome.step for outcome in checkpoints.check()] == [1, 2]
     assert checkpoints.check() == []
+
+
+# Several saves under way.
+
+
+@pytest.fixture
+def gates(monkeypatch):
+    """Holds each save before it writes until its step's gate is opened."""
+    held = {step: threading.Event() for step in range(1, 7)}
+    write = checkpoint._write
+
+    def gated(agreement, path, step, *args):
+        assert held[step].wait(60)
+        return write(agreement, path, step, *args)
+
+    monkeypatch.setattr(checkpoint, "_write", gated)
+    yield held
+    for gate in held.values():
+        gate.set()
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 3, 1), (3, 1, 2)])
+@pytest.mark.parametrize("best", [1, 2, 3])
+def test_in_whatever_order_saves_end_the_same_remain(tmp_path, opened, gates, order, best):
+    checkpoints = opened(tmp_path, max_checkpoints=2)
+    val_losses = {step: 1.0 if step == best else 2.0 + step for step in (1, 2, 3)}
+    for step, val_loss in val_losses.items():
+        assert checkpoints.save(step, make_state(step), META, val_loss)
+    complete = {}
+    for step in order:
+        gates[step].set()
+        complete[step] = val_losses[step]
+        told = []
+        wait_until(lambda told=told: told.extend(checkpoints.check()) or told)
+        assert [(outcome.step, outcome.error) for outcome in told] == [(step, None)]
+        # Whatever is on the disk now is what a resume after a kill would find.
+        assert checkpoints.steps() == sorted(checkpoint.kept_steps(complete, 2))
+        assert checkpoints.latest() == max(complete)
+    assert_same_bits(checkpoints.restore(best, abstract(make_state(best)))[0], make_state(best))
+    assert {entry.name for entry in tmp_path.iterdir()} == {str(step) for step in checkpoints.steps()}
+
+
+def test_a_save_waits_for_a_free_place_only_and_says_so(tmp_path, opened, gates, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SAVES_AT_ONCE", 2)
+    checkpoints = opened(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, make_state(step), META)
+    assert checkpoints.check() == []
+    threading.Timer(0.3, gates[2].set).start()
+    checkpoints.save(3, make_state(3), META)  # goes on when the second has ended, though not the first
+    assert [outcome.step for outcome in checkpoints.check()] == [2] and checkpoints.steps() == [2]
+    for gate in gates.values():
+        gate.set()
+    checkpoints.wait()
+    first, third = checkpoints.check()
+    assert (first.step, third.step) == (1, 3)
+    assert first.blocked_s < 0.2 < third.blocked_s
+    assert checkpoints.steps() == [1, 2, 3]
+
+
+def test_a_failed_save_leaves_the_one_beside_it_alone(tmp_path, opened, monkeypatch):
+    checkpoints = opened(tmp_path)
+    describe, failed = checkpoint._describe, threading.Event()
+
+    def one_fails(step, *args):
+        if step == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        assert failed.wait(60)
+        return describe(step, *args)
+
+    monkeypatch.setattr(checkpoint, "_describe", one_fails)
+    checkpoints.save(1, make_state(1), META)
+    wait_until(lambda: list(tmp_path.glob("1.*")))
+    checkpoints.save(2, make_state(2), META)
+    told = []
+    wait_until(lambda: told.extend(checkpoints.check()) or told)
+    assert "checkpoint 2 was not saved" in told[0].error and "No space left" in told[0].error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["1.orbax-checkpoint-tmp"]
+    failed.set()
+    checkpoints.wait()
+    assert [(outcome.step, outcome.error) for outcome in checkpoints.check()] == [(1, None)]
+    assert_same_bits(checkpoints.restore(1, abstract(make_state(1)))[0], make_state(1))
+
+
+def test_a_step_that_is_under_way_is_not_saved_again(tmp_path, opened, gates):
+    checkpoints = opened(tmp_path)
+    checkpoints.save(1, make_state(1), META)
+    threading.Timer(0.1, gates[1].set).start()
+    assert not checkpoints.save(1, make_state(9), META)
+    assert_same_bits(checkpoints.restore(1, abstract(make_state(1)))[0], make_state(1))
+
+
+def test_what_saves_hold_on_the_host_is_bounded(tmp_path, opened, gates, monkeypatch):
+    n_bytes = sum(x.nbytes for x in jax.tree.leaves(make_state(1)))
+    memory = checkpoint._HostMemory(1.5 * n_bytes)
+    monkeypatch.setattr(checkpoint, "_HOST_MEMORY", memory)
+    first, second = opened(tmp_path / "a"), opened(tmp_path / "b")
+    first.save(1, make_state(1), META)
+    threading.Timer(0.3, gates[1].set).start()
+    second.save(2, make_state(2), META)  # waits for the memory of the other folder's save
+    assert first.check()[0].step == 1
+    gates[2].set()
+    second.wait()
+    assert second.check()[0].blocked_s > 0.2
+    # Nothing stays taken after failures; and one larger than the bound is let through alone.
+    gates[3].set()
+    gates[4].set()
+    second.save(3, {"a": "text"}, META)
+    memory.limit = n_bytes / 2
+    assert second.save(4, make_state(4), META)
+    second.wait()
+    failed, saved = second.check()
+    assert "AttributeError" in failed.error and saved.error is None
 
 
 # Beside the rotation.
@@ -621,7 +742,7 @@ def test_whatever_is_listed_after_kill_9_is_whole(tmp_path):
         child.send_signal(signal.SIGKILL)
         assert child.communicate() == ("", "")  # no failed save, and not a word from Orbax
         steps = checkpoint.list_steps(tmp_path)
-        assert steps and steps[-1] >= newest and len(steps) <= 3
+        assert steps and steps[-1] >= newest and len(steps) <= 2 + checkpoint.SAVES_AT_ONCE
         newest = steps[-1]
         for step in steps:
             state, _ = checkpoint.restore_path(tmp_path / str(step), abstract(make_state(step)))

@@ -228,7 +228,7 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_not_a_success(data_dir, tmp_p
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "_rotate_in", full)
+    monkeypatch.setattr(checkpoint, "_write", full)
     result = train(tiny(max_steps=10), data_dir=data_dir, workdir=tmp_path / "full")
     assert result.exit_code == 1 and not result.verdict["sound"]
     assert "the checkpoint of step 10 could not be saved" in result.verdict["verdict"]
