@@ -6,6 +6,7 @@ are its own, and each side has all cores when it is its turn. That the other sid
 its turns.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -117,7 +118,8 @@ class Peer:
 
     def close(self):
         """Ends the process."""
-        self._child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended before it read everything
+            self._child.stdin.close()
         try:
             self._child.wait(10)
         except subprocess.TimeoutExpired:

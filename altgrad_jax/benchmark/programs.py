@@ -202,24 +202,22 @@ class Step:
         """The stability monitor as the last dispatch left it."""
         return self.bench.holder(self._key, self._init)[0].monitor
 
-    def entry(self, name, *, steps, steps_per_dispatch=None):
-        """An Entry: `steps` steps in dispatches of `steps_per_dispatch` (default: as many as the buffer holds)."""
-        K = steps_per_dispatch or self.buffer_steps
+    def entry(self, name, *, steps, steps_per_dispatch):
+        """An Entry: `steps` steps in dispatches of `steps_per_dispatch`."""
 
         def run():
-            for done in range(0, steps, K):
-                self.dispatch(min(K, steps - done))
+            for done in range(0, steps, steps_per_dispatch):
+                self.dispatch(min(steps_per_dispatch, steps - done))
 
-        return Entry(name, run, steps, facts=dict(self.facts, steps_per_dispatch=min(K, steps)))
+        return Entry(name, run, steps, facts=dict(self.facts, steps_per_dispatch=steps_per_dispatch))
 
-    def logged_entry(self, name, resources, *, steps, steps_per_dispatch=None):
+    def logged_entry(self, name, resources, *, steps, steps_per_dispatch):
         """As `entry`, with the record of a training: the counters it looks at are fetched too, and rows go to a Writer
         with a metrics.jsonl and timing.jsonl in a temporary folder.
 
         As in training, the writer's thread works on the rows of one dispatch while the next is computed: each timed
         dispatch begins by handing over the rows of the one before, the first one those of the round before.
         """
-        K = steps_per_dispatch or self.buffer_steps
         config = self.config
         folder = resources.enter_context(tempfile.TemporaryDirectory())
         writer = Writer(
@@ -245,11 +243,11 @@ class Step:
             made += len(rows_KM)
 
         def run():
-            for done in range(0, steps, K):
-                dispatch(min(K, steps - done))
+            for done in range(0, steps, steps_per_dispatch):
+                dispatch(min(steps_per_dispatch, steps - done))
 
         return Entry(name, run, steps, lambda: writer.flush(fsync=False),
-                     dict(self.facts, steps_per_dispatch=min(K, steps)))
+                     dict(self.facts, steps_per_dispatch=steps_per_dispatch))
 
 
 # ------------------------------------------------------------------------------------------------- the device's limits
@@ -257,8 +255,9 @@ class Step:
 
 @functools.cache
 def _copy_program():
-    # Adding a number that is not known when it is compiled: a plain copy would be optimized away.
-    return jax.jit(lambda x, zero: x + zero)
+    # In place, for on a CPU fresh memory costs more than the copy (pages that are touched for the first time). Adding a
+    # number that is not known when it is compiled: a plain copy would be optimized away.
+    return jax.jit(lambda x, zero: x + zero, donate_argnums=0)
 
 
 @functools.cache
@@ -276,9 +275,9 @@ def probe_sizes(quick=False):
 
 def probes(sizes):
     """Entries whose facts turn their times into the device's rates: products in bfloat16 and float32 that accumulate in
-    float32, and a copy of an array that no cache holds, read once and written once."""
+    float32, and reading and writing, once each, every element of an array that no cache holds."""
     n, repeats, size, copies = sizes
-    x = jnp.zeros(size // 4, jnp.float32)
+    array = [jnp.zeros(size // 4, jnp.float32)]
 
     def entry(name, function, repeats, **facts):
         def run():
@@ -288,12 +287,22 @@ def probes(sizes):
 
         return Entry(name, run, repeats, facts=facts)
 
+    def copy():
+        array[0] = _copy_program()(array[0], np.float32(0))
+        return array[0]
+
     entries = []
     for dtype in ("bfloat16", "float32"):
         a, b = (jnp.asarray(np.random.default_rng(i).normal(size=(n, n)), dtype) for i in range(2))
         entries.append(entry(f"product, {dtype}", functools.partial(_product_program(dtype), a, b), repeats,
                              dtype=dtype, flops=2 * n ** 3))
-    return entries + [entry("copy", functools.partial(_copy_program(), x, np.float32(0)), copies, bytes=2 * size)]
+    entries.append(entry("copy", copy, copies, bytes=2 * size))
+    if device().platform == "cpu":
+        # The C library's copy goes around the caches, which a compiled loop does not.
+        source, target = np.zeros(size // 4, np.float32), np.ones(size // 4, np.float32)
+        entries.append(Entry("copy, numpy", lambda: [np.copyto(target, source) for _ in range(copies)] and None, copies,
+                             facts={"bytes": 2 * size}))
+    return entries
 
 
 # ------------------------------------------------------------------------------------------------- several runs in one

@@ -53,7 +53,8 @@ def run(config, flags, resources):
     for number, section in enumerate(sections):
         left = None
         if flags["budget_s"]:
-            left = max(0.0, flags["budget_s"] - (time.perf_counter() - started)) / (len(sections) - number)
+            share = len(section.rows) / sum(len(other.rows) for other in sections[number:])
+            left = share * max(0.0, flags["budget_s"] - (time.perf_counter() - started))
         measured.append(suites.measure(plan, section, seconds_left=left, workers=workers, say=say))
         say("\n" + tables.section_text(measured[-1]))
     if "rounding" in chosen:
@@ -111,7 +112,7 @@ def _open_peer(flags, resources, facts):
 
 def profile(plan, folder, steps=3):
     """Writes a trace of a few steps with all metrics into the folder; returns trace.top_operations of it."""
-    step = plan.bench.step(plan.config, buffer_steps=plan.steps)
+    step = plan.bench.step(plan.config, buffer_steps=plan.buffer_steps)
     for _ in range(2):  # the second finds everything warm
         step.dispatch(1)
     try:

@@ -1,8 +1,8 @@
 """What is timed together: sections of rows, each with its own rounds, and the measurement of one section.
 
-A section is a config, rows that are built in order of importance, and the row that ratios refer to. With a time budget
-each section gets an equal share of what is left; half of its share may go to building, rows that come later are left
-out by name, and so are rounds.
+A section is some rows, built in order of importance, and the row that ratios refer to. With a time budget each section
+gets the share of what is left that its rows are of all rows still to come; half of that may go to building. Rows that
+come later are left out by name, and rounds are cut.
 """
 
 import contextlib
@@ -38,8 +38,9 @@ SCALING_METRICS = ("none", "activation", "param", "update", "grad", "param,updat
 HEAD_WIDTH = 64
 ALWAYS = 2  # first rows of a section, which no time budget leaves out
 BUDGET = "the time budget does not reach it"
-SUITES = ("metrics", "dispatch", "sizes", "formats", "attention", "rounding", "scaling")
-QUICK_CUTS = "--quick: fewer rounds and rows; left out are single metric groups, sizes, formats, attention, rounding"
+SUITES = ("metrics", "dispatch", "formats", "attention", "sizes", "scaling", "rounding")
+QUICK_CUTS = ("--quick: fewer rounds; left out: single groups of metrics, most K, torch.compile, and the suites sizes, "
+              "formats, attention, rounding, scaling")
 
 
 def format_variants(fmt, native=False):
@@ -94,16 +95,21 @@ class Plan:
     peer: object = None
     quick: bool = False
 
-    def ours(self, name, config=None, changes=None, *, bare=False, steps=None, buffer=None, K=None, logged=False):
-        """A Row of our own step."""
+    @property
+    def buffer_steps(self):
+        """Rows of metrics that a dispatch has room for: the same for all, so that rows share programs."""
+        return max(*DISPATCH_STEPS, self.steps)
+
+    def ours(self, name, config=None, changes=None, *, bare=False, steps=None, K=None, logged=False):
+        """A Row of our own step, `steps` steps in dispatches of K."""
         config = programs.changed(config or self.config, changes or {})
         steps = steps or self.steps
 
         def make():
-            step = self.bench.step(config, buffer_steps=buffer or steps, bare=bare)
+            step = self.bench.step(config, buffer_steps=self.buffer_steps, bare=bare)
             if logged:
-                return step.logged_entry(name, self.resources, steps=steps, steps_per_dispatch=K)
-            return step.entry(name, steps=steps, steps_per_dispatch=K)
+                return step.logged_entry(name, self.resources, steps=steps, steps_per_dispatch=K or steps)
+            return step.entry(name, steps=steps, steps_per_dispatch=K or steps)
 
         return Row(name, config, make)
 
@@ -117,7 +123,9 @@ class Plan:
                 steps=self.steps, optimizer={field: config[field] for field in OPTIMIZER_FIELDS},
                 free_bytes=roofline.free_memory(programs.device().memory_stats()))
 
-        known = self.peer.variants() if self.peer else ()
+        known = self.peer.variants() if self.peer else []
+        if self.quick:
+            known = [name for name in known if "torch.compile" not in name]
         return [Row(name, config, lambda name=name: make(name)) for name in names or known if name in known]
 
 
@@ -135,12 +143,12 @@ def metrics_section(plan):
 def dispatch_section(plan):
     """The same steps in dispatches of K, the rows fetched after each."""
     config, note = plan.config, "the rows of metrics are fetched after every dispatch of K steps"
-    if programs.device().platform == "cpu" and config.batch_size > 1:
+    if programs.device().platform == "cpu" and config.batch_size > 1 and not plan.quick:
         config = programs.changed(config, {"batch_size": 1})
         note += "; with batch_size=1, for on a CPU a larger step hides what a dispatch costs"
     Ks = (1, 5) if plan.quick else DISPATCH_STEPS
     steps = max(*Ks, plan.steps)
-    rows = [plan.ours(f"K = {K}", config, steps=steps, buffer=max(Ks), K=K) for K in Ks]
+    rows = [plan.ours(f"K = {K}", config, steps=steps, K=K) for K in Ks]
     return [Section("dispatch", tuple(rows), base="K = 1", note=note)]
 
 
@@ -171,7 +179,6 @@ def size_sections(plan):
     for name, shape in LADDER.items():
         sizes[f"ladder {name}"] = dict(zip(("n_layer", "n_head", "n_embd"), shape), batch_size=8 if gpu else 4,
                                        block_size=1024 if gpu else 256)
-    # The largest last, where a budget leaves things out.
     names = [name for name in plan.peer.variants() if "bfloat16" in name] if plan.peer else []
     for name, changes in sizes.items():
         sized = programs.changed(config, changes)
@@ -208,9 +215,9 @@ def scaling_sections(plan):
 
 def sections_of(plan, suites, fmt):
     """The sections of the suites named; `rounding` has none, it is another kind of measurement."""
-    makers = {"metrics": metrics_section, "dispatch": dispatch_section, "sizes": size_sections,
+    makers = {"metrics": metrics_section, "dispatch": dispatch_section,
               "formats": lambda plan: formats_section(plan, fmt), "attention": attention_section,
-              "scaling": scaling_sections}
+              "sizes": size_sections, "scaling": scaling_sections}
     return [section for suite in SUITES if suite in suites and suite in makers for section in makers[suite](plan)]
 
 

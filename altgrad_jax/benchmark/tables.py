@@ -53,7 +53,7 @@ def section_text(section):
         parts.append(section["note"])
     rates = []
     for name, rate in section["probes"].items():
-        rates.append(f"{name} {rate / 1e9:,.1f} {'GB/s' if name == 'copy' else 'GFLOP/s'}")
+        rates.append(f"{name} {rate / 1e9:,.1f} {'GB/s' if name.startswith('copy') else 'GFLOP/s'}")
     parts.append(f"{section['rounds']} rounds. Measured beside them: {', '.join(rates)}")
     if section["rows"]:
         parts += [times_table(section["rows"], section["base"]), limits_table(section["rows"])]
