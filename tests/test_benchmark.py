@@ -369,6 +369,18 @@ def test_every_suite_can_be_planned_and_its_rows_have_names_of_their_own(suite):
             assert set(section.x) == set(names)
 
 
+def test_a_section_gets_its_rows_share_of_the_budget_or_nothing():
+    one, two = (suites.Section(name, (None,) * n) for name, n in (("one", 3), ("two", 1)))
+    built = [{"rows": [1, 2], "build_s": 20.0}]
+    assert suites.share_of(100, [one, two], []) == 75 and suites.share_of(100, [two], built) == 100
+    # Half of it is for building, and two rows take 20 s.
+    assert suites.share_of(54, [one, two], built) == 40.5 and suites.share_of(52, [one, two], built) is None
+    assert suites.share_of(-1, [one, two], []) is None
+    row = suites.Row("bare step", None, None)
+    text = tables.section_text(suites.left_out(suites.Section("metrics", (row,))))
+    assert text == "## metrics\n\nLeft out: bare step (the time budget does not reach it)"
+
+
 def test_the_ladder_has_the_sizes_that_it_names():
     millions = {"10M": 10, "30M": 30, "100M": 100, "300M": 300, "1B": 1000}
     for name, (n_layer, n_head, n_embd) in suites.LADDER.items():

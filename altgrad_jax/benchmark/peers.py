@@ -108,7 +108,8 @@ class Peer:
         answer = self.request(do="build", name=name, kind=kind, compile=compiled, dtype=dtype, shape=shape,
                               batch_size=batch_size, optimizer=optimizer, path=self.nanogpt)
         return Entry(name, lambda: self.request(do="steps", name=name, n=steps)["seconds"], steps,
-                     facts={**answer, "peer": True, "dtype": dtype})
+                     facts={name: value for name, value in answer.items() if not name.startswith("idle")}
+                     | {"peer": True, "dtype": dtype})
 
     def product(self, dtype, n, repeats):
         """An Entry: a product of two [n, n] arrays, `repeats` times."""

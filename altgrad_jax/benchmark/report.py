@@ -50,13 +50,28 @@ def run(config, flags, resources):
     plan = suites.Plan(config, programs.Bench(), rounds, steps, resources, peer, quick)
     sections = suites.sections_of(plan, chosen, fmt)
     measured, rounding, operations = [], [], []
+
+    def write():
+        """After every section, so that an end by force leaves what was measured."""
+        if file:
+            rows = [row for section in measured for row in section["rows"]]
+            others = [{name: value for name, value in section.items() if name != "rows"} for section in measured]
+            file.seek(0)
+            file.truncate()
+            json.dump(facts | {"rows": rows, "sections": others, "rounding": rounding, "operations": operations}, file,
+                      indent=1)
+            file.flush()
+
     for number, section in enumerate(sections):
         left = None
         if flags["budget_s"]:
-            share = len(section.rows) / sum(len(other.rows) for other in sections[number:])
-            left = share * max(0.0, flags["budget_s"] - (time.perf_counter() - started))
-        measured.append(suites.measure(plan, section, seconds_left=left, workers=workers, say=say))
+            left = suites.share_of(flags["budget_s"] - (time.perf_counter() - started), sections[number:], measured)
+        if flags["budget_s"] and left is None:
+            measured.append(suites.left_out(section))
+        else:
+            measured.append(suites.measure(plan, section, seconds_left=left, workers=workers, say=say))
         say("\n" + tables.section_text(measured[-1]))
+        write()
     if "rounding" in chosen:
         if flags["budget_s"] and time.perf_counter() - started > flags["budget_s"]:
             say("\nrounding: left out, the time budget does not reach it")
@@ -73,10 +88,7 @@ def run(config, flags, resources):
     say(f"\n{facts['seconds']:.0f} s in all" + (", deterministic operations in every row of ours"
                                                if flags["deterministic"] else ""))
     if file:
-        rows = [row for section in measured for row in section["rows"]]
-        others = [{name: value for name, value in section.items() if name != "rows"} for section in measured]
-        json.dump(facts | {"rows": rows, "sections": others, "rounding": rounding, "operations": operations}, file,
-                  indent=1)
+        write()
         say(f"written to {flags['json']}")
     return 0
 

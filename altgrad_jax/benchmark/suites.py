@@ -2,7 +2,7 @@
 
 A section is some rows, built in order of importance, and the row that ratios refer to. With a time budget each section
 gets the share of what is left that its rows are of all rows still to come; half of that may go to building. Rows that
-come later are left out by name, and rounds are cut.
+come later are left out by name, rounds are cut, and a section whose share is too small for its first rows is left out.
 """
 
 import contextlib
@@ -242,6 +242,27 @@ def _build(rows, seconds_left, workers, say):
     return entries, skipped
 
 
+def share_of(budget, sections, built):
+    """What the first of the sections still to come may take.
+
+    Args:
+      budget: seconds left for all of them. built: the sections measured so far.
+
+    Returns:
+      Seconds, or None where they would not do for the first rows, by the time that building a row took so far.
+    """
+    share = budget * len(sections[0].rows) / sum(len(section.rows) for section in sections)
+    rows = sum(len(section["rows"]) for section in built)
+    a_row = sum(section["build_s"] for section in built) / rows if rows else 0.0
+    return share if share > 0 and share / 2 >= ALWAYS * a_row else None
+
+
+def left_out(section):
+    """What `measure` returns, of a section that was not measured."""
+    return {"name": section.name, "note": section.note, "base": section.base, "rounds": 0, "build_s": 0.0, "rows": [],
+            "skipped": [{"name": row.name, "why": BUDGET} for row in section.rows], "probes": {}, "fit": None}
+
+
 def measure(plan, section, *, seconds_left=None, workers=1, say=lambda text: None):
     """Times one section.
 
@@ -249,13 +270,15 @@ def measure(plan, section, *, seconds_left=None, workers=1, say=lambda text: Non
       seconds_left: what this section may take, or None. workers: rows built at once.
 
     Returns:
-      {"name", "note", "rounds", "rows", "skipped", "probes", "fit"}: rows as README's table names them; skipped
-      [{"name", "why"}]; probes {name: FLOP/s or bytes/s, median}; fit: straight_line's result with x, or None.
+      {"name", "note", "base", "rounds", "build_s", "rows", "skipped", "probes", "fit"}: build_s for all rows together;
+      rows: see docs/benchmark.md; skipped [{"name", "why"}]; probes {name: FLOP/s or bytes/s, median}; fit:
+      timing.straight_line's result with x, or None.
     """
     say(f"\n{section.name}" + (f": {section.note}" if section.note else ""))
     started = time.perf_counter()
     config_of = {row.name: row.config for row in section.rows}
     entries, skipped = _build(section.rows, seconds_left and seconds_left / 2, workers, say)
+    build_s = time.perf_counter() - started
     sizes = programs.probe_sizes(plan.quick)
     probes = programs.probes(sizes)
     if plan.peer is not None:
@@ -279,8 +302,8 @@ def measure(plan, section, *, seconds_left=None, workers=1, say=lambda text: Non
     if plan.peer is not None:
         with contextlib.suppress(Unavailable):  # it has ended, and the rows say so
             plan.peer.request(do="free")
-    return {"name": section.name, "note": section.note, "base": section.base, "rounds": rounds, "rows": rows,
-            "skipped": [{"name": name, "why": why} for name, why in skipped],
+    return {"name": section.name, "note": section.note, "base": section.base, "rounds": rounds, "build_s": build_s,
+            "rows": rows, "skipped": [{"name": name, "why": why} for name, why in skipped],
             "probes": {e.name: (e.facts.get("flops") or e.facts["bytes"]) / timing.quartiles(e.seconds)[1]
                        for e in probes},
             "fit": _fit(section, rows)}

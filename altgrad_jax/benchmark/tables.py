@@ -54,8 +54,8 @@ def section_text(section):
     rates = []
     for name, rate in section["probes"].items():
         rates.append(f"{name} {rate / 1e9:,.1f} {'GB/s' if name.startswith('copy') else 'GFLOP/s'}")
-    parts.append(f"{section['rounds']} rounds. Measured beside them: {', '.join(rates)}")
     if section["rows"]:
+        parts.append(f"{section['rounds']} rounds. Measured beside them: {', '.join(rates)}")
         parts += [times_table(section["rows"], section["base"]), limits_table(section["rows"])]
     if section["fit"]:
         parts.append(fit_table(section["rows"], section["fit"]))

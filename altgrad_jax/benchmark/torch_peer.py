@@ -133,10 +133,14 @@ class Server:
             return facts(self.device)
         if do == "build":
             started = time.perf_counter()
+            memory = {}
+            before = self._allocated(reset=True)
             steps, found = make_steps(request, self.device)
             steps(1)  # torch compiles at the first call
+            if before is not None:
+                memory = {"memory_bytes": self._allocated() - before}
             self.programs[request["name"]] = steps
-            return found | {"compile_s": time.perf_counter() - started}
+            return found | memory | {"compile_s": time.perf_counter() - started}
         if do == "steps":
             return dict(zip(("seconds", "loss"), self.programs[request["name"]](request["n"]), strict=True))
         if do == "product":
@@ -150,6 +154,16 @@ class Server:
                 torch.cuda.empty_cache()
             return {}
         raise ValueError(f"no such request: {do}")
+
+    def _allocated(self, reset=False):
+        """Most bytes that torch had allocated on the GPU, since the reset; None on a CPU."""
+        if self.device != "cuda":
+            return None
+        import torch
+
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
 
     def respond(self, line):
         """The line of JSON that answers a line of JSON."""
