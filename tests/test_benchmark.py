@@ -376,9 +376,9 @@ def test_a_section_gets_its_rows_share_of_the_budget_or_nothing():
     # Half of it is for building, and two rows take 20 s.
     assert suites.share_of(54, [one, two], built) == 40.5 and suites.share_of(52, [one, two], built) is None
     assert suites.share_of(-1, [one, two], []) is None
-    row = suites.Row("bare step", None, None)
-    text = tables.section_text(suites.left_out(suites.Section("metrics", (row,))))
-    assert text == "## metrics\n\nLeft out: bare step (the time budget does not reach it)"
+    rows = tuple(suites.Row(name, None, None) for name in ("bare step", "all metrics"))
+    text = tables.section_text(suites.left_out(suites.Section("metrics", rows)))
+    assert text == "## metrics\n\nLeft out: bare step, all metrics (the time budget does not reach it)"
 
 
 def test_the_ladder_has_the_sizes_that_it_names():
@@ -392,6 +392,7 @@ def test_rows_of_one_state_share_it_and_programs_are_compiled_once():
     bench, config = programs.Bench(), tiny(metrics="none")
     step = bench.step(config, buffer_steps=2)
     assert bench.step(programs.changed(config, {"run_name": "another"}), buffer_steps=2) is step
+    step.prepare()
     one, two = (step.entry(name, steps=2, steps_per_dispatch=K) for name, K in (("one", 1), ("two", 2)))
     one.run(), two.run()
     assert int(step.dispatch(1).shape[0]) == 1 and len(bench._states) == 1

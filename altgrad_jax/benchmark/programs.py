@@ -181,12 +181,17 @@ class Step:
         if not bare and options.quant is not None and options.quant.native:
             require_float8_kernels(self.compiled, own, len(options.quant.layers))
 
+    def prepare(self):
+        """Makes the state, unless there is one; Unavailable if the memory is too small for it and the program."""
+        needed = max(self.facts["memory_bytes"] or 0, self._state_bytes)  # the state is among the program's arguments
+        if self.bench.has(self._key):
+            needed -= self._state_bytes
+        roofline.require_memory(needed, roofline.free_memory(device().memory_stats()))
+        with memory_errors(self.bench.free):
+            jax.block_until_ready(self.bench.holder(self._key, self._init))
+
     def dispatch(self, n):
         """Makes n <= buffer_steps steps; the rows float32 [n, M] on the host (bare: the loss)."""
-        if not self.bench.has(self._key):
-            # The state's own bytes are among the program's arguments.
-            roofline.require_memory(max(self.facts["memory_bytes"] or 0, self._state_bytes),
-                                    roofline.free_memory(device().memory_stats()))
         with memory_errors(self.bench.free):
             holder = self.bench.holder(self._key, self._init)
             holder[0], out = self.compiled(holder[0], self.bench.tokens(self.config), np.int32(n), *self._arguments)
@@ -209,7 +214,7 @@ class Step:
             for done in range(0, steps, steps_per_dispatch):
                 self.dispatch(min(steps_per_dispatch, steps - done))
 
-        return Entry(name, run, steps, facts=dict(self.facts, steps_per_dispatch=steps_per_dispatch))
+        return Entry(name, run, steps, self.prepare, facts=dict(self.facts, steps_per_dispatch=steps_per_dispatch))
 
     def logged_entry(self, name, resources, *, steps, steps_per_dispatch):
         """As `entry`, with the record of a training: the counters it looks at are fetched too, and rows go to a Writer
@@ -246,7 +251,7 @@ class Step:
             for done in range(0, steps, steps_per_dispatch):
                 dispatch(min(steps_per_dispatch, steps - done))
 
-        return Entry(name, run, steps, lambda: writer.flush(fsync=False),
+        return Entry(name, run, steps, self.prepare, lambda: writer.flush(fsync=False),
                      dict(self.facts, steps_per_dispatch=steps_per_dispatch))
 
 

@@ -60,7 +60,10 @@ def section_text(section):
     if section["fit"]:
         parts.append(fit_table(section["rows"], section["fit"]))
     if section["skipped"]:
-        parts.append("Left out: " + "; ".join(f"{one['name']} ({one['why']})" for one in section["skipped"]))
+        by_reason = {}
+        for one in section["skipped"]:
+            by_reason.setdefault(one["why"], []).append(one["name"])
+        parts.append("Left out: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in by_reason.items()))
     return "\n\n".join(parts)
 
 

@@ -26,6 +26,7 @@ class Entry:
     Attributes:
       run: makes `steps` training steps (or whatever a row is made of) and waits for them; returns the seconds they
         took, or None to have the call itself timed.
+      prepare: called once before the first timing, outside it: what needs the device's memory.
       rest: called after every timing, outside it: waits for what still works in the background.
       facts: what else the row reports; `compile_s` among it.
       seconds: every timing, seconds a step, in the order of the rounds.
@@ -34,6 +35,7 @@ class Entry:
     name: str
     run: Callable[[], float | None]
     steps: int = 1
+    prepare: Callable[[], None] = lambda: None
     rest: Callable[[], None] = lambda: None
     facts: dict = field(default_factory=dict)
     seconds: list = field(default_factory=list)
@@ -52,6 +54,7 @@ def warm_up(entries, *, say, clock=time.perf_counter):
     able, skipped = [], []
     for entry in entries:
         try:
+            entry.prepare()
             entry.facts["first_dispatch_s"] = _once(entry, clock)
             able.append(entry)
         except Unavailable as reason:
