@@ -1,21 +1,25 @@
-"""Time the training step with its metrics on and off and in a number format, interleaved in one run, as ratios.
+"""Time the training step: what metrics, record, formats and dispatches cost; sizes, other implementations, limits.
 
-  python scripts/bench.py --config configs/bf16_baseline.py
+  python scripts/bench.py --config configs/bf16_baseline.py --quick
+  python scripts/bench.py --config configs/bf16_baseline.py --json=bench.json
+  python scripts/bench.py --config configs/bf16_baseline.py --suite=scaling
   python scripts/bench.py --config configs/bf16_baseline.py --suite=formats --format=E5M2
-  python scripts/bench.py --config configs/bf16_baseline.py --rounds=20 --steps_per_round=25 --json=bench.json
+  python scripts/bench.py --config configs/bf16_baseline.py --suite=metrics --profile=trace
 
-Every variant is timed once per round; a ratio is the median over rounds of variant / bare step in the same round. The
-bare step computes gradient, clipping and AdamW and measures nothing but its loss; "all metrics" is the training as it
-is without formats. Suites: metrics (each group of them), formats (an 8-bit step, each group of its statistics, the
-shadow), rounding (beside an elementwise multiply), all.
+Everything in a table is timed once per round, in an order drawn anew; a ratio is the median over rounds of ratios
+within a round. The bare step computes gradient, clipping and AdamW and measures nothing but its loss; "all metrics" is
+the training as it is without formats. How to read the tables: docs/benchmark.md.
 """
 
-import json
-import platform
+import contextlib
+import os
+import sys
 
 from altgrad_jax import cli
+from altgrad_jax.benchmark import peers
 from altgrad_jax.errors import UserError
-from altgrad_jax.formats import get_format
+
+YES_NO = ("quick", "deterministic")  # may be given without a value
 
 
 def whole(flag):
@@ -27,55 +31,65 @@ def whole(flag):
     return parse
 
 
-def suite(text):
-    if text not in ("metrics", "formats", "rounding", "all"):
-        raise UserError(f"--suite={text} cannot be used: give metrics, formats, rounding or all")
+def yes_no(flag):
+    def parse(text):
+        if text not in ("yes", "no"):
+            raise UserError(f"--{flag}={text} cannot be used: give yes or no")
+        return text == "yes"
+
+    return parse
+
+
+def suites(text):
+    known = ("metrics", "dispatch", "sizes", "formats", "attention", "rounding", "scaling")
+    if not set(text.split(",")) <= {*known, "all"}:
+        raise UserError(f"--suite={text} cannot be used: give {', '.join(known)}, some of them joined by commas, or "
+                        "all (all but scaling)")
+    return set(text.split(",")) | (set(known) - {"scaling"} if "all" in text.split(",") else set())
+
+
+def peer(text):
+    if text not in ("none", "torch"):
+        raise UserError(f"--peers={text} cannot be used: give none or torch")
+    if text == "torch" and not peers.torch_importable():
+        raise UserError(f"--peers=torch needs torch and transformers, which are not installed: {peers.INSTALL}, or "
+                        "give --peers=none")
     return text
 
 
-def run(config, *, suite, rounds, steps_per_round, **paths):
-    import jax
+def run(config, **flags):
+    if flags["deterministic"]:
+        from altgrad_jax.environment import use_deterministic_operations
 
-    from altgrad_jax import benchmark
+        use_deterministic_operations()
+    # So that a peer's process finds room on the same GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from altgrad_jax.benchmark import report
 
-    if paths["json"]:
-        try:
-            file = open(paths["json"], "w")
-        except OSError as error:
-            raise UserError(f"--json={paths['json']} cannot be written ({error.strerror}): give another file") from None
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {config.batch_size} x {config.block_size} tokens a "
-          f"step, {rounds} rounds of {steps_per_round} steps", flush=True)
-    rows, rounding = [], []
-    variants = {}
-    if suite in ("metrics", "all"):
-        variants |= benchmark.METRIC_VARIANTS
-    if suite in ("formats", "all"):
-        native = jax.default_backend() == "gpu"
-        variants |= {benchmark.ALL_METRICS: {}} | benchmark.format_variants(get_format(paths["format"]).name, native)
-    if variants:
-        rows = benchmark.bench_steps(config, variants, rounds=rounds, steps_per_round=steps_per_round,
-                                     say=lambda text: print(text, flush=True))
-        print("\n" + benchmark.format_table(rows))
-    if suite in ("rounding", "all"):
-        for elements in (2**18, 2**22, 2**24):
-            rounding += benchmark.bench_rounding(elements, rounds=40)
-        print("\n" + benchmark.rounding_table(rounding))
-    if paths["json"]:
-        facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version(),
-                 "config": dict(config.items()), "rows": rows, "rounding": rounding}
-        json.dump(facts, file, indent=1)
-        file.close()
-        print(f"\nwritten to {paths['json']}")
-    return 0
+    with contextlib.ExitStack() as resources:
+        return report.run(config, flags, resources)
 
 
 FLAGS = (
-    cli.Flag("suite", "all", "metrics, formats, rounding or all", suite),
+    cli.Flag("suite", "all", "metrics, dispatch, sizes, formats, attention, rounding, scaling, some of them joined by "
+             "commas, or all (all but scaling)", suites),
+    cli.Flag("quick", "no", "two minutes on two CPU cores: fewer rows, a smaller batch, and what was cut is said",
+             yes_no("quick")),
     cli.Flag("format", "E4M3", "the format of the suite `formats`"),
-    cli.Flag("rounds", "7", "how often every variant is timed", whole("rounds")),
-    cli.Flag("steps_per_round", "1", "training steps in one timed dispatch", whole("steps_per_round")),
+    cli.Flag("rounds", None, "how often every row is timed; by default 5, on a GPU 9", whole("rounds")),
+    cli.Flag("steps_per_round", None, "training steps of a row in one round; by default 1, on a GPU 25",
+             whole("steps_per_round")),
+    cli.Flag("budget_s", None, "seconds that all may take; what does not fit is left out by name", whole("budget_s")),
+    cli.Flag("deterministic", "no", "GPU: only operations that repeat to the bit, in every row",
+             yes_no("deterministic")),
+    cli.Flag("peers", None, "torch or none: other implementations of the same step; by default torch where it is "
+             "installed", peer),
+    cli.Flag("nanogpt", None, "folder of a nanoGPT checkout, timed as a further peer", peers.require_nanogpt),
+    cli.Flag("profile", None, "folder for a trace of the row `all metrics`, whose operations are then listed",
+             cli.folder("profile")),
     cli.Flag("json", None, "file for all figures, every single timing included"),
 )
 
 if __name__ == "__main__":
-    cli.main(run, flags=FLAGS, usage=__doc__)
+    cli.main(run, flags=FLAGS, usage=__doc__,
+             argv=[f"{text}=yes" if text.lstrip("-") in YES_NO else text for text in sys.argv[1:]])

@@ -85,11 +85,11 @@ def run(config, *, axes, rounds, processes, widths, member_loops, cpu_devices, d
             print(f"| {way} | {statistics.median(row[way] for row in rows):.1f} | {ratio:.2f} |")
         result["processes"] = rows
     if widths:
-        from altgrad_jax import benchmark
+        from altgrad_jax.benchmark import programs, tables
 
-        rows = benchmark.bench_members(config, widths, member_loops.split(","), data_dir=data_dir, rounds=rounds,
-                                       say=lambda text: print(text, flush=True))
-        print("\n" + benchmark.members_table(rows))
+        rows = programs.bench_members(config, widths, member_loops.split(","), data_dir=data_dir, rounds=rounds,
+                                      say=lambda text: print(text, flush=True))
+        print("\n" + tables.members_table(rows))
         result["steps"] = rows
     if paths["json"]:
         Path(paths["json"]).write_text(json.dumps(result, indent=1) + "\n")

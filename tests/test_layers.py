@@ -12,6 +12,9 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 REPORT = {f"report.{name}" for name in ("__init__", "analysis", "figures", "page", "panels", "runs", "statistics",
                                         "tables")}
 
+BENCHMARK = {f"benchmark.{name}" for name in ("__init__", "peers", "programs", "report", "roofline", "suites", "tables",
+                                              "timing", "torch_peer", "trace")}
+
 # From the bottom up; a module may import only from rows above its own, or from its own row where that is no cycle.
 LAYERS = [
     {"errors", "__init__", "data.__init__"},
@@ -19,7 +22,7 @@ LAYERS = [
     {"format_rules", "whatif", "rank_alerts"},
     {"config"},
     {"quantize", "quant_dot"},
-    {"quantization", "ledger", "diagnostics", "cli", "model", "optimizer", "metrics", "stability", "data.sources"},
+    {"quantization", "ledger", "diagnostics", "cli", "cross_entropy", "model", "optimizer", "metrics", "stability", "data.sources"},
     {"data.prepare", "hf", "environment"},
     {"data.dataset", "checkpoint", "logger", "console"},
     {"step", "verdict"},
@@ -27,12 +30,14 @@ LAYERS = [
     {"generate"},
     {"evaluation"},
     {"training"},
-    {"benchmark", "campaign", "dry_run", "sweep"},
+    {"campaign", "dry_run", "sweep", *BENCHMARK},
 ]
-OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"}}
-MAY_JIT = {"step", "generate", "benchmark", "quantize"}
+OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"},
+          "torch": {"benchmark.torch_peer"}, "transformers": {"benchmark.torch_peer"}}
+MAY_JIT = {"step", "generate", "benchmark.programs", "quantize"}
 NO_JAX = {"errors", "config", "formats", "format_rules", "whatif", "rank_alerts", "cli", "logger", "console", "verdict",
-          "flops", "goodput", "process", "data.tokenizer", "data.sources", "data.prepare", *REPORT}
+          "flops", "goodput", "process", "data.tokenizer", "data.sources", "data.prepare", *REPORT,
+          *(BENCHMARK - {"benchmark.programs", "benchmark.report", "benchmark.suites"})}
 
 
 def name_of(path):

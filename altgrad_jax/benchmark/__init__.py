@@ -1,0 +1,1 @@
+"""What a training step costs: rounds and their statistics, our programs, peers, the device's limits, tables."""
