@@ -22,9 +22,10 @@ from altgrad_jax.console import make_console
 from altgrad_jax.data.dataset import gather_windows
 from altgrad_jax.errors import UserError
 from altgrad_jax.formats import get_format
+from altgrad_jax.mesh import data_mesh
 from altgrad_jax.model import GPT, init_params
 from altgrad_jax.quantize import format_params, round_to_format, stochastic_seed
-from altgrad_jax.step import data_mesh, make_loss, make_step_functions
+from altgrad_jax.step import make_loss, make_step_functions
 from altgrad_jax.training import Program, model_config, model_flops_per_step, step_options
 
 BARE = "bare step"

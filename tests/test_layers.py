@@ -20,7 +20,7 @@ LAYERS = [
     {"config"},
     {"quantize", "quant_dot"},
     {"quantization", "ledger", "diagnostics", "cli", "model", "optimizer", "metrics", "stability", "data.sources"},
-    {"data.prepare", "hf", "environment"},
+    {"data.prepare", "hf", "environment", "distributed", "mesh"},
     {"data.dataset", "checkpoint", "logger", "console"},
     {"step", "verdict"},
     REPORT,
