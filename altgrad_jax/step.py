@@ -269,15 +269,17 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         gathered = gather(params, mesh)
 
         def value_and_grad(windows, key, i):
+            # Said once more inside the loop over micro-batches, where it costs nothing: the partitioner forgets it.
+            whole = gather(gathered, mesh)
             if operands is None:
-                result, grads = jax.value_and_grad(loss_fn, has_aux=True)(gathered, windows, key)
+                result, grads = jax.value_and_grad(loss_fn, has_aux=True)(whole, windows, key)
                 return result, scatter(grads, mesh), None
 
             def with_probes(params, g_probes):
                 return loss_fn(params, windows, key, Quantized(operands(i), g_probes))
 
             (loss, output), (grads, of_g) = jax.value_and_grad(with_probes, argnums=(0, 1), has_aux=True)(
-                gathered, quantization.g_probes(quant))
+                whole, quantization.g_probes(quant))
             statistics_Q3S = quantization.gather_statistics(quant, output.statistics, of_g)
             return (loss, output._replace(statistics={})), scatter(grads, mesh), statistics_Q3S
 
@@ -288,15 +290,17 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         def micro_batch(carry, item):
             windows, i = item
             windows = split(windows)
+            sums, seen_Q3S = carry
+            sums = constrain(sums, layout, mesh)
             result = value_and_grad(windows, None if key is None else jax.random.fold_in(key, i), i)
             (loss, output), grads, statistics_Q3S = result
-            sums, seen_Q3S = carry
             if statistics_Q3S is not None:
                 seen_Q3S = combine_statistics(seen_Q3S, statistics_Q3S)
             return (jax.tree.map(jnp.add, sums, (loss, grads)), seen_Q3S), output
 
         A = o.grad_accum_steps
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        layout = replicated(mesh), split_like_parameters(mesh, params)
         nothing = None if operands is None else jnp.broadcast_to(empty_statistics(),
                                                                  (len(quant.layers), 3, len(empty_statistics())))
         ((loss, grads), statistics_Q3S), outputs = jax.lax.scan(
@@ -402,6 +406,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
 
     def train_step(state, windows, inputs):
         """One update; returns the next state and its row of metrics as {name: float32 scalar}."""
+        state = constrain(state, state_shardings(state, mesh), mesh)
         seed, operands, formats_Q3 = inputs.seed, None, None
         if quant is not None:
             formats_Q3 = quantization.formats_at(inputs.formats, state.quant.level)

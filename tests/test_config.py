@@ -49,7 +49,7 @@ FORMAT_SETTINGS = {
 }
 NEW = {
     **FORMAT_SETTINGS, "shadow_interval": 1, "diagnostic_interval": 100, "rank_threshold": 0.1,
-    "rank_threshold_strict": 0.3, "layer_interval": 1, "wandb_group": "",
+    "rank_threshold_strict": 0.3, "layer_interval": 1, "wandb_group": "", "fsdp": 1,
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
