@@ -35,34 +35,47 @@ Everything here assumes one process, which may drive any number of devices.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging as absl_logging
+from etils import epath
+from jax._src import distributed
 
 from altgrad_jax.errors import UserError
 
 SCHEMA_VERSION = 1
+# Of a checkpoint with arrays that are spread over processes: these have a sha256 for each shard.
+SPREAD_SCHEMA_VERSION = 2
 ANOMALY, DAMAGED, SUPERSEDED, DELETED = "anomaly", "damaged", "superseded", ".deleted"
 _STATE, _META, _META_FILE = "state", "meta", "meta.json"
-_UNFINISHED = "*.orbax-checkpoint-tmp*"
+_UNFINISHED = ".orbax-checkpoint-tmp"
 _NAMED_IN_A_MESSAGE = 4
+# Saves of one run folder that may be under way together; see docs/results/checkpoint-speed.md.
+SAVES_AT_ONCE = 3
+# How long a process waits for the others, which are as far as it is but for the speed of their disks.
+PEER_TIMEOUT_S = 300.0
 
 
 class DamagedCheckpoint(UserError):
@@ -88,8 +101,7 @@ class SaveOutcome:
         that only the removal of older checkpoints failed.
       n_bytes: bytes of all arrays.
       blocked_s: seconds for which the caller was held.
-      background_s: seconds the worker took, of which
-      digest_s: seconds went into sha256 (the wait for the device's copy included).
+      background_s: seconds the worker took, the removal of older checkpoints included.
     """
 
     step: int
@@ -98,7 +110,6 @@ class SaveOutcome:
     n_bytes: int = 0
     blocked_s: float = 0.0
     background_s: float = 0.0
-    digest_s: float = 0.0
 
 
 class _OrbaxIsQuiet(logging.Filter):
@@ -140,24 +151,6 @@ def best_step(val_losses: Mapping[int, float | None]) -> int | None:
     """The step with the lowest finite validation loss, the newest of equals; None where there is none."""
     finite = {step: loss for step, loss in val_losses.items() if loss is not None and math.isfinite(loss)}
     return min(finite, key=lambda step: (finite[step], -step)) if finite else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _KeepBestAndNewest:
-    """Orbax's PreservationPolicy over `kept_steps`.
-
-    Orbax can keep metrics itself, but one flipped bit in such a file stops its manager from opening the
-    folder. So the losses come from our own records: `val_losses` belongs to `Checkpoints`, read when asked.
-    """
-
-    val_losses: Mapping[int, float | None]
-    max_checkpoints: int
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> list[bool]:
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = kept_steps({step: self.val_losses.get(step) for step in steps}, self.max_checkpoints)
-        return [step in kept for step in steps]
 
 
 # Trees, paths and digests.
@@ -214,7 +207,143 @@ def _one_line(error: BaseException) -> str:
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, UserError):
+        return text
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+# Several processes.
+
+
+# An index of a piece of an array: (start, stop) of each axis.
+Index = tuple[tuple[int, int], ...]
+_AGREEMENTS = itertools.count()
+
+
+class _Agreement:
+    """One matter in which all processes take part, through the key-value store of jax.distributed.
+
+    Not through device collectives, nor through Orbax's barriers, which are such by default: a thread that
+    writes a checkpoint would issue them in another order than the training beside it, and both would wait for
+    ever. The store may be used from any thread. Made in the thread in which all processes do the same
+    things in the same order, for that names it; used from one thread. With one process it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._name = f"altgrad_jax/checkpoint/{next(_AGREEMENTS)}"
+        self._turn = 0
+
+    def share(self, value: Any) -> list[Any]:
+        """The JSON value of each process, in their order.
+
+        Raises:
+          UserError: another process gave none within PEER_TIMEOUT_S.
+        """
+        if jax.process_count() == 1:
+            return [value]
+        client = distributed.global_state.client
+        here = jax.process_index()
+        prefix = f"{self._name}/{self._turn}"
+        client.key_value_set(f"{prefix}/{here}", json.dumps(value))
+        values = []
+        for process in range(jax.process_count()):
+            try:
+                text = client.blocking_key_value_get(f"{prefix}/{process}", int(PEER_TIMEOUT_S * 1000))
+            except Exception as error:
+                raise UserError(
+                    f"process {process} did not answer within {PEER_TIMEOUT_S:.0f} s ({_one_line(error)}):"
+                    " see what became of it and start all processes again"
+                ) from error
+            values.append(json.loads(text))
+        if self._turn:  # All have given the value of this turn, so all have read that of the last.
+            client.key_value_delete(f"{self._name}/{self._turn - 1}/{here}")
+        self._turn += 1
+        return values
+
+    def do(self, work: Callable[[], Any]) -> list[Any]:
+        """Runs `work` in each process: the JSON value that each returned, or the same error in all of them."""
+        result, failure, problem = None, None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure, problem = error, _one_line(error)
+        if jax.process_count() == 1:
+            if failure is not None:
+                raise failure
+            return [result]
+        answers = self.share([result, problem])
+        for process, (_, problem) in enumerate(answers):
+            if problem is not None:
+                raise OSError(errno.EIO, f"process {process}: {problem}") from failure
+        return [result for result, _ in answers]
+
+
+def _in_process_0(work: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: work() if jax.process_index() == 0 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What this process writes of an array that several processes hold.
+
+    Attributes:
+      shape, dtype: of the whole array.
+      piece_shape: of each piece.
+      spread: whether process 0 does not hold all of it.
+      pieces: where each piece lies in the array -> the piece. No two processes write the same.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    piece_shape: tuple[int, ...]
+    spread: bool
+    pieces: dict[Index, Any]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def assemble(self) -> np.ndarray:
+        """The whole array, where all pieces are here."""
+        if len(self.pieces) == 1:
+            return np.asarray(*self.pieces.values())
+        array = np.empty(self.shape, self.dtype)
+        for index, piece in self.pieces.items():
+            array[_slices(index)] = np.asarray(piece)
+        return array
+
+
+def _slices(index: Sequence[Sequence[int]]) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in index)
+
+
+def _part(array: jax.Array) -> _Part:
+    here = jax.process_index()
+    everything = tuple((0, n) for n in array.shape)
+    if array.is_fully_addressable:
+        # Each process has its own, and all are the same.
+        return _Part(array.shape, array.dtype, array.shape, False, {everything: array} if here == 0 else {})
+
+    def bounds(slices: tuple[slice, ...]) -> Index:
+        return tuple(s.indices(n)[:2] for s, n in zip(slices, array.shape, strict=True))
+
+    owners: dict[Index, int] = {}
+    for device, slices in array.sharding.devices_indices_map(array.shape).items():
+        index = bounds(slices)
+        owners[index] = min(owners.get(index, device.process_index), device.process_index)
+    pieces = {bounds(shard.index): shard.data for shard in array.addressable_shards}
+    mine = {index: piece for index, piece in pieces.items() if owners[index] == here}
+    piece_shape = array.sharding.shard_shape(array.shape)
+    return _Part(array.shape, array.dtype, piece_shape, set(owners.values()) != {0}, mine)
+
+
+def _written_here(state: Any) -> dict[str, Any]:
+    """Path -> array or, with several processes, the `_Part` of this one; process 0 names every array."""
+    flat = _flatten(state)
+    if jax.process_count() == 1:
+        return flat
+    parts = {name: _part(leaf) for name, leaf in flat.items()}
+    return {name: part for name, part in parts.items() if part.pieces or jax.process_index() == 0}
 
 
 # Writing.
@@ -238,34 +367,109 @@ def _has_room_for_a_copy(leaves: Sequence[jax.Array]) -> bool:
     return True
 
 
-def _snapshot(state: Any) -> dict[str, Any]:
-    """Path -> a copy that outlives the donation of `state`: on the device or, if that is full, the host."""
-    flat = _flatten(state)
-    leaves = list(flat.values())
+def _copies(leaves: Sequence[jax.Array]) -> list[Any]:
+    """Copies that outlive the donation of `leaves`: on the device or, if that is full, on the host."""
     if _has_room_for_a_copy(leaves):
-        copies = jax.device_put(leaves, [leaf.sharding for leaf in leaves], may_alias=False)
-    else:
-        for leaf in leaves:
-            leaf.copy_to_host_async()
-        copies = [np.array(leaf) for leaf in leaves]
-    return dict(zip(flat, copies))
+        return jax.device_put(leaves, [leaf.sharding for leaf in leaves], may_alias=False)
+    for leaf in leaves:
+        leaf.copy_to_host_async()
+    return [np.array(leaf) for leaf in leaves]
+
+
+def _snapshot(state: Any) -> dict[str, Any]:
+    """Path -> copy of what this process writes of it; with several processes a `_Part`."""
+    flat = _written_here(state)
+    if jax.process_count() == 1:
+        return dict(zip(flat, _copies(list(flat.values()))))
+    pieces = [(part.pieces, index) for part in flat.values() for index in part.pieces]
+    for (indices, index), copy in zip(pieces, _copies([indices[index] for indices, index in pieces])):
+        indices[index] = copy
+    return flat
+
+
+class _HostMemory:
+    """Bounds the bytes that saves under way hold together on the host, over all run folders of the process."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self._taken = 0
+        self._changed = threading.Condition()
+
+    def take(self, n_bytes: int) -> None:
+        """Waits until there is room; one save alone always has room."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + n_bytes <= self.limit)
+            self._taken += n_bytes
+
+    def give_back(self, n_bytes: int) -> None:
+        with self._changed:
+            self._taken -= n_bytes
+            self._changed.notify_all()
+
+
+_HOST_MEMORY = _HostMemory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4)
+# sha256 releases the GIL. Half the cores at most: the others belong to the loop and to the writing.
+_HASHERS = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 2)), thread_name_prefix="sha256")
+
+
+def _to_host(copies: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Empties `copies` one by one, so that the device's copy goes as the host's comes.
+
+    Returns:
+      What is to be written, on the host, and the sha256 of each (of each piece, in a dict, where it is
+      spread over processes), which are worked out beside what follows.
+    """
+    arrays: dict[str, Any] = {}
+    digests: dict[str, Any] = {}
+    for name in list(copies):
+        copy = copies.pop(name)
+        if isinstance(copy, _Part) and copy.spread:
+            for index, piece in copy.pieces.items():
+                copy.pieces[index] = np.asarray(piece)
+            digests[name] = {index: _HASHERS.submit(_digest, piece) for index, piece in copy.pieces.items()}
+            arrays[name] = copy
+        else:
+            arrays[name] = copy.assemble() if isinstance(copy, _Part) else np.asarray(copy)
+            digests[name] = _HASHERS.submit(_digest, arrays[name])
+    return arrays, digests
 
 
 def _describe(
-    step: int, val_loss: float | None, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
+    step: int,
+    val_loss: float | None,
+    arrays: Mapping[str, Any],
+    digests: Mapping[str, Any],
+    meta: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of meta.json, with the sha256 of each array and of itself."""
+    """The content of meta.json, with the sha256 of each array and of itself.
+
+    Args:
+      step, val_loss, meta: as they were given to the save.
+      arrays: path -> anything with dtype and shape.
+      digests: path -> sha256, a future of it or, of an array that is spread over processes, the list of
+        {"index": [[start, stop], ...], "sha256"} of its shards.
+    """
+    described = {}
+    for path, array in arrays.items():
+        digest = digests[path]
+        if isinstance(digest, list):
+            verified = {"shards": digest}
+        else:
+            verified = {"sha256": digest.result() if isinstance(digest, Future) else digest}
+        described[path] = {"dtype": np.dtype(array.dtype).name, "shape": list(array.shape), **verified}
+    spread = any("shards" in description for description in described.values())
     document = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SPREAD_SCHEMA_VERSION if spread else SCHEMA_VERSION,
         "step": step,
-        "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
-        "arrays": {
-            path: {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": _digest(array)}
-            for path, array in arrays.items()
-        },
+        "val_loss": _finite_or_none(val_loss),
+        "arrays": described,
         "meta": meta,
     }
     return {**document, "sha256": _document_digest(document)}
+
+
+def _finite_or_none(val_loss: float | None) -> float | None:
+    return val_loss if val_loss is not None and math.isfinite(val_loss) else None
 
 
 class _AllOrAnError(ocp.type_handlers.NumpyHandler):
@@ -283,9 +487,12 @@ class _AllOrAnError(ocp.type_handlers.NumpyHandler):
 
     async def _open_and_write(self, *args: Any, **kwargs: Any) -> None:
         try:
-            await super()._open_and_write(*args, **kwargs)
+            await self._write(*args, **kwargs)
         except Exception as error:
             self._failures.append(error)
+
+    async def _write(self, *args: Any, **kwargs: Any) -> None:
+        await super()._open_and_write(*args, **kwargs)
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list[Any]:
         self._failures = []
@@ -301,6 +508,36 @@ class _AllOrAnError(ocp.type_handlers.NumpyHandler):
             if isinstance(result, BaseException):
                 raise result
         return [array for (array,) in results]
+
+
+class _PiecesOfEach(_AllOrAnError):
+    """Writes a `_Part` as a part of the array that all processes write together."""
+
+    async def _background_serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> None:
+        specs = (
+            ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=True,
+                global_shape=value.shape,
+                local_shape=value.piece_shape,
+                dtype=value.dtype,
+                process_index=jax.process_index(),
+            )
+            for value, info in zip(values, infos, strict=True)
+        )
+        writes = zip(values, specs, infos, strict=True)
+        await asyncio.gather(*(self._open_and_write(value, spec, info.ts_context) for value, spec, info in writes))
+
+    async def _write(self, value: _Part, spec: dict[str, Any], context: Any) -> None:
+        array = await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=context)
+        await asyncio.gather(
+            *(
+                array[_slices(index)].write(piece, can_reference_source_data_indefinitely=True)
+                for index, piece in value.pieces.items()
+            )
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,18 +556,35 @@ class _Checked:
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
     """How arrays are written and read; see the module's docstring for the choice of layout."""
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _AllOrAnError()))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, _AllOrAnError()), (_Part, _PiecesOfEach())
+    )
     return ocp.PyTreeCheckpointHandler(
         use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry
     )
 
 
-def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    """The two items of a checkpoint."""
+class _LateJsonHandler(ocp.JsonCheckpointHandler):
+    """Writes what a function returns, which is called while the arrays are being written."""
+
+    async def _save_fn(self, x: Callable[[], Any], directory: Any) -> None:
+        await super()._save_fn(x(), directory)
+
+    @classmethod
+    def typestr(cls) -> str:
+        # It stands in Orbax's own metadata, where it names the format.
+        return ocp.JsonCheckpointHandler.typestr()
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Writes the two items of a checkpoint to a temporary folder, then renames it."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add(_STATE, ocp.args.PyTreeSave, _array_handler())
-    registry.add(_META, ocp.args.JsonSave, ocp.JsonCheckpointHandler(filename=_META_FILE))
-    return registry
+    registry.add(_META, ocp.args.JsonSave, _LateJsonHandler(filename=_META_FILE))
+    # Folders that are made asynchronously are announced under a number that all threads share: a save could
+    # take the folders of another for its own.
+    options = ocp.CompositeOptions(async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(handler_registry=registry, composite_options=options))
 
 
 def _refuse_a_full_disk(folder: Path, n_bytes: int) -> None:
@@ -340,12 +594,94 @@ def _refuse_a_full_disk(folder: Path, n_bytes: int) -> None:
         raise OSError(errno.ENOSPC, f"it needs {n_bytes / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
 
 
-def _items(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> ocp.args.Composite:
+def _write(
+    agreement: _Agreement,
+    path: Path,
+    step: int,
+    val_loss: float | None,
+    copies: dict[str, Any] | Exception,
+    n_bytes: int,
+    meta: Mapping[str, Any],
+) -> None:
+    """Writes the checkpoint `path`, with several processes all together; it is there whole or not at all."""
+    if jax.process_count() > 1:
+        _write_together(agreement, path, step, val_loss, copies, n_bytes, meta)
+        return
+    if isinstance(copies, Exception):
+        raise copies
+    _refuse_a_full_disk(path.parent, n_bytes)
+    arrays, digests = _to_host(copies)
+    items = {
+        _STATE: ocp.args.PyTreeSave(_nest(_with_elements(arrays))),
+        _META: ocp.args.JsonSave(lambda: _describe(step, val_loss, arrays, digests, meta)),
+    }
+    with _checkpointer() as checkpointer:
+        checkpointer.save(path, args=ocp.args.Composite(**items))
+
+
+def _with_elements(arrays: Mapping[str, Any]) -> dict[str, Any]:
     # Orbax refuses arrays without elements. Dtype and shape say all there is to know of them.
-    with_elements = {path: array for path, array in arrays.items() if array.size}
-    return ocp.args.Composite(
-        **{_STATE: ocp.args.PyTreeSave(_nest(with_elements)), _META: ocp.args.JsonSave(document)}
-    )
+    return {name: array for name, array in arrays.items() if array.size}
+
+
+def _write_together(
+    agreement: _Agreement,
+    path: Path,
+    step: int,
+    val_loss: float | None,
+    copies: dict[str, Any] | Exception,
+    n_bytes: int,
+    meta: Mapping[str, Any],
+) -> None:
+    """Each process writes its parts, as Orbax does; process 0 joins and describes them and renames the folder.
+
+    Orbax's Checkpointer is not asked: where one process fails, it leaves the others waiting at its barriers.
+    """
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    handler = _array_handler()
+    arrays: dict[str, Any] = {}
+    digests: dict[str, Any] = {}
+
+    def begin() -> None:
+        if isinstance(copies, Exception):
+            raise copies
+        if jax.process_index() == 0:
+            _refuse_a_full_disk(path.parent, n_bytes)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            (unfinished / _STATE).mkdir(parents=True)
+
+    def write() -> dict[str, Any]:
+        written, hashed = _to_host(copies)
+        arrays.update(written)
+        digests.update(hashed)
+        if parts := _with_elements(arrays):
+            handler.save(epath.Path(unfinished / _STATE), args=ocp.args.PyTreeSave(_nest(parts)))
+        spread = {name: pieces for name, pieces in digests.items() if isinstance(pieces, dict)}
+        return {
+            name: [{"index": index, "sha256": digest.result()} for index, digest in pieces.items()]
+            for name, pieces in spread.items()
+        }
+
+    def finish() -> None:
+        for name, array in arrays.items():
+            if isinstance(array, _Part):
+                shards = [shard for part in parts_written for shard in part.get(name, ())]
+                digests[name] = sorted(shards, key=lambda shard: shard["index"])
+                if sum(math.prod(b - a for a, b in shard["index"]) for shard in shards) != array.size:
+                    raise OSError(errno.EIO, f"the processes together do not hold all of {name}")
+        handler.finalize(epath.Path(unfinished / _STATE))
+        (unfinished / _META).mkdir()
+        document = _describe(step, val_loss, arrays, digests, meta)
+        (unfinished / _META / _META_FILE).write_text(json.dumps(document))
+        unfinished.rename(path)
+
+    try:
+        agreement.do(begin)
+        parts_written = agreement.do(write)
+        agreement.do(_in_process_0(finish))
+    except Exception:
+        _in_process_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))()
+        raise
 
 
 def save_anomaly(run_dir: str | Path, step: int, state: Any, meta: Mapping[str, Any]) -> SaveOutcome:
@@ -362,26 +698,18 @@ def save_anomaly(run_dir: str | Path, step: int, state: Any, meta: Mapping[str, 
     """
     started = time.perf_counter()
     path = Path(run_dir).absolute() / ANOMALY / str(step)
-    if path.is_dir():
-        return SaveOutcome(step, path)
+    agreement = _Agreement()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: np.asarray(leaf) for name, leaf in _flatten(state).items()}
-        _refuse_a_full_disk(path.parent, sum(array.nbytes for array in arrays.values()))
-        document = _describe(step, None, arrays, json.loads(json.dumps(meta)))
-        digest_s = time.perf_counter() - started
-        checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler(handler_registry=_handlers()))
-        try:
-            checkpointer.save(path, args=_items(arrays, document))
-        finally:
-            checkpointer.close()
+        if agreement.share(path.is_dir())[0]:
+            return SaveOutcome(step, path)
+        n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        agreement.do(_in_process_0(lambda: path.parent.mkdir(parents=True, exist_ok=True)))
+        _write(agreement, path, step, None, _written_here(state), n_bytes, json.loads(json.dumps(meta)))
     except Exception as error:
-        _remove_unfinished(path.parent)
+        _in_process_0(lambda: _remove_unfinished(path.parent))()
         message = f"the anomaly checkpoint of step {step} was not saved to {path}: {_one_line(error)}"
         return SaveOutcome(step, path, error=message)
-    elapsed = time.perf_counter() - started
-    n_bytes = sum(array.nbytes for array in arrays.values())
-    return SaveOutcome(step, path, n_bytes=n_bytes, blocked_s=elapsed, digest_s=digest_s)
+    return SaveOutcome(step, path, n_bytes=n_bytes, blocked_s=time.perf_counter() - started)
 
 
 # Reading.
@@ -399,10 +727,10 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(path, f"{file} is not the JSON it was") from None
     if sha256 != _document_digest(document):
         raise DamagedCheckpoint(path, f"{file} does not match its sha256")
-    if document["schema_version"] != SCHEMA_VERSION:
+    if document["schema_version"] not in (SCHEMA_VERSION, SPREAD_SCHEMA_VERSION):
         raise UserError(
             f"the checkpoint {path} has schema version {document['schema_version']}, but this program reads"
-            f" version {SCHEMA_VERSION}: use the program that wrote it"
+            f" versions {SCHEMA_VERSION} and {SPREAD_SCHEMA_VERSION}: use the program that wrote it"
         )
     return document
 
@@ -413,17 +741,17 @@ def _named(items: Sequence[str]) -> str:
 
 
 def _read_arrays(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Reads the arrays named in `described` ({path: {dtype, shape, sha256}}) and verifies each."""
+    """Reads the arrays named in `described` ({path: {dtype, shape, sha256 or shards}}) and verifies each."""
     empty = {name: d for name, d in described.items() if 0 in d["shape"]}
     stored = {name: d for name, d in described.items() if name not in empty}
     arrays: dict[str, np.ndarray] = {}
     if stored:
         # No dtype is asked for: Orbax would cast to it, and what lies on the disk is what must be compared.
         as_stored = ocp.RestoreArgs(restore_type=np.ndarray)
-        checkpointer = ocp.Checkpointer(_array_handler())
+        # The handler without a Checkpointer, which has barriers by device collectives.
         try:
-            tree = checkpointer.restore(
-                path / _STATE,
+            tree = _array_handler().restore(
+                epath.Path(path / _STATE),
                 args=ocp.args.PyTreeRestore(
                     item=_nest({name: 0 for name in stored}),
                     restore_args=_nest({name: as_stored for name in stored}),
@@ -435,8 +763,6 @@ def _read_arrays(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict
             raise
         except Exception as error:
             raise DamagedCheckpoint(path, f"the arrays are not readable, {_one_line(error)}") from error
-        finally:
-            checkpointer.close()
     for name, description in empty.items():
         arrays[name] = np.zeros(description["shape"], jax.numpy.dtype(description["dtype"]))
     wrong = []
@@ -444,6 +770,10 @@ def _read_arrays(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict
         array = arrays.get(name)
         if not isinstance(array, np.ndarray) or _signature(array) != _signature_of(description):
             wrong.append(f"{name} is not {_signature_of(description)}")
+        elif "shards" in description:
+            for shard in description["shards"]:
+                if _digest(array[_slices(shard["index"])]) != shard["sha256"]:
+                    wrong.append(f"the bytes of {name} at {shard['index']} do not match their sha256")
         elif _digest(array) != description["sha256"]:
             wrong.append(f"the bytes of {name} do not match their sha256")
     if wrong:
@@ -496,8 +826,15 @@ def restore_path(path: str | Path, abstract_state: Any) -> tuple[Any, dict[str, 
     wanted = _flatten(abstract_state)
     _refuse_differences(path, document["arrays"], wanted)
     arrays = _read_arrays(path, document["arrays"])
-    leaves = [jax.device_put(arrays[name], _placement(leaf)) for name, leaf in wanted.items()]
+    leaves = [_place(arrays[name], _placement(leaf)) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), document["meta"]
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # device_put would compare the values of all processes by a collective.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _placement(leaf: Any) -> jax.sharding.Sharding | None:
@@ -571,8 +908,8 @@ def _step_path(run_dir: Path, step: int | None) -> Path:
 # The run folder, while it is trained into.
 
 
-def _remove_unfinished(folder: Path) -> None:
-    for path in folder.glob(_UNFINISHED) if folder.is_dir() else ():
+def _remove_unfinished(folder: Path, name: str = "*") -> None:
+    for path in folder.glob(f"{name}{_UNFINISHED}*") if folder.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -606,39 +943,66 @@ def open_checkpoints(run_dir: str | Path, max_checkpoints: int) -> Checkpoints:
     run_dir = Path(run_dir).absolute()
     if max_checkpoints < 1:
         raise UserError(f"max_checkpoints is {max_checkpoints}, but must be at least 1: set it to 1 or more")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        # Making and removing the folder for deletions shows that the run folder can be written to.
-        (run_dir / DELETED).mkdir(exist_ok=True)
-    except OSError as error:
+    agreement = _Agreement()
+
+    def prepare() -> str | None:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            # Making and removing the folder for deletions shows that the run folder can be written to.
+            (run_dir / DELETED).mkdir(exist_ok=True)
+        except OSError as error:
+            return error.strerror
+        return None
+
+    problem = agreement.do(_in_process_0(prepare))[0]
+    if problem is not None:
         raise UserError(
-            f"the run folder {run_dir} cannot be written to ({error.strerror}): choose another with --workdir"
-        ) from None
-    shutil.rmtree(run_dir / DELETED, ignore_errors=True)
-    _remove_unfinished(run_dir)
-    _remove_unfinished(run_dir / ANOMALY)
-    return Checkpoints(run_dir, max_checkpoints)
+            f"the run folder {run_dir} cannot be written to ({problem}): choose another with --workdir"
+        )
+    seen = agreement.do(lambda: (run_dir / DELETED).is_dir())
+    if not all(seen):
+        raise UserError(
+            f"process {seen.index(False)} does not see the run folder {run_dir} that process 0 made: choose one"
+            " on a disk that all processes share with --workdir"
+        )
+
+    def purge() -> list[tuple[int, float | None]]:
+        shutil.rmtree(run_dir / DELETED, ignore_errors=True)
+        _remove_unfinished(run_dir)
+        _remove_unfinished(run_dir / ANOMALY)
+        return [(step, _val_loss_of(run_dir / str(step))) for step in list_steps(run_dir)]
+
+    val_losses = dict(agreement.do(_in_process_0(purge))[0])
+    return Checkpoints(run_dir, max_checkpoints, val_losses)
 
 
 class Checkpoints:
     """The checkpoints of one run folder; made by `open_checkpoints`, released by `close`.
 
-    Methods are called from one thread. `save` hands its work to a worker thread; one save runs at a time.
+    Methods are called from one thread and, with several processes, in each at the same points with the same
+    arguments, `check`, `steps`, `latest` and `best` excepted. `save` hands its work to worker threads: up to
+    SAVES_AT_ONCE with one process, so many saves in the queue of one with several, where the saves must come in
+    one order. The rotation is under a lock.
     """
 
-    def __init__(self, run_dir: Path, max_checkpoints: int):
+    def __init__(self, run_dir: Path, max_checkpoints: int, val_losses: dict[int, float | None]):
         self.run_dir = run_dir
         self.max_checkpoints = max_checkpoints
-        self._val_losses = {step: _val_loss_of(run_dir / str(step)) for step in list_steps(run_dir)}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: Future[SaveOutcome] | None = None
+        self._val_losses = val_losses
+        # With several processes: what is on the disk, as process 0 last told it.
+        self._told_steps = sorted(val_losses)
+        n_workers = SAVES_AT_ONCE if jax.process_count() == 1 else 1
+        self._workers = ThreadPoolExecutor(n_workers, thread_name_prefix="checkpoint")
+        self._running: dict[Future[SaveOutcome], int] = {}
         self._finished: list[SaveOutcome] = []
-        # Made by the worker when needed, dropped when its list of steps may be wrong: a new one looks again.
-        self._manager: ocp.CheckpointManager | None = None
+        self._rotation = threading.Lock()
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints on the disk, ascending, without one that is being written."""
-        return list_steps(self.run_dir)
+        """The steps of the complete checkpoints on the disk, ascending, without one that is being written.
+
+        With several processes they may differ while a save is under way, and are the same after `wait`.
+        """
+        return list_steps(self.run_dir) if jax.process_count() == 1 else list(self._told_steps)
 
     def latest(self) -> int | None:
         """The newest of `steps`, or None."""
@@ -651,7 +1015,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: Mapping[str, Any], val_loss: float | None = None) -> bool:
         """Starts to save `state` as checkpoint `step`; never raises for want of disk, memory or rights.
 
-        Waits for an earlier save that is still being written, so that at most one copy of the state is alive.
+        Waits only while SAVES_AT_ONCE saves are under way, or for the memory that they hold.
 
         Args:
           step: updates made so far; the folder's name.
@@ -664,38 +1028,73 @@ class Checkpoints:
           told by `check`; after a failed one the caller simply saves at the next interval.
         """
         started = time.perf_counter()
-        self.wait()
+        agreement = _Agreement()
+        if step in self._running.values():
+            self.wait()
+        while len(self._running) >= SAVES_AT_ONCE:
+            wait_for(self._running, return_when=FIRST_COMPLETED)
+            self._collect()
         if step in self.steps():
             return False
+        n_bytes = 0
         try:
             meta = json.loads(json.dumps(meta))
+            n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            _HOST_MEMORY.take(n_bytes)
             copies = _snapshot(state)
         except Exception as error:
-            self._finished.append(self._failure(step, error))
-            return True
-        val_loss = None if val_loss is None else float(val_loss)
+            # The worker tells it, for with several processes it has to tell the others.
+            copies = error
+        val_loss = _finite_or_none(None if val_loss is None else float(val_loss))
         blocked_s = time.perf_counter() - started
-        self._running = self._worker.submit(self._write, step, copies, meta, val_loss, blocked_s)
+        save = self._workers.submit(self._save, agreement, step, copies, n_bytes, meta, val_loss, blocked_s)
+        self._running[save] = step
+        if isinstance(copies, Exception):
+            self.wait()
         return True
 
     def wait(self) -> None:
         """Blocks until no save is under way. Never raises for a save that failed: `check` tells."""
-        if self._running is not None:
-            outcome = self._running.result()
-            self._running = None
-            self._finished.append(outcome)
+        wait_for(self._running)
+        self._collect()
 
     def check(self) -> list[SaveOutcome]:
-        """The saves that ended since the last call, in order, without waiting; a failed one has `error`."""
-        if self._running is not None and self._running.done():
-            self.wait()
+        """The saves that ended since the last call, in the order of their start, without waiting.
+
+        A failed one has `error`. One that was started earlier may end, and so be told, later.
+        """
+        self._collect()
         finished, self._finished = self._finished, []
         return finished
 
+    def _collect(self) -> None:
+        for future in [future for future in self._running if future.done()]:
+            del self._running[future]
+            self._finished.append(future.result())
+
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads checkpoint `step`, or raises UserError if there is none; the rest as `restore_path`."""
+        """Reads checkpoint `step`, or raises UserError if there is none; the rest as `restore_path`.
+
+        With several processes each reads and verifies all of it, and what one finds wrong is raised in all.
+        """
         self.wait()
-        return restore_path(_step_path(self.run_dir, step), abstract_state)
+        path = self.run_dir / str(step)
+        restored, failure, problem = None, None, None
+        try:
+            restored = restore_path(_step_path(self.run_dir, step), abstract_state)
+        except DamagedCheckpoint as error:
+            failure, problem = error, ["damaged", error.reason]
+        except Exception as error:
+            failure, problem = error, ["refused", str(error)]
+        problems = _Agreement().share(problem)
+        process, problem = next(((p, found) for p, found in enumerate(problems) if found), (None, None))
+        if problem is None:
+            return restored
+        if process == jax.process_index():
+            raise failure
+        kind, text = problem
+        text = f"process {process}: {text}"
+        raise (DamagedCheckpoint(path, text) if kind == "damaged" else UserError(text)) from failure
 
     def restore_newest(
         self, abstract_state: Any, on_damaged: Callable[[int, str], None]
@@ -716,7 +1115,7 @@ class Checkpoints:
         damaged = []
         for step in reversed(self.steps()):
             try:
-                state, meta = restore_path(self.run_dir / str(step), abstract_state)
+                state, meta = self.restore(step, abstract_state)
             except DamagedCheckpoint as error:
                 damaged.append(step)
                 on_damaged(step, error.reason)
@@ -747,18 +1146,19 @@ class Checkpoints:
         return newer
 
     def close(self) -> None:
-        """Waits for a save under way and releases the worker. `check` may still be called, `close` again."""
+        """Waits for the saves under way and releases the workers. `check` may still be called, `close` again."""
         self.wait()
-        if self._manager is not None:
-            self._worker.submit(self._drop_manager).result()
-        self._worker.shutdown()
+        self._workers.shutdown()
 
     def _move(self, steps: Sequence[int], folder: str) -> None:
+        def move() -> None:
+            for step in steps:
+                _set_aside(self.run_dir, step, folder)
+
+        _Agreement().do(_in_process_0(move))
         for step in steps:
-            _set_aside(self.run_dir, step, folder)
             self._val_losses.pop(step, None)
-        if steps and self._manager is not None:
-            self._worker.submit(self._drop_manager).result()
+        self._told_steps = [step for step in self._told_steps if step not in steps]
 
     def _failure(self, step: int, error: Exception, **timings: Any) -> SaveOutcome:
         path = self.run_dir / str(step)
@@ -768,17 +1168,14 @@ class Checkpoints:
             message = f"checkpoint {step} was not saved to {path}: {_one_line(error)}"
         return SaveOutcome(step, path, error=message, **timings)
 
-    # The worker's side.
+    # The workers' side.
 
-    def _drop_manager(self) -> None:
-        manager, self._manager = self._manager, None
-        if manager is not None:
-            manager.close()
-
-    def _write(
+    def _save(
         self,
+        agreement: _Agreement,
         step: int,
-        copies: dict[str, Any],
+        copies: dict[str, Any] | Exception,
+        n_bytes: int,
         meta: dict[str, Any],
         val_loss: float | None,
         blocked_s: float,
@@ -786,45 +1183,57 @@ class Checkpoints:
         started = time.perf_counter()
         path = self.run_dir / str(step)
         try:
-            n_bytes = sum(copy.nbytes for copy in copies.values())
-            _refuse_a_full_disk(self.run_dir, n_bytes)
-            # One by one, so that the device's copy goes as the host's comes.
-            arrays = {name: np.asarray(copies.pop(name)) for name in list(copies)}
-            document = _describe(step, val_loss, arrays, meta)
-            digest_s = time.perf_counter() - started
-            self._val_losses[step] = document["val_loss"]
-            self._rotate_in(step, _items(arrays, document))
+            # Before the checkpoint appears: the save beside this one may rotate it.
+            self._val_losses[step] = val_loss
+            _write(agreement, path, step, val_loss, copies, n_bytes, meta)
+            if jax.process_count() == 1:
+                self._rotate()
+            else:
+                self._rotate_together(agreement)
         except Exception as error:
-            self._clean_up_after_failure()
+            _in_process_0(lambda: _remove_unfinished(self.run_dir, str(step)))()
             if not path.is_dir():
                 self._val_losses.pop(step, None)
             elapsed = time.perf_counter() - started
             return self._failure(step, error, blocked_s=blocked_s, background_s=elapsed)
+        finally:
+            _HOST_MEMORY.give_back(n_bytes)
         elapsed = time.perf_counter() - started
-        return SaveOutcome(
-            step, path, n_bytes=n_bytes, blocked_s=blocked_s, background_s=elapsed, digest_s=digest_s
-        )
+        return SaveOutcome(step, path, n_bytes=n_bytes, blocked_s=blocked_s, background_s=elapsed)
 
-    def _rotate_in(self, step: int, items: ocp.args.Composite) -> None:
-        if self._manager is None:
-            self._manager = ocp.CheckpointManager(
-                self.run_dir,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_KeepBestAndNewest(self._val_losses, self.max_checkpoints),
-                    enable_async_checkpointing=False,
-                    todelete_subdir=DELETED,
-                    # The list of steps is all that it needs from the disk; see _KeepBestAndNewest.
-                    lightweight_initialize=True,
-                ),
-                handler_registry=_handlers(),
-            )
-        # force: whether a save is due was decided by the caller.
-        self._manager.save(step, args=items, force=True)
-        shutil.rmtree(self.run_dir / DELETED, ignore_errors=True)
+    def _rotate_together(self, agreement: _Agreement) -> None:
+        def rotate() -> tuple[str | None, list[tuple[int, float | None]]]:
+            problem = None
+            try:
+                self._rotate()
+            except OSError as error:
+                problem = _one_line(error)
+            return problem, [(step, self._val_losses.get(step)) for step in list_steps(self.run_dir)]
 
-    def _clean_up_after_failure(self) -> None:
-        try:
-            self._drop_manager()
-        except Exception:  # It already failed once, and is replaced by a new one.
-            self._manager = None
-        _remove_unfinished(self.run_dir)
+        problem, val_losses = agreement.do(_in_process_0(rotate))[0]
+        self._val_losses = dict(val_losses)
+        self._told_steps = sorted(self._val_losses)
+        if problem is not None:
+            raise OSError(errno.EIO, problem)
+
+    def _rotate(self) -> None:
+        """Deletes what `kept_steps` does not keep of the checkpoints that are complete now.
+
+        In whatever order saves end, the same remain: a step that is dropped for newer and better ones would
+        be dropped for them and any others too.
+        """
+        folder = self.run_dir / DELETED
+        dropped = []
+        with self._rotation:
+            steps = list_steps(self.run_dir)
+            kept = kept_steps({step: self._val_losses.get(step) for step in steps}, self.max_checkpoints)
+            for step in steps:
+                if step not in kept:
+                    folder.mkdir(exist_ok=True)
+                    shutil.rmtree(folder / str(step), ignore_errors=True)
+                    dropped.append((self.run_dir / str(step)).rename(folder / str(step)))
+                    self._val_losses.pop(step, None)
+        for path in dropped:
+            shutil.rmtree(path, ignore_errors=True)
+        with self._rotation, contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,267 @@
+"""Checkpoints of several processes: each writes what it holds, all agree, and any number of them reads it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from altgrad_jax import checkpoint
+
+META = {"config": {"seed": 1}}
+# "inside" is whole on each process, but in two pieces; "w", "h" and the moment lie on all devices of both.
+SPECS = {
+    "params": {"w": P("fsdp"), "h": P(None, "fsdp"), "bias": P(), "inside": P("device")},
+    "mu": {"w": P("fsdp")},
+    "step": P(),
+    "empty": P(),
+}
+
+
+def values(step):
+    rng = np.random.default_rng(step)
+    return {
+        "params": {
+            "w": rng.normal(size=(8, 1000)).astype(np.float32),
+            "h": rng.normal(size=(3, 8)).astype(ml_dtypes.bfloat16),
+            "bias": np.asarray([1.5, np.nan, -0.0], np.float32),
+            "inside": rng.normal(size=(4, 5)).astype(np.float32),
+        },
+        "mu": {"w": rng.normal(size=(8, 1000)).astype(np.float32)},
+        "step": np.int32(step),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+
+
+def shardings():
+    """On all devices of all processes."""
+    devices = np.asarray(jax.devices())
+    flat = Mesh(devices, ("fsdp",))
+    square = Mesh(devices.reshape(jax.process_count(), -1), ("process", "device"))
+    return jax.tree.map(lambda spec: NamedSharding(square if "device" in spec else flat, spec), SPECS)
+
+
+def make_state(step):
+    def place(array, sharding):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, values(step), shardings())
+
+
+def abstract():
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=sharding),
+        values(0),
+        shardings(),
+    )
+
+
+def assert_holds(state, step):
+    """Each shard that this process holds has the bits of `values(step)`, and lies where it should."""
+    for (path, array), expected, sharding in zip(
+        jax.tree_util.tree_leaves_with_path(state),
+        jax.tree.leaves(values(step)),
+        jax.tree.leaves(shardings()),
+        strict=True,
+    ):
+        assert array.sharding.is_equivalent_to(sharding, array.ndim), path
+        for shard in array.addressable_shards:
+            part = np.asarray(expected)[shard.index]
+            assert np.asarray(shard.data).tobytes() == part.tobytes() and array.dtype == part.dtype, path
+
+
+def flip_a_byte(path, content):
+    """Of the one file under `path` that holds the bytes `content`."""
+    ((file, at),) = [(f, at) for f in path.rglob("*") if f.is_file() and (at := f.read_bytes().find(content)) >= 0]
+    damaged = bytearray(file.read_bytes())
+    damaged[at + 1] ^= 1
+    file.write_bytes(damaged)
+    return file
+
+
+def no_damage(step, reason):
+    raise AssertionError(f"checkpoint {step} was called damaged: {reason}")
+
+
+# What runs in the processes.
+
+
+def join(process, port):
+    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process, initialization_timeout=60)
+    assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
+
+
+def outcomes(checkpoints):
+    checkpoints.wait()
+    return [(outcome.step, outcome.error) for outcome in checkpoints.check()]
+
+
+def two_processes(process, port, folder):
+    process, folder = int(process), Path(folder)
+    join(process, port)
+    run_dir = folder / "two"
+
+    # What one process wrote.
+    checkpoints = checkpoint.open_checkpoints(folder / "one", 3)
+    step, state, meta = checkpoints.restore_newest(abstract(), no_damage)
+    assert (step, meta) == (7, META)
+    assert_holds(state, 7)
+    checkpoints.close()
+
+    # Saves in a row, more than may be under way; the rotation.
+    checkpoints = checkpoint.open_checkpoints(run_dir, 2)
+    assert checkpoints.restore_newest(abstract(), no_damage) is None
+    for step, val_loss in ((1, 1.0), (2, 3.0), (3, 2.0), (4, None), (5, None)):
+        assert checkpoints.save(step, make_state(step), META, val_loss)
+    assert not checkpoints.save(5, make_state(5), META)
+    assert outcomes(checkpoints) == [(step, None) for step in (1, 2, 3, 4, 5)]
+    assert checkpoints.steps() == [1, 5] == checkpoint.list_steps(run_dir) and checkpoints.best() == 1
+    assert_holds(checkpoints.restore(5, abstract())[0], 5)
+
+    # What fails in one process has failed in both, and leaves nothing.
+    to_host = checkpoint._to_host
+
+    def no_memory(copies):
+        raise OSError(28, "No space left on device")
+
+    for failing in (1, 0):
+        if process == failing:
+            checkpoint._to_host = no_memory
+        checkpoints.save(6, make_state(6), META)
+        (outcome,) = outcomes(checkpoints)
+        checkpoint._to_host = to_host
+        reason = f"process {failing}: No space left on device"
+        assert outcome == (6, f"checkpoint 6 was not saved to {run_dir / '6'}: {reason}"), outcome
+        if process == 0:  # It cleans up, and tells so to nobody.
+            assert sorted(entry.name for entry in run_dir.iterdir()) == ["1", "5"]
+    checkpoints.save(6, make_state(6), META)
+    assert outcomes(checkpoints) == [(6, None)]
+
+    # Damage, whoever sees it, is everyone's.
+    read, said = checkpoint._read_arrays, []
+
+    def see_damage(path, described):
+        raise checkpoint.DamagedCheckpoint(path, "seen by one")
+
+    if process == 1:
+        checkpoint._read_arrays = see_damage
+    try:
+        checkpoints.restore(6, abstract())
+    except checkpoint.DamagedCheckpoint as error:
+        assert "seen by one" in error.reason
+    else:
+        raise AssertionError("damage that one process saw was not damage to the other")
+    checkpoint._read_arrays = read
+    if process == 0:
+        file = flip_a_byte(run_dir / "6", values(6)["params"]["w"][6:8].tobytes())
+        assert "ocdbt.process_1" in str(file)
+    checkpoint._Agreement().share(None)
+    step, state, _ = checkpoints.restore_newest(abstract(), lambda *args: said.append(args))
+    assert_holds(state, 1)
+    assert (step, [s for s, _ in said]) == (1, [6]) and "params/w at [[6, 8], [0, 1000]]" in said[0][1]
+    assert checkpoints.steps() == [1] == checkpoint.list_steps(run_dir)
+    assert (run_dir / "damaged" / "6-1").is_dir()
+
+    # Back, and on.
+    for step in (8, 9):
+        checkpoints.save(step, make_state(step), META)
+    assert checkpoints.set_aside_newer_than(8) == [9]
+    assert checkpoints.steps() == [1]
+    checkpoints.save(8, make_state(8), META)
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 8]
+    outcome = checkpoint.save_anomaly(run_dir, 9, make_state(9), META)
+    assert outcome.error is None
+    assert_holds(checkpoint.restore_path(outcome.path, abstract())[0], 9)
+    assert outcomes(checkpoints) == [(8, None), (9, None), (8, None)]
+
+    # One that does not come.
+    checkpoint.PEER_TIMEOUT_S = 0.5
+    agreement = checkpoint._Agreement()
+    if process == 0:
+        checkpoints.save(10, make_state(10), META)
+        ((step, error),) = outcomes(checkpoints)
+        assert step == 10 and "process 1 did not answer within 0 s" in error, error
+        assert checkpoints.steps() == [1, 8] and not list(run_dir.glob("*tmp*"))
+    checkpoint.PEER_TIMEOUT_S = 60.0
+    agreement.share(None)
+    checkpoints.close()
+    print("done", flush=True)
+
+
+def four_devices(folder):
+    assert (jax.process_count(), jax.device_count()) == (1, 4)
+    for step in (1, 8):
+        assert_holds(checkpoint.restore_path(Path(folder) / "two" / str(step), abstract())[0], step)
+    print("done", flush=True)
+
+
+def start(function, *args, n_devices):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONWARNINGS": "error",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}",
+    }
+    code = f"import test_checkpoint_processes as t; t.{function}(*{[str(arg) for arg in args]!r})"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+
+
+def finish(*children):
+    """Waits until all have ended well, or one has not."""
+    deadline = time.monotonic() + 90
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        if any(child.poll() for child in children):
+            break
+        time.sleep(0.02)
+    for child in children:
+        child.kill()
+    told = [child.communicate() for child in children]
+    for child, (out, error) in zip(children, told, strict=True):
+        assert child.returncode == 0 and out.endswith("done\n"), "\n".join(error for _, error in told)
+
+
+def test_two_processes_save_and_any_number_restores(tmp_path):
+    checkpoints = checkpoint.open_checkpoints(tmp_path / "one", 3)
+    checkpoints.save(7, jax.tree.map(jax.numpy.asarray, values(7)), META)
+    checkpoints.close()
+    assert [outcome.error for outcome in checkpoints.check()] == [None]
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    finish(*(start("two_processes", process, port, tmp_path, n_devices=2) for process in (0, 1)))
+    four = start("four_devices", tmp_path, n_devices=4)
+
+    # One process with one device, beside it.
+    for step in (1, 8):
+        state, meta = checkpoint.restore_path(tmp_path / "two" / str(step), abstract())
+        assert meta == META
+        assert_holds(state, step)
+    params, _ = checkpoint.load_params(tmp_path / "two", 8)
+    assert params["w"].tobytes() == values(8)["params"]["w"].tobytes()
+    document = json.loads((tmp_path / "two" / "8" / "meta" / "meta.json").read_text())
+    assert document["schema_version"] == 2
+    assert [s["index"] for s in document["arrays"]["params/h"]["shards"]] == [
+        [[0, 3], [k, k + 2]] for k in (0, 2, 4, 6)
+    ]
+    spread = {name for name, described in document["arrays"].items() if "shards" in described}
+    assert spread == {"params/w", "params/h", "mu/w"}
+    finish(four)
