@@ -25,8 +25,9 @@ from altgrad_jax.errors import UserError
 
 # The first to arrive may wait for one that still prepares its data; a process that dies ends the wait much sooner.
 _PATIENCE_S = 24 * 3600
-# For the others to come and hear why this process ends; they may be waiting for it on the device instead.
-_FAREWELL_S = 30
+# For the others to come and hear why this process ends. After a defect they mostly wait for it on the device instead,
+# or have it too.
+_FAREWELL_S, _FAREWELL_AFTER_DEFECT_S = 30, 5
 _calls = itertools.count()
 
 
@@ -134,7 +135,7 @@ def joined(distributed="off", coordinator=None, num_processes=None, process_id=N
             traceback.print_exc()
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}, see what it printed"
         try:
-            _exchange({"error": reason}, _FAREWELL_S)
+            _exchange({"error": reason}, _FAREWELL_S if isinstance(error, UserError) else _FAREWELL_AFTER_DEFECT_S)
         except _Refused:
             pass
         except RuntimeError:

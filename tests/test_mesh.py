@@ -4,6 +4,7 @@ A process has the devices it began with, so what needs eight is measured in one 
 which prints JSON) and judged here.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.format_rules import resolve_rules
 from altgrad_jax.mesh import data_mesh, over_fsdp, place, replicated, shard_bytes, split_axis
 from altgrad_jax.model import GPTConfig
+from altgrad_jax.process import lock_folder
 from altgrad_jax.quantization import QuantOptions
 from altgrad_jax.step import StepOptions, make_step_functions
 
@@ -215,11 +217,14 @@ def outputs(processes):
 
 def test_processes_with_different_data_or_a_locked_folder_all_end_with_a_sentence(data_dir, tmp_path):
     other = make_data(tmp_path, seed=1)
-    processes = start_two([data_dir, other], tmp_path / "run")
-    told = outputs(processes)
-    assert [process.returncode for process in processes] == [2, 2], told
-    for process, (_, err) in enumerate(told):
-        assert err.count("error: ") == 1 and "has data with the fingerprint" in err, (process, err)
+    with contextlib.ExitStack() as resources:
+        lock_folder(tmp_path / "locked", resources)
+        pairs = {"has data with the fingerprint": start_two([data_dir, other], tmp_path / "run"),
+                 "is being trained into by another process": start_two([data_dir] * 2, tmp_path / "locked")}
+        for words, processes in pairs.items():
+            told = outputs(processes)
+            assert [process.returncode for process in processes] == [2, 2], told
+            assert all(err.count("error: ") == 1 and words in err for _, err in told), told
     assert not (tmp_path / "run").exists()
 
 
