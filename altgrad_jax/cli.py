@@ -103,6 +103,34 @@ DRY_RUN = Flag("dry_run", "no", "yes, or the flag alone = only say what would be
                yes_no("dry_run"), bare="yes")
 
 
+def number(flag: str, low: int) -> Callable[[str], int]:
+    """A parser for a flag that is a whole number from `low`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,6}", text) or int(text) < low:
+            raise UserError(f"--{flag}={text} cannot be used: give a whole number from {low}")
+        return int(text)
+
+    return parse
+
+
+def _distributed_choice(text: str) -> str:
+    if text not in ("off", "auto"):
+        raise UserError(f"--distributed={text} cannot be used: give auto (several processes, as the SLURM, Open MPI or "
+                        "Kubernetes job around them says) or off")
+    return text
+
+
+# How several processes that train one run find each other.
+PROCESS_FLAGS = (
+    Flag("distributed", "off", "auto = one of the processes of the SLURM, Open MPI or Kubernetes job around it",
+         _distributed_choice),
+    Flag("coordinator", None, "HOST:PORT of process 0, with the next two for processes that are started by hand"),
+    Flag("num_processes", None, "how many processes train the run together", number("num_processes", 1)),
+    Flag("process_id", None, "which of them this is, from 0", number("process_id", 0)),
+)
+
+
 def main(
     run: Callable[..., int],
     *,

@@ -304,6 +304,9 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
     ("Execution", (
         Field("steps_per_dispatch", 0, _whole(0, 2**16),
               "most updates in one call of the device; 0 = as many as take about one second", resumable=True),
+        Field("fsdp", 1, _whole(1, 2**16),
+              "devices that parameters and optimizer state are split over; must divide the visible devices, "
+              "which all share the batch", resumable=True),
         Field("deterministic", False, _YES_NO,
               "GPU: only operations that repeat to the bit (slower); a CPU always repeats"),
     )),
@@ -659,7 +662,7 @@ def _as_json(value: Any) -> Any:
 # measured besides may be more.
 ADDED_IN_2 = frozenset(
     {*_FORMAT_FIELDS, "shadow_interval", "diagnostic_interval", "rank_threshold", "rank_threshold_strict",
-     "layer_interval", "wandb_group", "wandb_keys"}
+     "layer_interval", "wandb_group", "wandb_keys", "fsdp"}
 )
 
 

@@ -10,7 +10,8 @@ from altgrad_jax.data.dataset import gather_windows, load_token_data, open_token
 from altgrad_jax.errors import UserError
 from altgrad_jax.generate import load_model
 from altgrad_jax.logger import MANIFEST, read_manifest
-from altgrad_jax.step import data_mesh, make_evaluate
+from altgrad_jax.mesh import data_mesh
+from altgrad_jax.step import make_evaluate
 
 
 def choose_windows(tokens_T, block_size, eval_windows, eval_batch_size):

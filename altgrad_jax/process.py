@@ -37,13 +37,22 @@ class StopRequest:
     A Python handler runs only when the main thread is between two bytecodes, and the main thread waits for the device
     most of the time. So a thread reads the signals from the file descriptor that Python's C handler writes them to.
     Outside the main thread (some notebooks) signals cannot be caught, and nothing is.
+
+    Attributes:
+      received: the first signal that this process was sent; None before.
+      number: the signal that the loop is to stop for; None while there is none. With `shared`, where several processes
+        must stop at one step, it stays None until `agree`.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self):
-        self.number = None
+    def __init__(self, shared=False):
+        self.received, self.number, self._shared = None, None, shared
         self._old = {}
+
+    def agree(self, received):
+        """Takes what every process has received, numbers or None, as the reason to stop, if there is one."""
+        self.number = next((number for number in received if number), None)
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -69,11 +78,13 @@ class StopRequest:
             number = received[0]
             if number not in self.SIGNALS:
                 continue
-            if self.number is not None:
+            if self.received is not None:
                 if os.isatty(1):
                     os.write(1, b"\x1b[?25h\n")  # the live progress line hides the cursor
                 os._exit(128 + number)
-            self.number = number
+            self.received = number
+            if not self._shared:
+                self.number = number
             # Not print: the main thread may be in the middle of one.
             os.write(2, f"\n{signal.Signals(number).name}: saving after this dispatch, then stopping; once more to "
                         "leave at once\n".encode())

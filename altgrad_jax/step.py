@@ -41,6 +41,7 @@ from altgrad_jax import diagnostics, ledger, metrics, optimizer, quantization, s
 from altgrad_jax.config import METRIC_GROUPS
 from altgrad_jax.cross_entropy import cross_entropy, tied_cross_entropy
 from altgrad_jax.data.dataset import gather_windows, permute_windows
+from altgrad_jax.mesh import constrain, gather, over_batch, replicated, scatter, split_like_parameters
 from altgrad_jax.model import GPT, GPTConfig, Quantized, init_params, weights_of, with_weights
 from altgrad_jax.quant_dot import combine_statistics, empty_statistics, named_statistics
 from altgrad_jax.quantize import FormatParams, stochastic_seed
@@ -154,17 +155,18 @@ def make_evaluate(model_config: GPTConfig, eval_batch_size, mesh, operands_of=la
         default they are passed as they are.
     """
     loss_fn = make_loss(GPT(model_config))
-    split = _splitter(mesh, "data" if eval_batch_size % mesh.size == 0 else None)
+    layout = over_batch(mesh) if eval_batch_size % mesh.size == 0 else replicated(mesh)
 
     def batch_loss(params, batch, quantized):
-        return loss_fn(params, split(batch), None, quantized)[0]
+        return loss_fn(params, constrain(batch, layout, mesh), None, quantized)[0]
 
     def evaluate(params, windows, *formats):
+        params = gather(params, mesh)  # once for all batches
         quantized = Quantized(operands_of(*formats), {}) if model_config.rules else None
         batches = windows.reshape(-1, eval_batch_size, windows.shape[-1])
         return jax.lax.map(lambda batch: batch_loss(params, batch, quantized), batches).mean()
 
-    return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(evaluate, out_shardings=replicated(mesh))
 
 
 class Observed(NamedTuple):
@@ -184,6 +186,7 @@ def make_diagnose(model_config: GPTConfig, quant: quantization.QuantOptions | No
     plain = dataclasses.replace(model_config, rules=())
 
     def diagnose(params, windows, quant_state=None, table=None):
+        params = gather(params, mesh)
         found = diagnostics.rank_metrics(params)
         if quant is None:
             return found, None
@@ -205,26 +208,23 @@ def make_diagnose(model_config: GPTConfig, quant: quantization.QuantOptions | No
         named = named_statistics(fields_Q3S)
         return found, Observed(*diagnostics.observed(rest_Q3), named["scale"], named["amax"])
 
-    return jax.jit(diagnose, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(diagnose, out_shardings=replicated(mesh))
 
 
-def data_mesh(devices=None):
-    """A mesh with one axis, `data`, over the given (default: all) devices. One device is the mesh of size 1."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-
-
-def _splitter(mesh, axis="data"):
-    """Function that asks for an array's first axis to be split over the mesh; on one device there is nothing to ask."""
-    sharding = NamedSharding(mesh, PartitionSpec(axis))
-    return partial(jax.lax.with_sharding_constraint, shardings=sharding) if mesh.size > 1 else lambda array: array
+def state_shardings(state, mesh):
+    """The sharding of every array of a TrainState (of arrays or of their shapes)."""
+    out = jax.tree.map(lambda leaf: replicated(mesh), state)
+    quant = state.quant and out.quant._replace(residual=split_like_parameters(mesh, state.quant.residual),
+                                               age=split_like_parameters(mesh, state.quant.age))
+    return out._replace(params=split_like_parameters(mesh, state.params),
+                        opt_state=split_like_parameters(mesh, state.opt_state), quant=quant)
 
 
 def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, n_train_windows, eval_batch_size, seed):
     """Builds the compiled functions of a run; compiles nothing yet.
 
     Args:
-      mesh: from data_mesh; its size must divide batch_size / grad_accum_steps.
+      mesh: from mesh.data_mesh; its size must divide batch_size / grad_accum_steps.
       n_train_windows: windows in the training data, for the order of the epochs.
       eval_batch_size: evaluation windows per forward pass; must divide the number of windows given to evaluate.
       seed: for `StepFunctions.inputs`.
@@ -239,8 +239,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
     groups = o.metric_groups
     stored = quant.stored if quant else ()
     ages = quant is not None and "ledger" in groups
-    replicated = NamedSharding(mesh, PartitionSpec())
-    split = _splitter(mesh)
+    split = partial(constrain, shardings=over_batch(mesh), mesh=mesh)
     K, B, block_size = o.steps_per_dispatch, o.batch_size, model_config.block_size
 
     def is_quantized(params):
@@ -270,19 +269,22 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         """Mean loss, mean gradient, model output, and with `operands` the statistics [Q, 3, S], over the batch in A
         equal micro-batches. `operands`: micro-batch number -> {layer: Operands}."""
         key = jax.random.fold_in(jax.random.key(seed), step) if model_config.dropout > 0 else None
+        gathered = gather(params, mesh)
 
         def value_and_grad(windows, key, i):
+            # Said once more inside the loop over micro-batches, where it costs nothing: the partitioner forgets it.
+            whole = gather(gathered, mesh)
             if operands is None:
-                result, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, windows, key)
-                return result, grads, None
+                result, grads = jax.value_and_grad(loss_fn, has_aux=True)(whole, windows, key)
+                return result, scatter(grads, mesh), None
 
             def with_probes(params, g_probes):
                 return loss_fn(params, windows, key, Quantized(operands(i), g_probes))
 
             (loss, output), (grads, of_g) = jax.value_and_grad(with_probes, argnums=(0, 1), has_aux=True)(
-                params, quantization.g_probes(quant))
+                whole, quantization.g_probes(quant))
             statistics_Q3S = quantization.gather_statistics(quant, output.statistics, of_g)
-            return (loss, output._replace(statistics={})), grads, statistics_Q3S
+            return (loss, output._replace(statistics={})), scatter(grads, mesh), statistics_Q3S
 
         if o.grad_accum_steps == 1:
             (loss, output), grads, statistics_Q3S = value_and_grad(windows, key, 0)
@@ -291,15 +293,17 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         def micro_batch(carry, item):
             windows, i = item
             windows = split(windows)
+            sums, seen_Q3S = carry
+            sums = constrain(sums, layout, mesh)
             result = value_and_grad(windows, None if key is None else jax.random.fold_in(key, i), i)
             (loss, output), grads, statistics_Q3S = result
-            sums, seen_Q3S = carry
             if statistics_Q3S is not None:
                 seen_Q3S = combine_statistics(seen_Q3S, statistics_Q3S)
             return (jax.tree.map(jnp.add, sums, (loss, grads)), seen_Q3S), output
 
         A = o.grad_accum_steps
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        layout = replicated(mesh), split_like_parameters(mesh, params)
         nothing = None if operands is None else jnp.broadcast_to(empty_statistics(),
                                                                  (len(quant.layers), 3, len(empty_statistics())))
         ((loss, grads), statistics_Q3S), outputs = jax.lax.scan(
@@ -405,6 +409,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
 
     def train_step(state, windows, inputs):
         """One update; returns the next state and its row of metrics as {name: float32 scalar}."""
+        state = constrain(state, state_shardings(state, mesh), mesh)
         seed, operands, formats_Q3 = inputs.seed, None, None
         if quant is not None:
             formats_Q3 = quantization.formats_at(inputs.formats, state.quant.level)
@@ -499,12 +504,15 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                               nonfinite_params_S, nonfinite_updates_S)
         if quant is not None:
             row |= _format_alert_columns(begins, stored, overflow_names, quant, state.quant, quant_state, rises)
-        return TrainState(state.step + 1, params, opt_state, monitor, quant_state), row
+        state = TrainState(state.step + 1, params, opt_state, monitor, quant_state)
+        return constrain(state, state_shardings(state, mesh), mesh), row
 
     given = Inputs(np.int32(seed), np.float32(o.learning_rate),
                    None if quant is None else quantization.format_table(quant))
-    abstract_state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-                                  jax.eval_shape(init, 0, given.formats))
+    shapes = jax.eval_shape(init, 0, given.formats)
+    shardings = state_shardings(shapes, mesh)
+    abstract_state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes,
+                                  shardings)
     names = []
 
     def packed_step(state, windows, inputs):
@@ -536,8 +544,8 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         _, state, rows_KM = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, rows_KM))
         return state, rows_KM
 
-    return StepFunctions(init=jax.jit(init, out_shardings=replicated),
-                         run=jax.jit(run, donate_argnums=0, out_shardings=replicated),
+    return StepFunctions(init=jax.jit(init, out_shardings=shardings),
+                         run=jax.jit(run, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
                          evaluate=make_evaluate(model_config, eval_batch_size, mesh, operands_at),
                          diagnose=make_diagnose(model_config, quant, mesh),
                          abstract_state=abstract_state, metric_names=tuple(names), inputs=given)
@@ -574,7 +582,7 @@ def over_members(functions: StepFunctions, devices, member_loop="map"):
       functions: made for a mesh of one device.
     """
     mesh = jax.make_mesh((len(devices),), ("run",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-    replicated, by_run = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("run",)))
+    by_run = NamedSharding(mesh, PartitionSpec("run"))
 
     def each(function, shared, *trees_R):
         """function(shared, *trees of a run) for every run."""
@@ -612,9 +620,9 @@ def over_members(functions: StepFunctions, devices, member_loop="map"):
                     out_shardings=by_run),
         evaluate=jax.jit(lambda params_R, windows, *formats: evaluate_each(windows, params_R, *formats),
                          out_shardings=by_run),
-        stack=stack, abstract=abstract, replicated=replicated,
+        stack=stack, abstract=abstract, replicated=replicated(mesh),
         pick=jax.jit(lambda tree, r: jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, r, keepdims=False),
-                                                  tree), out_shardings=replicated))
+                                                  tree), out_shardings=replicated(mesh)))
 
 
 def _stack(trees):

@@ -10,6 +10,9 @@ checkpoints. One run is a program with one state; a sweep (sweep.py) gives a pro
 The loop waits for one small array a dispatch, which is what lets it look at the state it may have to save. A dispatch
 of about a second makes that wait rare; rows are formatted and written on a thread meanwhile.
 
+Several processes (distributed.py) run the same loop on their own devices. The lead keeps the record and decides what
+depends on the clock or the disk; all of them save and restore together.
+
 Order on the disk: the rows up to step k are flushed before checkpoint k is begun, so whatever checkpoint a resume
 finds, the record reaches it.
 """
@@ -27,10 +30,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from altgrad_jax import config as settings
-from altgrad_jax import flops, format_rules, quantization, stability, verdict, whatif
+from altgrad_jax import distributed, flops, format_rules, quantization, stability, verdict, whatif
 from altgrad_jax.checkpoint import list_steps, open_checkpoints, save_anomaly
 from altgrad_jax.console import make_console
 from altgrad_jax.data.dataset import HostStream, load_token_data, permute_windows
@@ -68,11 +70,12 @@ from altgrad_jax.logger import (
     resolve_wandb_mode,
     write_manifest,
 )
+from altgrad_jax.mesh import FSDP, data_mesh, place, replicated
 from altgrad_jax.model import GPTConfig, count_params
 from altgrad_jax.process import StopRequest, lock_folder
 from altgrad_jax.quantize import canary
 from altgrad_jax.rank_alerts import RankFalling
-from altgrad_jax.step import Inputs, StepOptions, data_mesh, make_step_functions, over_members
+from altgrad_jax.step import Inputs, StepOptions, make_step_functions, over_members
 
 FINISHED, NOT_SAVED, STOPPED_NON_FINITE = 0, 1, 3
 SAMPLE_TAG = "eurlex-sample"
@@ -93,6 +96,7 @@ class Result:
       run_dir: the run's folder.
       verdict: the contents of verdict.json; None if interrupted.
       history: {metric: float array over the recorded rows}, "step" included; NaN where a row lacks the metric.
+    Of several processes only the first has the last two; the others have None and {}.
     """
 
     exit_code: int
@@ -119,37 +123,79 @@ def train(config, *, data_dir=None, workdir=None, resume="auto", age=0.0) -> Res
       UserError: any setting, file or folder that cannot be used; before the first step.
     """
     goodput = Goodput(age)
-    settings.validate(config)
-    resolve_wandb_mode(config.wandb_mode)
-    require_resume(resume)
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
+    _refuse_arguments(config, resume)
+    distributed.require_equal("the settings, folder and --resume", [settings.to_dict(config), str(run_dir), resume],
+                              "start all processes with one command line but for --process_id")
     with contextlib.ExitStack() as resources:
-        lock_folder(run_dir, resources)
-        if resume == "auto" and is_finished(run_dir, config):
-            made = max(list_steps(run_dir))
-            print(f"{run_dir} is finished: it has made {made} of max_steps={config.max_steps} steps; raise max_steps "
-                  "to go on, or give another --workdir to start a new run")
-            return Result(FINISHED, run_dir, _read_verdict(run_dir), verdict.read_history(run_dir))
-        console = make_console(config.console, config.max_steps)
+        if distributed.from_lead(lambda: _claim(run_dir, config, resume, resources)):
+            return _result(FINISHED, run_dir)
+        console = make_console(config.console, config.max_steps) if distributed.is_lead() else _Silent()
         resources.callback(console.close)
         run = Run(config, run_dir, resume, console, resources)
         if config.deterministic:
             use_deterministic_operations()
-            use_autotune_results(run_dir, run.made_on(), console.message)
+            if distributed.n_processes() == 1:
+                use_autotune_results(run_dir, run.made_on(), console.message)
         use_compilation_cache()
         program = Program(config, data_dir, console, resources, goodput=goodput)
         run.open(program)
         console.message("compiling ...")
-        run.writer.event("compiled", run.step, seconds=program.compile())
+        run.writer.event("compiled", run.step, seconds=distributed.everywhere(program.compile))
         keep_autotune_results(run_dir)
         # Until here an interrupt has nothing to save, and simply ends the process; after the loop likewise.
-        with StopRequest() as stop:
+        with StopRequest(shared=distributed.n_processes() > 1) as stop:
             loop(program, [run], stop)
         exit_code = run.finish(stop)
-        run.tell()
+        if distributed.is_lead():
+            run.tell()
+    return _result(exit_code, run_dir)
+
+
+def _refuse_arguments(config, resume):
+    settings.validate(config)
+    resolve_wandb_mode(config.wandb_mode)
+    require_resume(resume)
+
+
+def _claim(run_dir, config, resume, resources):
+    """Locks the run folder; whether the run in it is finished already, which is told."""
+    lock_folder(run_dir, resources)
+    if resume != "auto" or not is_finished(run_dir, config):
+        return False
+    made = max(list_steps(run_dir))
+    print(f"{run_dir} is finished: it has made {made} of max_steps={config.max_steps} steps; raise max_steps to go on, "
+          "or give another --workdir to start a new run")
+    return True
+
+
+def _result(exit_code, run_dir):
+    if not distributed.is_lead():
+        return Result(exit_code, run_dir, None, {})
     interrupted = exit_code > 128
-    return Result(exit_code, run_dir, None if interrupted else _read_verdict(run_dir),
-                  verdict.read_history(run_dir))
+    return Result(exit_code, run_dir, None if interrupted else _read_verdict(run_dir), verdict.read_history(run_dir))
+
+
+class _Silent:
+    """Console and writer of the processes that are not the lead: only what went wrong at this one is told."""
+
+    def message(self, text):
+        pass
+
+    def alert(self, text):
+        print(f"process {distributed.process_index()}: {text}", file=sys.stderr, flush=True)
+
+    def submit(self, record):
+        pass
+
+    def flush(self):
+        pass
+
+    def event(self, name, step, **values):
+        pass
+
+    def close(self):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------ before the first step
@@ -311,15 +357,22 @@ class Program:
         self._open_data(data_dir)
         self._build(member_loop, devices or jax.devices())
         self._certified, self._fed = {}, None
-        self.certify(self.quant)
+        distributed.everywhere(lambda: self.certify(self.quant))
 
     def _open_data(self, data_dir):
         config = self.config
+
+        if not distributed.is_lead():
+            distributed.gather(None)  # the lead may have to make what the others read
         prepared = resolve(data_dir, config.data_source, config.tokenizer)
+        if distributed.is_lead():
+            distributed.gather(None)
         if prepared.warnings:
             self.console.message(banner(prepared.warnings))
         self.data = load_token_data(prepared.dir, vocab_size=config.vocab_size, block_size=config.block_size,
                                     tokenizer=config.tokenizer)
+        distributed.require_equal("data with the fingerprint", self.data.fingerprint[:12],
+                                  "give all processes the same token files with --data_dir")
         self.extra_tags = (SAMPLE_TAG,) if prepared.is_sample else ()
         if prepared.is_sample:
             self.console.message(f"this run trains on the small sample and is tagged {SAMPLE_TAG}: its figures are not "
@@ -335,15 +388,18 @@ class Program:
         config = self.config
         # Runs side by side are independent: each is computed on one device, as if it had no other.
         self.devices = devices
-        self.mesh = data_mesh(devices if self.width is None else devices[:1])
-        self.replicated = NamedSharding(self.mesh, PartitionSpec())
-        self.device = self.mesh.devices.flat[0]
+        if self.width is not None and config.fsdp > 1:
+            raise UserError(f"fsdp={config.fsdp} splits one run over devices, and runs side by side are each computed "
+                            "on one: leave fsdp at 1, or train this run by itself")
+        self.mesh = data_mesh(devices if self.width is None else devices[:1], config.fsdp)
+        self.replicated = replicated(self.mesh)
+        self.device = self.mesh.local_devices[0]
         if config.batch_size // config.grad_accum_steps % self.mesh.size:
             raise UserError(
                 f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps} parts cannot be split "
                 f"over {self.mesh.size} devices: make batch_size / grad_accum_steps a multiple of it, or hide devices "
                 "with CUDA_VISIBLE_DEVICES")
-        fits = fits_on_device(len(self.data.train_T), self.device)
+        fits = all(distributed.gather(fits_on_device(len(self.data.train_T), self.device)))
         if config.data_placement == "device" and not fits:
             raise UserError(
                 f"data_placement='device' cannot hold {len(self.data.train_T)} tokens in a quarter of the device's "
@@ -443,15 +499,15 @@ class Program:
             run.state = None  # donated by the first dispatch
         if self._fed is None:
             everywhere = self.replicated if self.members is None else self.members.replicated
-            self.val_on_device = jax.device_put(self.val_windows, everywhere)
-            self.diagnosed_windows = jax.device_put(self.val_windows[:self.eval_batch_size], self.replicated)
+            self.val_on_device = place(self.val_windows, everywhere)
+            self.diagnosed_windows = place(self.val_windows[:self.eval_batch_size], self.replicated)
             self._fed = self.feed()
 
     def feed(self):
         """Function (first step, n) -> the token array on the device, or the batches [K, B, L+1] of those steps."""
         everywhere = self.replicated if self.members is None else self.members.replicated
         if self.on_device:
-            tokens_T = jax.device_put(np.asarray(self.data.train_T), everywhere)
+            tokens_T = place(np.asarray(self.data.train_T), everywhere)
             return lambda step, n: tokens_T
         config = self.config
         stream = HostStream(self.data.train_T, batch_size=config.batch_size, block_size=config.block_size,
@@ -461,7 +517,7 @@ class Program:
 
         def next_batches(step, n):
             batches_KBL[:n] = stream.get(step, n)
-            return jax.device_put(batches_KBL, everywhere)
+            return place(batches_KBL, everywhere)
 
         return next_batches
 
@@ -565,6 +621,13 @@ def loop(program, runs, stop):
         step = min(run.step for run in going)
         behind = [run for run in going if run.step == step]
         n = dispatch_length(config, step, seconds_per_step, longest=program.buffer_steps)
+        if distributed.n_processes() > 1:
+            # The length depends on the lead's clock; and a signal to one process stops all, at one step.
+            lengths, received = zip(*distributed.gather([n, stop.received]))
+            stop.agree(received)
+            if stop.number:
+                break
+            n = lengths[0]
         started = time.perf_counter()
         with goodput.spend("step"):
             rows = program.advance(behind, step, n)
@@ -594,7 +657,7 @@ def loop(program, runs, stop):
             if due(config.checkpoint_interval) or run.frozen:
                 run.save()
     for run in runs:
-        if run.step > 0 and run.step not in run.saved_steps():
+        if run.step > 0 and not run.is_saved():
             # Interrupted between two checkpoints, or the save at the last step failed: once more.
             run.save()
 
@@ -631,25 +694,26 @@ class Run:
         self.quant = quantization.options_of(config)
         self.started = time.time()
         self.lane, self.frozen, self.first_bad_step, self.evaluation = 0, False, -1, None
-        self._check_folder(resume)
+        self.resume = resume
+        self.manifest = distributed.from_lead(lambda: self._check_folder(resume))
 
     def _check_folder(self, resume):
-        """Reads the manifest of the folder, where there is one."""
-        run_dir = self.run_dir
-        self.manifest, self.resume = None, resume
+        """Returns the manifest of the folder, where there is one."""
+        run_dir, manifest = self.run_dir, None
         if resume == "never":
             if run_dir.exists() and any(run_dir.iterdir()):
                 raise UserError(f"{run_dir} is not empty and --resume=never starts anew: give an empty folder with "
                                 "--workdir, or continue with --resume=auto")
         elif (run_dir / MANIFEST).exists():
-            self.manifest = read_manifest(run_dir)
-            _refuse_other_config(run_dir, self.manifest, self.config)
+            manifest = read_manifest(run_dir)
+            _refuse_other_config(run_dir, manifest, self.config)
         elif list_steps(run_dir) or (run_dir / METRICS).exists():
             raise UserError(f"{run_dir} holds a run without its {MANIFEST}: bring that file back, or give another "
                             "--workdir to start a new run")
         if isinstance(resume, int) and resume not in list_steps(run_dir):
             raise UserError(f"--resume={resume} names a checkpoint that {run_dir} does not hold; it has "
                             f"{', '.join(map(str, list_steps(run_dir))) or 'none'}")
+        return manifest
 
     def made_on(self):
         """Device kind of the run's first start, None if this is it."""
@@ -666,7 +730,9 @@ class Run:
             self.console.message(f"this run was begun on {made_on} and goes on on {kind}: XLA chooses kernels of its "
                                  "own for each, so from here on its numbers may round otherwise")
         self._restore_or_start()
-        self.frozen = bool(stability.is_frozen(self.state.monitor, program.thresholds))
+        monitor = self.state.monitor
+        self.frozen = bool(stability.is_frozen(monitor._replace(bad_streak=jax.device_get(monitor.bad_streak)),
+                                               program.thresholds))
         self._open_record()
         self._introduce()
 
@@ -674,7 +740,7 @@ class Run:
         config, run_dir, resume = self.config, self.run_dir, self.resume
         abstract_state = self.program.functions.abstract_state
         self.require_same_data(self.program)
-        self.checkpoints = open_checkpoints(run_dir, config.max_checkpoints)
+        self.checkpoints = distributed.everywhere(lambda: open_checkpoints(run_dir, config.max_checkpoints))
         self.resources.callback(self.checkpoints.close)
         restored = None
         if isinstance(resume, int):
@@ -694,7 +760,7 @@ class Run:
                 self._refuse_foreign(found[0], found[2])
                 restored = found[:2]
             else:
-                self._start_again()
+                distributed.from_lead(self._start_again)
 
         self.step, self.state = restored or (0, self.program.functions.init(config.seed, self.inputs.formats))
         self.resumed = restored is not None
@@ -728,10 +794,16 @@ class Run:
 
     def _open_record(self):
         config, run_dir, program = self.config, self.run_dir, self.program
+        self.manifest_was_new = self.manifest is None
+        self.tags = list(config.tags + program.extra_tags)
+        self.manifest = distributed.from_lead(self._write_manifest)
+        self.run_id = self.manifest["run_id"]
+        if not distributed.is_lead():
+            self.writer, self.wandb = _Silent(), None
+            return
         # What an earlier end said is no longer true.
         for name in (verdict.VERDICT, verdict.LOSS_PLOT):
             (run_dir / name).unlink(missing_ok=True)
-        self._write_manifest()
         resume_step = self.step if self.resumed else (None if self.manifest_was_new else -1)
         self.furthest = furthest_step(run_dir)
         record = Record.open(run_dir, resume_step, log_interval=config.log_interval)
@@ -757,19 +829,20 @@ class Run:
             self.resources.callback(self.wandb.close, drain_timeout=5.0)
 
     def _write_manifest(self):
-        """What this run is. A resumed run keeps what was true at its start and adds how it was continued."""
+        """Writes and returns what this run is. A resumed run keeps what was true at its start and adds how it was
+        continued."""
         config, program = self.config, self.program
-        tags = list(config.tags + program.extra_tags)
         start = {"time": round(self.started, 3), "step": self.step, "argv": sys.argv, "versions": versions(),
                  "git": git_commit(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
                  "device": {"platform": program.device.platform, "kind": program.device.device_kind,
-                            "count": len(program.devices)}}
+                            "count": len(program.devices)},
+                 "mesh": dict(program.mesh.shape), "processes": distributed.n_processes()}
         if program.width is not None:
             # The times of this run's rows are its share of those of all.
             start["side_by_side"] = program.width
-        self.manifest_was_new = self.manifest is None
+        manifest = self.manifest
         if self.manifest_was_new:
-            self.manifest = {
+            manifest = {
                 "run_id": new_run_id(), "starts": [],
                 "data": {"fingerprint": program.data.fingerprint, "dir": str(program.data.dir.absolute()),
                          "meta": program.data.meta, "placement": "device" if program.on_device else "host",
@@ -778,13 +851,13 @@ class Run:
                           "flops_per_step": program.flops_per_step},
             }
             if self.quant is not None:
-                self.manifest["formats"] = {
+                manifest["formats"] = {
                     "layers": [dataclasses.asdict(layer) for layer in self.quant.layers],
                     "certificates": self.certificates}
-        self.tags, self.run_id = tags, self.manifest["run_id"]
-        self.manifest = self.manifest | {"config": settings.to_dict(config), "tags": tags,
-                                         "starts": self.manifest["starts"] + [start]}
-        write_manifest(self.run_dir, self.manifest)
+        manifest = manifest | {"config": settings.to_dict(config), "tags": self.tags,
+                               "starts": manifest["starts"] + [start]}
+        write_manifest(self.run_dir, manifest)
+        return manifest
 
     def _introduce(self):
         config, say = self.config, self.console.message
@@ -796,7 +869,10 @@ class Run:
             say(self._describe_formats())
         say(f"data: {meta['source']}, {n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens, in "
             f"{self.program.data.dir}")
-        say(f"device: {len(self.program.devices)} x {self.program.device.device_kind} ({self.program.device.platform})")
+        program, n = self.program, distributed.n_processes()
+        say(f"device: {len(program.devices)} x {program.device.device_kind} ({program.device.platform})"
+            + (f" of {n} processes" if n > 1 else "")
+            + (f", parameters split over {config.fsdp}" if program.mesh.shape[FSDP] > 1 else ""))
         say(f"run folder: {self.run_dir}" + (f", continued from step {self.step}" if self.resumed else ""))
 
     def _describe_formats(self):
@@ -824,12 +900,12 @@ class Run:
         self._save_anomaly(first_row, rows_KM)
         self._tell_saves()
 
-    def saved_steps(self):
-        """Steps of the complete checkpoints, once no save is under way."""
+    def is_saved(self):
+        """Whether there is a complete checkpoint of this step, once no save is under way."""
         with self.goodput.spend("save_blocked"):
             self.checkpoints.wait()
         self._tell_saves()
-        return self.checkpoints.steps()
+        return distributed.from_lead(lambda: self.step in self.checkpoints.steps())
 
     def _meta(self):
         return {"config": settings.to_dict(self.config), "data_fingerprint": self.program.data.fingerprint,
@@ -879,6 +955,8 @@ class Run:
         """Writes the verdict and the plot of the loss, unless the run was interrupted, ends W&B, and returns the exit
         code. Whoever opened the record closes it."""
         self.exit_code = exit_code = self._exit_code(stop)
+        if not distributed.is_lead():
+            return exit_code
         with self.goodput.spend("logging_blocked"):
             self.writer.flush()
         interrupted = exit_code > 128
@@ -930,6 +1008,6 @@ class Run:
     def _exit_code(self, stop):
         if self.frozen:
             return STOPPED_NON_FINITE
-        if self.step > 0 and self.step not in self.saved_steps():
+        if self.step > 0 and not self.is_saved():
             return NOT_SAVED
         return 128 + stop.number if stop.number and self.step < self.config.max_steps else FINISHED

@@ -49,7 +49,7 @@ FORMAT_SETTINGS = {
 }
 NEW = {
     **FORMAT_SETTINGS, "shadow_interval": 1, "diagnostic_interval": 100, "rank_threshold": 0.1,
-    "rank_threshold_strict": 0.3, "layer_interval": 1, "wandb_group": "", "wandb_keys": (),
+    "rank_threshold_strict": 0.3, "layer_interval": 1, "wandb_group": "", "wandb_keys": (), "fsdp": 1,
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -419,8 +419,8 @@ def test_what_may_differ_on_resume():
     assert RESUMABLE_FIELDS == {
         "max_steps", "checkpoint_interval", "eval_interval", "log_interval", "project", "run_name", "tags",
         "wandb_mode", "wandb_entity", "alert_interval", "console", "checkpoint_dir", "max_checkpoints",
-        "steps_per_dispatch", "diagnostic_interval", "rank_threshold", "rank_threshold_strict", "layer_interval",
-        "wandb_group", "wandb_keys",
+        "steps_per_dispatch", "fsdp", "diagnostic_interval", "rank_threshold", "rank_threshold_strict",
+        "layer_interval", "wandb_group", "wandb_keys",
     }
     old = to_dict(default_config())
     for name, field in FIELDS.items():

@@ -421,7 +421,8 @@ def test_a_mistake_on_the_command_line_is_one_sentence(data_dir, tmp_path):
 
 
 def test_the_checkpoint_restores_as_the_state_that_made_it(whole):
-    from altgrad_jax.step import data_mesh, make_step_functions
+    from altgrad_jax.mesh import data_mesh
+    from altgrad_jax.step import make_step_functions
     from altgrad_jax.training import model_config, step_options
 
     functions = make_step_functions(model_config(tiny(), jax.devices()[0]), step_options(tiny(), steps_per_dispatch=1),

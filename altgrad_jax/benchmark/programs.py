@@ -27,11 +27,12 @@ from altgrad_jax.data.dataset import gather_windows
 from altgrad_jax.errors import UserError
 from altgrad_jax.formats import get_format
 from altgrad_jax.logger import DispatchRecord, Record, ValRising, Writer
+from altgrad_jax.mesh import data_mesh
 from altgrad_jax.model import GPT, init_params
 from altgrad_jax.quantize import format_params, round_to_format, stochastic_seed
 from altgrad_jax.rank_alerts import RankFalling
 from altgrad_jax.stability import is_frozen
-from altgrad_jax.step import data_mesh, make_loss, make_step_functions
+from altgrad_jax.step import make_loss, make_step_functions
 from altgrad_jax.training import Program, model_config, model_flops_per_step, require_float8_kernels, step_options
 
 N_WINDOWS = 399  # of random tokens: their values do not matter to the time, the data file's size hardly
