@@ -27,9 +27,10 @@ LAYERS = [
     {"generate"},
     {"evaluation"},
     {"training"},
-    {"benchmark", "campaign", "sweep"},
+    {"benchmark", "campaign", "checkpoint_benchmark", "sweep"},
 ]
-OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"}}
+OWNERS = {"flax": {"model"}, "orbax": {"checkpoint", "checkpoint_benchmark"}, "wandb": set(),
+          "tiktoken": {"data.tokenizer"}}
 MAY_JIT = {"step", "generate", "benchmark", "quantize"}
 NO_JAX = {"errors", "config", "formats", "format_rules", "whatif", "rank_alerts", "cli", "logger", "console", "verdict",
           "flops", "process", "data.tokenizer", "data.sources", "data.prepare", *REPORT}
