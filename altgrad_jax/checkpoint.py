@@ -1,6 +1,6 @@
 """Checkpoints: written beside the training, verified when read, never half there.
 
-The only file that imports orbax. What it decides, and why:
+The only file that imports orbax, its benchmark excepted. What it decides, and why:
 
 - **A save costs the training one copy on the device.** `save` copies the arrays
   (`device_put(may_alias=False)`: asynchronous, nothing is compiled) and returns; the originals may be

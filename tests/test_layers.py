@@ -31,10 +31,10 @@ LAYERS = [
     {"generate"},
     {"evaluation"},
     {"training"},
-    {"campaign", "dry_run", "sweep", *BENCHMARK},
+    {"campaign", "checkpoint_benchmark", "dry_run", "sweep", *BENCHMARK},
 ]
-OWNERS = {"flax": {"model"}, "orbax": {"checkpoint"}, "wandb": set(), "tiktoken": {"data.tokenizer"},
-          "torch": {"benchmark.torch_peer"}, "transformers": {"benchmark.torch_peer"}}
+OWNERS = {"flax": {"model"}, "orbax": {"checkpoint", "checkpoint_benchmark"}, "wandb": set(),
+          "tiktoken": {"data.tokenizer"}, "torch": {"benchmark.torch_peer"}, "transformers": {"benchmark.torch_peer"}}
 MAY_JIT = {"step", "generate", "benchmark.programs", "quantize"}
 NO_JAX = {"errors", "config", "formats", "format_rules", "whatif", "rank_alerts", "cli", "logger", "console", "verdict",
           "flops", "goodput", "process", "data.tokenizer", "data.sources", "data.prepare", *REPORT,
