@@ -419,8 +419,8 @@ def test_what_may_differ_on_resume():
     assert RESUMABLE_FIELDS == {
         "max_steps", "checkpoint_interval", "eval_interval", "log_interval", "project", "run_name", "tags",
         "wandb_mode", "wandb_entity", "alert_interval", "console", "checkpoint_dir", "max_checkpoints",
-        "steps_per_dispatch", "fsdp", "diagnostic_interval", "rank_threshold", "rank_threshold_strict", "layer_interval",
-        "wandb_group",
+        "steps_per_dispatch", "diagnostic_interval", "rank_threshold", "rank_threshold_strict", "layer_interval",
+        "wandb_group", "fsdp",
     }
     old = to_dict(default_config())
     for name, field in FIELDS.items():
