@@ -694,6 +694,7 @@ class Run:
         self.quant = quantization.options_of(config)
         self.started = time.time()
         self.lane, self.frozen, self.first_bad_step, self.evaluation = 0, False, -1, None
+        self.furthest, self.account = 0, None
         self.resume = resume
         self.manifest = distributed.from_lead(lambda: self._check_folder(resume))
 
@@ -816,7 +817,6 @@ class Run:
                                      after=config.warmup_steps),
             flops_per_step=program.flops_per_step, peak_flops=program.peak_flops)
         self.resources.callback(self.writer.close)
-        self.account = None
         self.resources.callback(self._account)  # after an exception; else finish() has done it
         self.wandb = open_wandb(
             run_dir, mode=config.wandb_mode, run_id=self.run_id, project=config.project, name=config.run_name,

@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from test_training import make_data, tiny
 
@@ -88,7 +88,8 @@ def test_the_flags_stand_in_the_manifest_and_another_device_is_told(gpu_is_expec
 def stands_at_step_0(self):
     """In place of Run._restore_or_start: with other flags jax would compile the initialization anew."""
     self.checkpoints, self.step, self.resumed = None, 0, False
-    self.state = self.program.functions.abstract_state._replace(monitor=SimpleNamespace(bad_streak=0))
+    abstract_state = self.program.functions.abstract_state
+    self.state = abstract_state._replace(monitor=abstract_state.monitor._replace(bad_streak=np.int32(0)))
 
 
 def test_a_cpu_takes_the_flags_without_harm(tmp_path):

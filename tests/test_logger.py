@@ -901,6 +901,7 @@ def test_disabled_starts_nothing_and_offline_says_how_to_sync(tmp_path, fake):
 def test_the_real_wandb_offline(tmp_path, fake):
     feed = Feed(tmp_path / "run", "wandb", mode="offline")
     assert feed.close(drain_timeout=60.0) == 0
-    assert len(feed.said) == 1 and not feed.events  # and the training's output has nothing of wandb's
+    said = [line for line in feed.said if "rows still to be sent" not in line]  # a slow machine waits, and says so
+    assert len(said) == 1 and not feed.events  # and the training's output has nothing of wandb's
     [stored] = (tmp_path / "run" / "wandb").glob("offline-run-*/run-abc.wandb")
     assert stored.read_bytes().count(b"grad_norm/block_0/mlp_up") >= 12
