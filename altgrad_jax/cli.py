@@ -188,7 +188,7 @@ def help_text(usage: str, flags: Sequence[Flag]) -> str:
     for flag in (config_flag, *flags):
         default = "" if flag.default is None else f" [default {flag.default}]"
         lines += textwrap.wrap(
-            flag.meaning + default, width=100, initial_indent=f"  --{flag.name}".ljust(16),
+            flag.meaning + default, width=100, initial_indent=f"  --{flag.name} ".ljust(16),
             subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False,
         )
     lines += [

@@ -6,7 +6,7 @@
 #
 # TOKEN_DIR, BYTES_DIR: token files of the gpt2 and of the bytes tokenizer, from scripts/prepare_data.py. OUT_DIR receives
 # logs, tables and records without checkpoints, packed. Uses the python on the PATH; every part runs even if one before it
-# failed, and each has a time limit, so that all of it ends within 32 minutes.
+# failed, and each has a time limit, so that all of it ends within 30 minutes.
 set -u
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -47,9 +47,9 @@ for how in emulated native; do
     pack "$runs/fp8-$how" "fp8-$how"
 done
 
-timeout 200 python3 scripts/bench_sweep.py --config configs/bf16_baseline.py --data_dir "$data" --processes=no \
+timeout 150 python3 scripts/bench_sweep.py --config configs/bf16_baseline.py --data_dir "$data" --processes=no \
     --widths=1,4,16 --member_loops=vmap --rounds=5 --json "$out/members.json" 2>&1 | tee "$out/members.log" | tail -n 8
 
-timeout 400 python3 scripts/sweep.py --config configs/matrix.py --data_dir "$bytes" --out "$runs/matrix" 2>&1 \
+timeout 300 python3 scripts/sweep.py --config configs/matrix.py --data_dir "$bytes" --out "$runs/matrix" 2>&1 \
     | tee "$out/matrix.log" | tail -n 20
 python3 scripts/report.py "$runs/matrix" -o "$out/matrix.html" -o "$out/matrix.md" 2>&1 | tee "$out/report.log" | tail -n 8
