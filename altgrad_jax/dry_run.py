@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from altgrad_jax import config as settings
-from altgrad_jax.checkpoint import DamagedCheckpoint, list_steps, restore_path
+from altgrad_jax.checkpoint import SAVES_AT_ONCE, DamagedCheckpoint, list_steps, restore_path
 from altgrad_jax.console import make_console
 from altgrad_jax.environment import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.errors import UserError
@@ -168,11 +168,12 @@ def _time(function, repeats):
 def describe_disk(program, run_dir, exists):
     """Line: bytes of a checkpoint, of all that are kept, and whether the disk has room."""
     config, n_bytes = program.config, _bytes_of(program.functions.abstract_state)
-    kept = min(config.max_checkpoints, math.ceil(config.max_steps / config.checkpoint_interval))
-    # One more while it is written, before an older one goes.
-    needed = n_bytes * max(0, kept + 1 - len(list_steps(run_dir)))
+    saves = math.ceil(config.max_steps / config.checkpoint_interval)
+    kept, writing = min(config.max_checkpoints, saves), min(SAVES_AT_ONCE, saves)
+    # Those being written are there before older ones go.
+    needed = n_bytes * max(0, kept + writing - len(list_steps(run_dir)))
     free = shutil.disk_usage(exists).free
-    return (f"checkpoints: {_mebibytes(n_bytes)} each at most, {kept} kept and one being written; "
+    return (f"checkpoints: {_mebibytes(n_bytes)} each at most, {kept} kept and up to {writing} being written; "
             f"{_mebibytes(needed)} more are needed in {run_dir}, and {_mebibytes(free)} are free: "
             + ("there is room" if needed <= free else "NOT ENOUGH ROOM"))
 

@@ -31,7 +31,6 @@ from altgrad_jax.mesh import data_mesh
 from altgrad_jax.model import GPT, init_params
 from altgrad_jax.quantize import format_params, round_to_format, stochastic_seed
 from altgrad_jax.rank_alerts import RankFalling
-from altgrad_jax.stability import is_frozen
 from altgrad_jax.step import make_loss, make_step_functions
 from altgrad_jax.training import Program, model_config, model_flops_per_step, require_float8_kernels, step_options
 
@@ -168,7 +167,7 @@ class Step:
             run, abstract, arguments = functions.run, functions.abstract_state, (functions.inputs,)
             self._init = lambda: functions.init(config.seed, *(() if functions.inputs.formats is None
                                                                else (functions.inputs.formats,)))
-            self.names, self.thresholds = functions.metric_names, options.thresholds
+            self.names = functions.metric_names
         self._arguments = arguments
         self._key = (bare, str(jax.tree.structure(abstract)),
                      tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(abstract)))
@@ -243,7 +242,7 @@ class Step:
             started = time.perf_counter()
             rows_KM = self.dispatch(n)
             monitor = self.monitor()
-            jax.device_get((is_frozen(monitor, self.thresholds), monitor.first_bad_step))
+            jax.device_get((monitor.bad_streak, monitor.first_bad_step))
             waiting.append(DispatchRecord(made + 1, self.names, rows_KM, len(rows_KM), dispatched_at=started,
                                           seconds=time.perf_counter() - started))
             made += len(rows_KM)
