@@ -4,23 +4,28 @@ The only file that imports orbax, its benchmark excepted. What it decides, and w
 
 - **A save costs the training one copy on the device.** `save` copies the arrays
   (`device_put(may_alias=False)`: asynchronous, nothing is compiled) and returns; the originals may be
-  donated at once. A worker thread takes it from there: transfer, Orbax with sha256 beside it, rotation. Up to
-  SAVES_AT_ONCE of them work side by side, so that the training waits only if it saves faster than the disk
-  writes; what they hold on the host is bounded by `_HOST_MEMORY`. Each runs the *synchronous* Checkpointer.
-  The asynchronous one holds its caller for the transfer from the device and returns success although the disk
-  is full. Orbax's CheckpointManager takes one save at a time, and when one fails it has already struck the
-  steps that were to be deleted from its list, so that they stay for ever: the rotation is ours. Here a save ends
-  as a complete checkpoint or as an outcome with an error, and a failed one leaves nothing behind.
+  donated at once. A worker thread takes it from there: transfer, Orbax's array handler with sha256 beside it,
+  rotation. Up to SAVES_AT_ONCE of them work side by side, so that the training waits only if it saves faster
+  than the disk writes; what they hold on the host is bounded by `_HOST_MEMORY`. Orbax's Checkpointers are not
+  asked: the asynchronous one holds its caller for the transfer from the device and returns success although the
+  disk is full; either, with several processes, leaves the others waiting at its barriers where one fails.
+  Orbax's CheckpointManager takes one save at a time, and when one fails it has already struck the steps that
+  were to be deleted from its list, so that they stay for ever: the rotation is ours. Here a save ends as a
+  complete checkpoint or as an outcome with an error, and a failed one leaves nothing behind.
 - **Nothing unverified is accepted.** Each checkpoint carries `meta/meta.json` with dtype, shape and sha256
-  of each array, itself under a sha256. Restoring compares dtypes and shapes with the wanted state before it
-  reads an array (Orbax would cast without a word), and the hashes before it hands one out.
-- **Nothing half-written or half-deleted is listed.** Orbax writes to a temporary name and renames. Deletion
-  is a rename into `.deleted/` first. The remains of both are purged when the run folder is opened for
-  training.
+  of each array and size and sha256 of each file, itself under a sha256. Restoring compares dtypes and shapes with
+  the wanted state before it reads an array (Orbax would cast without a word), then the files, and the arrays'
+  hashes before it hands one out. The files' hashes find what reading would pass over: a flipped bit in a part that
+  is not read now, a missing file that is only asked for later. They also tell a damaged disk from a reader that
+  does not fit: files that are as written are never called damaged because they cannot be read.
+- **Nothing half-written or half-deleted is listed.** A checkpoint is written under a temporary name, brought to the
+  disk (fsync) and renamed. Deletion is a rename into `.deleted/` first. The remains of both are purged when the run
+  folder is opened for training.
 - **Layout:** OCDBT over zarr3, not compressed: docs/results/checkpoint-speed.md has what others cost.
-- **Which are kept** is decided by `kept_steps` from the validation losses that stand in the checkpoints
-  themselves, and so is the same after a restart. It is applied to what is complete on the disk, so the order
-  in which saves end does not matter.
+- **Which are kept** is decided by `kept_steps` from what stands in the checkpoints themselves, and so is the same
+  after a restart. It is applied to what is complete on the disk, so the order in which saves end does not matter.
+  An *interim* checkpoint, saved between two regular ones because time passed or a signal came, is there until the
+  next regular one and displaces none: the checkpoints of a finished run do not tell how often it was interrupted.
 - **Several processes** (jax.distributed, one disk that all see) save together. Each writes the pieces it owns;
   process 0 alone joins and describes them, renames, rotates and deletes. What happens in one happens in all: they
   agree over the key-value store (`_Agreement`), never by device collectives. Restoring reads whole arrays in each
@@ -30,10 +35,12 @@ The only file that imports orbax, its benchmark excepted. What it decides, and w
 In a run folder:
 
     <step>/state/            the arrays (Orbax), dicts in dicts: params/block_0/mlp_up/kernel, ...
-    <step>/meta/meta.json    {"schema_version", "step", "val_loss", "arrays": {path: {dtype, shape, sha256}},
+    <step>/meta/meta.json    {"schema_version": 3, "step", "val_loss", "interim",
+                              "arrays": {path: {dtype, shape, sha256}}, "files": {name: {bytes, sha256}},
                               "meta": the caller's JSON data, "sha256": of the rest};
-                              schema version 2: an array that was spread over processes has, in place of
-                              its sha256, "shards": [{"index": [[start, stop], ...], "sha256"}, ...]
+                              an array that was spread over processes has, in place of its sha256,
+                              "shards": [{"index": [[start, stop], ...], "sha256"}, ...].
+                              Versions 1 and 2 (with shards), which are read too, lack "interim" and "files"
     anomaly/<step>/          the same, outside the rotation
     damaged/<step>-<k>/      set aside because it did not verify
     superseded/<step>-<k>/   set aside because the run went back to an earlier step
@@ -60,7 +67,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -72,9 +79,8 @@ from jax._src import distributed
 
 from altgrad_jax.errors import UserError
 
-SCHEMA_VERSION = 1
-# Of a checkpoint with arrays that are spread over processes: these have a sha256 for each shard.
-SPREAD_SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 ANOMALY, DAMAGED, SUPERSEDED, DELETED = "anomaly", "damaged", "superseded", ".deleted"
 _STATE, _META, _META_FILE = "state", "meta", "meta.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -119,6 +125,13 @@ class SaveOutcome:
     background_s: float = 0.0
 
 
+class Standing(NamedTuple):
+    """What decides whether a checkpoint is kept: its validation loss, where it has one, and whether it is interim."""
+
+    val_loss: float | None
+    interim: bool = False
+
+
 class _OrbaxIsQuiet(logging.Filter):
     """Keeps Orbax's own log lines off the console unless absl's verbosity asks for information.
 
@@ -136,27 +149,31 @@ absl_logging.get_absl_logger().addFilter(_OrbaxIsQuiet())
 # Which checkpoints are kept.
 
 
-def kept_steps(val_losses: Mapping[int, float | None], max_checkpoints: int) -> set[int]:
-    """The steps to keep: the one with the best finite validation loss, and the newest others.
+def kept_steps(standings: Mapping[int, Standing], max_checkpoints: int) -> set[int]:
+    """The steps to keep: the one with the best finite validation loss, the newest others, and the interim one.
 
     Args:
-      val_losses: step -> validation loss; None, NaN and infinities never count as best.
-      max_checkpoints: how many to keep; exactly so many are, once they exist. With 1 it is the newest.
+      standings: step -> Standing; a loss that is None, NaN or infinite never counts as best.
+      max_checkpoints: how many regular ones to keep; exactly so many are, once they exist. With 1 it is the newest.
 
     Returns:
-      The steps to keep. Of equal losses the newest is the best.
+      The steps to keep. Of equal losses the newest is the best. Beside them the newest interim checkpoint, if it is
+      newer than every regular one.
     """
-    newest_first = sorted(val_losses, reverse=True)
-    best = best_step(val_losses)
+    regular = sorted((step for step, standing in standings.items() if not standing.interim), reverse=True)
+    newest = max(standings, default=-1)
+    interim = {newest} & {step for step, standing in standings.items() if standing.interim}
+    best = best_step({step: standings[step] for step in regular})
     if best is None or max_checkpoints == 1:
-        return set(newest_first[:max_checkpoints])
-    others = [step for step in newest_first if step != best]
-    return {best, *others[: max_checkpoints - 1]}
+        return {*regular[:max_checkpoints], *interim}
+    others = [step for step in regular if step != best]
+    return {best, *others[: max_checkpoints - 1], *interim}
 
 
-def best_step(val_losses: Mapping[int, float | None]) -> int | None:
+def best_step(standings: Mapping[int, Standing]) -> int | None:
     """The step with the lowest finite validation loss, the newest of equals; None where there is none."""
-    finite = {step: loss for step, loss in val_losses.items() if loss is not None and math.isfinite(loss)}
+    losses = {step: standing.val_loss for step, standing in standings.items()}
+    finite = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
     return min(finite, key=lambda step: (finite[step], -step)) if finite else None
 
 
@@ -201,6 +218,11 @@ def _digest(array: np.ndarray) -> str:
         # ml_dtypes' types have no buffer protocol, hence the view as bytes.
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return digest.hexdigest()
+
+
+def _document_bytes(document: Mapping[str, Any]) -> bytes:
+    """meta.json as it is written. Equal documents have equal bytes, so that no change of the file goes unseen."""
+    return json.dumps(document).encode()
 
 
 def _document_digest(document: Mapping[str, Any]) -> str:
@@ -451,18 +473,20 @@ def _to_host(copies: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _describe(
     step: int,
-    val_loss: float | None,
+    standing: Standing,
     arrays: Mapping[str, Any],
     digests: Mapping[str, Any],
+    files: Mapping[str, Any],
     meta: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of meta.json, with the sha256 of each array and of itself.
+    """The content of meta.json, with the sha256 of each array, of each other file and of itself.
 
     Args:
-      step, val_loss, meta: as they were given to the save.
+      step, standing, meta: as they were given to the save.
       arrays: path -> anything with dtype and shape.
       digests: path -> sha256, a future of it or, of an array that is spread over processes, the list of
         {"index": [[start, stop], ...], "sha256"} of its shards.
+      files: as `_describe_files` gives them.
     """
     described = {}
     for path, array in arrays.items():
@@ -472,15 +496,47 @@ def _describe(
         else:
             verified = {"sha256": digest.result() if isinstance(digest, Future) else digest}
         described[path] = {"dtype": np.dtype(array.dtype).name, "shape": list(array.shape), **verified}
-    spread = any("shards" in description for description in described.values())
     document = {
-        "schema_version": SPREAD_SCHEMA_VERSION if spread else SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "step": step,
-        "val_loss": _finite_or_none(val_loss),
+        "val_loss": _finite_or_none(standing.val_loss),
+        "interim": standing.interim,
         "arrays": described,
+        "files": files,
         "meta": meta,
     }
     return {**document, "sha256": _document_digest(document)}
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name relative to `folder`: {"bytes", "sha256"}} of every file under it, in the order of their names."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = [_HASHERS.submit(_file_digest, path) for path in paths]
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest.result()}
+        for path, digest in zip(paths, digests, strict=True)
+    }
+
+
+def _damage_in_files(folder: Path, described: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is wrong with the files of a checkpoint, each in a few words; files that are not described may be there."""
+    wrong, present = [], {}
+    for name, description in described.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            wrong.append(f"{name} is missing")
+        elif size != description["bytes"]:
+            wrong.append(f"{name} has {size} bytes in place of {description['bytes']}")
+        else:
+            present[name] = _HASHERS.submit(_file_digest, path)
+    return wrong + [f"{name} does not match its sha256" for name, digest in present.items()
+                    if digest.result() != described[name]["sha256"]]
 
 
 def _finite_or_none(val_loss: float | None) -> float | None:
@@ -579,37 +635,6 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
     )
 
 
-class _LateJsonHandler(ocp.JsonCheckpointHandler):
-    """Writes what a function returns, which is called when the arrays have been written.
-
-    Until then they are hashed beside the writing. And what fails here does so when nothing is being written
-    any more into the folder that is then removed.
-    """
-
-    async def async_save(self, directory: Any, item: Any = None, args: Any = None) -> list[Any]:
-        self._late = args.item
-        return []
-
-    def finalize(self, directory: Any) -> None:
-        (directory / _META_FILE).write_text(json.dumps(self._late()))
-
-    @classmethod
-    def typestr(cls) -> str:
-        # It stands in Orbax's own metadata, where it names the format.
-        return ocp.JsonCheckpointHandler.typestr()
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    """Writes the two items of a checkpoint to a temporary folder, then renames it."""
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add(_STATE, ocp.args.PyTreeSave, _array_handler())
-    registry.add(_META, ocp.args.JsonSave, _LateJsonHandler(filename=_META_FILE))
-    # Folders that are made asynchronously are announced under a number that all threads share: a save could
-    # take the folders of another for its own.
-    options = ocp.CompositeOptions(async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(handler_registry=registry, composite_options=options))
-
-
 def _refuse_a_full_disk(folder: Path, n_bytes: int) -> None:
     # Clearer than what TensorStore says, and sooner. Quotas do not show here; they fail in the writing.
     free = shutil.disk_usage(folder).free
@@ -617,48 +642,23 @@ def _refuse_a_full_disk(folder: Path, n_bytes: int) -> None:
         raise OSError(errno.ENOSPC, f"it needs {n_bytes / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
 
 
-def _write(
-    agreement: _Agreement,
-    path: Path,
-    step: int,
-    val_loss: float | None,
-    copies: dict[str, Any] | Exception,
-    n_bytes: int,
-    meta: Mapping[str, Any],
-) -> None:
-    """Writes the checkpoint `path`, with several processes all together; it is there whole or not at all."""
-    if jax.process_count() > 1:
-        _write_together(agreement, path, step, val_loss, copies, n_bytes, meta)
-        return
-    if isinstance(copies, Exception):
-        raise copies
-    _refuse_a_full_disk(path.parent, n_bytes)
-    arrays, digests = _to_host(copies)
-    items = {
-        _STATE: ocp.args.PyTreeSave(_nest(_with_elements(arrays))),
-        _META: ocp.args.JsonSave(lambda: _describe(step, val_loss, arrays, digests, meta)),
-    }
-    with _checkpointer() as checkpointer:
-        checkpointer.save(path, args=ocp.args.Composite(**items))
-
-
 def _with_elements(arrays: Mapping[str, Any]) -> dict[str, Any]:
     # Orbax refuses arrays without elements. Dtype and shape say all there is to know of them.
     return {name: array for name, array in arrays.items() if array.size}
 
 
-def _write_together(
+def _write(
     agreement: _Agreement,
     path: Path,
     step: int,
-    val_loss: float | None,
+    standing: Standing,
     copies: dict[str, Any] | Exception,
     n_bytes: int,
     meta: Mapping[str, Any],
 ) -> None:
-    """Each process writes its parts, as Orbax does; process 0 joins and describes them and renames the folder.
+    """Writes the checkpoint `path`; it is there whole or not at all.
 
-    Orbax's Checkpointer is not asked: where one process fails, it leaves the others waiting at its barriers.
+    Each process writes its parts, as Orbax does; process 0 joins and describes them and renames the folder.
     """
     unfinished = path.with_name(path.name + _UNFINISHED)
     handler = _array_handler()
@@ -692,11 +692,19 @@ def _write_together(
                 digests[name] = sorted(shards, key=lambda shard: shard["index"])
                 if sum(math.prod(b - a for a, b in shard["index"]) for shard in shards) != array.size:
                     raise OSError(errno.EIO, f"the processes together do not hold all of {name}")
-        handler.finalize(epath.Path(unfinished / _STATE))
+        if _with_elements(arrays):
+            handler.finalize(epath.Path(unfinished / _STATE))
+        document = _describe(step, standing, arrays, digests, _describe_files(unfinished), meta)
         (unfinished / _META).mkdir()
-        document = _describe(step, val_loss, arrays, digests, meta)
-        (unfinished / _META / _META_FILE).write_text(json.dumps(document))
+        with open(unfinished / _META / _META_FILE, "wb") as file:
+            file.write(_document_bytes(document))
+            file.flush()
+            os.fsync(file.fileno())
+        # The names too: after a power cut a folder that is listed must not be empty.
+        for folder in (unfinished / _META, unfinished / _STATE, unfinished):
+            sync_folder(folder)
         unfinished.rename(path)
+        sync_folder(path.parent)
 
     try:
         agreement.do(begin)
@@ -727,7 +735,8 @@ def save_anomaly(run_dir: str | Path, step: int, state: Any, meta: Mapping[str, 
             return SaveOutcome(step, path)
         n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         agreement.do(_in_process_0(lambda: path.parent.mkdir(parents=True, exist_ok=True)))
-        _write(agreement, path, step, None, _written_here(state), n_bytes, json.loads(json.dumps(meta)))
+        meta = json.loads(json.dumps(meta))
+        _write(agreement, path, step, Standing(None), _written_here(state), n_bytes, meta)
     except Exception as error:
         _in_process_0(lambda: _remove_unfinished(path.parent))()
         message = f"the anomaly checkpoint of step {step} was not saved to {path}: {_one_line(error)}"
@@ -742,20 +751,26 @@ def _read_document(path: Path) -> dict[str, Any]:
     """meta.json of the checkpoint at `path`, verified against its own sha256."""
     file = f"{_META}/{_META_FILE}"
     try:
-        document = json.loads((path / file).read_bytes())
+        content = (path / file).read_bytes()
+        document = json.loads(content)
+        whole = dict(document)
         sha256 = document.pop("sha256")
+        version = document["schema_version"]
+    except PermissionError:
+        raise UserError(f"{path / file} cannot be read (no permission): make it readable") from None
     except OSError as error:
         raise DamagedCheckpoint(path, f"{file}: {error.strerror}") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise DamagedCheckpoint(path, f"{file} is not the JSON it was") from None
-    if sha256 != _document_digest(document):
+    # Version 1 and 2 were written alike, but never promised it.
+    if sha256 != _document_digest(document) or version == SCHEMA_VERSION and content != _document_bytes(whole):
         raise DamagedCheckpoint(path, f"{file} does not match its sha256")
-    if document["schema_version"] not in (SCHEMA_VERSION, SPREAD_SCHEMA_VERSION):
+    if version not in READABLE_VERSIONS:
         raise UserError(
-            f"the checkpoint {path} has schema version {document['schema_version']}, but this program reads"
-            f" versions {SCHEMA_VERSION} and {SPREAD_SCHEMA_VERSION}: use the program that wrote it"
+            f"the checkpoint {path} has schema version {version}, but this program reads versions"
+            f" {', '.join(map(str, READABLE_VERSIONS))}: use the program that wrote it"
         )
-    return document
+    return {"interim": False, "files": None, **document}
 
 
 def _named(items: Sequence[str]) -> str:
@@ -763,8 +778,22 @@ def _named(items: Sequence[str]) -> str:
     return "; ".join(items[:_NAMED_IN_A_MESSAGE]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _read_arrays(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Reads the arrays named in `described` ({path: {dtype, shape, sha256 or shards}}) and verifies each."""
+def _read_arrays(
+    path: Path, described: Mapping[str, Mapping[str, Any]], files: Mapping[str, Any] | None
+) -> dict[str, np.ndarray]:
+    """Reads the arrays named in `described` ({path: {dtype, shape, sha256 or shards}}) and verifies each.
+
+    Args:
+      files: of the document, where all of them are to be verified before anything is read.
+    """
+    try:
+        damage = _damage_in_files(path, files or {})
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read (no permission): make it readable") from None
+    except OSError as error:
+        damage = [f"{error.filename}: {error.strerror}"]
+    if damage:
+        raise DamagedCheckpoint(path, _named(damage))
     empty = {name: d for name, d in described.items() if 0 in d["shape"]}
     stored = {name: d for name, d in described.items() if name not in empty}
     arrays: dict[str, np.ndarray] = {}
@@ -785,6 +814,11 @@ def _read_arrays(path: Path, described: Mapping[str, Mapping[str, Any]]) -> dict
         except MemoryError:
             raise
         except Exception as error:
+            if files:
+                raise UserError(
+                    f"the checkpoint {path} cannot be read, although its files are as they were written"
+                    f" ({_one_line(error)}): use the versions of altgrad_jax and orbax-checkpoint that wrote it"
+                ) from error
             raise DamagedCheckpoint(path, f"the arrays are not readable, {_one_line(error)}") from error
     for name, description in empty.items():
         arrays[name] = np.zeros(description["shape"], jax.numpy.dtype(description["dtype"]))
@@ -848,7 +882,7 @@ def restore_path(path: str | Path, abstract_state: Any) -> tuple[Any, dict[str, 
     document = _read_document(path)
     wanted = _flatten(abstract_state)
     _refuse_differences(path, document["arrays"], wanted)
-    arrays = _read_arrays(path, document["arrays"])
+    arrays = _read_arrays(path, document["arrays"], document["files"])
     leaves = [_place(arrays[name], _placement(leaf)) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), document["meta"]
 
@@ -897,7 +931,8 @@ def load_arrays(
         raise UserError(f"step {step} was asked for, but {path} is one checkpoint: give the run folder")
     document = _read_document(path)
     described = {name: d for name, d in document["arrays"].items() if name.startswith(prefixes)}
-    return _nest(_read_arrays(path, described)) if described else {}, document["meta"]
+    # Only what is read need be sound: a bit of a moment is no reason to keep the parameters from an evaluation.
+    return _nest(_read_arrays(path, described, None)) if described else {}, document["meta"]
 
 
 def _existing(path: str | Path) -> Path:
@@ -931,6 +966,15 @@ def _step_path(run_dir: Path, step: int | None) -> Path:
 # The run folder, while it is trained into.
 
 
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def _remove_unfinished(folder: Path, name: str = "*") -> None:
     for path in folder.glob(f"{name}{_UNFINISHED}*") if folder.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
@@ -945,12 +989,13 @@ def _set_aside(run_dir: Path, step: int, folder: str) -> Path:
     return (run_dir / str(step)).rename(target)
 
 
-def _val_loss_of(path: Path) -> float | None:
-    """The validation loss that stands in a checkpoint; None where it has none or cannot be read."""
+def _standing_of(path: Path) -> Standing:
+    """What stands in a checkpoint; nothing but that it is there where it cannot be read."""
     try:
-        return _read_document(path)["val_loss"]
-    except (UserError, OSError):
-        return None
+        document = _read_document(path)
+    except UserError:
+        return Standing(None)
+    return Standing(document["val_loss"], document["interim"])
 
 
 def open_checkpoints(run_dir: str | Path, max_checkpoints: int) -> Checkpoints:
@@ -989,14 +1034,18 @@ def open_checkpoints(run_dir: str | Path, max_checkpoints: int) -> Checkpoints:
             " on a disk that all processes share with --workdir"
         )
 
-    def purge() -> list[tuple[int, float | None]]:
+    def purge() -> list[tuple[int, Standing]]:
         shutil.rmtree(run_dir / DELETED, ignore_errors=True)
         _remove_unfinished(run_dir)
         _remove_unfinished(run_dir / ANOMALY)
-        return [(step, _val_loss_of(run_dir / str(step))) for step in list_steps(run_dir)]
+        return [(step, _standing_of(run_dir / str(step))) for step in list_steps(run_dir)]
 
-    val_losses = dict(agreement.do(_in_process_0(purge))[0])
-    return Checkpoints(run_dir, max_checkpoints, val_losses)
+    return Checkpoints(run_dir, max_checkpoints, _as_standings(agreement.do(_in_process_0(purge))[0]))
+
+
+def _as_standings(told: Sequence[tuple[int, Sequence[Any]]]) -> dict[int, Standing]:
+    """{step: Standing}, from pairs that may have come from another process."""
+    return {step: Standing(*standing) for step, standing in told}
 
 
 class Checkpoints:
@@ -1008,12 +1057,12 @@ class Checkpoints:
     one order. The rotation is under a lock.
     """
 
-    def __init__(self, run_dir: Path, max_checkpoints: int, val_losses: dict[int, float | None]):
+    def __init__(self, run_dir: Path, max_checkpoints: int, standings: dict[int, Standing]):
         self.run_dir = run_dir
         self.max_checkpoints = max_checkpoints
-        self._val_losses = val_losses
+        self._standings = standings
         # With several processes: what is on the disk, as process 0 last told it.
-        self._told_steps = sorted(val_losses)
+        self._told_steps = sorted(standings)
         n_workers = SAVES_AT_ONCE if jax.process_count() == 1 else 1
         self._workers = ThreadPoolExecutor(n_workers, thread_name_prefix="checkpoint")
         self._running: dict[Future[SaveOutcome], int] = {}
@@ -1033,9 +1082,18 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The one of `steps` with the best finite validation loss, or None."""
-        return best_step({step: self._val_losses.get(step) for step in self.steps()})
+        return best_step(self._standings_of(self.steps()))
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any], val_loss: float | None = None) -> bool:
+    def _standings_of(self, steps: Sequence[int]) -> dict[int, Standing]:
+        return {step: self._standings.get(step, Standing(None)) for step in steps}
+
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return not all(future.done() for future in self._running)
+
+    def save(
+        self, step: int, state: Any, meta: Mapping[str, Any], val_loss: float | None = None, *, interim: bool = False
+    ) -> bool:
         """Starts to save `state` as checkpoint `step`; never raises for want of disk, memory or rights.
 
         Waits only while SAVES_AT_ONCE saves are under way, or for the memory that they hold.
@@ -1045,6 +1103,7 @@ class Checkpoints:
           state: pytree of jax arrays. They may be donated as soon as this returns.
           meta: JSON data: config, data fingerprint, W&B run id, ... Tuples come back as lists.
           val_loss: the validation loss of this very state, where there is one.
+          interim: whether the checkpoint is to be there only until the next one that is not; see `kept_steps`.
 
         Returns:
           True if a save was started, False if checkpoint `step` is there already. What became of a save is
@@ -1068,9 +1127,9 @@ class Checkpoints:
         except Exception as error:
             # The worker tells it, for with several processes it has to tell the others.
             copies = error
-        val_loss = _finite_or_none(None if val_loss is None else float(val_loss))
+        standing = Standing(_finite_or_none(None if val_loss is None else float(val_loss)), interim)
         blocked_s = time.perf_counter() - started
-        save = self._workers.submit(self._save, agreement, step, copies, n_bytes, meta, val_loss, blocked_s)
+        save = self._workers.submit(self._save, agreement, step, copies, n_bytes, meta, standing, blocked_s)
         self._running[save] = step
         if isinstance(copies, Exception):
             self.wait()
@@ -1180,7 +1239,7 @@ class Checkpoints:
 
         _Agreement().do(_in_process_0(move))
         for step in steps:
-            self._val_losses.pop(step, None)
+            self._standings.pop(step, None)
         self._told_steps = [step for step in self._told_steps if step not in steps]
 
     def _failure(self, step: int, error: Exception, **timings: Any) -> SaveOutcome:
@@ -1200,15 +1259,15 @@ class Checkpoints:
         copies: dict[str, Any] | Exception,
         n_bytes: int,
         meta: dict[str, Any],
-        val_loss: float | None,
+        standing: Standing,
         blocked_s: float,
     ) -> SaveOutcome:
         started = time.perf_counter()
         path = self.run_dir / str(step)
         try:
             # Before the checkpoint appears: the save beside this one may rotate it.
-            self._val_losses[step] = val_loss
-            _write(agreement, path, step, val_loss, copies, n_bytes, meta)
+            self._standings[step] = standing
+            _write(agreement, path, step, standing, copies, n_bytes, meta)
             if jax.process_count() == 1:
                 self._rotate()
             else:
@@ -1216,7 +1275,7 @@ class Checkpoints:
         except Exception as error:
             _in_process_0(lambda: _remove_unfinished(self.run_dir, str(step)))()
             if not path.is_dir():
-                self._val_losses.pop(step, None)
+                self._standings.pop(step, None)
             elapsed = time.perf_counter() - started
             return self._failure(step, error, blocked_s=blocked_s, background_s=elapsed)
         finally:
@@ -1225,17 +1284,17 @@ class Checkpoints:
         return SaveOutcome(step, path, n_bytes=n_bytes, blocked_s=blocked_s, background_s=elapsed)
 
     def _rotate_together(self, agreement: _Agreement) -> None:
-        def rotate() -> tuple[str | None, list[tuple[int, float | None]]]:
+        def rotate() -> tuple[str | None, list[tuple[int, Standing]]]:
             problem = None
             try:
                 self._rotate()
             except OSError as error:
                 problem = _one_line(error)
-            return problem, [(step, self._val_losses.get(step)) for step in list_steps(self.run_dir)]
+            return problem, list(self._standings_of(list_steps(self.run_dir)).items())
 
-        problem, val_losses = agreement.do(_in_process_0(rotate))[0]
-        self._val_losses = dict(val_losses)
-        self._told_steps = sorted(self._val_losses)
+        problem, told = agreement.do(_in_process_0(rotate))[0]
+        self._standings = _as_standings(told)
+        self._told_steps = sorted(self._standings)
         if problem is not None:
             raise OSError(errno.EIO, problem)
 
@@ -1249,13 +1308,13 @@ class Checkpoints:
         dropped = []
         with self._rotation:
             steps = list_steps(self.run_dir)
-            kept = kept_steps({step: self._val_losses.get(step) for step in steps}, self.max_checkpoints)
+            kept = kept_steps(self._standings_of(steps), self.max_checkpoints)
             for step in steps:
                 if step not in kept:
                     folder.mkdir(exist_ok=True)
                     shutil.rmtree(folder / str(step), ignore_errors=True)
                     dropped.append((self.run_dir / str(step)).rename(folder / str(step)))
-                    self._val_losses.pop(step, None)
+                    self._standings.pop(step, None)
         for path in dropped:
             shutil.rmtree(path, ignore_errors=True)
         with self._rotation, contextlib.suppress(OSError):

@@ -16,6 +16,7 @@ from unittest import mock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from altgrad_jax import checkpoint
@@ -80,12 +81,12 @@ def layout_variants(arrays):
                                        ocdbt_target_data_file_size=args.get("file_size"))
             defaults = (tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT, tensorstore_utils._BASE_TS_CONTEXT)
             with contextlib.ExitStack() as patches:
-                patches.enter_context(mock.patch.object(checkpoint, "_array_handler", array_handler))
                 for default in defaults:
                     patches.enter_context(mock.patch.dict(default, dict(context)))
-                with checkpoint._checkpointer() as checkpointer:
-                    checkpointer.save(path, args=ocp.args.Composite(
-                        state=item, meta=ocp.args.JsonSave(lambda: {"sha256": "none"})))
+                handler, state = array_handler(), epath.Path(path) / "state"
+                state.mkdir(parents=True)
+                handler.save(state, args=item)
+                handler.finalize(state)
         return run
 
     return {

@@ -139,7 +139,39 @@ def break_arrays(path: Path) -> None:
     ],
 )
 def test_best_and_newest_are_kept(val_losses, max_checkpoints, expected):
-    assert checkpoint.kept_steps(val_losses, max_checkpoints) == expected
+    standings = {step: checkpoint.Standing(val_loss) for step, val_loss in val_losses.items()}
+    assert checkpoint.kept_steps(standings, max_checkpoints) == expected
+
+
+@pytest.mark.parametrize(
+    "regular, interim, max_checkpoints, expected",
+    [
+        ({}, [3, 7], 3, {7}),
+        ({10: 1.0}, [3, 7], 3, {10}),
+        ({10: 1.0, 20: 2.0, 30: 3.0}, [33, 36], 2, {10, 30, 36}),
+        ({10: 1.0, 20: 2.0, 30: 3.0}, [33], 1, {30, 33}),
+        ({10: None, 20: None, 40: None}, [33], 2, {20, 40}),
+    ],
+)
+def test_an_interim_one_is_kept_until_the_next_regular_one_and_displaces_none(
+    regular, interim, max_checkpoints, expected
+):
+    standings = {step: checkpoint.Standing(val_loss) for step, val_loss in regular.items()}
+    standings |= {step: checkpoint.Standing(0.5, interim=True) for step in interim}
+    assert checkpoint.kept_steps(standings, max_checkpoints) == expected
+
+
+def test_interim_ones_are_known_after_a_restart(tmp_path, opened):
+    def saved(checkpoints, step, interim):
+        assert checkpoints.save(step, make_state(step), META, interim=interim)
+        checkpoints.wait()
+        return checkpoints.steps()
+
+    checkpoints = opened(tmp_path, max_checkpoints=2)
+    assert [saved(checkpoints, step, step % 10 > 0) for step in (10, 14, 18, 20)][1:] == [[10, 14], [10, 18], [10, 20]]
+    assert saved(checkpoints, 25, interim=True) == [10, 20, 25]
+    checkpoints = opened(tmp_path, max_checkpoints=2)
+    assert saved(checkpoints, 30, interim=False) == [20, 30]
 
 
 def test_rotation_on_disk_continues_after_a_restart(tmp_path, opened):
@@ -334,29 +366,65 @@ def test_impossible_requests_name_what_is_possible(tmp_path, opened):
 # Damage.
 
 
-def test_every_flipped_bit_is_harmless_or_detected(tmp_path, opened):
-    """In each file of a checkpoint, at several places: the restored state is right, or there is none."""
+def test_every_flipped_bit_of_every_file_is_detected(tmp_path, opened):
     checkpoints = opened(tmp_path)
     save(checkpoints, 1)
     expected, rng = make_state(1), random.Random(0)
-    detected = 0
-    for file in files_of(tmp_path / "1"):
+    files = files_of(tmp_path / "1")
+    assert len(files) >= 4
+    for file in files:
         content = file.read_bytes()
-        for _ in range(4):
+        for _ in range(6):
             damaged = bytearray(content)
             damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             file.write_bytes(damaged)
-            try:
-                restored, meta = checkpoints.restore(1, abstract(expected))
-            except checkpoint.DamagedCheckpoint as error:
-                detected += 1
-                assert str(tmp_path / "1") in str(error) and "\n" not in str(error)
-            else:
-                assert_same_bits(restored, expected)
-                assert meta == META
+            with pytest.raises(checkpoint.DamagedCheckpoint) as caught:
+                checkpoints.restore(1, abstract(expected))
+            assert str(tmp_path / "1") in str(caught.value) and "\n" not in str(caught.value)
+            assert file.name in str(caught.value)
         file.write_bytes(content)
-    assert detected >= 8
     assert_same_bits(checkpoints.restore(1, abstract(expected))[0], expected)
+
+
+def test_what_is_as_it_was_written_is_never_called_damaged(tmp_path, opened, monkeypatch):
+    """A reader that fails says nothing about the files: nothing may be set aside for it."""
+    checkpoints = opened(tmp_path)
+    save(checkpoints, 1)
+
+    class Newer:
+        def restore(self, *args, **kwargs):
+            raise ValueError("unknown layout")
+
+    monkeypatch.setattr(checkpoint, "_array_handler", Newer)
+    with pytest.raises(UserError, match="its files are as they were written .*unknown layout.*: use the versions"):
+        checkpoints.restore_newest(abstract(make_state(1)), no_damage)
+    assert checkpoints.steps() == [1]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_checkpoints_of_earlier_versions_are_read(tmp_path, opened, version):
+    checkpoints = opened(tmp_path)
+    save(checkpoints, 1, 2.5)
+    file = tmp_path / "1" / "meta" / "meta.json"
+    document = json.loads(file.read_text())
+    for name in ("sha256", "files", "interim"):
+        del document[name]
+    document["schema_version"] = version
+    embedding = document["arrays"]["params/embed/embedding"]
+    if version == 2:
+        array = np.asarray(make_state(1).params["embed"]["embedding"])
+        embedding["shards"] = [
+            {"index": [[a, b], [0, 8]], "sha256": checkpoint._digest(array[a:b])} for a, b in ((0, 15), (15, 40))
+        ]
+        del embedding["sha256"]
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps({**document, "sha256": digest}))
+    state, meta = checkpoints.restore(1, abstract(make_state(1)))
+    assert_same_bits(state, make_state(1))
+    assert meta == META and opened(tmp_path).best() == 1
+    break_arrays(tmp_path / "1")
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="params/embed/embedding"):
+        checkpoints.restore(1, abstract(make_state(1)))
 
 
 @pytest.mark.parametrize(
@@ -574,7 +642,8 @@ def test_in_whatever_order_saves_end_the_same_remain(tmp_path, opened, gates, or
         wait_until(lambda told=told: told.extend(checkpoints.check()) or told)
         assert [(outcome.step, outcome.error) for outcome in told] == [(step, None)]
         # Whatever is on the disk now is what a resume after a kill would find.
-        assert checkpoints.steps() == sorted(checkpoint.kept_steps(complete, 2))
+        standings = {step: checkpoint.Standing(val_loss) for step, val_loss in complete.items()}
+        assert checkpoints.steps() == sorted(checkpoint.kept_steps(standings, 2))
         assert checkpoints.latest() == max(complete)
     assert_same_bits(checkpoints.restore(best, abstract(make_state(best)))[0], make_state(best))
     assert {entry.name for entry in tmp_path.iterdir()} == {str(step) for step in checkpoints.steps()}
