@@ -6,16 +6,18 @@ for a yes-or-no field, a tuple as `--config.tags=a,b` or by repeating the flag; 
 wins. The parsing is our own, for config_flags answers a typo with a traceback, wants `--config` before the
 overrides, says nothing of `x=8` without its dashes or of a missing file, and makes one tag of `a,b`.
 
-A mistake of the user (UserError) is one `error: ...` on stderr and exit code 2; any other exception is a
-defect and keeps its traceback (exit code 1). No jax here: help comes at once, and a script may set XLA's
-flags before jax starts.
+A mistake of the user (UserError) is one `error: ...` on stderr and exit code 2, a machine that failed (MachineError)
+the same with exit code 1; any other exception is a defect and keeps its traceback (exit code 1). No jax here: help
+comes at once, and a script may set XLA's flags before jax starts.
 """
 
+import contextlib
 import inspect
 import os
 import re
 import sys
 import textwrap
+import threading
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +29,7 @@ import ml_collections
 
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
+from altgrad_jax.process import Interrupted, StopRequest
 
 _YES = ("true", "t", "1", "yes")
 _NO = ("false", "f", "0", "no")
@@ -159,15 +162,28 @@ def main(
 
 
 def run_script(function: Callable[[], int | None]) -> NoReturn:
-    """Calls `function` and exits: with the code it returns (None is 0), 2 for a UserError, 130 for Ctrl-C."""
+    """Calls `function` and exits: with the code it returns (None is 0), a UserError's own (mostly 2), or 128 + the
+    number of the signal that ended it."""
+    stop = StopRequest()
     try:
-        code = function()
+        with stop:
+            code = function()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
+        code = error.exit_code
+    except KeyboardInterrupt:  # outside the main thread, or raised by a library
         print("interrupted", file=sys.stderr)
         code = 130
+    except Interrupted as interruption:
+        print(f"interrupted ({interruption})", file=sys.stderr)
+        code = 128 + interruption.number
+    if code and code > 128:
+        # Threads may still be compiling, and Python would wait for them.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        if stop.received or threading.active_count() > 1:
+            os._exit(code)
     sys.exit(code or 0)
 
 

@@ -271,6 +271,9 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
     ("Checkpoints", (
         Field("checkpoint_interval", 100, _whole(1),
               "updates between two checkpoints; the last step always gets one", resumable=True),
+        Field("checkpoint_seconds", 60.0, _number(0, 1e6),
+              "most seconds of training that are unsaved between two of them, and at most half of those since the "
+              "start; such a checkpoint is replaced by the next; 0 = off", resumable=True),
         Field("checkpoint_dir", "checkpoints/bf16_baseline", _FOLDER,
               "the run's folder: checkpoints, record, plot, verdict; --workdir replaces it", resumable=True),
         Field("max_checkpoints", 3, _whole(1, 2**16),
@@ -664,11 +667,13 @@ ADDED_IN_2 = frozenset(
     {*_FORMAT_FIELDS, "shadow_interval", "diagnostic_interval", "rank_threshold", "rank_threshold_strict",
      "layer_interval", "wandb_group", "wandb_keys", "fsdp"}
 )
+# And that records of schema version 1 and 2 lack.
+ADDED_IN_3 = frozenset({"checkpoint_seconds"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a record of any schema version (as JSON holds them), with what it could not have yet."""
-    return {name: _as_json(FIELDS[name].default) for name in sorted(ADDED_IN_2)} | dict(values)
+    return {name: _as_json(FIELDS[name].default) for name in sorted(ADDED_IN_2 | ADDED_IN_3)} | dict(values)
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

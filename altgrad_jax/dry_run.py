@@ -17,6 +17,7 @@ from altgrad_jax.console import make_console
 from altgrad_jax.environment import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.errors import UserError
 from altgrad_jax.logger import resolve_wandb_mode
+from altgrad_jax.process import StopRequest
 from altgrad_jax.training import Program, Run, is_finished, require_resume, require_wandb_keys
 
 # Share of a known device's peak that the prediction supposes. Nothing was measured on one: small models reach less, for
@@ -40,7 +41,7 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
         say(f"next: nothing, for {run_dir} is finished with {config.max_steps} steps")
         return 0
     with contextlib.ExitStack() as resources:
-        run = Run(config, run_dir, resume, console, resources)
+        run = Run(config, run_dir, resume, console, resources, stop=StopRequest())
         if config.deterministic:
             use_deterministic_operations()
         use_compilation_cache()

@@ -1,9 +1,25 @@
-"""The one exception that is meant for the person at the keyboard.
+"""The exceptions that are meant for the person at the keyboard.
 
-Its message is a single sentence that names the value, what is allowed, and the fix. Scripts print it without a
-traceback and exit with code 2; any other exception is a defect of this project and keeps its traceback.
+Their message is a single sentence that names the value, what is allowed, and the fix. Scripts print it without a
+traceback and exit with `exit_code`; any other exception is a defect of this project and keeps its traceback.
 """
 
 
 class UserError(ValueError):
     """A setting, a file or a directory that cannot be used as it is."""
+
+    exit_code = 2
+
+
+class MachineError(UserError):
+    """A disk or another part of the machine failed under a run that was in order."""
+
+    exit_code = 1
+
+
+class Stopped(UserError):
+    """A signal ended a run of several processes before there was anything to save."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = 128 + number

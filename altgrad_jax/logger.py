@@ -18,6 +18,7 @@ interpreter lock nor signal handlers, exit hooks or standard output with the tra
 the training it still sends what was recorded.
 """
 
+import errno
 import fnmatch
 import functools
 import importlib
@@ -49,9 +50,10 @@ TIMING = "timing.jsonl"
 DIAGNOSTICS = "diagnostics.jsonl"
 MANIFEST = "manifest.json"
 # 2: settings of number formats in the config (config.ADDED_IN_2 holds what version 1 lacks), more keys in the rows, and
-# diagnostics.jsonl. A record of version 1 is read as it is.
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+# diagnostics.jsonl. 3: the setting checkpoint_seconds (config.ADDED_IN_3). Records of earlier versions are read as they
+# are.
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 
 ALERT = "alert/"
 ALERT_VALUE = "alert_value/"
@@ -172,14 +174,6 @@ def keep_row(step, *, log_interval, max_steps=None, notable=False):
 # ----------------------------------------------------------------------------------------------------- record
 
 
-def _append(path, fd, data):
-    try:
-        while data:
-            data = data[os.write(fd, data):]
-    except OSError as error:
-        raise OSError(error.errno, f"the record cannot be written: {error.strerror}", str(path)) from None
-
-
 def _repair_tail(path):
     """Cut an unfinished last line off. Returns the size of what is left."""
     with open(path, "r+b") as file:
@@ -277,11 +271,15 @@ def _cut_diagnostics(path, resume_step):
 class Record:
     """metrics.jsonl and timing.jsonl of one run folder, open for appending. Not locked: one thread writes.
 
+    A full disk is waited for as long as `wait_for_space` allows, a function that waits a moment and says whether to try
+    again; None: not at all. Then, and where writing fails otherwise, the OSError names the file.
+
     val_losses: [(step, validation loss)] of the rows kept on resume; ranks: likewise [(step, {layer: stable rank})].
     """
 
     def __init__(self, run_dir, metrics_fd, timing_fd, last_step, val_losses, ranks=()):
         self.run_dir, self.last_step, self.val_losses, self.ranks = run_dir, last_step, val_losses, ranks
+        self.wait_for_space = None
         self._metrics_fd, self._timing_fd = metrics_fd, timing_fd
 
     @classmethod
@@ -337,18 +335,27 @@ class Record:
                 raise ValueError(f"row {step} follows row {self.last_step}: steps must increase")
             self.last_step = step
         if timing_rows:
-            _append(self.run_dir / TIMING, self._timing_fd,
-                    "".join(json.dumps(row) + "\n" for row in timing_rows).encode())
+            self._append(TIMING, self._timing_fd, "".join(json.dumps(row) + "\n" for row in timing_rows))
         if lines:
-            _append(self.run_dir / METRICS, self._metrics_fd, "".join(line + "\n" for line in lines).encode())
+            self._append(METRICS, self._metrics_fd, "".join(line + "\n" for line in lines))
+
+    def _append(self, name, fd, text):
+        data = text.encode()
+        while data:
+            try:
+                # What a disk that fills up took of it stays; the rest goes behind it.
+                data = data[os.write(fd, data):]
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if not (full and self.wait_for_space and self.wait_for_space()):
+                    raise OSError(error.errno, error.strerror, str(self.run_dir / name)) from None
 
     def append_diagnostics(self, rows):
         """Append lines to diagnostics.jsonl, which a run without any never gets."""
         if rows:
-            path = self.run_dir / DIAGNOSTICS
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            fd = os.open(self.run_dir / DIAGNOSTICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
-                _append(path, fd, "".join(json.dumps(row) + "\n" for row in rows).encode())
+                self._append(DIAGNOSTICS, fd, "".join(json.dumps(row) + "\n" for row in rows))
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -356,7 +363,7 @@ class Record:
     def event(self, kind, step, **fields):
         """Append an event row to timing.jsonl."""
         row = {"event": kind, "step": int(step), "time": round(time.time(), 3), **fields}
-        _append(self.run_dir / TIMING, self._timing_fd, (json.dumps(row) + "\n").encode())
+        self._append(TIMING, self._timing_fd, json.dumps(row) + "\n")
 
     def flush(self, fsync=False):
         """Rows are with the operating system as soon as they are written; fsync also survives a power cut."""
@@ -428,7 +435,7 @@ def read_manifest(run_dir):
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version not in READABLE_VERSIONS:
         raise UserError(f"{path} has schema_version {version!r}, this program reads "
-                        f"{' and '.join(map(str, READABLE_VERSIONS))}: use the version of altgrad_jax that wrote it")
+                        f"{', '.join(map(str, READABLE_VERSIONS))}: use the version of altgrad_jax that wrote it")
     return manifest
 
 
@@ -515,16 +522,23 @@ class DispatchRecord:
     diagnostics: Sequence[Mapping[str, Any]] = ()
 
 
+# How long a full disk is waited for.
+SPACE_PATIENCE_S = 600.0
+
+
 class Writer:
     """A thread that turns dispatches into rows, in order; its bounded queue blocks rather than drops.
 
     An exception on the thread is raised in the caller's thread by the next submit, flush or close, and by
     every one after it; what was queued behind it is discarded, so that nothing waits for ever.
+
+    A full disk is no such failure yet: it is told, and waited for, for up to SPACE_PATIENCE_S. The training waits with
+    it once the queue is full.
     """
 
     def __init__(self, record, *, max_steps, tokens_per_step, log_interval=1, layer_interval=1, console=None,
                  alert_interval=100, val_rising=None, rank_falling=None, flops_per_step=None, peak_flops=None,
-                 on_row=None, queue_size=8, clock=time.perf_counter):
+                 on_row=None, queue_size=8, clock=time.perf_counter, hurried=lambda: False):
         """Start the thread.
 
         Args:
@@ -538,7 +552,9 @@ class Writer:
           on_row: called on the thread for every step as on_row(step, {name: float of the evaluation},
             alerts).
           queue_size: dispatches that may wait; more make submit wait.
+          hurried: called on the thread while it waits for a full disk; True ends the waiting.
         """
+        record.wait_for_space, self._hurried, self._full_since = self._wait_for_space, hurried, None
         self._record, self._console, self._on_row = record, console, on_row
         self._val_rising, self._rank_falling = val_rising, rank_falling
         self._max_steps, self._log_interval, self._layer_interval = max_steps, log_interval, layer_interval
@@ -592,6 +608,18 @@ class Writer:
         if self._error is not None:
             raise self._error
 
+    def _wait_for_space(self):
+        now = time.monotonic()
+        if self._full_since is None:
+            self._full_since = now
+            if self._console is not None:
+                self._console.alert(f"the disk of {self._record.run_dir} is full: the run waits up to "
+                                    f"{SPACE_PATIENCE_S / 60:g} minutes for space for its record, then it ends")
+        if self._hurried() or now - self._full_since > SPACE_PATIENCE_S:
+            return False
+        time.sleep(0.5)
+        return True
+
     def _work(self):
         while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Event):
@@ -602,6 +630,7 @@ class Writer:
                         self._write(item)
                     else:
                         item()
+                    self._full_since = None
                 except BaseException as error:  # handed to the caller's thread, which is waiting for it
                     self._error = error
 

@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import os
+import select
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -31,12 +33,28 @@ def process_age():
     return age if ticks and age > imported else imported
 
 
-class StopRequest:
-    """Catches SIGINT and SIGTERM: the first asks the loop to save and stop, a second one leaves at once.
+class Interrupted(BaseException):
+    """A signal, where there is nothing to save. Not an Exception: code that handles failures must not take it for one.
 
-    A Python handler runs only when the main thread is between two bytecodes, and the main thread waits for the device
-    most of the time. So a thread reads the signals from the file descriptor that Python's C handler writes them to.
-    Outside the main thread (some notebooks) signals cannot be caught, and nothing is.
+    Attributes:
+      number: of the signal.
+    """
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class StopRequest:
+    """A context in which SIGINT, SIGTERM and SIGHUP (a closed terminal) end the program in good order.
+
+    The first raises `Interrupted` in the main thread or, within `deferred`, asks the loop to save and stop. A second
+    one leaves at once. So does the first if the main thread does not get to leave the context within LEAVE_S seconds:
+    a Python handler runs only between two bytecodes of the main thread, and that may be deep in a compiler.
+
+    For the same reason a thread reads the signals, from the file descriptor that Python's C handler writes them to.
+    Outside the main thread (some notebooks) signals cannot be caught, and nothing is. A SIGHUP that is ignored, as
+    under nohup, stays so. Such contexts may be nested; the innermost one acts.
 
     Attributes:
       received: the first signal that this process was sent; None before.
@@ -44,22 +62,35 @@ class StopRequest:
         must stop at one step, it stays None until `agree`.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+    LEAVE_S = 8.0
 
     def __init__(self, shared=False):
         self.received, self.number, self._shared = None, None, shared
+        self._deferred = self._raised = self._told = False
         self._old = {}
 
     def agree(self, received):
         """Takes what every process has received, numbers or None, as the reason to stop, if there is one."""
         self.number = next((number for number in received if number), None)
 
+    @contextlib.contextmanager
+    def deferred(self):
+        """A context in which the first signal only sets `number`, and whoever is in it stops where nothing is lost."""
+        self._deferred = True
+        try:
+            yield self
+        finally:
+            self._deferred = False
+
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            self._old = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
+            hangup = getattr(signal, "SIGHUP", None)
+            self._old = {number: signal.signal(number, self._handle) for number in self.SIGNALS
+                         if not (number == hangup and signal.getsignal(number) is signal.SIG_IGN)}
             self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self._thread.start()
         return self
@@ -73,52 +104,127 @@ class StopRequest:
             self._thread.join()
             os.close(self._read)
 
-    def _listen(self):
-        while received := os.read(self._read, 1):
-            number = received[0]
-            if number not in self.SIGNALS:
-                continue
-            if self.received is not None:
-                if os.isatty(1):
-                    os.write(1, b"\x1b[?25h\n")  # the live progress line hides the cursor
-                os._exit(128 + number)
+    def _handle(self, number, frame):
+        if self.received is None:
             self.received = number
-            if not self._shared:
-                self.number = number
-            # Not print: the main thread may be in the middle of one.
-            os.write(2, f"\n{signal.Signals(number).name}: saving after this dispatch, then stopping; once more to "
-                        "leave at once\n".encode())
+        if self._deferred:
+            self._ask()
+        elif not self._raised:
+            self._raised = True
+            raise Interrupted(number)
+
+    def _ask(self):
+        if not self._shared:
+            self.number = self.received
+        if not self._told:
+            self._told = True
+            name = signal.Signals(self.received).name
+            _write(f"\n{name}: saving after this dispatch, then stopping; once more to leave at once\n")
+
+    def _listen(self):
+        first, deadline = None, None
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._read], [], [], left)[0]:
+                deadline = None
+                if self._deferred:  # it came just before
+                    self._ask()
+                else:
+                    _leave(first)
+                continue
+            received = os.read(self._read, 1)
+            if not received:
+                return
+            number = received[0]
+            if number not in self._old:
+                continue
+            if first is not None:
+                _leave(number)
+            first = number
+            if self.received is None:
+                self.received = number
+            if self._deferred:
+                self._ask()
+            else:
+                deadline = time.monotonic() + self.LEAVE_S
+
+
+def _write(text):
+    # Not print: the main thread may be in the middle of one. And the terminal may be the one that was closed.
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
+def _leave(number):
+    with contextlib.suppress(OSError):
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h\n")  # the live progress line hides the cursor
+    os._exit(128 + number)
+
+
+LOCK = ".lock"
 
 
 def lock_folder(run_dir, resources):
     """Makes the run folder, and makes sure that no other process trains into it until the ExitStack `resources` closes.
 
-    The lock is on the folder itself: it leaves no file behind, and ends with the process. UserError where the folder is
-    a file, cannot be written to, or is another process's.
+    The lock is on a file in the folder, `.lock`, which says who holds it. It ends with the process, however that ends;
+    a file that a killed process left behind locks nothing. UserError where the folder is a file, cannot be written to,
+    or is another process's.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run_dir, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "no permission to write")
-        folder = os.open(run_dir, os.O_RDONLY)
-    except FileExistsError:
-        raise UserError(f"{run_dir} is a file: give a folder with --workdir") from None
+        while (lock := _take_lock(run_dir / LOCK)) is None:
+            pass
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{run_dir} is a file or lies below one: give a folder with --workdir") from None
     except OSError as error:
         raise UserError(f"{run_dir} cannot be written to ({error.strerror}): give another folder with "
                         "--workdir") from None
-    resources.callback(os.close, folder)
-    resources.callback(_remove_if_empty, run_dir)
-    if fcntl is not None:
+    resources.callback(_release, run_dir, lock)
+
+
+def _take_lock(path):
+    """The open, locked file; None if the one that held it has just removed it."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(lock, 4096, 0).decode(errors="replace").strip() or "another process"
+                raise UserError(f"{path.parent} is being trained into by {holder}: wait for it, stop it, or give "
+                                "another folder with --workdir") from None
+            except OSError:
+                pass  # a file system without locks
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run_dir} is being trained into by another process: wait for it, stop it, or give "
-                            "another folder with --workdir") from None
-        except OSError:
-            pass  # a file system without locks
+            if os.fstat(lock).st_ino != os.stat(path).st_ino:
+                raise FileNotFoundError
+        except FileNotFoundError:
+            os.close(lock)
+            return None
+        os.ftruncate(lock, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):  # a full disk keeps the name from being told, not the lock
+            os.pwrite(lock, f"another process ({os.getpid()} on {socket.gethostname()}, since {since})\n".encode(), 0)
+        return lock
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(lock)
+        raise
 
 
-def _remove_if_empty(folder):
-    """A run that was refused leaves no folder behind."""
+def _release(run_dir, lock):
+    """Before the lock is let go, so that the file is not another's. A run that was refused leaves no folder behind."""
     with contextlib.suppress(OSError):
-        folder.rmdir()
+        (run_dir / LOCK).unlink()
+    os.close(lock)
+    with contextlib.suppress(OSError):
+        run_dir.rmdir()
+
+
+def is_empty(run_dir):
+    """Whether nothing is in the folder but its lock."""
+    return all(path.name == LOCK for path in run_dir.iterdir())

@@ -35,8 +35,16 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.formats import get_format
 from altgrad_jax.goodput import Goodput, describe
 from altgrad_jax.logger import write_atomically
-from altgrad_jax.process import StopRequest, lock_folder
-from altgrad_jax.training import NOT_SAVED, Program, Run, has_ended, loop, model_flops_per_step
+from altgrad_jax.process import Interrupted, StopRequest, lock_folder
+from altgrad_jax.training import (
+    NOT_SAVED,
+    Program,
+    Run,
+    disk_failures_told,
+    has_ended,
+    loop,
+    model_flops_per_step,
+)
 
 SWEEP = "sweep.json"
 MEMBER_LOOPS = ("auto", "map", "vmap")
@@ -381,7 +389,7 @@ def sweep(members, out, *, data_dir=None, member_loop="auto", width=0, memory=0.
         write_plan(out, members)
     started, watch, code = time.monotonic(), _Watch(console), 0
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, disk_failures_told(lambda: "the same command goes on where it stopped"):
             groups = make_groups(mine)
             for number, group in enumerate(groups, 1):
                 with contextlib.ExitStack() as resources:
@@ -399,6 +407,8 @@ def sweep(members, out, *, data_dir=None, member_loop="auto", width=0, memory=0.
                         code = _train_group(program, planned, console, watch, stop, seconds) or code
             if stop.number:
                 code = 128 + stop.number
+    except Interrupted as interruption:
+        code = 128 + interruption.number
     finally:
         console.close()
     if not dry_run:
@@ -492,13 +502,14 @@ def _train_group(program, planned, console, watch, stop, compile_seconds):
                 run_dir = member.folder.absolute()
                 lock_folder(run_dir, resources)
                 run = Run(member.config, run_dir, "auto", _Quiet(member.name, console), resources,
-                          watch=watch.of(member.name))
+                          stop=stop, watch=watch.of(member.name))
                 run.open(program)
                 if number == 0:
                     run.writer.event("compiled", run.step, seconds=round(compile_seconds / len(chunk), 3))
                 runs.append(run)
             watch.begin(runs)
-            loop(program, runs, stop)
+            with stop.deferred():
+                loop(program, runs, stop)
             for run in runs:
                 # A plot takes longer than all else at the end of a small run, and a report draws every curve.
                 if run.finish(stop, plot=False) == NOT_SAVED:

@@ -19,6 +19,7 @@ finds, the record reaches it.
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -47,7 +48,7 @@ from altgrad_jax.environment import (
     use_deterministic_operations,
     versions,
 )
-from altgrad_jax.errors import UserError
+from altgrad_jax.errors import MachineError, Stopped, UserError
 from altgrad_jax.evaluation import choose_windows
 from altgrad_jax.formats import get_format
 from altgrad_jax.goodput import Goodput, describe, total
@@ -72,12 +73,16 @@ from altgrad_jax.logger import (
 )
 from altgrad_jax.mesh import FSDP, data_mesh, place, replicated
 from altgrad_jax.model import GPTConfig, count_params
-from altgrad_jax.process import StopRequest, lock_folder
+from altgrad_jax.process import Interrupted, StopRequest, is_empty, lock_folder
 from altgrad_jax.quantize import canary
 from altgrad_jax.rank_alerts import RankFalling
 from altgrad_jax.step import Inputs, StepOptions, make_step_functions, over_members
 
 FINISHED, NOT_SAVED, STOPPED_NON_FINITE = 0, 1, 3
+# What becomes one sentence when it happens to a file of the run.
+DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
+# An interim checkpoint is due when half of a start's time is unsaved, from this on, up to config.checkpoint_seconds.
+FIRST_INTERIM_SECONDS = 5.0
 SAMPLE_TAG = "eurlex-sample"
 # With steps_per_dispatch=0: rows of the metrics buffer, and the time a dispatch is steered to.
 AUTO_DISPATCH_STEPS = 100
@@ -125,14 +130,49 @@ def train(config, *, data_dir=None, workdir=None, resume="auto", age=0.0) -> Res
     goodput = Goodput(age)
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
     _refuse_arguments(config, resume)
-    distributed.require_equal("the settings, folder and --resume", [settings.to_dict(config), str(run_dir), resume],
-                              "start all processes with one command line but for --process_id")
+    try:
+        with disk_failures_told(lambda: _how_it_goes_on(run_dir, resume)):
+            exit_code = _train(config, data_dir, run_dir, resume, goodput)
+    except Interrupted as interruption:
+        text = f"{interruption}: stopped outside the training steps; {_how_it_goes_on(run_dir, resume)}"
+        if distributed.n_processes() > 1:
+            raise Stopped(text, interruption.number) from None  # the others hear of it as of any refusal
+        print(f"\n{text}", flush=True)
+        exit_code = 128 + interruption.number
+    return _result(exit_code, run_dir)
+
+
+@contextlib.contextmanager
+def disk_failures_told(how_it_goes_on):
+    """Makes one sentence, a MachineError, of a full, read-only or failing disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FAILURES:
+            raise
+        raise MachineError(f"{error.filename or 'a file of the run'} cannot be written ({error.strerror}): put that "
+                           f"right; then {how_it_goes_on()}") from error
+
+
+def _how_it_goes_on(run_dir, resume):
+    saved = list_steps(run_dir)
+    how = "the same command" if resume == "auto" else "the same command with --resume=auto"
+    goes_on = f"continues from checkpoint {max(saved)}" if saved else "starts again, for nothing was saved yet"
+    return f"{how} {goes_on}"
+
+
+def _train(config, data_dir, run_dir, resume, goodput):
+    """Returns the exit code."""
     with contextlib.ExitStack() as resources:
+        stop = resources.enter_context(StopRequest(shared=distributed.n_processes() > 1))
+        distributed.require_equal(
+            "the settings, folder and --resume", [settings.to_dict(config), str(run_dir), resume],
+            "start all processes with one command line but for --process_id")
         if distributed.from_lead(lambda: _claim(run_dir, config, resume, resources)):
-            return _result(FINISHED, run_dir)
+            return FINISHED
         console = make_console(config.console, config.max_steps) if distributed.is_lead() else _Silent()
         resources.callback(console.close)
-        run = Run(config, run_dir, resume, console, resources)
+        run = Run(config, run_dir, resume, console, resources, stop=stop)
         if config.deterministic:
             use_deterministic_operations()
             if distributed.n_processes() == 1:
@@ -143,13 +183,13 @@ def train(config, *, data_dir=None, workdir=None, resume="auto", age=0.0) -> Res
         console.message("compiling ...")
         run.writer.event("compiled", run.step, seconds=distributed.everywhere(program.compile))
         keep_autotune_results(run_dir)
-        # Until here an interrupt has nothing to save, and simply ends the process; after the loop likewise.
-        with StopRequest(shared=distributed.n_processes() > 1) as stop:
+        # Until here an interrupt has nothing to save, and simply ends the run; after the loop likewise.
+        with stop.deferred():
             loop(program, [run], stop)
         exit_code = run.finish(stop)
         if distributed.is_lead():
             run.tell()
-    return _result(exit_code, run_dir)
+    return exit_code
 
 
 def _refuse_arguments(config, resume):
@@ -451,10 +491,14 @@ class Program:
         with self.goodput.spend("compile"):
             # While XLA compiles one, which takes no interpreter lock, the next is traced and compiled beside it.
             # Autotuning results go to one file, which wants one writer.
-            with ThreadPoolExecutor(1 if self.config.deterministic else 3, thread_name_prefix="compile") as threads, \
-                    _without_garbage_collection():
-                self.compiled = [threads.submit(lowered.compile) for lowered in self.lower()]
-            self.compiled = tuple(compiling.result() for compiling in self.compiled)
+            threads = ThreadPoolExecutor(1 if self.config.deterministic else 3, thread_name_prefix="compile")
+            try:
+                with _without_garbage_collection():
+                    compiling = [threads.submit(lowered.compile) for lowered in self.lower()]
+                self.compiled = tuple(program.result() for program in compiling)
+            finally:
+                # Not waited for: a signal must not wait for a compiler.
+                threads.shutdown(wait=False, cancel_futures=True)
             if self.quant is not None and self.quant.native:
                 require_float8_kernels(self.compiled[0], self.device, len(self.quant.layers))
         return round(time.perf_counter() - started, 3)
@@ -606,6 +650,7 @@ def loop(program, runs, stop):
     goodput.enter("other")
     program.take(runs)
     seconds_per_step = None
+    interim = InterimSaves(config.checkpoint_seconds)
 
     fresh = [run for run in runs if run.step == 0 and not run.resumed]
     if fresh and not stop.number:
@@ -621,13 +666,14 @@ def loop(program, runs, stop):
         step = min(run.step for run in going)
         behind = [run for run in going if run.step == step]
         n = dispatch_length(config, step, seconds_per_step, longest=program.buffer_steps)
+        unsaved_too_long = interim.are_due() and not any(run.checkpoints.is_saving() for run in behind)
         if distributed.n_processes() > 1:
             # The length depends on the lead's clock; and a signal to one process stops all, at one step.
-            lengths, received = zip(*distributed.gather([n, stop.received]))
+            lengths, received, due_by_clock = zip(*distributed.gather([n, stop.received, unsaved_too_long]))
             stop.agree(received)
             if stop.number:
                 break
-            n = lengths[0]
+            n, unsaved_too_long = lengths[0], due_by_clock[0]
         started = time.perf_counter()
         with goodput.spend("step"):
             rows = program.advance(behind, step, n)
@@ -654,12 +700,41 @@ def loop(program, runs, stop):
             # A run's own share of the time.
             run.record(rows_KM, evaluation, lines, started=started, seconds=(ended - started) / len(behind),
                        look_seconds=seconds if evaluation else None)
-            if due(config.checkpoint_interval) or run.frozen:
+            if is_last(run) or due(config.checkpoint_interval):
                 run.save()
+            elif unsaved_too_long:
+                run.save(interim=True)
+        if unsaved_too_long or due(config.checkpoint_interval):
+            interim.saved()
     for run in runs:
         if run.step > 0 and not run.is_saved():
             # Interrupted between two checkpoints, or the save at the last step failed: once more.
-            run.save()
+            run.save(interim=not is_last(run))
+
+
+def is_last(run):
+    """Whether the run ends with the step that it stands at."""
+    return run.frozen or run.step == run.config.max_steps
+
+
+class InterimSaves:
+    """When to save between two checkpoint intervals, so that whenever a run is killed, at least half of the time that
+    it has trained since its start is saved, and all but `longest` seconds of it; 0 switches this off.
+
+    Without it a run that is killed more often than it reaches an interval would never get anywhere.
+    """
+
+    def __init__(self, longest, clock=time.monotonic):
+        self._longest, self._clock = longest, clock
+        self._started = self._saved = clock()
+
+    def are_due(self):
+        now = self._clock()
+        half = max(FIRST_INTERIM_SECONDS, (now - self._started) / 2)
+        return self._longest > 0 and now - self._saved >= min(self._longest, half)
+
+    def saved(self):
+        self._saved = self._clock()
 
 
 def dispatch_length(config, step, seconds_per_step, *, longest):
@@ -683,14 +758,15 @@ class Run:
         goes on from a checkpoint. lane: its place in the program. furthest: the last step an earlier start recorded.
     """
 
-    def __init__(self, config, run_dir, resume, console, resources, *, watch=None):
+    def __init__(self, config, run_dir, resume, console, resources, *, stop, watch=None):
         """Refuses a folder that this run may not use, before anything expensive is done.
 
         Args:
+          stop: the StopRequest; while a full disk is waited for, its signal ends the waiting.
           watch: what the record's writer tells its progress and alerts to; default the console.
         """
         self.config, self.run_dir, self.console, self.resources = config, run_dir, console, resources
-        self.watch = watch or console
+        self.watch, self.stop = watch or console, stop
         self.quant = quantization.options_of(config)
         self.started = time.time()
         self.lane, self.frozen, self.first_bad_step, self.evaluation = 0, False, -1, None
@@ -702,7 +778,7 @@ class Run:
         """Returns the manifest of the folder, where there is one."""
         run_dir, manifest = self.run_dir, None
         if resume == "never":
-            if run_dir.exists() and any(run_dir.iterdir()):
+            if run_dir.exists() and not is_empty(run_dir):
                 raise UserError(f"{run_dir} is not empty and --resume=never starts anew: give an empty folder with "
                                 "--workdir, or continue with --resume=auto")
         elif (run_dir / MANIFEST).exists():
@@ -811,7 +887,7 @@ class Run:
         self.writer = Writer(
             record, max_steps=config.max_steps, tokens_per_step=program.tokens_per_step,
             log_interval=config.log_interval, layer_interval=config.layer_interval, console=self.watch,
-            alert_interval=config.alert_interval,
+            alert_interval=config.alert_interval, hurried=lambda: self.stop.received is not None,
             val_rising=ValRising(config.val_patience, record.val_losses),
             rank_falling=RankFalling(config.rank_threshold, config.rank_threshold_strict, record.ranks,
                                      after=config.warmup_steps),
@@ -911,13 +987,13 @@ class Run:
         return {"config": settings.to_dict(self.config), "data_fingerprint": self.program.data.fingerprint,
                 "run_id": self.run_id, "step": self.step}
 
-    def save(self):
+    def save(self, *, interim=False):
         """Starts to save the run's state at this step."""
         with self.goodput.spend("logging_blocked"):
             self.writer.flush()
         val_loss = (self.evaluation or {}).get("val_loss")
         with self.goodput.spend("save_blocked"):
-            self.checkpoints.save(self.step, self.program.state_of(self), self._meta(), val_loss)
+            self.checkpoints.save(self.step, self.program.state_of(self), self._meta(), val_loss, interim=interim)
 
     def _tell_saves(self):
         for outcome in self.checkpoints.check():
@@ -997,11 +1073,8 @@ class Run:
         self.console.close()
         exit_code = self.exit_code
         if exit_code > 128:
-            saved = list_steps(self.run_dir)
-            goes_on = f"continues from checkpoint {max(saved)}" if saved else "starts again, for nothing was saved yet"
-            how = "the same command" if self.resume == "auto" else "the same command with --resume=auto"
             print(f"{signal.Signals(exit_code - 128).name}: stopped after step {self.step} of {self.config.max_steps}; "
-                  f"{how} {goes_on}")
+                  f"{_how_it_goes_on(self.run_dir, self.resume)}")
         else:
             verdict.print_verdict(self.verdict, seconds=self.account["wall_s"])
 

@@ -50,6 +50,7 @@ FORMAT_SETTINGS = {
 NEW = {
     **FORMAT_SETTINGS, "shadow_interval": 1, "diagnostic_interval": 100, "rank_threshold": 0.1,
     "rank_threshold_strict": 0.3, "layer_interval": 1, "wandb_group": "", "wandb_keys": (), "fsdp": 1,
+    "checkpoint_seconds": 60.0,
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -420,7 +421,7 @@ def test_what_may_differ_on_resume():
         "max_steps", "checkpoint_interval", "eval_interval", "log_interval", "project", "run_name", "tags",
         "wandb_mode", "wandb_entity", "alert_interval", "console", "checkpoint_dir", "max_checkpoints",
         "steps_per_dispatch", "fsdp", "diagnostic_interval", "rank_threshold", "rank_threshold_strict",
-        "layer_interval", "wandb_group", "wandb_keys",
+        "layer_interval", "wandb_group", "wandb_keys", "checkpoint_seconds",
     }
     old = to_dict(default_config())
     for name, field in FIELDS.items():
@@ -455,7 +456,7 @@ def test_difference_lists_fields_in_order_and_names_absent_ones():
 
 
 def test_a_record_of_version_1_is_one_with_the_defaults():
-    assert settings.ADDED_IN_2 == set(NEW)
+    assert settings.ADDED_IN_2 | settings.ADDED_IN_3 == set(NEW) and settings.ADDED_IN_3 == {"checkpoint_seconds"}
     new = to_dict(default_config())
     old = {name: value for name, value in new.items() if name not in NEW}
     assert from_dict(old).to_dict() == default_config().to_dict()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -555,15 +556,38 @@ def test_an_error_on_the_thread_reaches_the_caller(tmp_path, then):
     assert [row["step"] for row in rows_of(tmp_path)] == [1]
 
 
-def test_a_full_disk_names_the_file(tmp_path):
+def test_a_full_disk_is_told_and_waited_for(tmp_path):
     run = tmp_path / "run"
     record = Record.open(run)
+    kept = os.dup(record._metrics_fd)
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, record._metrics_fd)
     os.close(full)
-    writer = Writer(record, max_steps=9, tokens_per_step=1)
+    told = []
+    console = types.SimpleNamespace(alert=told.append, update=lambda *_: None)
+    writer = Writer(record, max_steps=9, tokens_per_step=1, console=console)
     writer.submit(DispatchRecord(1, NAMES, packed([1])))
-    with pytest.raises(OSError, match=r"the record cannot be written: No space left.*metrics\.jsonl") as error:
+    wait_for(lambda: told)
+    os.dup2(kept, record._metrics_fd)  # space again
+    os.close(kept)
+    writer.submit(DispatchRecord(2, NAMES, packed([2])))
+    writer.close()
+    assert [row["step"] for row in rows_of(run)] == [1, 2]
+    (text,) = told
+    assert text.startswith(f"the disk of {run} is full: the run waits up to 10 minutes")
+
+
+@pytest.mark.parametrize("why", ["a signal", "patience"])
+def test_a_full_disk_that_stays_full_ends_the_waiting_and_names_the_file(tmp_path, monkeypatch, why):
+    record = Record.open(tmp_path / "run")
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, record._metrics_fd)
+    os.close(full)
+    if why == "patience":
+        monkeypatch.setattr(logger, "SPACE_PATIENCE_S", 0.0)
+    writer = Writer(record, max_steps=9, tokens_per_step=1, hurried=lambda: why == "a signal")
+    writer.submit(DispatchRecord(1, NAMES, packed([1])))
+    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl") as error:
         writer.flush(fsync=False)
     assert error.value.errno == errno.ENOSPC
     with pytest.raises(OSError, match="No space left"):
@@ -608,7 +632,7 @@ def test_manifest_round_trip_and_its_errors(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         logger.read_manifest(tmp_path)
     logger.write_manifest(tmp_path, {"config": {"lr": 6e-4}, "a": [1, "é"]})
-    assert logger.read_manifest(tmp_path) == {"config": {"lr": 6e-4}, "a": [1, "é"], "schema_version": 2}
+    assert logger.read_manifest(tmp_path) == {"config": {"lr": 6e-4}, "a": [1, "é"], "schema_version": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     for text, error in (('{"schema_version": 3}', "schema_version 3, this program reads 1 and 2: use the version"),
                         ('{"schema_version": "2"}', "'2'"), ("{}", "None"), ("[1]", "None"),
@@ -623,7 +647,7 @@ def test_a_manifest_of_version_1_is_read_as_it_is_and_written_as_version_2(tmp_p
     manifest = logger.read_manifest(tmp_path)
     assert manifest == {"schema_version": 1, "config": {"seed": 1}}
     logger.write_manifest(tmp_path, manifest)
-    assert logger.read_manifest(tmp_path)["schema_version"] == logger.SCHEMA_VERSION == 2
+    assert logger.read_manifest(tmp_path)["schema_version"] == logger.SCHEMA_VERSION == 3
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

@@ -451,3 +451,41 @@ def test_evaluating_a_checkpoint_gives_the_records_validation_loss(whole, data_d
     assert everything.n_windows == available - available % 4  # whole batches of eval_batch_size
     with pytest.raises(UserError, match="is not a file"):
         evaluate_checkpoint(whole.run_dir, token_file=data_dir / "missing.bin")
+
+
+# Between two intervals.
+
+
+def test_at_least_half_of_the_time_is_saved_and_all_but_the_longest_wait():
+    from altgrad_jax.training import InterimSaves
+
+    now, saved_at = 0.0, []
+    saves = InterimSaves(60.0, clock=lambda: now)
+    for second in range(1, 401):
+        now = float(second)
+        if saves.are_due():
+            saves.saved()
+            saved_at.append(second)
+        assert second - (saved_at or [0])[-1] <= max(5, min(60, second / 2))
+    assert saved_at == [5, 10, 20, 40, 80, 140, 200, 260, 320, 380]
+    assert not InterimSaves(0.0, clock=lambda: 1e9 * now).are_due()
+
+
+def test_interim_checkpoints_change_nothing_and_are_gone_at_the_end(whole, data_dir, tmp_path, monkeypatch):
+    from altgrad_jax import training
+
+    monkeypatch.setattr(training, "FIRST_INTERIM_SECONDS", 0.0)
+    saved = []
+    save = training.Run.save
+
+    def told(self, *, interim=False):
+        saved.append((self.step, interim))
+        save(self, interim=interim)
+
+    monkeypatch.setattr(training.Run, "save", told)
+    run_dir = tmp_path / "often"
+    result = train(tiny(checkpoint_seconds=1e-6, steps_per_dispatch=3), data_dir=data_dir, workdir=run_dir)
+    assert {interim for step, interim in saved if step % 10} == {True}
+    assert {interim for step, interim in saved if step % 10 == 0} == {False}
+    assert_equal_runs(whole.run_dir, result.run_dir)
+    assert list_steps(run_dir) == list_steps(whole.run_dir)
