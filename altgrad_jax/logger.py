@@ -18,6 +18,7 @@ interpreter lock nor signal handlers, exit hooks or standard output with the tra
 the training it still sends what was recorded.
 """
 
+import contextlib
 import errno
 import fnmatch
 import functools
@@ -366,7 +367,18 @@ class Record:
         self._append(TIMING, self._timing_fd, json.dumps(row) + "\n")
 
     def flush(self, fsync=False):
-        """Rows are with the operating system as soon as they are written; fsync also survives a power cut."""
+        """Rows are with the operating system as soon as they are written; fsync also survives a power cut.
+
+        Raises:
+          OSError: the file that is written to is not the one in the run folder any more.
+        """
+        path = self.run_dir / METRICS
+        try:
+            there = os.path.samestat(os.stat(path), os.fstat(self._metrics_fd))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise OSError(errno.ESTALE, "it was removed or replaced while the run wrote to it", str(path))
         if fsync:
             os.fsync(self._metrics_fd)
             os.fsync(self._timing_fd)
@@ -403,8 +415,11 @@ def write_atomically(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # of a write that failed, Python does not tell it
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -134,7 +134,7 @@ def train(config, *, data_dir=None, workdir=None, resume="auto", age=0.0) -> Res
         with disk_failures_told(lambda: _how_it_goes_on(run_dir, resume)):
             exit_code = _train(config, data_dir, run_dir, resume, goodput)
     except Interrupted as interruption:
-        text = f"{interruption}: stopped outside the training steps; {_how_it_goes_on(run_dir, resume)}"
+        text = f"{interruption}: stopped while no step was under way; {_how_it_goes_on(run_dir, resume)}"
         if distributed.n_processes() > 1:
             raise Stopped(text, interruption.number) from None  # the others hear of it as of any refusal
         print(f"\n{text}", flush=True)
@@ -212,8 +212,8 @@ def _claim(run_dir, config, resume, resources):
 def _result(exit_code, run_dir):
     if not distributed.is_lead():
         return Result(exit_code, run_dir, None, {})
-    interrupted = exit_code > 128
-    return Result(exit_code, run_dir, None if interrupted else _read_verdict(run_dir), verdict.read_history(run_dir))
+    history = verdict.read_history(run_dir) if (run_dir / METRICS).exists() else {}  # interrupted before its first row
+    return Result(exit_code, run_dir, None if exit_code > 128 else _read_verdict(run_dir), history)
 
 
 class _Silent:
@@ -1051,7 +1051,7 @@ class Run:
         if self.wandb is not None:
             # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
             with self.goodput.spend("logging_blocked"):
-                self.wandb.close(drain_timeout=5.0 if interrupted else 300.0,
+                self.wandb.close(drain_timeout=5.0 if stop.received else 300.0,
                                  summary={} if interrupted else {"verdict": self.verdict["verdict"]})
         self._account()
         if self.account and self.verdict:

@@ -20,7 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from kill_campaign import ROOT, fingerprint, what_lies_there
+from altgrad_jax.checkpoint import list_steps
+from altgrad_jax.faults.runs import ROOT, fingerprint
 
 CONFIG = '''
 from altgrad_jax.cli import load_config
@@ -86,13 +87,13 @@ def main():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            checkpoints = sum(what_lies_there(out / name)[1] for name in members)
+            checkpoints = sum(len(list_steps(out / name)) for name in members)
             ended = sum((out / name / "verdict.json").exists() for name in members)
             print(f"| {number} | {row} | {time.monotonic() - started:.1f} | {rows_of_all(out)} | {checkpoints} | "
                   f"{ended} |", flush=True)
         subprocess.run(command(out), check=True, stdout=subprocess.DEVNULL)
         equal = [name for name in members if fingerprint(out / name) == fingerprint(whole / name)]
-        arrays = sum(len(fingerprint(whole / name)[1]) for name in members)
+        arrays = sum(len(fingerprint(whole / name).arrays) for name in members)
         print(f"\n{len(equal)} of {len(members)} members equal those of the sweep that was not killed, to the bit: "
               f"records and {arrays} arrays")
         reports = [report_of(each) for each in (whole, out)]

@@ -577,6 +577,18 @@ def test_a_full_disk_is_told_and_waited_for(tmp_path):
     assert text.startswith(f"the disk of {run} is full: the run waits up to 10 minutes")
 
 
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+def test_a_record_that_is_taken_away_is_noticed_at_the_next_flush(tmp_path, what):
+    record = Record.open(tmp_path)
+    record.flush()
+    (tmp_path / logger.METRICS).unlink()
+    if what == "replaced":
+        (tmp_path / logger.METRICS).touch()
+    with pytest.raises(OSError, match=r"removed or replaced while the run wrote to it.*metrics\.jsonl"):
+        record.flush()
+    record.close()
+
+
 @pytest.mark.parametrize("why", ["a signal", "patience"])
 def test_a_full_disk_that_stays_full_ends_the_waiting_and_names_the_file(tmp_path, monkeypatch, why):
     record = Record.open(tmp_path / "run")
@@ -634,7 +646,7 @@ def test_manifest_round_trip_and_its_errors(tmp_path):
     logger.write_manifest(tmp_path, {"config": {"lr": 6e-4}, "a": [1, "é"]})
     assert logger.read_manifest(tmp_path) == {"config": {"lr": 6e-4}, "a": [1, "é"], "schema_version": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
-    for text, error in (('{"schema_version": 3}', "schema_version 3, this program reads 1 and 2: use the version"),
+    for text, error in (('{"schema_version": 4}', "schema_version 4, this program reads 1, 2, 3: use the version"),
                         ('{"schema_version": "2"}', "'2'"), ("{}", "None"), ("[1]", "None"),
                         ('{"schema_version": 1', "cannot be read")):
         (tmp_path / "manifest.json").write_text(text)

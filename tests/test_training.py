@@ -389,19 +389,6 @@ def test_a_second_signal_leaves_at_once_even_while_the_device_computes(data_dir,
     assert "SIGINT: saving after this dispatch" in output
 
 
-def test_kill_9_loses_nothing_that_a_resume_does_not_bring_back(long_run, data_dir, tmp_path):
-    run_dir = tmp_path / "kill"
-    for n_rows in (30, 130):
-        process = start(data_dir, run_dir, **LONG)
-        wait_for_rows(process, run_dir, n_rows)
-        process.kill()
-        process.communicate()
-    process = start(data_dir, run_dir, **LONG)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert_equal_runs(long_run.run_dir, run_dir, step=400)
-
-
 def test_two_devices_train_as_one(whole, data_dir, tmp_path):
     """The batch split over a mesh of two: the same losses but for the order of the sums."""
     process = subprocess.Popen(

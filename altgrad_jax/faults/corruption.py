@@ -125,13 +125,13 @@ def _whole_trial(run_dir, original, way, rng, arguments, expected):
     return done, f"the run ended differently: {', '.join(found)}" if found else None
 
 
-def run(folder, data_dir, *, trials, seed, deadline, say=print):
+def run(folder, data_dir, *, trials, seed, deadline, say=print, kinds=("bf16", "E4M3")):
     """The campaign. Returns a Part."""
     rng = random.Random(seed)
     given, answered, whole, failures = collections.Counter(), collections.Counter(), 0, []
     # The wholes end at a step that is no checkpoint of the copies, so that these have something left to do.
     originals = {}
-    for kind in ("bf16", "E4M3"):
+    for kind in kinds:
         run_dir, expected = reference(folder, data_dir, kind, max_steps=120)
         partial = folder / f"partial-{kind}"
         finish(command(data_dir, partial, kind, max_steps=100), folder / f"partial-{kind}.log")
@@ -139,7 +139,7 @@ def run(folder, data_dir, *, trials, seed, deadline, say=print):
     for number in range(trials):
         if deadline.is_over():
             break
-        kind, way = ("bf16", "E4M3")[number % 2], WAYS[number % len(WAYS)]
+        kind, way = kinds[number % len(kinds)], WAYS[number % len(WAYS)]
         run_dir, expected, partial = originals[kind]
         copy = folder / "damaged"
         if number % WHOLE_EVERY == WHOLE_EVERY - 1:
@@ -156,7 +156,7 @@ def run(folder, data_dir, *, trials, seed, deadline, say=print):
             say(f"trial {number + 1}: {failures[-1]}")
         elif number % 20 == 0:
             say(f"trial {number + 1} of {trials}: {done}: detected, recovered")
-    failures += _all_damaged(folder / "all", originals["E4M3"][2], rng)
+    failures += _all_damaged(folder / "all", originals[kinds[-1]][2], rng)
     rows = [[way, given[way], answered[way]] for way in WAYS if given[way]]
     rows.append(["together", sum(given.values()), sum(answered.values())])
     lines = table(["damage to the newest checkpoint", "trials", "detected and recovered"], rows)

@@ -126,7 +126,7 @@ def full_from_the_start(bench):
 def full_for_a_while(bench):
     run_dir = bench.folder / "full-while"
     code, output = _on_a_small_disk(bench, run_dir, 40_000, '''
-        eval "$TRAIN" > "$LOG" 2>&1 & pid=$!
+        sh -c "exec $TRAIN" > "$LOG" 2>&1 & pid=$!
         heard "step  *[0-9][0-9]*/"; fill; heard "is full: the run waits"; sleep 1; rm "$DISK/filler"; wait $pid''')
     wrong = _problem(code, output, 0, "is full: the run waits up to")
     different = differences(fingerprint(run_dir), bench.expected) if not wrong else []
@@ -139,7 +139,7 @@ def full_for_a_while(bench):
 def full_to_the_end(bench):
     run_dir = bench.folder / "full-end"
     code, output = _on_a_small_disk(bench, run_dir, 40_000, '''
-        eval "$TRAIN" > "$LOG" 2>&1 & pid=$!
+        sh -c "exec $TRAIN" > "$LOG" 2>&1 & pid=$!
         heard "step  *[0-9][0-9]*/"; fill; heard "is full: the run waits"; kill -TERM $pid; wait $pid''')
     wrong = _problem(code, output, 1, "cannot be written (No space left on device)", "then the same command")
     return Row("disk full while training, then SIGTERM", f"exit code {code}, {_sentence(output)}; with room the same "
@@ -154,18 +154,17 @@ def read_only(bench):
                _problem(code, output, 2, "cannot be written to (Read-only file system)"))
 
 
-def read_only_later(bench):
-    run_dir = bench.folder / "read-only-later"
-    # A file that is open for writing keeps a file system from becoming read-only; a new mount over the folder does not.
+def another_disk(bench):
+    run_dir = bench.folder / "another-disk"
     code, output = _on_a_small_disk(bench, run_dir, 40_000, '''
-        eval "$TRAIN" > "$LOG" 2>&1 & pid=$!
+        sh -c "exec $TRAIN" > "$LOG" 2>&1 & pid=$!
         heard "step  *[0-9][0-9]*/"; mkdir "$DISK/lower"; mount --bind "$DISK/lower" "$DISK/run"
         mount -o remount,ro,bind "$DISK/run"; wait $pid; code=$?; umount "$DISK/run"; rmdir "$DISK/lower"
         (exit $code)''')
-    wrong = _problem(code, output, 1, "was not saved to")
-    return Row("directory becomes read-only while training",
-               f"each save that failed was told, training went on; exit code {code}, {_sentence(output)}; the same "
-               "command then finished, equal to the bit", wrong or bench.ends_equal(run_dir))
+    wrong = _problem(code, output, 1, "was removed or replaced while the run wrote to it", "then the same command")
+    return Row("another, read-only disk is mounted over the folder while training",
+               f"at the next checkpoint exit code {code}, {_sentence(output)}; unmounted, the same command then "
+               "finished, equal to the bit", wrong or bench.ends_equal(run_dir))
 
 
 def removed_folder(bench):
@@ -177,7 +176,7 @@ def removed_folder(bench):
     code = process.wait(timeout=PATIENCE_S)
     output = bench.log(run_dir).read_text(errors="replace")
     shutil.rmtree(run_dir, ignore_errors=True)
-    wrong = _problem(code, output, 1, "error: ")
+    wrong = _problem(code, output, 1, "was removed or replaced while the run wrote to it")
     return Row("run folder removed while training", f"exit code {code}, {_sentence(output)}", wrong)
 
 
@@ -263,6 +262,10 @@ def signals(bench, rng):
     def rows(n):
         return lambda run_dir, log: n_rows(run_dir) > n
 
+    def looking(run_dir, log):
+        timing = run_dir / "timing.jsonl"
+        return timing.exists() and b'"compiled"' in timing.read_bytes()
+
     def saving(run_dir, log):
         return n_rows(run_dir) > 50 and any("tmp" in entry.name for entry in run_dir.iterdir())
 
@@ -289,13 +292,15 @@ def signals(bench, rng):
         found += [
             _signal(bench, "start-up", number, train(), lambda *_: True, rng, 1.5, (code, -number), **then),
             _signal(bench, "compilation", number, train(**deep), log_has(b"compiling ..."), rng, 3.0, code,
-                    "stopped outside the training steps; the same command starts again", **cold),
+                    "stopped while no step was under way; the same command starts again", **cold),
             _signal(bench, "training", number, train(), rows(60), rng, 0.1, code, "saving after this dispatch",
                     "the same command continues from checkpoint", **then),
-            _signal(bench, "an evaluation", number, train(**slow_look), log_has(b"compiling ..."), rng, 6.0, code),
+            _signal(bench, "an evaluation", number, train(**slow_look), looking, rng, 0.5, code,
+                    "saving after this dispatch"),
             _signal(bench, "a save", number, train(), saving, rng, 0.02, code,
                     "the same command continues from checkpoint", **then),
-            _signal(bench, "the end (verdict, plot)", number, train(), rows(SMALL["max_steps"]), rng, 0.05, code,
+            # What is left may be done within those seconds.
+            _signal(bench, "the end (verdict and plot)", number, train(), rows(SMALL["max_steps"]), rng, 0.4, (code, 0),
                     **then),
             _signal(bench, "data preparation", number, prepare, preparing, rng, 0.3, code, "interrupted (SIG",
                     finish_with=nothing_left),
@@ -320,7 +325,7 @@ def second_signal(bench, rng):
     return Row("a second SIGTERM during a dispatch of minutes", f"left after {took:.1f} s with exit code {code}", wrong)
 
 
-SCENARIOS = (full_from_the_start, full_for_a_while, full_to_the_end, read_only, read_only_later, removed_folder,
+SCENARIOS = (full_from_the_start, full_for_a_while, full_to_the_end, read_only, another_disk, removed_folder,
              clock_back, two_processes)
 
 

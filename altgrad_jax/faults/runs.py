@@ -174,7 +174,7 @@ def make_tokens(folder, seed=0):
     source = folder / "text"
     source.mkdir(parents=True)
     for i in range(12):
-        (source / f"{i}.txt").write_text(" ".join(rng.choice(words, 600)))
+        (source / f"{i}.txt").write_text(" ".join(rng.choice(words, 8000)))
     prepare(local(source), folder / "tokens", get_tokenizer("bytes"), val_fraction=0.2, progress=False)
     return folder / "tokens"
 

@@ -1,8 +1,8 @@
 """A long training of a small model, watched from outside: does anything grow that should not?
 
-Twice a second memory (RSS), open files and threads of the training's process are read from /proc. The first fifth of
-the steps is left out, in which caches and pools fill. Memory is flat if the line through the rest rises by less than
-FLAT_MIB over the whole run. W&B records offline beside it, checkpoints and evaluations come often.
+Every half second (`every_s`) memory (RSS), open files and threads of the training's process are read from /proc. The
+first fifth of the steps is left out, in which caches and pools fill. Memory is flat if the line through the rest rises
+by less than FLAT_MIB over the whole run. W&B records offline beside it, checkpoints and evaluations come often.
 """
 
 import json
@@ -27,11 +27,11 @@ def _look(pid):
     return rss, len(os.listdir(f"/proc/{pid}/fd")), int(re.search(r"Threads:\s+(\d+)", status)[1])
 
 
-def watch(process, run_dir, steps, say, deadline):
+def watch(process, run_dir, steps, say, deadline, every_s):
     """[(step, RSS, files, threads)] while the run makes steps; without what comes after the last one."""
     seen, told = [], time.monotonic()
     while process.poll() is None:
-        time.sleep(0.5)
+        time.sleep(every_s)
         step = n_rows(run_dir) - 1
         if deadline.is_over():
             process.terminate()
@@ -54,14 +54,14 @@ def slope(steps_N, values_N):
     return float(rise), float(np.sqrt(covariance[0, 0]))
 
 
-def run(folder, data_dir, *, steps, deadline, say=print):
+def run(folder, data_dir, *, steps, deadline, say=print, every_s=0.5):
     """Trains `steps` steps of the smallest config and looks at it. Returns a Part."""
     run_dir, log = folder / "soak", folder / "soak.log"
     changes = dict(n_embd=16, block_size=16, batch_size=4, max_steps=steps, checkpoint_interval=100, eval_interval=200,
                    diagnostic_interval=500, steps_per_dispatch=10, wandb_mode="offline")
     started = time.monotonic()
     process = start(command(data_dir, run_dir, **changes), log)
-    seen = watch(process, run_dir, steps, say, deadline)
+    seen = watch(process, run_dir, steps, say, deadline, every_s)
     failures = []
     if process.returncode != 0:
         failures.append(f"exit code {process.returncode}: {log.read_text(errors='replace')[-500:]}")
@@ -88,6 +88,6 @@ def run(folder, data_dir, *, steps, deadline, say=print):
     span = f"steps {int(steps_N[0])} to {int(steps_N[-1])}"
     lines = table([span, "first third", "second", "last", "most"], rows)
     lines += ["", f"{made} steps in {time.monotonic() - started:.0f} s with {made // 100} checkpoints and "
-                  f"{made // 200} evaluations, W&B offline: {len(found)} rows, one per step from 0. Memory rises by {1000 * rise:+.4f} +- "
-                  f"{1000 * error:.4f} MiB per 1000 steps ({len(late)} samples)."]
+                  f"{made // 200} evaluations, W&B offline: {len(found)} rows, one per step from 0. "
+                  f"Memory rises by {1000 * rise:+.4f} +- {1000 * error:.4f} MiB per 1000 steps ({len(late)} samples)."]
     return Part("Soak", lines, made, steps, failures)

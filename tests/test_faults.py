@@ -1,0 +1,84 @@
+"""A little of the fault campaign; the whole is scripts/fault_campaign.py, its results are docs/results/faults.md."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from altgrad_jax import checkpoint
+from altgrad_jax.faults import corruption, environment, kills, runs, soak
+
+ROOT = Path(__file__).parents[1]
+ENDLESS = runs.Deadline(None)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return runs.make_tokens(tmp_path_factory.mktemp("data"))
+
+
+def quiet(text):
+    pass
+
+
+def test_killed_runs_end_equal_to_the_bit(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(kills, "PHASES", ("step", "save"))
+    part = kills.run(tmp_path, tokens, kills=2, seed=0, deadline=ENDLESS, say=quiet)
+    assert part.failures == [] and part.done == 2
+    assert any("1 equal the uninterrupted run" in line for line in part.lines), part.lines
+
+
+def test_damage_is_found_and_recovered_from(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(corruption, "WHOLE_EVERY", 15)
+    part = corruption.run(tmp_path, tokens, trials=15, seed=0, deadline=ENDLESS, say=quiet, kinds=("bf16",))
+    assert part.failures == [] and part.done == 15
+    assert "| together | 15 | 15 |" in part.lines
+
+    # The campaign can fail: without the files' hashes, damage to what restoring does not read goes unseen.
+    monkeypatch.setattr(checkpoint, "_damage_in_files", lambda *_: [])
+    original, rng = tmp_path / "partial-bf16", random.Random(0)
+    wrong = [corruption._trial(tmp_path / f"unseen{i}", original, "missing file", rng)[1] for i in range(6)]
+    assert any(problem and problem.startswith("not detected") for problem in wrong)
+
+
+def test_what_the_machine_does_is_answered(tokens, tmp_path):
+    part = environment.run(tmp_path, tokens, seed=0, deadline=ENDLESS, say=quiet, with_signals=False,
+                           scenarios=(environment.full_for_a_while, environment.read_only))
+    assert part.failures == [] and part.done == 2
+
+
+def test_a_signal_during_compilation_is_answered_at_once(tokens, tmp_path):
+    run_dir = tmp_path / "run"
+    process = runs.start(runs.command(tokens, run_dir, "E4M3", n_layer=4), tmp_path / "log",
+                         JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cold"))
+    moment = kills._Moment("compile", run_dir, tmp_path / "log", random.Random(0))
+    moment.wait(process, 0)
+    process.terminate()
+    assert process.wait(timeout=10) == 143
+    said = (tmp_path / "log").read_text()
+    assert "SIGTERM: stopped while no step was under way; the same command starts again" in said
+    assert "Traceback" not in said
+
+
+def test_a_run_does_not_grow(tokens, tmp_path):
+    part = soak.run(tmp_path, tokens, steps=1500, deadline=ENDLESS, say=quiet, every_s=0.05)
+    assert part.failures == [] and part.done == 1500, part.failures
+
+
+def test_growth_would_be_seen():
+    rise, error = soak.slope([0, 100, 200, 300, 400], [50.0, 51.1, 51.9, 53.0, 54.0])
+    assert rise == pytest.approx(0.01, rel=0.05) and error < 0.001
+
+
+def test_the_budget_ends_the_campaign_and_it_says_so(tokens, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "fault_campaign.py"), "--parts=kills", "--budget_minutes=0",
+         f"--data_dir={tokens}", f"--folder={tmp_path}", f"--out={tmp_path / 'report.md'}"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 1, done.stderr
+    report = (tmp_path / "report.md").read_text()
+    assert "| kill -9 | 0 of 200 | 0 |" in report and report.strip() == done.stdout.strip()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.md"]
