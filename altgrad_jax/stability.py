@@ -216,7 +216,7 @@ def locate(row):
     if counts := found("nonfinite_grads"):
         *later, first = counts
         return (f"{counts[first]} non-finite gradient element{'s' * (counts[first] > 1)} in {first}"
-                + (f", from where {len(later)} more layers have them" if later else ""))
+                + (f", and backward from there in {len(later)} more layer{'s' * (len(later) > 1)}" if later else ""))
     if row["alert/nonfinite_grad_norm"]:
         return "a gradient norm that overflows while every element is finite"
     if counts := found("nonfinite_updates"):
