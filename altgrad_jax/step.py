@@ -376,9 +376,11 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                                                  for tree in (old, update_of, grids, next_formats))
             after = jax.vmap(partial(ledger.store, force=rises))(old_G, update_G, grid_G, format_G, residual=owed,
                                                                  seed=noise)
-            # A step that is not finite changes nothing, unless the format itself changes after it.
+            # A step that is not finite changes nothing, unless the format itself changes after it. The scale as it was is
+            # the state's: `grids` has another where that one cannot be used.
+            scale_G = jnp.stack([state.quant.rest_scale[key] for key in keys]).reshape(grid_G.scale.shape)
             after = jax.tree.map(lambda new, before: jnp.where(ok | rises, new, before), after,
-                                 ledger.Stored(old_G, owed, grid_G))
+                                 ledger.Stored(old_G, owed, grid_G._replace(scale=scale_G)))
             for i, (layer, key) in enumerate(zip(layers, keys)):
                 weights[layer], rest_scale[key] = after.weights[i], after.grid.scale[i].reshape(())
                 if owed is not None:

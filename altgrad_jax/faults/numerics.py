@@ -204,6 +204,15 @@ class Bench:
         self.sites = _sites(fresh.params)
         self.layers = list(metrics.by_layer(fresh.params))
         self.start, _ = self.advance(jax.device_get(fresh), range(BEFORE))
+        if self.histories_may_move():
+            # Where overflow is not clipped, a young history makes bad steps of its own: room for what these batches bring.
+            history = np.array(self.start.quant.amax_history_Q3H)
+            history[..., -1] *= 4
+            fresh_counts = jax.device_get(fresh.monitor)
+            self.start = self.start._replace(
+                quant=self.start.quant._replace(amax_history_Q3H=history),
+                monitor=self.start.monitor._replace(**{name: getattr(fresh_counts, name) for name in (
+                    "bad_streak", "bad_steps", "first_bad_step")}))
         self.clean, _ = self.advance(self.start, [BEFORE])
 
     def batch(self, k, site=None, kind=0, rows=slice(None)):
@@ -311,15 +320,18 @@ def state_fault(bench, place, layer, kind, name, index, value, sentence):
     after, (row,) = bench.advance(before, [BEFORE])
     wrong, first, located = _check_step(bench, row, after, sentence)
     wrong += _unequal("after the step", after, before, but=but)
-    if but and name != HISTORY:
+    if but:
         wrong += _histories_are_sound(before, after)
-    ended, made = bench.advance(before, range(BEFORE, BEFORE + PATIENCE + 2))
-    wrong += _stops(bench, before, made, ended, but)
-    if not (but and name == HISTORY):  # else it has left its place
+    if name in but:  # the oldest amax of a history that moves on: it is gone
+        wrong += _goes_on(bench, after, bench.start)
+        policy = "batch not counted; the history moves on"
+    else:
+        ended, made = bench.advance(before, range(BEFORE, BEFORE + PATIENCE + 2))
+        wrong += _stops(bench, before, made, ended, but)
         repaired = with_value(after, name, index, _value_at(bench.start, name, index))
         wrong += _goes_on(bench, repaired, bench.start)
-    return Row(bench.name, kind, place, layer, f"step {first}", str(located), "bit-equal",
-               f"nothing applied; stops after {PATIENCE}; once repaired, batch not counted", tuple(wrong))
+        policy = f"nothing applied; stops after {PATIENCE}; once repaired, batch not counted"
+    return Row(bench.name, kind, place, layer, f"step {first}", str(located), "bit-equal", policy, tuple(wrong))
 
 
 def _value_at(state, name, index):
@@ -432,3 +444,148 @@ def _sentence(bench, place, layer):
         return f"1 non-finite gradient element in {layer}"
     return (rf"\d+ non-finite gradient elements? in {layer}, and backward from there in {bench.layers.index(layer)} more "
             "layers")
+
+
+# ------------------------------------------------------------------------------------------------------ whole trainings
+
+BAD_ROW = 13  # the row of the first bad step; checkpoint 12 is the state before it
+TINY = dict(tokenizer="bytes", vocab_size=256, n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, max_steps=20,
+            warmup_steps=5, learning_rate=3e-3, checkpoint_interval=4, eval_interval=20, eval_windows=4,
+            eval_batch_size=4, diagnostic_interval=20, nan_patience=PATIENCE, wandb_mode="disabled", console="quiet",
+            data_placement="host", max_checkpoints=9)
+LOSS_ALONE = "a loss that is not finite while the activations of every block are: the head or the batch"
+# name: (settings, what a batch brings or the array that is damaged, steps from the first bad one on, cause)
+TRAININGS = {
+    "loss, one batch": ({}, ("loss", ""), 1, LOSS_ALONE),
+    "loss, every batch": ({}, ("loss", ""), 99, LOSS_ALONE),
+    "parameter": ({}, ".params['block_1']['mlp_up']['kernel']", 99, "1 non-finite parameter in block_1/mlp_up"),
+    "amax history of A": (dict(use_fp8=True, formats=("E4M3",)), HISTORY, 99,
+                          "1 non-finite amax in the history of block_0/attn_qkv/A"),
+}
+
+
+@contextlib.contextmanager
+def _damaged_training(fault, n_bad):
+    """While this is entered, a training meets the fault in the steps that rows BAD_ROW ... BAD_ROW + n_bad - 1 tell of."""
+    host_stream, advance = training.HostStream, training.Program.advance
+
+    class FaultyStream(host_stream):
+        def get(self, first_step, n_steps):
+            batches = super().get(first_step, n_steps).copy()
+            for i in range(n_steps):
+                if BAD_ROW <= first_step + i + 1 < BAD_ROW + n_bad:
+                    batches[i, :, 0] += CODE  # the first site and kind: a loss that is NaN
+            return batches
+
+    def faulty_advance(program, runs, at, n):
+        # The checkpoint at BAD_ROW - 1 makes a dispatch begin there.
+        if at == BAD_ROW - 1:
+            index = (0, 1, -1) if fault == HISTORY else (0, 3)
+            damaged = with_value(jax.device_get(program.state), fault, index, np.nan)
+            program.state = jax.device_put(damaged, jax.tree.map(lambda leaf: leaf.sharding, program.state))
+        return advance(program, runs, at, n)
+
+    if fault == ("loss", ""):
+        training.HostStream = FaultyStream
+    else:
+        training.Program.advance = faulty_advance
+    try:
+        yield
+    finally:
+        training.HostStream, training.Program.advance = host_stream, advance
+
+
+def _arrays(run_dir, at):
+    """{array: its hash} of a checkpoint, and the rest of its meta data."""
+    document = json.loads((run_dir / str(at) / "meta" / "meta.json").read_text())
+    return {name: entry["sha256"] for name, entry in document["arrays"].items()}, document["meta"]
+
+
+def training_fault(folder, name, data_dir):
+    """A whole training under a fault: what the console, the anomaly checkpoint and the verdict say of it."""
+    changes, fault, n_bad, cause = TRAININGS[name]
+    config, run_dir, said = default_config(), folder / re.sub(r"\W+", "-", name), io.StringIO()
+    config.update(TINY | changes | dict(run_name=run_dir.name))
+    with _damaged_training(fault, n_bad), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        result = training.train(config, data_dir=data_dir, workdir=run_dir)
+    wrong, once = [], n_bad == 1
+    made = config.max_steps if once else BAD_ROW + PATIENCE - 1
+    if result.exit_code != (training.FINISHED if once else training.STOPPED_NON_FINITE):
+        wrong.append(f"exit code {result.exit_code}")
+    if f"step {BAD_ROW} was not finite: {cause}; the state at step" not in " ".join(said.getvalue().split()):
+        wrong.append(f"the console says {said.getvalue()!r}")
+    (anomaly,) = result.verdict["anomalies"] or [None]
+    _, meta = _arrays(run_dir / "anomaly", anomaly)
+    if (meta["first_bad_step"], meta["cause"]) != (BAD_ROW, cause):
+        wrong.append(f"the anomaly checkpoint says {meta}")
+    told = {key: result.verdict[key] for key in ("sound", "steps", "first_nonfinite_step", "first_nonfinite_cause")}
+    if told != {"sound": False, "steps": made, "first_nonfinite_step": BAD_ROW, "first_nonfinite_cause": cause} or (
+            f"the first at step {BAD_ROW} ({cause})" not in result.verdict["verdict"]):
+        wrong.append(f"the verdict says {told}: {result.verdict['verdict']}")
+    if not once:
+        (before, _), (after, _) = _arrays(run_dir, BAD_ROW - 1), _arrays(run_dir, made)
+        changed = {array for array in before if before[array] != after[array]}
+        allowed = {"step", "monitor/bad_streak", "monitor/bad_steps", "monitor/first_bad_step"}
+        if fault != ("loss", ""):
+            allowed.add(re.sub(r"[^\w]+", "/", fault).strip("/"))
+        if changed != allowed:
+            wrong.append(f"between the checkpoint before it and the last, {sorted(changed)} changed")
+    return Row("whole training", "NaN", name, "", f"step {result.verdict['first_nonfinite_step']}",
+               str(result.verdict["first_nonfinite_cause"]), "-" if once else "last checkpoint bit-equal",
+               f"goes on to step {made}" if once else f"exit code 3 after {PATIENCE}", tuple(wrong))
+
+
+def _token_files(folder, seed):
+    rng = np.random.default_rng(seed)
+    text = folder / "text"
+    text.mkdir(parents=True)
+    for i in range(4):
+        (text / f"{i}.txt").write_text(" ".join(rng.choice(["the", "council", "shall", "adopt", "this"], 500)))
+    prepare(local(text), folder / "tokens", get_tokenizer("bytes"), val_fraction=0.2, progress=False)
+    return folder / "tokens"
+
+
+# ---------------------------------------------------------------------------------------------------------------- all
+
+
+def run(folder, *, seed, quick=False, say=print):
+    """Puts every fault in.
+
+    Args:
+      folder: a new or empty folder, for the whole trainings.
+      seed: of parameters, batches, dropout and text.
+      quick: one set of options, NaN and the negative numbers only, and one whole training.
+      say: told in a sentence how far it is.
+
+    Returns:
+      [Row].
+    """
+    rows = []
+    with faults_ride_on_batches():
+        for name in list(OPTIONS)[:1] if quick else OPTIONS:
+            rows += faults_of(Bench(name, seed, OPTIONS[name]), ["NaN"] if quick else list(KINDS))
+            say(f"{name}: {len(rows)} faults so far, {sum(bool(row.wrong) for row in rows)} answered wrongly")
+        data_dir = _token_files(Path(folder), seed)
+        for name in ["parameter"] if quick else TRAININGS:
+            rows.append(training_fault(Path(folder), name, data_dir))
+            say(f"whole training, {name}: {'; '.join(rows[-1].wrong) or 'as it must be'}")
+    return rows
+
+
+COLUMNS = ("options", "kind", "place", "faults", "detected at", "located as (an example)", "located correctly",
+           "rest of the state", "policy", "answered rightly")
+
+
+def table(rows):
+    """One tuple of strings, as COLUMNS names them, for every kind and place: the layers of it together."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row.options, row.place, row.kind), []).append(row)
+    lines = []
+    for (options, place, kind), group in groups.items():
+        n, last = len(group), group[-1]
+        located = sum(not any("located as" in sentence or "says" in sentence for sentence in row.wrong) for row in group)
+        right = sum(not row.wrong for row in group)
+        lines.append((options, kind, place, str(n), ", ".join(sorted({row.detected for row in group})), last.located,
+                      f"{located} of {n}", last.rest, last.policy, f"{right} of {n}"))
+    return lines
