@@ -222,7 +222,7 @@ def push_history(options: QuantOptions, history_Q3H, statistics_Q3S, formats_Q3:
 
 
 def faults(options: QuantOptions, state: QuantState) -> dict:
-    """What of the state no step can be made from: {kind of alert: (names of layers or `layer/operand`, float32 counts)}.
+    """What of the state no step can be made from: {kind of alert: (layers or `layer/operand`, float32 counts)}.
 
     nonfinite_amax: in the histories that a scale comes from. nonfinite_scale: of stored weights, not finite or not
     above 0. nonfinite_residual: of error feedback. Only kinds that the options have.

@@ -376,7 +376,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                                                  for tree in (old, update_of, grids, next_formats))
             after = jax.vmap(partial(ledger.store, force=rises))(old_G, update_G, grid_G, format_G, residual=owed,
                                                                  seed=noise)
-            # A step that is not finite changes nothing, unless the format itself changes after it. The scale as it was is
+            # A step that is not finite changes nothing, unless the format itself changes after it. The scale before is
             # the state's: `grids` has another where that one cannot be used.
             scale_G = jnp.stack([state.quant.rest_scale[key] for key in keys]).reshape(grid_G.scale.shape)
             after = jax.tree.map(lambda new, before: jnp.where(ok | rises, new, before), after,

@@ -22,7 +22,6 @@ happened on the console, in the anomaly checkpoint and in the verdict.
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import re
@@ -63,6 +62,10 @@ OPTIONS = {
         quant=QuantOptions(FORMATS, weights_at_rest="nearest", emergency_formats=("E3M4",), emergency_patience=9),
         optimizer="grid", grad_clip=0.0),
 }
+# All kinds of state in as small a program as has them.
+QUICK = {"two layers, weights at rest: error_feedback": dict(
+    quant=QuantOptions(resolve_rules(("block_*/mlp_up=E4M3",), SIZE["n_layer"]), weights_at_rest="error_feedback",
+                       amax_history=4), grad_accum_steps=PARTS, metric_groups=("activation",))}
 
 
 class Row(NamedTuple):
@@ -152,7 +155,7 @@ def faults_ride_on_batches():
         step.make_loss, model._product = make_loss, product
 
 
-# --------------------------------------------------------------------------------------------------- states and programs
+# -------------------------------------------------------------------------------------------------- states and programs
 
 
 def _name(path):
@@ -205,7 +208,7 @@ class Bench:
         self.layers = list(metrics.by_layer(fresh.params))
         self.start, _ = self.advance(jax.device_get(fresh), range(BEFORE))
         if self.histories_may_move():
-            # Where overflow is not clipped, a young history makes bad steps of its own: room for what these batches bring.
+            # Where overflow is not clipped, a young history makes bad steps of its own: room for these batches.
             history = np.array(self.start.quant.amax_history_Q3H)
             history[..., -1] *= 4
             fresh_counts = jax.device_get(fresh.monitor)
@@ -376,7 +379,7 @@ def shift_fault(bench):
                "as where a batch is to blame", "emergency format", tuple(wrong))
 
 
-# -------------------------------------------------------------------------------------------------- all faults of a bench
+# ------------------------------------------------------------------------------------------------ all faults of a bench
 
 
 def _leaves(tree):
@@ -412,7 +415,7 @@ def faults_of(bench, kinds):
                 if layer.wag[i] and not (operand == "W" and quant.stored):
                     yield state_fault(bench, f"amax history of {operand}", layer.layer, kind, HISTORY, (q, i, 0), value,
                                       f"1 non-finite amax in the history of {layer.layer}/{operand}")
-        for key, residual in start.quant.residual.items():
+        for key in start.quant.residual:
             layer = key.replace(".", "/")
             yield state_fault(bench, "residual", layer, kind, f".quant.residual['{key}']", (0, 0), value,
                               f"1 non-finite residual of the stored weights of {layer}")
@@ -442,15 +445,15 @@ def _sentence(bench, place, layer):
         return f"activations that are not finite, from {layer.split('/')[0]} on"
     if place == "gradient":
         return f"1 non-finite gradient element in {layer}"
-    return (rf"\d+ non-finite gradient elements? in {layer}, and backward from there in {bench.layers.index(layer)} more "
-            "layers")
+    return (rf"\d+ non-finite gradient elements? in {layer}, and backward from there in "
+            f"{bench.layers.index(layer)} more layers")
 
 
 # ------------------------------------------------------------------------------------------------------ whole trainings
 
 BAD_ROW = 13  # the row of the first bad step; checkpoint 12 is the state before it
-TINY = dict(tokenizer="bytes", vocab_size=256, n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, max_steps=20,
-            warmup_steps=5, learning_rate=3e-3, checkpoint_interval=4, eval_interval=20, eval_windows=4,
+TINY = dict(tokenizer="bytes", vocab_size=256, n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
+            max_steps=20, warmup_steps=5, learning_rate=3e-3, checkpoint_interval=4, eval_interval=20, eval_windows=4,
             eval_batch_size=4, diagnostic_interval=20, nan_patience=PATIENCE, wandb_mode="disabled", console="quiet",
             data_placement="host", max_checkpoints=9)
 LOSS_ALONE = "a loss that is not finite while the activations of every block are: the head or the batch"
@@ -466,7 +469,7 @@ TRAININGS = {
 
 @contextlib.contextmanager
 def _damaged_training(fault, n_bad):
-    """While this is entered, a training meets the fault in the steps that rows BAD_ROW ... BAD_ROW + n_bad - 1 tell of."""
+    """While this is entered, a training meets the fault in the `n_bad` steps from row BAD_ROW on."""
     host_stream, advance = training.HostStream, training.Program.advance
 
     class FaultyStream(host_stream):
@@ -554,7 +557,7 @@ def run(folder, *, seed, quick=False, say=print):
     Args:
       folder: a new or empty folder, for the whole trainings.
       seed: of parameters, batches, dropout and text.
-      quick: one set of options, NaN and the negative numbers only, and one whole training.
+      quick: one set of options and NaN, 0 and negative numbers only; no whole training.
       say: told in a sentence how far it is.
 
     Returns:
@@ -562,11 +565,11 @@ def run(folder, *, seed, quick=False, say=print):
     """
     rows = []
     with faults_ride_on_batches():
-        for name in list(OPTIONS)[:1] if quick else OPTIONS:
-            rows += faults_of(Bench(name, seed, OPTIONS[name]), ["NaN"] if quick else list(KINDS))
+        for name, options in (QUICK if quick else OPTIONS).items():
+            rows += faults_of(Bench(name, seed, options), ["NaN"] if quick else list(KINDS))
             say(f"{name}: {len(rows)} faults so far, {sum(bool(row.wrong) for row in rows)} answered wrongly")
-        data_dir = _token_files(Path(folder), seed)
-        for name in ["parameter"] if quick else TRAININGS:
+        data_dir = None if quick else _token_files(Path(folder), seed)
+        for name in () if quick else TRAININGS:
             rows.append(training_fault(Path(folder), name, data_dir))
             say(f"whole training, {name}: {'; '.join(rows[-1].wrong) or 'as it must be'}")
     return rows
@@ -584,7 +587,7 @@ def table(rows):
     lines = []
     for (options, place, kind), group in groups.items():
         n, last = len(group), group[-1]
-        located = sum(not any("located as" in sentence or "says" in sentence for sentence in row.wrong) for row in group)
+        located = sum(not any("located as" in reason or "says" in reason for reason in row.wrong) for row in group)
         right = sum(not row.wrong for row in group)
         lines.append((options, kind, place, str(n), ", ".join(sorted({row.detected for row in group})), last.located,
                       f"{located} of {n}", last.rest, last.policy, f"{right} of {n}"))
