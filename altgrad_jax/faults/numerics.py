@@ -43,7 +43,9 @@ from altgrad_jax.mesh import data_mesh
 from altgrad_jax.quantization import QuantOptions
 
 KINDS = {"NaN": np.nan, "+Inf": np.inf, "-Inf": -np.inf}
-CODE = 256  # a first token is token + CODE * (0, or 1 + 3 * site + kind)
+LARGE = "1e30"  # finite, but no norm that it is part of
+BROUGHT = KINDS | {LARGE: 1e30}  # what a batch can bring
+CODE = 256  # a first token is token + CODE * (0, or 1 + len(BROUGHT) * site + kind)
 PATIENCE = 3
 BEFORE = 3  # clean steps before the fault
 SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=61)
@@ -129,10 +131,11 @@ def faults_ride_on_batches():
 
         def faulty_loss(params, windows, *args):
             code, sites = jnp.max(windows[:, 0]).astype(jnp.int32) // CODE - 1, _sites(params)
-            values = jnp.array([*KINDS.values()], jnp.float32)
+            values = jnp.array([*BROUGHT.values()], jnp.float32)
+            site, kind = code // len(BROUGHT), code % len(BROUGHT)
 
             def fault(place, layer=""):
-                return jnp.where((code >= 0) & (code // 3 == sites.index((place, layer))), values[code % 3], 0.0)
+                return jnp.where((code >= 0) & (site == sites.index((place, layer))), values[kind], 0.0)
 
             def leaf(path, x):
                 *layer, name = (key.key for key in path)
@@ -223,7 +226,7 @@ class Bench:
         tokens = np.random.default_rng([self.seed, k]).integers(0, SIZE["vocab_size"],
                                                                (BATCH, SIZE["block_size"] + 1)).astype(np.uint16)
         if site is not None:
-            tokens[rows, 0] += CODE * (1 + 3 * self.sites.index(site) + kind)
+            tokens[rows, 0] += CODE * (1 + len(BROUGHT) * self.sites.index(site) + kind)
         return tokens
 
     def advance(self, state, steps, **fault):
@@ -302,7 +305,7 @@ def _stops(bench, before, rows, state, but=()):
 
 def batch_fault(bench, place, layer, kind, sentence, rows=slice(None), shown=None):
     """A fault that one batch brings, and one that every batch from then on brings."""
-    fault = dict(site=(place, layer), kind=list(KINDS).index(kind), rows=rows)
+    fault = dict(site=(place, layer), kind=list(BROUGHT).index(kind), rows=rows)
     but = (HISTORY,) if bench.histories_may_move() else ()
     after, (row,) = bench.advance(bench.start, [BEFORE], **fault)
     wrong, first, located = _check_step(bench, row, after, sentence)
@@ -395,6 +398,9 @@ def _leaves(tree):
 def faults_of(bench, kinds):
     """Yields the Row of every fault, each kind at each place."""
     quant, start = bench.options.get("quant"), bench.start
+    for place, layer in bench.sites:
+        if place == "gradient":
+            yield batch_fault(bench, place, layer, LARGE, "a gradient norm that overflows while every element is finite")
     for kind in kinds:
         value = KINDS[kind]
         for place, layer in bench.sites:
@@ -557,7 +563,7 @@ def run(folder, *, seed, quick=False, say=print):
     Args:
       folder: a new or empty folder, for the whole trainings.
       seed: of parameters, batches, dropout and text.
-      quick: one set of options and NaN, 0 and negative numbers only; no whole training.
+      quick: one set of options, and +Inf alone, which is harder to see than NaN; no whole training.
       say: told in a sentence how far it is.
 
     Returns:
@@ -566,7 +572,7 @@ def run(folder, *, seed, quick=False, say=print):
     rows = []
     with faults_ride_on_batches():
         for name, options in (QUICK if quick else OPTIONS).items():
-            rows += faults_of(Bench(name, seed, options), ["NaN"] if quick else list(KINDS))
+            rows += faults_of(Bench(name, seed, options), ["+Inf"] if quick else list(KINDS))
             say(f"{name}: {len(rows)} faults so far, {sum(bool(row.wrong) for row in rows)} answered wrongly")
         data_dir = None if quick else _token_files(Path(folder), seed)
         for name in () if quick else TRAININGS:
