@@ -398,9 +398,9 @@ def _leaves(tree):
 def faults_of(bench, kinds):
     """Yields the Row of every fault, each kind at each place."""
     quant, start = bench.options.get("quant"), bench.start
-    for place, layer in bench.sites:
-        if place == "gradient":
-            yield batch_fault(bench, place, layer, LARGE, "a gradient norm that overflows while every element is finite")
+    for layer in bench.layers:
+        yield batch_fault(bench, "gradient", layer, LARGE,
+                          "a gradient norm that overflows while every element is finite")
     for kind in kinds:
         value = KINDS[kind]
         for place, layer in bench.sites:
