@@ -59,8 +59,11 @@ def store(w, update, old_grid: Grid, fmt, *, residual=None, seed=None, force=Fal
       residual: bfloat16 of error feedback, or None.
       seed: uint32 [2] for stochastic rounding, or None.
     """
-    target = w + update if residual is None else w + residual.astype(jnp.float32) + update
-    amax = jnp.max(jnp.abs(target))
+    target = w + update
+    if residual is not None:
+        target = w + jnp.where(jnp.isfinite(residual), residual, 0).astype(jnp.float32) + update
+    # One element that is not finite must not decide how all others are rounded.
+    amax = jnp.max(jnp.where(jnp.isfinite(target), jnp.abs(target), 0))
     limit = jnp.minimum(fmt.max_finite, LARGEST_SCALED)
     reached = amax * old_grid.scale
     moves = force | (reached > limit + ulp(limit, Grid(fmt, 1.0)) / 2) | (reached <= limit / 4)

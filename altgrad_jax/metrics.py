@@ -107,6 +107,14 @@ def gradient_snr(moments, *, beta1, beta2):
     return out
 
 
+def nonfinite_moments(moments):
+    """float32 [layers]: elements whose first or second moment is not finite, or whose second one is negative."""
+    first, second = by_layer(moments.mu), by_layer(moments.nu)
+    return jnp.stack([_sum([jnp.sum(~jnp.isfinite(mu) | ~jnp.isfinite(second[layer][k]) | (second[layer][k] < 0),
+                                    dtype=jnp.float32) for k, mu in arrays.items()])
+                      for layer, arrays in first.items()])
+
+
 def parameter_metrics(params):
     """param_norm/layer (L2) and nonfinite_params/layer (count), of the parameters the gradient was taken at."""
     out = {}

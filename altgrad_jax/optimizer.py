@@ -242,6 +242,7 @@ def grid(*, beta1, beta2, eps, weight_decay, max_codes=1, is_quantized=None, gri
         def direction(m, w, grid, leaf_seed):
             m_hat = m / correction
             rms = jnp.sqrt(jnp.mean(jnp.square(m_hat)))
+            rms = jnp.where(jnp.isfinite(rms), rms, jnp.nan)  # else one infinite element would divide all others to 0
             codes = m_hat / (rms + eps) / jnp.mean(ulp(w, grid))
             if is_decayed(w):
                 # At scale 1, because BF16's smallest ULP divided by a scale is zero in float32.

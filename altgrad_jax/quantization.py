@@ -221,6 +221,27 @@ def push_history(options: QuantOptions, history_Q3H, statistics_Q3S, formats_Q3:
     return quant_dot.push_amax(history_Q3H, amax_Q3)
 
 
+def faults(options: QuantOptions, state: QuantState) -> dict:
+    """What of the state no step can be made from: {kind of alert: (layers or `layer/operand`, float32 counts)}.
+
+    nonfinite_amax: in the histories that a scale comes from. nonfinite_scale: of stored weights, not finite or not
+    above 0. nonfinite_residual: of error feedback. Only kinds that the options have.
+    """
+    read = [(q, i) for q, layer in enumerate(options.layers) for i in range(3)
+            if layer.wag[i] and options.scaling[i] == "delayed" and not (i == 0 and layer.layer in options.stored)]
+    rows, columns = np.array(read, int).reshape(-1, 2).T
+    count_Q3 = jnp.sum(~jnp.isfinite(state.amax_history_Q3H), axis=-1, dtype=jnp.float32)
+    found = {"nonfinite_amax": ([f"{options.layers[q].layer}/{OPERANDS[i]}" for q, i in read],
+                                count_Q3[rows, columns])}
+    if options.stored:
+        scales = jnp.stack([state.rest_scale[key_of(layer)] for layer in options.stored])
+        found["nonfinite_scale"] = options.stored, jnp.float32(~(jnp.isfinite(scales) & (scales > 0)))
+    if options.stored and options.weights_at_rest == "error_feedback":
+        counts = [jnp.sum(~jnp.isfinite(state.residual[key_of(layer)]), dtype=jnp.float32) for layer in options.stored]
+        found["nonfinite_residual"] = options.stored, jnp.stack(counts)
+    return found
+
+
 def next_level(options: QuantOptions, state: QuantState, bad):
     """(level, bad streak, whether the level rose) after an update that was `bad` or not."""
     if not options.emergency_formats:

@@ -10,7 +10,11 @@ nonfinite_loss     the loss is NaN or infinite                                  
 nonfinite_grads    a gradient element of the layer is                                                   how many
 nonfinite_grad_norm  the global gradient norm overflows although every element is finite                1
 nonfinite_params   a parameter of the layer is                                                          how many
-nonfinite_updates  an element of the layer's update is, with a finite loss and gradient (moments)       how many
+nonfinite_moments  a first or second moment of the layer is, or a second one is negative                how many
+nonfinite_updates  an element of the layer's update is, or has such a moment, all else finite           how many
+nonfinite_amax     an amax of an operand's history is, where a scale comes from it                      how many
+nonfinite_scale    the scale of a layer's stored weights is, or is not above 0                          1
+nonfinite_residual an element of a layer's residual (error feedback) is                                 how many
 loss_spike         robust z-score of the loss against the last `spike_window` above spike_threshold     z-score
 divergence         median of the last `spike_window` losses rises above the run's first loss            median
 dead_layer         every neuron of the layer is dead                                                    share (1)
@@ -18,9 +22,11 @@ update_stall       zero_update of the layer, mean over `stall_window` steps, abo
 bit_stall          lost (ledger) of a layer whose weights are stored on a grid, likewise                mean
 overflow           share of an operand's elements that are clipped above overflow_threshold             share
 
-The non-finite kinds begin anew at every step they hold; the others are re-armed when their condition ends.
+The non-finite kinds begin anew at every step they hold; the others are re-armed when their condition ends. One fault
+raises many of them, as a parameter that is NaN makes every gradient so: `locate` names the first cause.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -163,3 +169,61 @@ def update_monitor(monitor, *, row_number, loss, bad, dead_streak, dead_shares, 
                   first_bad_step=first_bad.astype(jnp.int32), seen=seen, initial_loss=initial_loss, losses_W=losses_W,
                   dead_streak=dead_streak, zero_update_WS=zero_update_WS, active=holds, lost_WS=lost_WS)
     return new, z, begins
+
+
+# Faults of the state, as they are called; in causal order, for all of them are there before the forward pass.
+_STATE_FAULTS = {
+    "nonfinite_params": ("non-finite parameter{s}", "in"),
+    "nonfinite_moments": ("unusable moment{s} of the optimizer", "in"),
+    "nonfinite_amax": ("non-finite amax{es}", "in the history of"),
+    "nonfinite_scale": ("unusable scale{s}", "of the stored weights of"),
+    "nonfinite_residual": ("non-finite residual{s}", "of the stored weights of"),
+}
+
+
+def locate(row):
+    """The first cause, in causal order, of a step that was not finite: one sentence without its full stop.
+
+    What the state held before the step comes first; then the forward pass, by the first block whose output is not
+    finite; then the backward pass, which runs from the last layer to the first, so that the last layer with non-finite
+    gradients is where they began; then the gradient's norm and the update. Without the `activation` metrics it is not
+    known where in the forward pass a loss became non-finite.
+
+    Args:
+      row: {name: number} of the step's columns, metrics and alerts (`alert/kind[/layer]`), layers in the model's order.
+
+    Returns:
+      The sentence; None for a finite step.
+    """
+    def found(kind):
+        prefix = f"alert/{kind}/"
+        return {name.removeprefix(prefix): int(value) for name, value in row.items()
+                if name.startswith(prefix) and value != 0}
+
+    for kind, (what, where) in _STATE_FAULTS.items():
+        if counts := found(kind):
+            total = sum(counts.values())
+            many = total > 1
+            return f"{total} {what.format(s='s' * many, es='es' * many)} {where} {_named(list(counts))}"
+    activations = {name.removeprefix("act_amax/"): value for name, value in row.items()
+                   if name.startswith("act_amax/")}
+    for block, value in activations.items():
+        if not math.isfinite(value):
+            return f"activations that are not finite, from {block} on"
+    if row["alert/nonfinite_loss"]:
+        return ("a loss that is not finite while the activations of every block are: the head or the batch"
+                if activations else "a loss that is not finite (activations were not recorded)")
+    if counts := found("nonfinite_grads"):
+        *later, first = counts
+        return (f"{counts[first]} non-finite gradient element{'s' * (counts[first] > 1)} in {first}"
+                + (f", and backward from there in {len(later)} more layer{'s' * (len(later) > 1)}" if later else ""))
+    if row["alert/nonfinite_grad_norm"]:
+        return "a gradient norm that overflows while every element is finite"
+    if counts := found("nonfinite_updates"):
+        return f"non-finite updates in {_named(list(counts))} while loss, gradient and moments are finite"
+    return None
+
+
+def _named(places, most=3):
+    more = len(places) - most
+    return ", ".join(places[:most]) + (f" and {more} more" if more > 0 else "")

@@ -8,10 +8,11 @@ dispatch (beside two counters of the monitor).
 The batch of update k is windows k*batch_size ... (k+1)*batch_size - 1 of the run's sequence of windows, which depends
 on the data seed alone (data.dataset.permute_windows). All index arithmetic of a dispatch is done once, before its loop.
 
-What a non-finite step does: nothing but be counted. A loss, gradient or gradient norm that is not finite leaves
-parameters, moments and Adam's count as they were; `state.step` advances. An update element that is not finite although
-loss and gradient are (a damaged moment) is not applied, the others are, and the step counts as non-finite. After
-`nan_patience` such steps in a row the loop ends early and the state changes no more.
+What a non-finite step does: nothing but be counted. A loss, gradient or gradient norm that is not finite, or an amax
+history, scale or residual from which no step can be made, leaves parameters, moments and Adam's count as they were;
+`state.step` advances. A damaged moment shows only in the update, which is then under way: its element is not applied,
+the others are, and the step counts as non-finite. After `nan_patience` such steps in a row the loop ends early and the
+state changes no more.
 
 Seed, learning rate and number formats are data: `run` takes them as `Inputs`, so that runs which differ in nothing
 else share one compiled program, and `over_members` trains many of them in one. `init` and `evaluate` take the table of
@@ -375,9 +376,11 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                                                  for tree in (old, update_of, grids, next_formats))
             after = jax.vmap(partial(ledger.store, force=rises))(old_G, update_G, grid_G, format_G, residual=owed,
                                                                  seed=noise)
-            # A step that is not finite changes nothing, unless the format itself changes after it.
+            # A step that is not finite changes nothing, unless the format itself changes after it. The scale before is
+            # the state's: `grids` has another where that one cannot be used.
+            scale_G = jnp.stack([state.quant.rest_scale[key] for key in keys]).reshape(grid_G.scale.shape)
             after = jax.tree.map(lambda new, before: jnp.where(ok | rises, new, before), after,
-                                 ledger.Stored(old_G, owed, grid_G))
+                                 ledger.Stored(old_G, owed, grid_G._replace(scale=scale_G)))
             for i, (layer, key) in enumerate(zip(layers, keys)):
                 weights[layer], rest_scale[key] = after.weights[i], after.grid.scale[i].reshape(())
                 if owed is not None:
@@ -425,7 +428,10 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         stats = metrics.gradient_stats(grads)
         grad_norm = jnp.sqrt(sum(stats.square_sum.values()))
         nonfinite_grads_S = jnp.stack(list(stats.nonfinite.values()))
+        quant_faults = quantization.faults(quant, state.quant) if quant is not None else {}
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (nonfinite_grads_S.sum() == 0)
+        for _, counts in quant_faults.values():
+            finite &= counts.sum() == 0
         factor = optimizer.clip_factor(grad_norm, o.grad_clip)
         lr = optimizer.learning_rate(state.step, peak=inputs.learning_rate, warmup_steps=o.warmup_steps,
                                      max_steps=o.max_steps, schedule=o.schedule, min_lr_ratio=o.min_lr_ratio,
@@ -440,7 +446,9 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
             extra = {"grids": with_weights(none, grids), "learning_rate": lr,
                      "seed": stochastic_seed(seed, state.step, _OPTIMIZER_STREAM)}
         directions, opt_state = update_rule.update(clipped, state.opt_state, state.params, **extra)
-        raw_updates = jax.tree.map(lambda d: -lr * d, directions)
+        # Divided by the root of an infinite second moment an update is 0, and would pass for one.
+        raw_updates = jax.tree.map(lambda d, nu: jnp.where(jnp.isfinite(nu), -lr * d, jnp.nan), directions,
+                                   optimizer.adam_moments(opt_state).nu)
         updates = jax.tree.map(lambda u: jnp.where(finite & jnp.isfinite(u), u, 0.0), raw_updates)
         params = optax.apply_updates(state.params, updates)
         opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, state.opt_state)
@@ -448,6 +456,10 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         layers = list(stats.square_sum)
         nonfinite_updates_S = jnp.stack([sum(jnp.sum(~jnp.isfinite(u), dtype=jnp.float32) for u in arrays.values())
                                          for arrays in metrics.by_layer(raw_updates).values()])
+        # A damaged moment makes its update non-finite, so that healthy steps need not look at them.
+        nonfinite_moments_S = jax.lax.cond(
+            nonfinite_updates_S.sum() > 0, lambda: metrics.nonfinite_moments(optimizer.adam_moments(opt_state)),
+            lambda: jnp.zeros(len(layers)))
         nonfinite_updates_S = jnp.where(finite, nonfinite_updates_S, 0.0)
         param_stats = metrics.parameter_metrics(state.params)
         nonfinite_params_S = jnp.stack([param_stats[f"nonfinite_params/{layer}"] for layer in layers])
@@ -478,7 +490,8 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
                "grad_norm_clipped": grad_norm * factor, "loss_zscore": z,
                "nonfinite_loss": jnp.float32(~jnp.isfinite(loss)),
                "nonfinite_grads": nonfinite_grads_S.sum(), "nonfinite_params": nonfinite_params_S.sum(),
-               "nonfinite_updates": nonfinite_updates_S.sum()}
+               "nonfinite_moments": nonfinite_moments_S.sum(), "nonfinite_updates": nonfinite_updates_S.sum()}
+        row |= {kind: counts.sum() for kind, (_, counts) in quant_faults.items()}
         if "grad" in groups:
             row |= metrics.gradient_metrics(stats)
             row |= metrics.gradient_snr(optimizer.adam_moments(opt_state), beta1=o.beta1, beta2=o.beta2)
@@ -500,10 +513,10 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         if quant is not None and quant.emergency_formats:
             row["format_level"] = state.quant.level.astype(jnp.float32)
         row |= _alert_columns(begins, layers, list(stats.neuron_square_sum), row["nonfinite_loss"], norm_overflow,
-                              nonfinite_grads_S,
-                              nonfinite_params_S, nonfinite_updates_S)
+                              nonfinite_grads_S, nonfinite_params_S, nonfinite_moments_S, nonfinite_updates_S)
         if quant is not None:
-            row |= _format_alert_columns(begins, stored, overflow_names, quant, state.quant, quant_state, rises)
+            row |= _format_alert_columns(begins, stored, overflow_names, quant, state.quant, quant_state, rises,
+                                         quant_faults)
         state = TrainState(state.step + 1, params, opt_state, monitor, quant_state)
         return constrain(state, state_shardings(state, mesh), mesh), row
 
@@ -631,12 +644,13 @@ def _stack(trees):
 
 
 def _alert_columns(begins, layers, neuron_layers, nonfinite_loss, norm_overflow, nonfinite_grads_S, nonfinite_params_S,
-                   nonfinite_updates_S):
+                   nonfinite_moments_S, nonfinite_updates_S):
     """{`alert/kind[/layer]`: value where the condition begins at this step, else 0} (see stability)."""
     columns = {"alert/nonfinite_loss": nonfinite_loss, "alert/nonfinite_grad_norm": norm_overflow,
                "alert/loss_spike": begins["loss_spike"], "alert/divergence": begins["divergence"]}
     for kind, values, names in (("nonfinite_grads", nonfinite_grads_S, layers),
                                 ("nonfinite_params", nonfinite_params_S, layers),
+                                ("nonfinite_moments", nonfinite_moments_S, layers),
                                 ("nonfinite_updates", nonfinite_updates_S, layers),
                                 ("dead_layer", begins["dead_layer"], neuron_layers),
                                 ("update_stall", begins["update_stall"], layers)):
@@ -644,9 +658,11 @@ def _alert_columns(begins, layers, neuron_layers, nonfinite_loss, norm_overflow,
     return columns
 
 
-def _format_alert_columns(begins, stored, overflow_names, quant, before, after, rises):
-    """Alerts that only formats raise: clipping, stalls of stored weights, and the events of their scales and levels."""
-    columns = {}
+def _format_alert_columns(begins, stored, overflow_names, quant, before, after, rises, faults):
+    """Alerts that only formats raise: damaged histories, scales and residuals, clipping, stalls of stored weights, and
+    the events of their scales and levels."""
+    columns = {f"alert/{kind}/{name}": counts[i] for kind, (names, counts) in faults.items()
+               for i, name in enumerate(names)}
     for kind, names in (("overflow", overflow_names), ("bit_stall", stored)):
         columns |= {f"alert/{kind}/{name}": begins[kind][i] for i, name in enumerate(names)}
     for layer in stored:

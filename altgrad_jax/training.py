@@ -1015,15 +1015,17 @@ class Run:
         row = rows_KM[bad_row - first_row]
         where = {name: float(row[i]) for name, i in self.program.column.items()
                  if name.startswith("alert/nonfinite") and row[i] != 0}
+        cause = stability.locate({name: float(row[i]) for name, i in self.program.column.items()})
         with self.goodput.spend("logging_blocked"):
             self.writer.flush()
         with self.goodput.spend("save_blocked"):
             outcome = save_anomaly(self.run_dir, self.step, self.program.state_of(self), self._meta() | {
-                "first_bad_step": bad_row, "windows": windows.tolist(),
+                "first_bad_step": bad_row, "cause": cause, "windows": windows.tolist(),
                 "found": {name.removeprefix("alert/"): count for name, count in where.items()}})
-        self.writer.event("anomaly", self.step, first_bad_step=bad_row, path=str(outcome.path), error=outcome.error)
-        self.console.alert(outcome.error or f"step {bad_row} was not finite; the state at step {self.step} is kept in "
-                                            f"{outcome.path}")
+        self.writer.event("anomaly", self.step, first_bad_step=bad_row, cause=cause, path=str(outcome.path),
+                          error=outcome.error)
+        kept = outcome.error or f"the state at step {self.step} is kept in {outcome.path}"
+        self.console.alert(f"step {bad_row} was not finite: {cause}; {kept}")
 
     # The end.
 

@@ -149,10 +149,10 @@ def make_verdict(run_dir, *, max_steps=None, stopped=None):
       dict with `verdict` ("sound ...", or "not sound: ..."), `sound`, `steps`, `max_steps`, `finished`,
       `stopped`, `loss_fell` (None: too few steps to tell), `loss_first`, `loss_last` (means of the first and
       last 5%), `initial_loss`, `final_loss`, `final_perplexity`, `nonfinite_steps`, `first_nonfinite_step`,
-      `alerts` ({kind: count}), `validation` ([[step, loss]]), `best_val_loss`, `best_val_step`,
-      `final_val_loss`, `final_val_perplexity`, `checkpoints`, `anomalies` (steps), `tokens_per_s`,
-      `step_time_s`, `goodput` (goodput.total of all starts), `paths`. Losses are nats per token; what is not
-      finite is a string.
+      `first_nonfinite_cause` (stability.locate's sentence; None if the record has none), `alerts`
+      ({kind: count}), `validation` ([[step, loss]]), `best_val_loss`, `best_val_step`, `final_val_loss`,
+      `final_val_perplexity`, `checkpoints`, `anomalies` (steps), `tokens_per_s`, `step_time_s`, `goodput`
+      (goodput.total of all starts), `paths`. Losses are nats per token; what is not finite is a string.
     """
     run_dir = Path(run_dir)
     max_steps = _max_steps(run_dir) if max_steps is None else max_steps
@@ -170,10 +170,12 @@ def make_verdict(run_dir, *, max_steps=None, stopped=None):
     first, last = _end_means(losses)
     fell = None if len(losses) < 2 or first is None or last is None else last < first
     finished = max_steps is not None and steps >= max_steps and stopped is None
-    reasons = _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, alerts)
+    timing, events = read_timing(run_dir)
+    cause = next((event.get("cause") for event in reversed(events)
+                  if event["event"] == "anomaly" and event.get("first_bad_step") in bad[:1]), None)
+    reasons = _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, cause, alerts)
     finite_validation = [(loss, step) for step, loss in validation if math.isfinite(loss)]
     best_loss, best_step = min(finite_validation, default=(None, None))
-    timing, events = read_timing(run_dir)
     tokens_per_s, step_time = _typical_speed(timing, events)
     final_loss = losses[-1] if losses else None
     final_val_loss = validation[-1][1] if validation else None
@@ -188,7 +190,8 @@ def make_verdict(run_dir, *, max_steps=None, stopped=None):
         "loss_fell": fell, "loss_first": first, "loss_last": last,
         "initial_loss": losses[0] if losses else None,
         "final_loss": final_loss, "final_perplexity": _exp(final_loss),
-        "nonfinite_steps": len(bad), "first_nonfinite_step": bad[0] if bad else None, "alerts": alerts,
+        "nonfinite_steps": len(bad), "first_nonfinite_step": bad[0] if bad else None,
+        "first_nonfinite_cause": cause, "alerts": alerts,
         "validation": validation, "best_val_loss": best_loss, "best_val_step": best_step,
         "final_val_loss": final_val_loss, "final_val_perplexity": _exp(final_val_loss),
         "checkpoints": _step_folders(run_dir), "anomalies": _step_folders(run_dir / "anomaly"),
@@ -198,7 +201,7 @@ def make_verdict(run_dir, *, max_steps=None, stopped=None):
     })
 
 
-def _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, alerts):
+def _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, cause, alerts):
     reasons = []
     if not finished:
         of = "" if max_steps is None else f" of {max_steps}"
@@ -208,7 +211,8 @@ def _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, alerts
     elif not fell:
         reasons.append(f"the loss did not fall (first 5% of the steps {first:.4f}, last 5% {last:.4f})")
     if bad:
-        reasons.append(f"{len(bad)} non-finite step{'s' if len(bad) > 1 else ''}, the first at step {bad[0]}")
+        reasons.append(f"{len(bad)} non-finite step{'s' if len(bad) > 1 else ''}, the first at step {bad[0]}"
+                       + (f" ({cause})" if cause else ""))
     return reasons + [text for kind, text in UNSOUND_ALERTS.items() if kind in alerts]
 
 
@@ -268,6 +272,8 @@ def _facts(v):
     bad, best = "none", ""
     if v["nonfinite_steps"]:
         bad = f"{v['nonfinite_steps']}, the first at step {v['first_nonfinite_step']}"
+        if v["first_nonfinite_cause"]:
+            bad += f": {v['first_nonfinite_cause']}"
     if v["best_val_loss"] is not None:
         best = f"; best {_show(v['best_val_loss'])} at step {v['best_val_step']}"
     first, last = _show(v["loss_first"]), _show(v["loss_last"])

@@ -17,7 +17,7 @@ BENCHMARK = {f"benchmark.{name}" for name in ("__init__", "peers", "programs", "
 
 # From the bottom up; a module may import only from rows above its own, or from its own row where that is no cycle.
 LAYERS = [
-    {"errors", "__init__", "data.__init__"},
+    {"errors", "__init__", "data.__init__", "faults.__init__"},
     {"formats", "flops", "goodput", "process", "data.tokenizer"},
     {"format_rules", "whatif", "rank_alerts"},
     {"config"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"generate"},
     {"evaluation"},
     {"training"},
-    {"campaign", "checkpoint_benchmark", "dry_run", "sweep", *BENCHMARK},
+    {"campaign", "checkpoint_benchmark", "dry_run", "sweep", "faults.numerics", *BENCHMARK},
 ]
 OWNERS = {"flax": {"model"}, "orbax": {"checkpoint", "checkpoint_benchmark"}, "wandb": set(),
           "tiktoken": {"data.tokenizer"}, "torch": {"benchmark.torch_peer"}, "transformers": {"benchmark.torch_peer"}}

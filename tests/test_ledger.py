@@ -266,6 +266,26 @@ def test_updates_of_zero_leave_weights_on_the_grid_alone(name):
 PUBLISHED = {"E0M7": (0.90, 0.69), "E2M5": (0.62, 0.95), "E4M3": (0.79, 0.49), "E5M2": (0.89, 0.26)}
 
 
+@pytest.mark.parametrize("damaged", ["weight", "residual"])
+def test_one_element_that_is_not_finite_harms_no_other_when_the_format_changes(damaged):
+    w, grid = stored_weights("E4M3")
+    fmt, update, residual = format_params(get_format("E3M4")), np.zeros_like(w), np.zeros(w.shape, jnp.bfloat16)
+    clean = store(w, update, grid, fmt, residual=residual, force=True)
+    i = np.unravel_index(np.argmin(np.abs(w)), w.shape)
+    if damaged == "weight":
+        spoilt = store(np.where(w == w[i], np.nan, w), update, grid, fmt, residual=residual, force=True)
+    else:
+        residual[i] = np.inf
+        spoilt = store(w, update, grid, fmt, residual=residual, force=True)
+    others = w != w[i]
+    assert spoilt.grid.scale == clean.grid.scale
+    np.testing.assert_array_equal(spoilt.weights[others], clean.weights[others])
+    assert np.isnan(spoilt.weights[i]) == (damaged == "weight") and np.isfinite(spoilt.weights[others]).all()
+    if damaged == "residual":
+        np.testing.assert_array_equal(spoilt.weights, clean.weights)
+        np.testing.assert_array_equal(spoilt.residual, clean.residual)
+
+
 def one_step(name, update):
     w, grid = stored_weights(name, shape=(384, 384))
     after = store(w, update, grid, grid.format)

@@ -381,6 +381,17 @@ def test_grid_at_rate_zero_and_with_no_gradient_stays_and_with_nan_shows_it():
     assert np.all(np.isnan(direction["a"])) and np.isnan(direction["bias"]).tolist() == [True] + 6 * [False]
 
 
+def test_grid_shows_an_infinite_momentum_in_the_whole_tensor():
+    """Its RMS is infinite: divided by it every other element would pass for one that stays."""
+    params, grids = on_grid_tree("E4M3")
+    opt = optimizer.grid(**ADAM, is_quantized=QUANTIZED)
+    state = opt.init(params)
+    state = state._replace(momentum=state.momentum | {"a": state.momentum["a"].at[0, 0].set(np.inf)})
+    direction, _ = opt.update(model_tree(1, 1e-3), state, params, grids=grids, **extra())
+    assert np.isnan(direction["a"]).all()
+    assert all(np.isfinite(direction[name]).all() for name in direction if name != "a")
+
+
 def test_grid_keeps_no_second_moment_where_there_is_a_grid():
     params = model_tree(0, 0.02)
     state = make("grid").init(params)

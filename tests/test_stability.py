@@ -168,3 +168,52 @@ def test_overflow_begins_above_the_threshold_with_its_share_and_is_re_armed():
 def test_without_formats_there_is_nothing_to_watch():
     monitor = stability.init_monitor(THRESHOLDS, {"block_0/mlp_up": 2}, n_layers=2)
     assert monitor.lost_WS is None and not {"bit_stall", "overflow"} & set(monitor.active)
+
+
+# The first cause.
+
+
+HEALTHY = {"loss": 5.0, "act_amax/block_0": 1.0, "act_amax/block_1": 2.0, "alert/nonfinite_loss": 0.0,
+           "alert/nonfinite_grad_norm": 0.0,
+           **{f"alert/{kind}/{layer}": 0.0 for kind in ("nonfinite_grads", "nonfinite_params", "nonfinite_moments",
+                                                        "nonfinite_updates", "nonfinite_scale", "nonfinite_residual")
+              for layer in ("embed", "block_0/mlp_up", "block_1/mlp_up", "block_1/mlp_down", "ln_f")},
+           **{f"alert/nonfinite_amax/block_1/mlp_up/{operand}": 0.0 for operand in "WAG"}}
+ALL_GRADS = {name: 4.0 for name in HEALTHY if name.startswith("alert/nonfinite_grads")}
+NO_LOSS = {"loss": np.nan, "alert/nonfinite_loss": 1.0}
+NO_FORWARD = {**NO_LOSS, "act_amax/block_0": np.nan, "act_amax/block_1": np.nan, **ALL_GRADS}
+CAUSES = [
+    ({}, None),
+    ({"alert/nonfinite_params/block_1/mlp_up": 1.0, "alert/nonfinite_moments/embed": 1.0, **NO_FORWARD},
+     "1 non-finite parameter in block_1/mlp_up"),
+    ({f"alert/nonfinite_params/{layer}": 2.0 for layer in ("embed", "block_0/mlp_up", "block_1/mlp_up", "ln_f")},
+     "8 non-finite parameters in embed, block_0/mlp_up, block_1/mlp_up and 1 more"),
+    ({"alert/nonfinite_moments/block_0/mlp_up": 2.0, "alert/nonfinite_updates/block_0/mlp_up": 2.0, **NO_LOSS},
+     "2 unusable moments of the optimizer in block_0/mlp_up"),
+    ({"alert/nonfinite_amax/block_1/mlp_up/A": 2.0, **NO_FORWARD},
+     "2 non-finite amaxes in the history of block_1/mlp_up/A"),
+    ({"alert/nonfinite_scale/block_1/mlp_up": 1.0, **NO_FORWARD},
+     "1 unusable scale of the stored weights of block_1/mlp_up"),
+    ({"alert/nonfinite_residual/block_0/mlp_up": 1.0}, "1 non-finite residual of the stored weights of block_0/mlp_up"),
+    (NO_FORWARD, "activations that are not finite, from block_0 on"),
+    ({**NO_FORWARD, "act_amax/block_0": 7.0, "act_amax/block_1": np.inf},
+     "activations that are not finite, from block_1 on"),
+    ({**NO_LOSS, **ALL_GRADS},
+     "a loss that is not finite while the activations of every block are: the head or the batch"),
+    ({"alert/nonfinite_grads/block_1/mlp_up": 3.0, "alert/nonfinite_grads/block_0/mlp_up": 16.0,
+      "alert/nonfinite_grads/embed": 16.0},
+     "3 non-finite gradient elements in block_1/mlp_up, and backward from there in 2 more layers"),
+    ({"alert/nonfinite_grads/block_1/mlp_down": 1.0}, "1 non-finite gradient element in block_1/mlp_down"),
+    ({"alert/nonfinite_grad_norm": 1.0}, "a gradient norm that overflows while every element is finite"),
+    ({"alert/nonfinite_updates/ln_f": 1.0}, "non-finite updates in ln_f while loss, gradient and moments are finite"),
+]
+
+
+@pytest.mark.parametrize("row, cause", CAUSES)
+def test_the_first_cause_is_named(row, cause):
+    assert stability.locate(HEALTHY | row) == cause
+    # Recorded or not, activations say nothing where something else is to blame.
+    bare = {name: value for name, value in (HEALTHY | row).items() if not name.startswith("act_")}
+    in_forward = cause and ("activations" in cause)
+    assert stability.locate(bare) == (
+        "a loss that is not finite (activations were not recorded)" if in_forward else cause)

@@ -318,7 +318,12 @@ def test_non_finite_steps_are_located_kept_and_end_the_run(data_dir, tmp_path, m
     meta = json.loads((anomaly / "meta" / "meta.json").read_text())["meta"]
     assert meta["first_bad_step"] == 21 and len(meta["windows"]) == 4
     assert meta["found"]["nonfinite_params/block_0/mlp_up"] == 1.0
-    assert "nonfinite_params in block_0/mlp_up" in capsys.readouterr().out
+    cause = "1 non-finite parameter in block_0/mlp_up"
+    assert meta["cause"] == result.verdict["first_nonfinite_cause"] == cause
+    assert f"the first at step 21 ({cause})" in result.verdict["verdict"]
+    said = capsys.readouterr().out
+    assert "nonfinite_params in block_0/mlp_up" in said
+    assert f"step 21 was not finite: {cause}; the state at step" in " ".join(said.split())
     # Resumed, it says the same again instead of training on.
     monkeypatch.undo()
     assert train(tiny(), data_dir=data_dir, workdir=run_dir).exit_code == 3

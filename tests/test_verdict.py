@@ -168,3 +168,18 @@ def test_reading_names_what_is_wrong(tmp_path):
     (run / "metrics.jsonl").write_text(whole + "{broken\n" + whole)
     with pytest.raises(UserError, match="damaged in line 4"):
         make_verdict(run)
+
+
+@pytest.mark.parametrize("first_bad_step, told", [(7, True), (3, False)])
+def test_the_cause_of_the_first_non_finite_step_is_told_as_the_record_has_it(tmp_path, first_bad_step, told):
+    """An event of a step that a resume has since made anew, and found finite, says nothing."""
+    run = make_run(tmp_path / "run", [*FALLING[:6], math.nan, *FALLING[7:]])
+    event = {"event": "anomaly", "step": 10, "time": 1.0, "first_bad_step": first_bad_step,
+             "cause": "1 bad thing in ln_f"}
+    (run / "timing.jsonl").write_text(json.dumps(event) + "\n")
+    v = make_verdict(run)
+    assert v["first_nonfinite_cause"] == ("1 bad thing in ln_f" if told else None)
+    assert ("1 non-finite step, the first at step 7 (1 bad thing in ln_f)" in v["verdict"]) == told
+    stream = io.StringIO()
+    verdict.print_verdict(v, stream)
+    assert ("the first at step 7: 1 bad thing in ln_f" in stream.getvalue()) == told

@@ -70,7 +70,8 @@ VARIANTS = ("grad_clip", *FORMAT_VARIANTS)
 # First elements of the names of the metrics that the report shows or watches.
 STATISTICS = frozenset(
     "overflow underflow sqnr_db grad_cosine effective_lr lost not_flipped stable_rank "
-    "participation_ratio nonfinite_loss nonfinite_grads nonfinite_params nonfinite_updates".split()
+    "participation_ratio nonfinite_loss nonfinite_grads nonfinite_params nonfinite_moments nonfinite_amax "
+    "nonfinite_scale nonfinite_residual nonfinite_updates".split()
 )
 
 
