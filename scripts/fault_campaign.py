@@ -56,7 +56,7 @@ def parse_args():
 
 
 def run_part(name, folder, data_dir, args, deadline):
-    from altgrad_jax.faults import corruption, environment, kills, soak
+    from altgrad_jax.faults import corruption, environment, kills, numerics, runs, soak
 
     common = dict(deadline=deadline, say=say)
     if name == "kills":
@@ -67,6 +67,12 @@ def run_part(name, folder, data_dir, args, deadline):
         return environment.run(folder, data_dir, seed=args.seed, **common)
     if name == "soak":
         return soak.run(folder, data_dir, steps=args.soak_steps, **common)
+    if name == "numerics":
+        rows = [] if deadline.is_over() else numerics.run(folder, seed=args.seed, quick=args.quick, say=say)
+        failures = [f"{row.options}, {row.kind} in {row.place} {row.layer}: {'; '.join(row.wrong)}"
+                    for row in rows if row.wrong]
+        lines = runs.table(numerics.COLUMNS, numerics.table(rows))
+        return runs.Part("Numerical faults", lines, len(rows), max(1, len(rows)), failures)
     raise AssertionError(name)
 
 
