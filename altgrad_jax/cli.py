@@ -307,8 +307,16 @@ def _read_tuple(text: str) -> tuple[str, ...]:
     return tuple(item.strip().strip("'\"") for item in inside.split(",")) if inside else ()
 
 
+def _ascii(text: str) -> str:
+    """`text`, unless it holds digits that Python reads and a reader may not, such as \u0663."""
+    if not text.isascii():
+        raise ValueError(text)
+    return text
+
+
 _READERS: Mapping[type, Callable[[str], Any]] = {
-    bool: _read_bool, int: int, float: float, str: str, tuple: _read_tuple,
+    bool: _read_bool, int: lambda text: int(_ascii(text)), float: lambda text: float(_ascii(text)), str: str,
+    tuple: _read_tuple,
 }
 
 

@@ -24,6 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import read_json, require_file
 from altgrad_jax.model import LAYER_NORM_EPS, GPTConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -291,19 +292,15 @@ def read_folder(folder):
 
 
 def _read_json(path):
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; give a Hugging Face folder, which holds one.") from None
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON; download the folder again.") from None
+    content = read_json(path, "give a Hugging Face folder, or download it again")
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object.")
+        raise UserError(f"{path} holds a {type(content).__name__} where an object is expected; download the folder again.")
     return content
 
 
 def _read_safetensors(path):
     tensors = {}
+    require_file(path, "download the folder again")
     try:
         with safetensors.safe_open(path, framework="np") as file:
             for name in file.keys():
@@ -316,8 +313,6 @@ def _read_safetensors(path):
                         "quantized weights cannot."
                     )
                 tensors[name] = file.get_tensor(name)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; download the folder again.") from None
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); download the folder again.") from None
     return tensors

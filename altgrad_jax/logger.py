@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import read_json, shown
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -415,20 +416,23 @@ def write_manifest(run_dir, manifest):
 
 
 def read_manifest(run_dir):
-    """The manifest of a run folder. UserError where it is missing, broken, or of another schema version."""
+    """The manifest of a run folder. UserError where it is missing, broken, of another schema version, or lacks what every
+    reader takes for granted."""
     path = Path(run_dir) / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a "
-                        "run") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it from a copy, or start over in a new "
-                        "folder") from None
+    if not os.path.lexists(path):
+        raise UserError(f"{shown(path)} does not exist: {shown(run_dir)} is not a run folder; give the folder of a run")
+    fix = "restore it from a copy, or start over in a new folder"
+    manifest = read_json(path, fix)
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version not in READABLE_VERSIONS:
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise UserError(f"{path} has schema_version {version!r}, this program reads "
                         f"{' and '.join(map(str, READABLE_VERSIONS))}: use the version of altgrad_jax that wrote it")
+    for key, kind, what in (("config", dict, "an object"), ("data", dict, "an object"), ("starts", list, "a list")):
+        if not isinstance(manifest.get(key), kind):
+            found = f"{key} {repr(manifest[key])[:80]}" if key in manifest else f"no {key}"
+            raise UserError(f"{path} has {found} where {what} is expected: {fix}")
+    if not isinstance(manifest["data"].get("fingerprint"), str):
+        raise UserError(f"{path} does not have the fingerprint of the data: {fix}")
     return manifest
 
 

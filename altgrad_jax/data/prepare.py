@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
+from altgrad_jax import files
 from altgrad_jax.data import sources
 from altgrad_jax.data.sources import Source, SourceUnavailable
 from altgrad_jax.data.tokenizer import Tokenizer, get_tokenizer
@@ -206,7 +207,7 @@ def prepare_source(
 
 def has_tokens(data_dir: str | os.PathLike) -> bool:
     """Whether ``data_dir`` holds anything that claims to be prepared data, complete or not."""
-    return any((Path(data_dir) / name).exists() for name in (*BIN_FILES, "meta.json"))
+    return any(os.path.lexists(Path(data_dir) / name) for name in (*BIN_FILES, "meta.json"))
 
 
 def read_meta(data_dir: str | os.PathLike) -> dict:
@@ -217,7 +218,7 @@ def read_meta(data_dir: str | os.PathLike) -> dict:
         UserError: a file is missing, or ``meta.json`` cannot be read or is of another schema.
     """
     folder = Path(data_dir)
-    missing = [name for name in BIN_FILES if not (folder / name).is_file()]
+    missing = [name for name in BIN_FILES if not os.path.isfile(folder / name)]
     if missing:
         raise UserError(
             f"the data directory {str(folder)!r} has no {' and no '.join(missing)}; prepare it again with "
@@ -225,7 +226,7 @@ def read_meta(data_dir: str | os.PathLike) -> dict:
         )
     path = folder / "meta.json"
     again = "prepare the data again with scripts/prepare_data.py --force"
-    if not path.exists():
+    if not os.path.lexists(path):
         counts = {split: (folder / f"{split}.bin").stat().st_size // 2 for split in ("train", "val")}
         return {
             "schema_version": SCHEMA_VERSION,
@@ -234,16 +235,22 @@ def read_meta(data_dir: str | os.PathLike) -> dict:
             "tokenizer": None,
             "n_tokens": counts,
         }
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({sources.first_line(e)}); {again}") from None
+    meta = files.read_json(path, again)
     version = meta.get("schema_version") if isinstance(meta, dict) else None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(f"{path} has schema_version {version!r} where {SCHEMA_VERSION} is expected; {again}")
     absent = [key for key in ("source", "licence", "tokenizer", "n_tokens", "sha256") if key not in meta]
     if absent:
         raise UserError(f"{path} has no {', '.join(map(repr, absent))}; {again}")
+    for key in ("source", "licence", "tokenizer"):
+        if not isinstance(meta[key], str):
+            raise UserError(f"{path} has {key} {meta[key]!r} where a name is expected; {again}")
+    for key, names, kind, what in (
+        ("n_tokens", ("train", "val"), int, "whole numbers for train and val"),
+        ("sha256", BIN_FILES, str, "texts for train.bin and val.bin"),
+    ):
+        if not isinstance(meta[key], dict) or not all(type(meta[key].get(name)) is kind for name in names):
+            raise UserError(f"{path} has {key} {meta[key]!r} where {what} are expected; {again}")
     return meta
 
 

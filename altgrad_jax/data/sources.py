@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import require_file
 
 SOURCES = ("eurlex57k", "lex_glue", "sample")
 MAX_DOCUMENT_BYTES = 256 * 2**20
@@ -234,7 +235,9 @@ def local(path: str | os.PathLike, *, text_field: str | None = None) -> Source:
         UserError: nothing there, or nothing readable there.
     """
     path = Path(path)
-    if not path.exists():
+    if text_field == "":
+        raise UserError("text_field is empty; name the field that holds the text, or leave --text_field out")
+    if not os.path.exists(path):
         raise UserError(
             f"input {str(path)!r} does not exist; give a file or directory of documents "
             f"({', '.join(_SUFFIXES)})"
@@ -319,6 +322,7 @@ def read_file(path: Path, text_field: str | None = None) -> Iterator[tuple[str, 
         UserError: the file cannot be opened or decoded, or a record has no text; names the file and the line.
     """
     name = path.name
+    require_file(path, "give a file of documents, or take it out of the folder")
     with _reading(path):
         if name.endswith(".parquet"):
             yield from _read_parquet(path, text_field)
@@ -405,6 +409,7 @@ def read_split_zip(path: Path, text_field: str | None = None) -> Iterator[Docume
     Raises:
         UserError: no such members, or a damaged archive.
     """
+    require_file(path, "give EURLEX57K's dataset.zip")
     with _reading(path), zipfile.ZipFile(path) as archive:
         for base, split in (("train.jsonl", "train"), ("dev.jsonl", "validation")):
             with archive.open(_member(archive, base, path)) as stream:

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import read_json, require_file
 from altgrad_jax.logger import DIAGNOSTICS, MANIFEST, METRICS, TIMING, parse_row, read_manifest
 from altgrad_jax.verdict import UNSOUND_ALERTS, VERDICT, read_timing
 from altgrad_jax.whatif import dense
@@ -205,11 +206,8 @@ def read_curves(path):
       UserError: the file is missing, or a line is not a row of the record, or steps do not increase.
     """
     rows, validation, last = [], [], -1
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): restore it from a copy") from None
-    with file:
+    require_file(path, "restore it from a copy")
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
@@ -297,13 +295,18 @@ def _judge(run):
     """Sets state, reason, sound and val_loss."""
     path, max_steps = run.path / VERDICT, run.config["max_steps"]
     try:
-        verdict = json.loads(path.read_bytes())
+        if not os.path.lexists(path):
+            raise FileNotFoundError
+        verdict = read_json(path, "delete it and resume the run, which writes it anew")
         steps, stopped, run.sound = verdict["steps"], verdict["stopped"], bool(verdict["sound"])
         ended_early, alerts = not verdict["finished"], set(verdict["alerts"])
     except FileNotFoundError:
         run.state, run.reason = UNFINISHED, f"step {max(run.last_step, 0)} of {max_steps}, no verdict"
         return
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UserError as error:
+        run.reason = str(error)
+        return
+    except (KeyError, TypeError) as error:
         run.reason = (
             f"{path} cannot be read ({type(error).__name__}): delete it and resume the run, which writes it anew"
         )

@@ -1,0 +1,1 @@
+"""Campaigns that put the program under faults and count how it answers."""

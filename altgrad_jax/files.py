@@ -1,0 +1,47 @@
+"""Reading files that another program, or nobody, may have written.
+
+What is no regular file is never opened: a pipe would be waited for without end, a device read without end.
+"""
+
+import json
+import os
+import stat
+
+from altgrad_jax.errors import UserError
+
+MAX_JSON_BYTES = 2**28
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device",
+          stat.S_IFBLK: "device"}
+
+
+def require_file(path, fix):
+    """UserError unless `path` is a file, or a link to one. fix: what to do, the end of the sentence."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        raise UserError(f"{shown(path)} cannot be read ({getattr(error, 'strerror', None) or error}): {fix}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{shown(path)} is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}, not a file: {fix}")
+
+
+def read_json(path, fix):
+    """The value of a JSON file; UserError where there is none to be read. fix: what to do, the end of the sentence."""
+    require_file(path, fix)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES // 2**20} MiB")
+        return json.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {fix}") from None
+    except RecursionError:
+        raise UserError(f"{path} cannot be read (JSON nested too deeply): {fix}") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): {fix}") from None
+
+
+def shown(path):
+    """A path as text that can be printed."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
