@@ -24,7 +24,7 @@ from typing import Any
 import ml_collections
 
 from altgrad_jax import format_rules
-from altgrad_jax.errors import UserError
+from altgrad_jax.errors import LIST_ITEM, UserError
 from altgrad_jax.formats import get_format, require_overflow_code
 
 INT32_MAX = 2**31 - 1
@@ -337,8 +337,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"a config must be the ConfigDict that default_config() returns, not a {type(config).__name__}; "
             "build one from plain values with altgrad_jax.config.from_dict"
         )
+    try:
+        names = config.keys()
+    except TypeError:  # it sorts them
+        raise UserError("the config has a setting whose name is no text: give only names that --help lists") from None
     values = {}
-    for name in config.keys():
+    for name in names:
         try:
             values[name] = config[name]
         except Exception:  # a required placeholder that was never set
@@ -350,7 +354,7 @@ def _raise_for(found: list[str]) -> None:
     if len(found) == 1:
         raise UserError(found[0])
     if found:
-        raise UserError("\n  - ".join([f"{len(found)} settings cannot be used:", *found]))
+        raise UserError(LIST_ITEM.join([f"{len(found)} settings cannot be used:", *found]))
 
 
 def problems(values: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 What is no regular file is never opened: a pipe would be waited for without end, a device read without end.
 """
 
+import contextlib
 import json
 import os
 import stat
@@ -19,9 +20,9 @@ def require_file(path, fix):
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: NUL in the name
-        raise UserError(f"{shown(path)} cannot be read ({getattr(error, 'strerror', None) or error}): {fix}") from None
+        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): {fix}") from None
     if not stat.S_ISREG(mode):
-        raise UserError(f"{shown(path)} is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}, not a file: {fix}")
+        raise UserError(f"{path} is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}, not a file: {fix}")
 
 
 def read_json(path, fix):
@@ -41,7 +42,11 @@ def read_json(path, fix):
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): {fix}") from None
 
 
-def shown(path):
-    """A path as text that can be printed."""
-    text = str(path)
-    return text if text.isprintable() else repr(text)
+
+@contextlib.contextmanager
+def writing(path, fix):
+    """A context in which failing to write, for want of rights, room or a folder, is a UserError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): {fix}") from None

@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import read_json, shown
+from altgrad_jax.files import read_json
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -420,7 +420,7 @@ def read_manifest(run_dir):
     reader takes for granted."""
     path = Path(run_dir) / MANIFEST
     if not os.path.lexists(path):
-        raise UserError(f"{shown(path)} does not exist: {shown(run_dir)} is not a run folder; give the folder of a run")
+        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a run")
     fix = "restore it from a copy, or start over in a new folder"
     manifest = read_json(path, fix)
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
@@ -431,8 +431,9 @@ def read_manifest(run_dir):
         if not isinstance(manifest.get(key), kind):
             found = f"{key} {repr(manifest[key])[:80]}" if key in manifest else f"no {key}"
             raise UserError(f"{path} has {found} where {what} is expected: {fix}")
-    if not isinstance(manifest["data"].get("fingerprint"), str):
-        raise UserError(f"{path} does not have the fingerprint of the data: {fix}")
+    for value, name, what in ((manifest["data"], "fingerprint", "the data"), (manifest, "run_id", "the run")):
+        if not isinstance(value.get(name), str):
+            raise UserError(f"{path} does not have the {name} of {what}: {fix}")
     return manifest
 
 

@@ -8,26 +8,23 @@ with one checkpoint, of step 0, that holds parameters and settings but no optimi
 scripts/sample.py and scripts/evaluate.py need.
 """
 
-import argparse
 
 from altgrad_jax import config as settings_table
-from altgrad_jax.cli import run_script
+from altgrad_jax.cli import ArgumentParser, run_script, whole_number
 from altgrad_jax.errors import UserError
 
 TOKENIZER_KEY = "altgrad_tokenizer"  # our own key in config.json; transformers keeps what it does not know
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("source", help="run folder or checkpoint; with --import, the Hugging Face folder")
     parser.add_argument("out", help="folder to write, which must not exist yet or be empty")
     parser.add_argument(
         "--import", dest="imports", action="store_true", help="from Hugging Face instead of to it"
     )
     parser.add_argument(
-        "--step", type=int, help="checkpoint of the run folder to export (default: the newest)"
+        "--step", type=whole_number, help="checkpoint of the run folder to export (default: the newest)"
     )
     parser.add_argument(
         "--tokenizer",

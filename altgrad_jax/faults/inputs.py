@@ -40,7 +40,7 @@ LIMIT_S = 60.0  # a script has to start jax; in process half of it
 WRONG = ("tracebacks", "hangs", "accepted wrongly", "half-written", "unclear", "refused wrongly")
 _VERBS = ("give", "set", "use", "choose", "prepare", "run", "fetch", "check", "restore", "start", "write", "add",
           "make", "convert", "delete", "unpack", "name", "download", "cut", "keep", "leave", "change", "mean",
-          "install", "lists", "must", "bring", "move", "needs", "ask", "look")
+          "install", "lists", "must", "bring", "move", "needs", "need", "ask", "look", "see", "mend", "count", "decode", "fails")
 
 
 @dataclasses.dataclass(frozen=True)
