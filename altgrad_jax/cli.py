@@ -193,6 +193,13 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def some_text(text: str) -> str:
+    """The type of an argument that must not be empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 def run_script(function: Callable[[], int | None]) -> NoReturn:
     """Calls `function` and exits: with the code it returns (None is 0), 2 for a UserError, 130 for Ctrl-C."""
     try:

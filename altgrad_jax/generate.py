@@ -27,7 +27,7 @@ import numpy as np
 
 from altgrad_jax import quantization
 from altgrad_jax.checkpoint import load_arrays
-from altgrad_jax.config import upgraded
+from altgrad_jax.config import FIELDS, cannot_use, show, upgraded
 from altgrad_jax.errors import UserError
 from altgrad_jax.model import GPT, GPTConfig, Quantized, empty_cache
 
@@ -67,6 +67,10 @@ def load_model(path, step=None) -> Model:
             f"the checkpoint in {path} does not record {', '.join(missing)}; give one that was written by "
             "scripts/train.py or scripts/export_hf.py --import."
         )
+    for name in names:
+        field, value = FIELDS[name], settings[name]
+        if type(value) is not field.kind or not field.rule.accepts(value):
+            raise UserError(f"the checkpoint in {path} describes no model: {cannot_use(field, show(value))}")
     config, operands = GPTConfig(**{name: settings[name] for name in names}), {}
     options = quantization.options_of(upgraded(settings) | {"use_fp8": settings.get("use_fp8", False)})
     if options is not None:

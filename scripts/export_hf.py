@@ -36,9 +36,9 @@ def parse_args(argv=None):
 
 def main(args):
     if args.imports and args.step is not None:
-        raise UserError("--step cannot be used with --import; a Hugging Face folder holds one model.")
+        raise UserError("--step cannot be used with --import: leave it out, for a Hugging Face folder holds one model.")
     if not args.imports and args.tokenizer is not None:
-        raise UserError("--tokenizer is only for --import; a checkpoint records its own.")
+        raise UserError("--tokenizer is only for --import: leave it out, for a checkpoint records its own.")
     (import_folder if args.imports else export_checkpoint)(args)
 
 

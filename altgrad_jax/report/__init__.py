@@ -34,17 +34,19 @@ def build(paths, reader=None, seconds=None):
 
 def write(report, outputs, data_dir=None):
     """Writes the page to each of `outputs` (.html or .md), each whole or not at all, and its CSV files to data_dir."""
+    files = report.data() if data_dir else ()
+    # The folders come first: a place that cannot be written leaves no other half-done.
+    if data_dir:
+        with writing(data_dir, "give another folder with --data"):
+            Path(data_dir).mkdir(parents=True, exist_ok=True)
     for path in map(Path, outputs):
         text = report.markdown() if path.suffix == ".md" else report.html()
         with writing(path, "give another place with --output"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text.encode())
-    if data_dir:
-        files = report.data()
-        with writing(data_dir, "give another folder with --data"):
-            Path(data_dir).mkdir(parents=True, exist_ok=True)
-            for name, content in files:
-                write_atomically(Path(data_dir) / name, content)
+    with writing(data_dir, "give another folder with --data"):
+        for name, content in files:
+            write_atomically(Path(data_dir) / name, content)
 
 
 def live(paths, outputs, data_dir=None, *, seconds, say=print, sleep=time.sleep):

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
+from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import read_json, require_file
 from altgrad_jax.logger import DIAGNOSTICS, MANIFEST, METRICS, TIMING, parse_row, read_manifest
@@ -212,7 +213,7 @@ def read_curves(path):
             if not line.endswith(b"\n"):
                 break
             match = _STEP.match(line)
-            if not match or not line.endswith(b"}\n") or not line.isascii() or b"\0" in line or int(match[1]) <= last:
+            if not match or not line.endswith(b"}\n") or not line.isascii() or b"\0" in line or not last < int(match[1]) < 2**63:
                 raise _damaged_line(path, number)
             last = int(match[1])
             try:
@@ -273,12 +274,23 @@ def read_codes(path):
     return step, found.get(step, {})
 
 
+def _refuse_settings(path, config):
+    """UserError unless every setting that the record's version has is there, and of its type."""
+    for name, field in settings.FIELDS.items():
+        kind = list if field.kind is tuple else field.kind
+        if name in config and type(config[name]) is not kind:
+            raise UserError(f"{path} has {name}={settings.show(config[name])} where the type {kind.__name__} is expected: "
+                            "restore it from a copy")
+        if name not in config and name not in settings.ADDED_IN_2:
+            raise UserError(f"{path} lacks the setting {name}: restore it from a copy")
+
+
 def _read_run(folder, name):
     run = Run(folder, name)
     try:
         run.manifest = read_manifest(folder)
         run.config = run.manifest["config"]
-        run.learning_rate, run.seed, run.config["max_steps"], run.manifest["data"]["fingerprint"]
+        _refuse_settings(folder / MANIFEST, run.config)
         run.arm = _arm_of(run)
         run.steps, run.losses, run.val_steps, run.val_losses, run.last_step = read_curves(folder / METRICS)
     except UserError as error:
@@ -300,6 +312,8 @@ def _judge(run):
         verdict = read_json(path, "delete it and resume the run, which writes it anew")
         steps, stopped, run.sound = verdict["steps"], verdict["stopped"], bool(verdict["sound"])
         ended_early, alerts = not verdict["finished"], set(verdict["alerts"])
+        if type(steps) is not int:
+            raise TypeError("steps is no whole number")
     except FileNotFoundError:
         run.state, run.reason = UNFINISHED, f"step {max(run.last_step, 0)} of {max_steps}, no verdict"
         return
