@@ -74,7 +74,7 @@ def folder(flag: str) -> Callable[[str], str]:
             raise UserError(f"--{flag}={text} cannot be used ({error.strerror}): give the path of a folder") from None
         if is_file:
             raise UserError(f"--{flag}={text} is a file: give a folder")
-        return text
+        return os.path.expanduser(text)
 
     return parse
 

@@ -27,20 +27,30 @@ def require_file(path, fix):
 
 def read_json(path, fix):
     """The value of a JSON file; UserError where there is none to be read. fix: what to do, the end of the sentence."""
-    require_file(path, fix)
     try:
-        with open(path, "rb") as file:
+        with open_file(path, fix) as file:
             data = file.read(MAX_JSON_BYTES + 1)
         if len(data) > MAX_JSON_BYTES:
             raise ValueError(f"more than {MAX_JSON_BYTES // 2**20} MiB")
         return json.loads(data.decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {fix}") from None
+    except UserError:
+        raise
     except RecursionError:
         raise UserError(f"{path} cannot be read (JSON nested too deeply): {fix}") from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): {fix}") from None
 
+
+
+def open_file(path, fix):
+    """A file, opened to read bytes; UserError where there is none that can be read. fix: as in `require_file`."""
+    require_file(path, fix)
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {fix}") from None
 
 
 @contextlib.contextmanager

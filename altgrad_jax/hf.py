@@ -319,6 +319,6 @@ def _read_safetensors(path):
                         "weights that are not quantized."
                     )
                 tensors[name] = file.get_tensor(name)
-    except safetensors.SafetensorError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}); download the folder again.") from None
     return tensors

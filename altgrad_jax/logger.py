@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import read_json
+from altgrad_jax.files import read_json, require_file, writing
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -60,7 +60,7 @@ SPARSE = "sparse/"
 TIMING_KEYS = ("time", "step_time_s", "tokens_per_s", "mfu")  # of a row of timing.jsonl, beside its step
 
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_STEP = re.compile(rb'\{"step": (\d+)[,}]')
+_STEP = re.compile(rb'\{"step": (\d{1,18})[,}]')
 
 
 # ------------------------------------------------------------------------------------------------------- rows
@@ -243,11 +243,15 @@ def _scan(path, resume_step):
                 raise UserError(f"{path} is damaged: line {len(steps) + 1} holds step {step} after step "
                                 f"{steps[-1]}; restore it from a copy, or start over in a new folder")
             if b'"val_loss"' in line or b'"stable_rank/' in line:
-                row = parse_row(line)
-                if "val_loss" in row:
-                    validation.append((step, row["val_loss"]))
-                if of_layers := stable_ranks(row):
-                    ranks.append((step, of_layers))
+                try:
+                    row = parse_row(line)
+                    found, of_layers = [row[key] for key in ("val_loss",) if key in row], stable_ranks(row)
+                    if not all(isinstance(value, float) for value in (*found, *of_layers.values())):
+                        break
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    break
+                validation += [(step, value) for value in found]
+                ranks += [(step, of_layers)] if of_layers else []
             steps.append(step)
             keep += len(line)
     return keep, steps, validation, ranks
@@ -299,6 +303,9 @@ class Record:
         """
         run_dir = Path(run_dir)
         metrics, timing = run_dir / METRICS, run_dir / TIMING
+        for path in (metrics, timing, run_dir / DIAGNOSTICS):
+            if os.path.lexists(path):
+                require_file(path, "restore it from a copy, or start over in a new folder")
         if resume_step is None:
             for path in (metrics, timing, run_dir / DIAGNOSTICS):
                 if path.exists() and path.stat().st_size:
@@ -309,14 +316,15 @@ class Record:
             timing.touch()
             last_step, validation, ranks = -1, [], []
         else:
-            timing.touch()
-            _repair_tail(timing)
             if not metrics.exists() and resume_step >= 0:
                 raise UserError(f"{metrics} is missing, so the run cannot be continued at step {resume_step} "
                                 "with a whole record: restore the file, or start over in a new folder")
+            timing.touch()
             metrics.touch()
             keep, steps, validation, ranks = _scan(metrics, resume_step)
             _require_rows(metrics, steps, resume_step, _log_intervals(timing, log_interval))
+            # From here on the folder is used; before, a refusal leaves it as it was.
+            _repair_tail(timing)
             if keep < metrics.stat().st_size:
                 os.truncate(metrics, keep)
             _cut_diagnostics(run_dir / DIAGNOSTICS, resume_step)
@@ -409,10 +417,11 @@ def write_atomically(path, data):
 
 def write_manifest(run_dir, manifest):
     """Write manifest.json: what the run is (config, versions, device, data), sorted, with SCHEMA_VERSION."""
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
     manifest = {**manifest, "schema_version": SCHEMA_VERSION}
     text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False)
-    write_atomically(Path(run_dir) / MANIFEST, (text + "\n").encode())
+    with writing(run_dir, "make room there, or give another folder with --workdir"):
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(run_dir) / MANIFEST, (text + "\n").encode())
 
 
 def read_manifest(run_dir):

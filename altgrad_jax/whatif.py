@@ -35,7 +35,7 @@ import numpy as np
 
 from altgrad_jax import formats
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import require_file
+from altgrad_jax.files import open_file
 from altgrad_jax.formats import FloatFormat
 
 LARGEST_SCALED = 2.0**16  # no scale maps an amax beyond this, as in quant_dot
@@ -186,9 +186,8 @@ def operand_row(codes, magnitudes, scale, amax, fmt: FloatFormat):
 def _read_lines(path):
     """The lines of diagnostics.jsonl, their magnitudes as int64 [N_BINS]; UserError for one that is none."""
     fix = "restore it from a copy, or resume the run from a checkpoint before that line"
-    require_file(path, fix)
     lines = []
-    with open(path, "rb") as file:
+    with open_file(path, fix) as file:
         for number, text in enumerate(file, 1):
             if not text.endswith(b"\n"):  # a killed run leaves a torn last line
                 break

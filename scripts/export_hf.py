@@ -103,7 +103,7 @@ def import_folder(args):
 def tokenizer_of(config_json):
     """The tokenizer that an imported model was trained with, as its config.json tells; else UserError."""
     recorded = config_json.get(TOKENIZER_KEY)
-    if recorded in settings_table.VOCABULARY_OF:
+    if isinstance(recorded, str) and recorded in settings_table.VOCABULARY_OF:
         return recorded
     # GPT-2's vocabulary is often padded to a multiple of 64.
     names = {size: name for name, size in settings_table.VOCABULARY_OF.items()} | {50304: "gpt2"}

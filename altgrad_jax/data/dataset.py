@@ -151,7 +151,10 @@ def _open_tokens(path: Path, block_size: int) -> np.ndarray:
             f"{path} holds {n_bytes // 2:,} tokens, fewer than one window of block_size + 1 = "
             f"{block_size + 1}; use a smaller config.block_size or more text"
         )
-    return np.memmap(path, "<u2", mode="r")
+    try:
+        return np.memmap(path, "<u2", mode="r")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
 
 
 def _scan(tokens_T: np.ndarray) -> tuple[str, int]:

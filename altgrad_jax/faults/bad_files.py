@@ -56,6 +56,9 @@ def write(path, content=b""):
 @contextlib.contextmanager
 def without_override():
     """A thread that has root's rights obeys file permissions like everyone else, so that read-only means read-only."""
+    if os.geteuid():
+        yield
+        return
     libc = ctypes.CDLL(None, use_errno=True)
     header, data = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
     libc.capget(header, data)
@@ -693,6 +696,12 @@ def checkpoints(originals):
     yield case("without n_head", resealed(lambda value: value["meta"]["config"].pop("n_head")), "n_head")
     yield case("with n_head=0", resealed(lambda value: value["meta"]["config"].update(n_head=0)), "n_head")
     yield case("with n_layer='many'", resealed(lambda value: value["meta"]["config"].update(n_layer="many")), "n_layer")
+    for name, value in (("tokenizer", ["bytes"]), ("tokenizer", "bytes2"), ("eval_windows", 0), ("eval_batch_size", "x"),
+                        ("scaling", 5), ("formats", 5), ("block_size", 8.0), ("dropout", math.nan)):
+        yield case(f"with {name}={value!r}", resealed(lambda document, name=name, value=value: document["meta"][
+            "config"].update({name: value})), name)
+    yield case("without a tokenizer", resealed(lambda value: value["meta"]["config"].pop("tokenizer")), "tokenizer")
+    yield case("with heads that do not fit", resealed(lambda value: value["meta"]["config"].update(n_head=3)), "n_head=3")
     yield case("with an unknown compute_dtype", resealed(lambda value: value["meta"]["config"].update(
         compute_dtype="float7")), "float7")
     yield case("with formats that are no formats", resealed(lambda value: value["meta"]["config"].update(
@@ -714,11 +723,11 @@ def checkpoints(originals):
 
         def make(folder):
             make_folder(folder / "run")
+            where = originals.tokens if data is None else changed(originals.tokens, folder / "tokens", data)
 
             def go():
                 from altgrad_jax import train
 
-                where = originals.tokens if data is None else changed(originals.tokens, folder / "out", data)
                 return train(tiny(**changes), data_dir=where, workdir=folder / "run", resume=resume)
             return go
         return Case(kind, what, make, names)
@@ -802,6 +811,42 @@ def records(originals):
     yield evaluated("a token file of other tokens", put("big.bin", b"\xff\xff" * 100), "65535", token_file="run/big.bin")
     yield evaluated("a token file that is a folder", lambda folder: None, "{folder}/run", token_file="run")
     yield evaluated("a token file that is a fifo", instead("pipe", "fifo"), "pipe", token_file="run/pipe")
+
+    def continued(what, change, *names, reading=False):
+        def make(folder):
+            changed(originals.run, folder / "run", change)
+
+            def go():
+                from altgrad_jax.logger import Record
+                from altgrad_jax.verdict import read_history
+
+                if reading:
+                    read_history(folder / "run")
+                Record.open(folder / "run", 2).close()
+            return go
+        return Case("records that a run is to go on with", what, make, names or ("metrics.jsonl",))
+
+    rows = ['{"step": 0, "val_loss": 5.5}', '{"step": 1, "loss": 5.5}', '{"step": 2, "loss": 5.4, "val_loss": 5.4}']
+
+    def with_row(number, row):
+        return put("metrics.jsonl", "\n".join([*rows[:number], row, *rows[number + 1:]]).encode("latin-1") + b"\n")
+
+    for name in ("metrics.jsonl", "timing.jsonl", "diagnostics.jsonl"):
+        for no_file in ("folder", "fifo", "broken link", "endless device"):
+            yield continued(f"{name}: {no_file}", instead(name, no_file), name)
+    yield continued("missing", remove("metrics.jsonl"))
+    yield continued("cut to half", cut("metrics.jsonl", 0.5))
+    yield continued("empty", put("metrics.jsonl", b""))
+    for row in ("", "{", "[]", '{"step": 1', '{"step": 1}{', '{"step": 7}', '{"step": 0}', '{"step": -1}', '{"stop": 1}',
+                '{"step": ' + "9" * 5000 + "}", "\0" * 20, "\xff\xfe"):
+        yield continued(f"row 1 {row[:30]!r}", with_row(1, row))
+    for row in ('{"step": 2, "val_loss": }', '{"step": 2, "val_loss": "x"}', '{"step": 2, "val_loss": null}',
+                '{"step": 2, "val_loss": [5]}', '{"step": 2, "stable_rank/embed": "x"}', '{"step": 2, "val_loss": 5, }',
+                '{"step": 2, "val_loss": ' + "[" * 100_000 + "}", '{"step": 2, "val_loss": 5.5, "alerts": 5}'):
+        yield continued(f"row 2 {row[:40]!r}", with_row(2, row))
+        yield continued(f"row 2 {row[:40]!r}, read", with_row(2, row), reading=True)
+    for row in ("\xff", "[]", "3", '{"step": 1, "alerts": [5]}', "[" * 100_000):
+        yield continued(f"row 1 {row[:30]!r}, read", with_row(1, row), reading=True)
 
     line = {"step": 1, "layer": "block_0/mlp_up", "operand": "W", "format": "E4M3", "scale": 1.0, "amax": 1.0,
             "magnitudes": {"bins": 2220, "first": [1000], "counts": [[5]]}}
@@ -960,6 +1005,19 @@ def folders(originals):
         instead("loop", "link to itself")(folder)
         return folder / "loop" / "out"
 
+    def sweeping(out):
+        def make(folder):
+            where, tokens = out(folder), originals.tokens
+
+            def go():
+                from altgrad_jax import sweep
+
+                with without_override():
+                    members = sweep.make_members(tiny(), sweep.parse_axes("seed=1"), where)
+                    sweep.sweep(members, where, data_dir=tokens)
+            return go
+        return make
+
     places = {"in a read-only folder": (read_only, "{folder}/locked"),
               "below a file": (lambda folder: write(folder / "file") / "out", "{folder}/file"),
               "below a link to itself": (loop, "{folder}/loop"),
@@ -968,9 +1026,12 @@ def folders(originals):
               "in a read-only folder with blanks and non-ASCII": (
                   lambda folder: read_only(os.makedirs(folder / "r\xe8gles et \u6cd5") or folder / "r\xe8gles et \u6cd5"),
                   "r\xe8gles et \u6cd5")}
-    for user, make in {"token files": preparing, "a run": training, "an export": exporting, "a report": reporting}.items():
+    for user, make in {"token files": preparing, "a run": training, "an export": exporting, "a report": reporting,
+                       "a sweep": sweeping}.items():
         for what, (out, name) in places.items():
-            yield Case(kind, f"{user} {what}", make(out), (name,))
+            # Of a sweep, --out is looked at where it is read.
+            if (user, what) != ("a sweep", "of 300 characters in one name"):
+                yield Case(kind, f"{user} {what}", make(out), (name,))
         yield Case(kind, f"{user} in the place of a file", make(lambda folder: write(folder / "file")), ("{folder}/file",))
     yield Case(kind, "token files beside other files", preparing(lambda folder: write(folder / "o" / "x").parent), ("x",))
     yield Case(kind, "token files in a folder that has some, without force", preparing(
@@ -988,6 +1049,41 @@ def folders(originals):
         return go
 
     yield Case(kind, "text that may not be read", unreadable, ("a.jsonl",))
+
+    def locked(what, original, name, read):
+        def make(folder):
+            changed(getattr(originals, original), folder / "it", lambda it: (it / name).chmod(0))
+
+            def go():
+                with without_override():
+                    read(folder / "it")
+            return go
+        return Case(kind, f"{what}: {name} may not be read", make, (name,))
+
+    def load(it):
+        return dataset.load_token_data(it, vocab_size=256, block_size=8)
+
+    def load_hf(it):
+        from altgrad_jax import hf
+
+        hf.read_folder(it)
+
+    def load_manifest(it):
+        from altgrad_jax.logger import read_manifest
+
+        read_manifest(it)
+
+    def load_record(it):
+        from altgrad_jax.verdict import read_history
+
+        read_history(it)
+
+    for name in ("train.bin", "val.bin", "meta.json"):
+        yield locked("token files", "tokens", name, load)
+    for name in ("config.json", "model.safetensors"):
+        yield locked("a Hugging Face folder", "hf", name, load_hf)
+    yield locked("a run", "run", "manifest.json", load_manifest)
+    yield locked("a run", "run", "metrics.jsonl", load_record)
 
 
 def rank_files(originals):
@@ -1181,7 +1277,8 @@ def flags(originals):
             (["--resume=" + "9" * 30], "--resume=999"), (["--resume=None"], "--resume=None"), (["--resume=1.0"], "1.0"),
             (["--dry_run=maybe"], "maybe"), (["--dry_run=True"], "True"), (["--dry_run="], "--dry_run="),
             (["--workdir="], "--workdir"), (["--workdir= x"], "--workdir"), (["--workdir=gs://b/x"], "gs://b/x"),
-            (["--workdir=/dev/null"], "/dev/null"), (["--workdir=a\0b"], "--workdir"), (["--workdir=a\nb"], "--workdir"),
+            (["--workdir=/dev/null"], "/dev/null"), (["--workdir=~nobody-of-that-name/x"], "~nobody-of-that-name"),
+            (["--config.checkpoint_dir=~nobody-of-that-name/x"], "checkpoint_dir"), (["--workdir=a\0b"], "--workdir"), (["--workdir=a\nb"], "--workdir"),
             (["--workdir=" + "x" * 5000], "--workdir"), (["--workdir=" + "x" * 300], "--workdir"),
             (["--data_dir=s3://x"], "s3://x"), (["--data_dir=/etc/passwd"], "/etc/passwd"), (["--data_dir"], "--data_dir"),
             (["--distributed=yes"], "--distributed=yes"), (["--distributed=auto", "--process_id=0"], "--process_id"),
@@ -1308,8 +1405,8 @@ def arguments(originals):
 def command_lines(originals):
     kind = "command lines"
 
-    def case(what, make_words, *names, environ=None):
-        return Case(kind, what, lambda folder: Script(tuple(map(str, make_words(folder))), environ or {}), names)
+    def case(what, make_words, *names, **limits):
+        return Case(kind, what, lambda folder: Script(tuple(map(str, make_words(folder))), **limits), names)
 
     def train(what, *words, names, config=CONFIG):
         return case(f"train.py: {what}", lambda folder: ["train.py", config.format(folder=folder), *(
@@ -1344,12 +1441,13 @@ def command_lines(originals):
     yield case("prepare_data.py: a fifo", fifo, "a.jsonl")
 
     def bomb(folder):
-        with gzip.open(folder / "a.jsonl.gz", "wb", compresslevel=1) as file:
-            for _ in range(320):
-                file.write(b" " * 2**20)
+        # Files of gzip one behind the other are one: 4 GiB without the end of a line, in 4 MB.
+        write(folder / "a.jsonl.gz", gzip.compress(b" " * 2**26) * 64)
         return ["prepare_data.py", f"--input={folder}/a.jsonl.gz", f"--out={folder}/out", "--tokenizer=bytes"]
 
-    yield case("prepare_data.py: 1.4 MB that unpack to 320 MiB in one line", bomb, "longer than 256 MiB")
+    yield case("prepare_data.py: 4 MB that unpack to 4 GiB in one line, with 2 GiB of memory", bomb,
+               "longer than 256 MiB", memory=2**31)
+    yield case("prepare_data.py: a disk that is full", text("a.jsonl", LINE * 1000), "{folder}/out", file=2**14)
 
     def run(script, *words):
         return lambda folder: [script, *(word.format(folder=folder, run=originals.run) for word in words)]
@@ -1363,6 +1461,9 @@ def command_lines(originals):
     yield case("export_hf.py --import: no model", run("export_hf.py", "--import", "{run}", "{folder}/out"), "config.json")
     yield case("report.py: no run", run("report.py", "{folder}", "-o", "{folder}/out.html"), "{folder}")
     yield case("report.py: a place that cannot be written", run("report.py", "{run}", "-o", "/proc/x/out.md"), "/proc/x")
+    yield case("export_hf.py: a disk that is full", run("export_hf.py", "{run}", "{folder}/out"), "{folder}/out", file=2**11)
+    yield case("report.py: a disk that is full", run("report.py", "{run}", "-o", "{folder}/out.html"), "{folder}/out.html",
+               file=2**11)
     yield case("what_if.py: no histograms", run("what_if.py", "{run}"), "diagnostics.jsonl")
     yield case("sweep.py: a name that leads outside", run("sweep.py", CONFIG, "--out={folder}/out",
                                                           "--axes=run_name=../x"), "../x")
@@ -1373,9 +1474,9 @@ def command_lines(originals):
     yield case("exhaustive_rounding.py: no such format", run("exhaustive_rounding.py", "--formats=E9M9"), "E9M9")
 
 
-def cases(seed, *, scripts=True):
-    """All cases of the catalogue; `seed` is for the generated settings, nothing here is drawn."""
+def cases():
+    """All cases of the catalogue; nothing in it is drawn."""
     originals = Originals()
-    groups = [token_files, texts, archives, downloads, checkpoints, records, folders, rank_files, hf_folders,
-              config_files, flags, arguments]
-    return [case for group in (*groups, *([command_lines] if scripts else ())) for case in group(originals)]
+    groups = (token_files, texts, archives, downloads, checkpoints, records, folders, rank_files, hf_folders,
+              config_files, flags, arguments, command_lines)
+    return [case for group in groups for case in group(originals)]

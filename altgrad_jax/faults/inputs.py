@@ -23,6 +23,7 @@ import hashlib
 import io
 import os
 import re
+import resource
 import shutil
 import stat
 import subprocess
@@ -45,10 +46,21 @@ _VERBS = ("give", "set", "use", "choose", "prepare", "run", "fetch", "check", "r
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """A command line: words behind the interpreter, the first a file of scripts/."""
+    """A command line: words behind the interpreter, the first a file of scripts/.
+
+    memory: bytes of address space that it may take. file: bytes that a file which it writes may have, as on a disk with
+    so much room. None: any.
+    """
 
     words: tuple[str, ...]
-    environ: dict[str, str] = dataclasses.field(default_factory=dict)
+    memory: int | None = None
+    file: int | None = None
+
+    def limit(self):
+        """Called in the child before it begins."""
+        for which, value in ((resource.RLIMIT_AS, self.memory), (resource.RLIMIT_FSIZE, self.file)):
+            if value is not None:
+                resource.setrlimit(which, (value, value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +176,12 @@ def _refusal_of_call(function, limit_s):
 
 
 def _refusal_of_script(script, here, limit_s):
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **script.environ}
+    # One thread of BLAS, for each takes address space.
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
     file, *words = script.words
     process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / file), *words], cwd=here, env=environ, text=True,
                                errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+                               stderr=subprocess.PIPE, preexec_fn=script.limit)
     try:
         _, stderr = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
@@ -257,20 +270,20 @@ def config_cases(seed, n):
     return cases
 
 
-def all_cases(seed, n, *, scripts=True):
-    """Every case: those of the settings, n of them wrong values, and the catalogue of files."""
+def all_cases(seed, n, *, every=1):
+    """Every case: those of the settings, n of them wrong values, and each `every`-th of the catalogue."""
     from altgrad_jax.faults import bad_files
 
-    return [*config_cases(seed, n), *bad_files.cases(seed, scripts=scripts)]
+    return [*config_cases(seed, n), *bad_files.cases()[::every]]
 
 
-def run(folder, *, seed, n, scripts=True, limit_s=LIMIT_S, say=print):
+def run(folder, *, seed, n, every=1, limit_s=LIMIT_S, say=print):
     """Gives every bad input to the program.
 
     Args:
       folder: to work in; made where it is missing; left as it was found.
       seed: decides the generated settings. n: how many wrong values of settings are generated.
-      scripts: whether command lines are tried too, each in a process of its own.
+      every: of the catalogue, only each `every`-th case is taken.
       limit_s: seconds that a script may take; a call half of that.
 
     Returns:
@@ -284,7 +297,7 @@ def run(folder, *, seed, n, scripts=True, limit_s=LIMIT_S, say=print):
     back = os.getcwd()
     try:
         os.chdir(here)
-        for number, case in enumerate(all_cases(seed, n, scripts=scripts)):
+        for number, case in enumerate(all_cases(seed, n, every=every)):
             if (case.kind, case.what) in seen:
                 continue
             seen.add((case.kind, case.what))

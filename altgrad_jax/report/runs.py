@@ -31,7 +31,7 @@ import numpy as np
 
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import read_json, require_file
+from altgrad_jax.files import open_file, read_json
 from altgrad_jax.logger import DIAGNOSTICS, MANIFEST, METRICS, TIMING, parse_row, read_manifest
 from altgrad_jax.verdict import UNSOUND_ALERTS, VERDICT, read_timing
 from altgrad_jax.whatif import dense
@@ -207,8 +207,7 @@ def read_curves(path):
       UserError: the file is missing, or a line is not a row of the record, or steps do not increase.
     """
     rows, validation, last = [], [], -1
-    require_file(path, "restore it from a copy")
-    with open(path, "rb") as file:
+    with open_file(path, "restore it from a copy") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
@@ -275,14 +274,12 @@ def read_codes(path):
 
 
 def _refuse_settings(path, config):
-    """UserError unless every setting that the record's version has is there, and of its type."""
-    for name, field in settings.FIELDS.items():
-        kind = list if field.kind is tuple else field.kind
-        if name in config and type(config[name]) is not kind:
-            raise UserError(f"{path} has {name}={settings.show(config[name])} where the type {kind.__name__} is expected: "
-                            "restore it from a copy")
-        if name not in config and name not in settings.ADDED_IN_2:
-            raise UserError(f"{path} lacks the setting {name}: restore it from a copy")
+    """UserError unless every setting that the record's version has is there, with a value that it can have."""
+    missing = [name for name in settings.FIELDS if name not in config and name not in settings.ADDED_IN_2]
+    if missing:
+        raise UserError(f"{path} lacks the setting {missing[0]}: restore it from a copy")
+    if wrong := settings.wrong_values(config):
+        raise UserError(f"{path} is damaged, {wrong[0]}: restore it from a copy")
 
 
 def _read_run(folder, name):
