@@ -478,7 +478,9 @@ def _failure_of(path: str, error: BaseException) -> str:
         except Exception:  # its own fault, in an exception of the config file's
             what = ""
     unknown = re.search('Key "([^"]*)" does not exist', what)
-    mistyped = re.match(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*)'>", what)
+    # ml_collections' words.
+    mistyped = re.match(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*)'>",
+                        what)
     if unknown:
         what = settings.unknown_field(unknown[1])
     elif mistyped and mistyped[1] in settings.FIELDS:

@@ -372,7 +372,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def wrong_values(values: Mapping[str, Any]) -> list[str]:
-    """One sentence for each of `values`, as JSON holds them, that its field cannot have; other names are passed over."""
+    """One sentence for each of `values`, as JSON holds them, that its field cannot have; no word on other names."""
     values = _from_json(values)
     found = (_problem(field, values[name]) for name, field in FIELDS.items() if name in values)
     return [problem for problem in found if problem]

@@ -71,8 +71,8 @@ def _data_dir_of(path):
         if (folder / MANIFEST).exists():
             found = read_manifest(folder)["data"].get("dir")
             if not isinstance(found, str):
-                raise UserError(f"{folder / MANIFEST} has dir {found!r} for its data where a path is expected: name the "
-                                "data with --data_dir, or a token file with --tokens")
+                raise UserError(f"{folder / MANIFEST} has dir {found!r} for its data where a path is expected: name "
+                                "the data with --data_dir, or a token file with --tokens")
             return found
     raise UserError(f"{path} belongs to no run that says what it was trained on: name the data with --data_dir, or a "
                     "token file with --tokens")

@@ -70,8 +70,8 @@ def load_model(path, step=None) -> Model:
     if wrong := wrong_values(settings):
         raise UserError(f"the checkpoint in {path} describes no model: {wrong[0]}")
     if settings["n_embd"] % settings["n_head"]:
-        raise UserError(f"the checkpoint in {path} describes no model: n_embd={settings['n_embd']} must be a multiple of "
-                        f"n_head={settings['n_head']}")
+        raise UserError(f"the checkpoint in {path} describes no model: n_embd={settings['n_embd']} must be a multiple "
+                        f"of n_head={settings['n_head']}")
     config, operands = GPTConfig(**{name: settings[name] for name in names}), {}
     options = quantization.options_of(upgraded(settings) | {"use_fp8": settings.get("use_fp8", False)})
     if options is not None:

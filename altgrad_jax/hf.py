@@ -300,7 +300,9 @@ def read_folder(folder):
 def _read_json(path):
     content = read_json(path, "give a Hugging Face folder, or download it again")
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__} where an object is expected; download the folder again.")
+        raise UserError(
+            f"{path} holds a {type(content).__name__} where an object is expected; download the folder again."
+        )
     return content
 
 

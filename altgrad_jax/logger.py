@@ -425,8 +425,8 @@ def write_manifest(run_dir, manifest):
 
 
 def read_manifest(run_dir):
-    """The manifest of a run folder. UserError where it is missing, broken, of another schema version, or lacks what every
-    reader takes for granted."""
+    """The manifest of a run folder. UserError where it is missing, broken, of another schema version, or lacks what
+    every reader takes for granted."""
     path = Path(run_dir) / MANIFEST
     if not os.path.lexists(path):
         raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a run")

@@ -23,8 +23,8 @@ def formats(text):
 def seeds(text):
     numbers = text.split(",") if text else []
     if not all(re.fullmatch("[0-9]{1,10}", number) and int(number) <= INT32_MAX for number in numbers):
-        raise UserError(f"--seeds={text} cannot be used: give whole numbers from 0 to {INT32_MAX} joined by commas, such "
-                        "as 1,2")
+        raise UserError(f"--seeds={text} cannot be used: give whole numbers from 0 to {INT32_MAX} joined by commas, "
+                        "such as 1,2")
     return tuple(map(int, numbers))
 
 

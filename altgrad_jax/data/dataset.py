@@ -367,6 +367,6 @@ class HostStream:
             found = os.path.getsize(path) if os.path.exists(path) else n_bytes  # a deleted file stays mapped
             if found < n_bytes:
                 raise UserError(
-                    f"{path} was cut from {n_bytes:,} to {found:,} bytes while it was read; prepare the data again with "
-                    "scripts/prepare_data.py --force, and go on from the last checkpoint"
+                    f"{path} was cut from {n_bytes:,} to {found:,} bytes while it was read; prepare the data again "
+                    "with scripts/prepare_data.py --force, and go on from the last checkpoint"
                 )

@@ -172,7 +172,9 @@ def prepare_source(
             for a named source, whose field is known.
     """
     if text_field is not None and not isinstance(what, Path):
-        raise UserError(f"text_field is {text_field!r} but the source is {what!r}; leave it out, it is for --input only")
+        raise UserError(
+            f"text_field is {text_field!r} but the source is {what!r}; leave it out, it is for --input only"
+        )
 
     def make(source: Source, *warnings: str) -> PreparedData:
         meta = prepare(

@@ -292,7 +292,10 @@ def _directory_files(root: Path) -> list[tuple[str | None, Path]]:
         files += [Path(folder, n) for n in names if n.endswith(_SUFFIXES) and not n.startswith(".")]
     files.sort(key=lambda p: p.relative_to(root).as_posix())
     if not files:
-        raise UserError(f"the directory {str(root)!r} holds no document files; give one that holds some ({', '.join(_SUFFIXES)})")
+        raise UserError(
+            f"the directory {str(root)!r} holds no document files; give one that holds some "
+            f"({', '.join(_SUFFIXES)})"
+        )
     tops = [p.relative_to(root).parts[0] for p in files]
     splits = [_split_of(top) for top in tops]
     if not {"train", "validation"} <= set(splits):
@@ -482,7 +485,8 @@ def _read_parquet(path: Path, text_field: str | None) -> Iterator[tuple[str, str
                     yield where, document_text(record, where, text_field)
     except pa.ArrowException as e:
         raise UserError(
-            f"the parquet file {path} cannot be read ({first_line(e)}); it is damaged or no parquet file, so fetch it again"
+            f"the parquet file {path} cannot be read ({first_line(e)}); it is damaged or no parquet file, so "
+            "fetch it again"
         ) from None
 
 
@@ -570,11 +574,13 @@ def _json(text: str, where: str) -> object:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(
-            f"{where} is not valid JSON ({e.msg.removesuffix(' at')} at character {e.pos}); mend it, in a JSONL file to "
-            "one complete object per line"
+            f"{where} is not valid JSON ({e.msg.removesuffix(' at')} at character {e.pos}); mend it, in a "
+            "JSONL file to one complete object per line"
         ) from None
     except ValueError as e:  # a number with more digits than Python converts
-        raise UserError(f"{where} is not JSON that can be read ({first_line(e)}); write such a number as text") from None
+        raise UserError(
+            f"{where} is not JSON that can be read ({first_line(e)}); write such a number as text"
+        ) from None
     except RecursionError:
         raise UserError(
             f"{where} is JSON nested too deeply to read; give one flat object per document"

@@ -187,7 +187,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _read_pinned(path: Path, sha256: str) -> bytes:
-    require_file(path, f"run: {_REINSTALL}")
+    if os.path.exists(path):
+        require_file(path, f"run: {_REINSTALL}")
     try:
         data = path.read_bytes()
     except OSError as e:

@@ -13,7 +13,6 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from altgrad_jax import config as settings
@@ -75,14 +74,18 @@ def _choices(words):
 _NOT_NAMES = ("", " ", " a", "a ", "a\n", "a\nb", "a\0b", "\x1b[31m", "\ud800", "x" * 5000)
 _WRONG_TEXTS = {
     "1 to 128 printable characters, without": (*_NOT_NAMES, "None", "x" * 129),
-    "1 to 128 printable characters, none of": (*_NOT_NAMES, "None", "x" * 129, "a/b", "a\\b", "#1", "why?", "5%", "a:b"),
+    "1 to 128 printable characters, none of": (*_NOT_NAMES, "None", "x" * 129, "a/b", "a\\b", "#1", "why?", "5%",
+                                               "a:b"),
     "1 to 128 printable characters, or an empty": (*_NOT_NAMES[1:], "None", "x" * 129),
     "a W&B user or team name, or an empty": (*_NOT_NAMES[1:], "None", "x" * 129),
     "the path of a local folder": (*_NOT_NAMES, "None", "x" * 4097, "gs://bucket/run", "s3://b", "file:///tmp/x"),
-    "all, none, or some of": ("", "All", "grad,", "grad,grad", "grad, update", "all,grad", "none,grad", "loss", "grad;dead",
+    "all, none, or some of": ("", "All", "grad,", "grad,grad", "grad, update", "all,grad", "none,grad", "loss",
+                              "grad;dead",
                               "x" * 5000),
-    "a tuple of different tags": (("a", "a"), ("a,b",), ("",), (" a",), ("x" * 65,), (1,), (None,), (("a",),), ("a\n",)),
-    "a tuple of different patterns": (("loss", "loss"), ("a,b",), ("",), ("a ",), (1,), (b"a",), ("a\0",), ("x" * 129,)),
+    "a tuple of different tags": (("a", "a"), ("a,b",), ("",), (" a",), ("x" * 65,), (1,), (None,), (("a",),),
+                                  ("a\n",)),
+    "a tuple of different patterns": (("loss", "loss"), ("a,b",), ("",), ("a ",), (1,), (b"a",), ("a\0",),
+                                      ("x" * 129,)),
     "rules such as E5M2": (("E4M3", "E4M3"), ("",), (" E4M3",), (4,), (None,), ("E4M3\n",), ("x" * 129,)),
     "names of formats such as E3M4": (("E3M4", "E3M4"), ("",), ("E3M4 ",), (3.4,), (["E3M4"],), ("\tE3M4",)),
 }
@@ -97,7 +100,8 @@ _WRONG_TYPES = {
 # What stands behind the "=" of a flag, where the type makes it wrong.
 _WRONG_FLAG_TEXTS = {
     bool: ("", "2", "maybe", "None", "nein", "-1", "true,false", "\u0661"),
-    int: ("", "x", "1.5", "1e3", "0x10", "nan", "inf", "None", "True", "1,2", "--1", "1 2", "\u0663", "\uff11", "\u00b2",
+    int: ("", "x", "1.5", "1e3", "0x10", "nan", "inf", "None", "True", "1,2", "--1", "1 2", "\u0663", "\uff11",
+          "\u00b2",
           "1e999", "9" * 5000, "[1]", "1\x00", "1_", "$(id)"),
     float: ("", "x", "nan", "-nan", "inf", "-inf", "Infinity", "1e999", "-1e999", "1,5", "None", "True", "0x1p3",
             "1e", "1 2", "\u0661.5", "1j", "9" * 5000),
@@ -123,7 +127,8 @@ def _other_words(choices, several, draw, st):
     near = [choice.upper() for choice in choices if choice.upper() not in choices]
     near += [choice + " " for choice in choices] + [",".join(choices[:2]), "", "None", "auto,", "\x00", "x" * 5000]
     if several:
-        near += [",".join([choices[0]] * 4), f"{choices[0]},x,{choices[0]}", f"{choices[0]}, {choices[0]}, {choices[0]}"]
+        near += [",".join([choices[0]] * 4), f"{choices[0]},x,{choices[0]}",
+                 f"{choices[0]}, {choices[0]}, {choices[0]}"]
     return draw(st.one_of(st.sampled_from(near), st.text(max_size=12)).filter(
         lambda text: text not in choices and not (several and set(text.split(",")) <= set(choices)
                                                   and len(text.split(",")) == 3)))
@@ -172,7 +177,7 @@ def give(bad, config_file):
     if bad.way == "dict":
         return settings.from_dict(values)
     values = {name: settings.FIELDS[name].default for name in settings.FIELDS} | {bad.name: bad.value}
-    return settings.validate(ml_collections.ConfigDict(values))
+    return settings.validate(settings.ml_collections.ConfigDict(values))
 
 
 CONFIG_FILE = "configs/smoke.py"
@@ -229,7 +234,8 @@ CONFLICTS = (
 
 
 # What must stand beside a value for the two to fit, where a small model in bfloat16 does not.
-_SMALL = dict(tokenizer="bytes", vocab_size=256, n_layer=1, n_head=1, n_embd=128, block_size=1, batch_size=1, max_steps=9,
+_SMALL = dict(tokenizer="bytes", vocab_size=256, n_layer=1, n_head=1, n_embd=128, block_size=1, batch_size=1,
+              max_steps=9,
               warmup_steps=0, eval_windows=16, eval_batch_size=1)
 _BESIDE = {
     "n_head": lambda v: {"n_embd": v},
@@ -279,7 +285,8 @@ def good_values(st):
 
 def draw_conflicts(n, *, seed):
     """n of CONFLICTS, all of them where n allows: [(settings, texts that the refusal must contain)]."""
-    drawn = draw(lambda st: st.tuples(st.integers(0, len(CONFLICTS) - 1), st.integers(0, 99)), 4 * n, seed=seed, key=repr)
+    drawn = draw(lambda st: st.tuples(st.integers(0, len(CONFLICTS) - 1), st.integers(0, 99)), 4 * n, seed=seed,
+                 key=repr)
     # Those of one kind are spread out, so that few are of many kinds.
     turn, keyed = {}, []
     for which, number in drawn:

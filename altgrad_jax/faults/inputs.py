@@ -23,7 +23,6 @@ import hashlib
 import io
 import os
 import re
-import resource
 import shutil
 import stat
 import subprocess
@@ -31,55 +30,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.faults import bad_configs, bad_files
+from altgrad_jax.faults.case import ROOT, Case, Script
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 LIMIT_S = 60.0  # a script has to start jax; in process half of it
 WRONG = ("tracebacks", "hangs", "accepted wrongly", "half-written", "unclear", "refused wrongly")
 _VERBS = ("give", "set", "use", "choose", "prepare", "run", "fetch", "check", "restore", "start", "write", "add",
           "make", "convert", "delete", "unpack", "name", "download", "cut", "keep", "leave", "change", "mean",
-          "install", "lists", "must", "bring", "move", "needs", "need", "ask", "look", "see", "mend", "count", "decode", "fails")
-
-
-@dataclasses.dataclass(frozen=True)
-class Script:
-    """A command line: words behind the interpreter, the first a file of scripts/.
-
-    memory: bytes of address space that it may take. file: bytes that a file which it writes may have, as on a disk with
-    so much room. None: any.
-    """
-
-    words: tuple[str, ...]
-    memory: int | None = None
-    file: int | None = None
-
-    def limit(self):
-        """Called in the child before it begins."""
-        for which, value in ((resource.RLIMIT_AS, self.memory), (resource.RLIMIT_FSIZE, self.file)):
-            if value is not None:
-                resource.setrlimit(which, (value, value))
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One bad input.
-
-    Attributes:
-      kind: its row of the table. what: the input in words; both together are unique.
-      make: function of the case's own empty folder. It makes the input there and returns what gives it to the program:
-        a function without arguments, or a Script.
-      names: texts that the refusal must hold; {folder} stands for the case's folder.
-      expected: "refused"; "accepted"; or "harmless", which may be either and may write only below the folder's `out`.
-    """
-
-    kind: str
-    what: str
-    make: Callable[[Path], Callable[[], object] | Script]
-    names: tuple[str, ...] = ()
-    expected: str = "refused"
+          "install", "lists", "must", "bring", "move", "needs", "need", "ask", "look", "see", "mend", "count",
+          "decode", "fails")
 
 
 @dataclasses.dataclass
@@ -252,9 +214,7 @@ def judge(case, folder, here, limit_s=LIMIT_S):
 
 
 def config_cases(seed, n):
-    """n wrong values of settings; and for every three of those one contradiction between settings and one right value."""
-    from altgrad_jax.faults import bad_configs
-
+    """n wrong values of settings; for every three of those a contradiction between settings, and a right value."""
     cases = []
     for bad in bad_configs.draw(bad_configs.bad_values, n, seed=seed, key=lambda bad: bad.text):
         cases.append(Case(f"setting: {bad.problem}", bad.text,
@@ -272,8 +232,6 @@ def config_cases(seed, n):
 
 def all_cases(seed, n, *, every=1):
     """Every case: those of the settings, n of them wrong values, and each `every`-th of the catalogue."""
-    from altgrad_jax.faults import bad_files
-
     return [*config_cases(seed, n), *bad_files.cases()[::every]]
 
 

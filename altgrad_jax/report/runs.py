@@ -184,7 +184,7 @@ def _names(folders):
 
 # ---------------------------------------------------------------------------------------------------- reading
 
-_STEP = re.compile(rb'\{"step": (\d+)[,}]')
+_STEP = re.compile(rb'\{"step": (\d{1,30})[,}]')
 _NUMBER = re.compile(rb'"?(-?(?:[0-9][0-9.e+-]*|NaN|Infinity))')
 
 
@@ -212,7 +212,8 @@ def read_curves(path):
             if not line.endswith(b"\n"):
                 break
             match = _STEP.match(line)
-            if not match or not line.endswith(b"}\n") or not line.isascii() or b"\0" in line or not last < int(match[1]) < 2**63:
+            if not match or not line.endswith(b"}\n") or not line.isascii() or b"\0" in line \
+                    or not last < int(match[1]) < 2**63:
                 raise _damaged_line(path, number)
             last = int(match[1])
             try:
