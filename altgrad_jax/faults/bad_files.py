@@ -17,7 +17,6 @@ import shutil
 import socket
 import sqlite3
 import struct
-import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -73,11 +72,10 @@ def without_override():
 
 
 class Originals:
-    """What is right, made when it is first asked for."""
+    """What is right, made below `folder` when it is first asked for."""
 
-    def __init__(self):
-        self._folder = tempfile.TemporaryDirectory(prefix="altgrad-inputs-")
-        self.dir = Path(self._folder.name)
+    def __init__(self, folder):
+        self.dir = folder
 
     @functools.cached_property
     def tokens(self):
@@ -1519,9 +1517,9 @@ def command_lines(originals):
     yield case("exhaustive_rounding.py: no such format", run("exhaustive_rounding.py", "--formats=E9M9"), "E9M9")
 
 
-def cases():
-    """All cases of the catalogue; nothing in it is drawn."""
-    originals = Originals()
+def cases(folder):
+    """All cases of the catalogue, which keep what they copy in `folder`; nothing in it is drawn."""
+    originals = Originals(folder)
     groups = (token_files, texts, archives, downloads, checkpoints, records, folders, rank_files, hf_folders,
               config_files, flags, arguments, command_lines)
     return [case for group in groups for case in group(originals)]

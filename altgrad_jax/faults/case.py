@@ -1,7 +1,7 @@
 """What a bad input is: how it is made, given to the program, and what its refusal must hold."""
 
 import dataclasses
-import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +20,17 @@ class Script:
     memory: int | None = None
     file: int | None = None
 
-    def limit(self):
-        """Called in the child before it begins."""
-        for which, value in ((resource.RLIMIT_AS, self.memory), (resource.RLIMIT_FSIZE, self.file)):
-            if value is not None:
-                resource.setrlimit(which, (value, value))
+    @property
+    def command(self):
+        """Its words with the interpreter in front. Limits are set by a process that then becomes the script."""
+        file, *words = self.words
+        command = [sys.executable, str(ROOT / "scripts" / file), *words]
+        limits = [f"resource.setrlimit(resource.{name}, ({value}, {value}))"
+                  for name, value in (("RLIMIT_AS", self.memory), ("RLIMIT_FSIZE", self.file)) if value is not None]
+        if not limits:
+            return command
+        program = f"import os, resource, sys; {'; '.join(limits)}; os.execv(sys.argv[1], sys.argv[1:])"
+        return [sys.executable, "-c", program, *command]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,6 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -140,10 +139,9 @@ def _refusal_of_call(function, limit_s):
 def _refusal_of_script(script, here, limit_s):
     # One thread of BLAS, for each takes address space.
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
-    file, *words = script.words
-    process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / file), *words], cwd=here, env=environ, text=True,
+    process = subprocess.Popen(script.command, cwd=here, env=environ, text=True,
                                errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, preexec_fn=script.limit)
+                               stderr=subprocess.PIPE)
     try:
         _, stderr = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
@@ -230,9 +228,12 @@ def config_cases(seed, n):
     return cases
 
 
-def all_cases(seed, n, *, every=1):
-    """Every case: those of the settings, n of them wrong values, and each `every`-th of the catalogue."""
-    return [*config_cases(seed, n), *bad_files.cases()[::every]]
+def all_cases(seed, n, *, every, originals):
+    """Every case: those of the settings, n of them wrong values, and each `every`-th of the catalogue.
+
+    originals: folder for what cases copy.
+    """
+    return [*config_cases(seed, n), *bad_files.cases(originals)[::every]]
 
 
 def run(folder, *, seed, n, every=1, limit_s=LIMIT_S, say=print):
@@ -251,11 +252,12 @@ def run(folder, *, seed, n, every=1, limit_s=LIMIT_S, say=print):
     work = folder / "bad-inputs"
     here = work / "here"
     here.mkdir(parents=True)
+    (work / "originals").mkdir()
     rows, failures, seen = {}, [], set()
     back = os.getcwd()
     try:
         os.chdir(here)
-        for number, case in enumerate(all_cases(seed, n, every=every)):
+        for number, case in enumerate(all_cases(seed, n, every=every, originals=work / "originals")):
             if (case.kind, case.what) in seen:
                 continue
             seen.add((case.kind, case.what))
