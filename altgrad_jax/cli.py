@@ -479,7 +479,7 @@ def _failure_of(path: str, error: BaseException) -> str:
             what = ""
     unknown = re.search('Key "([^"]*)" does not exist', what)
     # ml_collections' words.
-    mistyped = re.match(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*)'>",
+    mistyped = re.match(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*?)'>",
                         what)
     if unknown:
         what = settings.unknown_field(unknown[1])

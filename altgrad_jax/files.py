@@ -19,6 +19,8 @@ def require_file(path, fix):
     """UserError unless `path` is a file, or a link to one. fix: what to do, the end of the sentence."""
     try:
         mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {fix}") from None
     except (OSError, ValueError) as error:  # ValueError: NUL in the name
         raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): {fix}") from None
     if not stat.S_ISREG(mode):
@@ -31,16 +33,16 @@ def read_json(path, fix):
         with open_file(path, fix) as file:
             data = file.read(MAX_JSON_BYTES + 1)
         if len(data) > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES // 2**20} MiB")
+            raise UserError(f"{path} cannot be read (more than {MAX_JSON_BYTES // 2**20} MiB): {fix}")
         return json.loads(data.decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {fix}") from None
     except UserError:
         raise
     except RecursionError:
-        raise UserError(f"{path} cannot be read (JSON nested too deeply): {fix}") from None
+        raise UserError(f"{path} cannot be read (not valid JSON: nested too deeply): {fix}") from None
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): {fix}") from None
+        raise UserError(f"{path} cannot be read (not valid JSON: {str(error).splitlines()[0]}): {fix}") from None
 
 
 
@@ -59,4 +61,4 @@ def writing(path, fix):
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): {fix}") from None
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): {fix}") from None

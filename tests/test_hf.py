@@ -368,5 +368,5 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
         hf.write_folder(tmp_path / "file" / "out", {}, {})
 
 
-def test_a_tokenizer_that_is_no_name_is_passed_over():
-    assert script().tokenizer_of({"altgrad_tokenizer": ["bytes"], "vocab_size": 256}) == "bytes"
+def test_a_tokenizer_that_is_no_name_is_passed_over(script):
+    assert script.tokenizer_of({"altgrad_tokenizer": ["bytes"], "vocab_size": 256}) == "bytes"
