@@ -301,7 +301,7 @@ def _read_json(path):
     content = read_json(path, "give a Hugging Face folder, or download it again")
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} holds a {type(content).__name__} where an object is expected; download the folder again."
+            f"{path} holds a {type(content).__name__} where a JSON object is expected; download the folder again."
         )
     return content
 

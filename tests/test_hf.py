@@ -291,7 +291,7 @@ def test_nothing_is_overwritten_and_a_failed_write_leaves_nothing(exported, tmp_
         raise OSError("disk full")
 
     monkeypatch.setattr(hf.json, "dumps", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="half cannot be written .disk full"):
         hf.write_folder(tmp_path / "half", *exported)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
 

@@ -501,8 +501,8 @@ def _choose_split(
     skipped = f" ({n_empty:,} empty ones were skipped)" if n_empty else ""
     if len(splits) < 2:
         raise UserError(
-            f"{title} has {len(splits)} documents with text{skipped}; give at least 2, one for training and one for "
-            "validation"
+            f"{title} has {len(splits)} documents with text{skipped}; at least 2 are needed, one for training"
+            " and one for validation: give more"
         )
     if any(splits):
         in_val = [split == "validation" for split in splits]
