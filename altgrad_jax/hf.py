@@ -238,7 +238,10 @@ def write_folder(folder, tensors, config_json):
 def _fill(folder, unfinished, tensors, config_json):
     try:
         # transformers looks for this word; it means row-major arrays, which is what NumPy writes.
-        safetensors.numpy.save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # its own class for a full disk, too
+            raise OSError(str(error)) from None
         (unfinished / CONFIG_FILE).write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
         # safetensors makes a file for its owner alone; this gives it the usual rights.
         shutil.copymode(unfinished / CONFIG_FILE, unfinished / WEIGHTS_FILE)

@@ -700,7 +700,7 @@ def test_manifest_of_a_later_version_is_named(tmp_path):
     assert run.state == DAMAGED and "schema_version 99" in run.reason
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": None}, {"optimizer": 3}, {"n_layer": "x"}, {"schedule": "sine"}])
+@pytest.mark.parametrize("change", [{"learning_rate": None}, {"tokenizer": 3}, {"n_layer": "x"}, {"schedule": "sine"}])
 def test_a_manifest_with_a_setting_that_cannot_be_is_damage(tmp_path, change):
     write_run(tmp_path / "bf16", val=2.0)
     path = tmp_path / "bf16" / "manifest.json"
