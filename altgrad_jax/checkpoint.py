@@ -937,7 +937,7 @@ def load_arrays(
 
 def _existing(path: str | Path) -> Path:
     path = Path(path).absolute()
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise UserError(f"there is no checkpoint folder {path}: give a run folder or a checkpoint in it")
     return path
 
@@ -945,9 +945,12 @@ def _existing(path: str | Path) -> Path:
 def list_steps(run_dir: str | Path) -> list[int]:
     """The steps of the complete checkpoints in `run_dir`, ascending; [] where the folder does not exist."""
     run_dir = Path(run_dir).absolute()
-    if not run_dir.is_dir():
+    if not os.path.isdir(run_dir):
         return []
-    names = (entry.name for entry in run_dir.iterdir() if entry.is_dir())
+    try:
+        names = [entry.name for entry in run_dir.iterdir() if entry.is_dir()]
+    except PermissionError:
+        raise UserError(f"{run_dir} cannot be read (no permission): make it readable, or give another folder") from None
     # Only the names that Orbax gives a finished step: no sign, no leading zero.
     return sorted(int(name) for name in names if name.isascii() and name.isdigit() and str(int(name)) == name)
 

@@ -11,6 +11,7 @@ the same with exit code 1; any other exception is a defect and keeps its traceba
 comes at once, and a script may set XLA's flags before jax starts.
 """
 
+import argparse
 import contextlib
 import inspect
 import os
@@ -29,6 +30,7 @@ import ml_collections
 
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import require_file
 from altgrad_jax.process import Interrupted, StopRequest
 
 _YES = ("true", "t", "1", "yes")
@@ -75,6 +77,20 @@ def folder(flag: str) -> Callable[[str], str]:
             raise UserError(f"--{flag}={text} cannot be used ({error.strerror}): give the path of a folder") from None
         if is_file:
             raise UserError(f"--{flag}={text} is a file: give a folder")
+        return os.path.expanduser(text)
+
+    return parse
+
+
+def output_file(flag: str) -> Callable[[str], str]:
+    """A parser for a flag that names a file to write in the end: what cannot be written is refused at the beginning."""
+
+    def parse(text: str) -> str:
+        where = os.path.dirname(text) or "."
+        if not text or os.path.isdir(text) or not os.path.isdir(where):
+            raise UserError(f"--{flag}={text} cannot be used: give the name of a file in a folder that exists")
+        if not os.access(text if os.path.exists(text) else where, os.W_OK):
+            raise UserError(f"--{flag}={text} cannot be written: give a file in a folder that you may write to")
         return text
 
     return parse
@@ -159,6 +175,32 @@ def main(
         return run(config, **values)
 
     run_script(parse_and_run)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse for a script whose arguments are not flags of a config: abbreviations are refused, and a mistake is a
+    UserError as everywhere else."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists what to give")
+
+
+def whole_number(text: str) -> int:
+    """The type of an argument that is a whole number: ASCII digits alone, for int() takes more (1_0)."""
+    if not re.fullmatch("-?[0-9]{1,19}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def some_text(text: str) -> str:
+    """The type of an argument that must not be empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 def run_script(function: Callable[[], int | None]) -> NoReturn:
@@ -323,8 +365,16 @@ def _read_tuple(text: str) -> tuple[str, ...]:
     return tuple(item.strip().strip("'\"") for item in inside.split(",")) if inside else ()
 
 
+def _ascii(text: str) -> str:
+    """`text`, unless it holds digits that Python reads and a reader may not, such as \u0663."""
+    if not text.isascii():
+        raise ValueError(text)
+    return text
+
+
 _READERS: Mapping[type, Callable[[str], Any]] = {
-    bool: _read_bool, int: int, float: float, str: str, tuple: _read_tuple,
+    bool: _read_bool, int: lambda text: int(_ascii(text)), float: lambda text: float(_ascii(text)), str: str,
+    tuple: _read_tuple,
 }
 
 
@@ -334,7 +384,7 @@ def _stray(argument: str) -> str:
         return f"unexpected argument {argument!r}: write --config {argument}"
     if equals and name in settings.FIELDS:
         return f"unexpected argument {argument!r}: a setting needs its dashes, write --config.{name}={value}"
-    return f"unexpected argument {argument!r}: all are flags, such as --config {_BASELINE} or --config.seed=1"
+    return f"unexpected argument {argument!r}: write flags only, such as --config {_BASELINE} or --config.seed=1"
 
 
 def _unknown_override(name: str) -> str:
@@ -364,14 +414,15 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
       UserError: the file is missing, fails, has no get_config, or returns something else than a ConfigDict.
     """
     path, colon, argument = spec.partition(":")
-    if Path(path).is_dir():  # an empty path is the current folder
+    if not path or os.path.isdir(path):
         raise UserError(f"--config={spec} is not a file: give a config file, such as --config {_BASELINE}")
-    if not Path(path).exists():
-        folders = (Path(path).parent, Path("configs"))
-        files = [str(file) for place in folders for file in sorted(place.glob("*.py"))]
+    if not os.path.exists(path):
+        folders = (os.path.dirname(path), "configs")
+        files = [str(file) for place in folders if os.path.isdir(place) for file in sorted(Path(place).glob("*.py"))]
         guess = settings.nearest(path, files)
-        hint = f"did you mean {guess}?" if guess else f"the baseline is {_BASELINE}"
+        hint = f"did you mean {guess}?" if guess else f"give one, such as the baseline {_BASELINE}"
         raise UserError(f"--config={path} does not exist in {Path.cwd()}; {hint}")
+    require_file(path, f"give a config file, such as --config {_BASELINE}")
 
     # Compiled from the source each time: Python's cache goes by the second and the size, and would miss
     # `seed = 2` written over `seed = 1`.
@@ -393,7 +444,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         raise
     except (Exception, SystemExit) as error:
         raise UserError(_failure_of(path, error)) from error
-    if not isinstance(config, ml_collections.ConfigDict):
+    if not isinstance(config, ml_collections.ConfigDict) or isinstance(config, ml_collections.FrozenConfigDict):
         raise UserError(
             f"get_config() of {path} returned a {type(config).__name__}; it must return the ConfigDict of "
             "altgrad_jax.config.default_config(), changed as you like"
@@ -438,10 +489,18 @@ def _failure_of(path: str, error: BaseException) -> str:
     else:
         frames = traceback.extract_tb(error.__traceback__)
         line = next((frame.lineno for frame in reversed(frames) if frame.filename == path), None)
-        what = str(error).strip().partition("\n")[0]
+        try:
+            what = str(error).strip().partition("\n")[0]
+        except Exception:  # its own fault, in an exception of the config file's
+            what = ""
     unknown = re.search('Key "([^"]*)" does not exist', what)
+    # ml_collections' words.
+    mistyped = re.match(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*?)'>",
+                        what)
     if unknown:
         what = settings.unknown_field(unknown[1])
+    elif mistyped and mistyped[1] in settings.FIELDS:
+        what = settings.cannot_use(settings.FIELDS[mistyped[1]], f"{settings.show(mistyped[2])} ({mistyped[3]})")
     else:
         what = f"{type(error).__name__}: {what}" if what else type(error).__name__
         what = what if len(what) <= 200 else what[:200] + "..."

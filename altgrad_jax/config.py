@@ -15,6 +15,7 @@ No jax here, so that `--help` and every complaint about a setting come at once.
 
 import difflib
 import math
+import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import Any
 import ml_collections
 
 from altgrad_jax import format_rules
-from altgrad_jax.errors import UserError
+from altgrad_jax.errors import LIST_ITEM, UserError
 from altgrad_jax.formats import get_format, require_overflow_code
 
 INT32_MAX = 2**31 - 1
@@ -108,8 +109,10 @@ _PROJECT = Rule(
 _ENTITY = Rule("a W&B user or team name, or an empty string", lambda value: value == "" or _is_name(value))
 _GROUP = Rule("1 to 128 printable characters, or an empty string", lambda value: value == "" or _is_name(value))
 _FOLDER = Rule(
-    "the path of a local folder (printable characters, no blanks around them, no scheme such as gs://)",
-    lambda value: _is_name(value, longest=4096) and "://" not in value,
+    "the path of a local folder (printable characters, no blanks around them, no scheme such as gs://, no ~name of "
+    "an unknown user)",
+    # expanduser leaves the ~ of a user that there is not.
+    lambda value: _is_name(value, longest=4096) and "://" not in value and os.path.expanduser(value)[0] != "~",
 )
 _TAGS = Rule(
     'a tuple of different tags such as ("a", "b"), each of 1 to 64 printable characters without a comma',
@@ -340,8 +343,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"a config must be the ConfigDict that default_config() returns, not a {type(config).__name__}; "
             "build one from plain values with altgrad_jax.config.from_dict"
         )
+    try:
+        names = config.keys()
+    except TypeError:  # it sorts them
+        raise UserError("the config has a setting whose name is no text: give only names that --help lists") from None
     values = {}
-    for name in config.keys():
+    for name in names:
         try:
             values[name] = config[name]
         except Exception:  # a required placeholder that was never set
@@ -353,7 +360,7 @@ def _raise_for(found: list[str]) -> None:
     if len(found) == 1:
         raise UserError(found[0])
     if found:
-        raise UserError("\n  - ".join([f"{len(found)} settings cannot be used:", *found]))
+        raise UserError(LIST_ITEM.join([f"{len(found)} settings cannot be used:", *found]))
 
 
 def problems(values: Mapping[str, Any]) -> list[str]:
@@ -362,11 +369,22 @@ def problems(values: Mapping[str, Any]) -> list[str]:
     for name, field in FIELDS.items():
         if name not in values:
             found.append(f"the setting {name} is missing: start from altgrad_jax.config.default_config()")
-        elif type(values[name]) is not field.kind:
-            found.append(cannot_use(field, f"{show(values[name])} ({type(values[name]).__name__})"))
-        elif not field.rule.accepts(values[name]):
-            found.append(cannot_use(field, show(values[name])))
+        elif problem := _problem(field, values[name]):
+            found.append(problem)
     return found or _conflicts(values)  # how fields fit together is a question only once each is right
+
+
+def wrong_values(values: Mapping[str, Any]) -> list[str]:
+    """One sentence for each of `values`, as JSON holds them, that its field cannot have; no word on other names."""
+    values = _from_json(values)
+    found = (_problem(field, values[name]) for name, field in FIELDS.items() if name in values)
+    return [problem for problem in found if problem]
+
+
+def _problem(field: Field, value: Any) -> str | None:
+    if type(value) is not field.kind:
+        return cannot_use(field, f"{show(value)} ({type(value).__name__})")
+    return None if field.rule.accepts(value) else cannot_use(field, show(value))
 
 
 def cannot_use(field: Field, shown: str) -> str:
@@ -647,14 +665,17 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """The locked ConfigDict of `values`, as `to_dict` or JSON gives them; UserError unless it is valid."""
-    values = upgraded(values)
+    values = _from_json(upgraded(values))
+    _raise_for(problems(values))
+    return _build(values)
+
+
+def _from_json(values: Mapping[str, Any]) -> dict[str, Any]:
     tuples = {name for name, field in FIELDS.items() if field.kind is tuple}
-    values = {
+    return {
         name: tuple(value) if name in tuples and isinstance(value, list) else value
         for name, value in values.items()
     }
-    _raise_for(problems(values))
-    return _build(values)
 
 
 def _as_json(value: Any) -> Any:

@@ -104,7 +104,8 @@ def check_flags(distributed, coordinator, num_processes, process_id):
         missing = next(name for name in by_hand if name not in given)
         raise UserError(f"--{given[0]} is given without --{missing}: processes that are started by hand each need "
                         "--coordinator=HOST:PORT, --num_processes=N and --process_id=0 ... N-1")
-    if given and not re.fullmatch(r"\S+:[0-9]{1,5}", coordinator):
+    match = re.fullmatch(r"\S+:([0-9]{1,5})", coordinator) if given else None
+    if given and not (match and 1 <= int(match[1]) <= 65535):
         raise UserError(f"--coordinator={coordinator} cannot be used: give the host of process 0 and a free port on "
                         "it, such as node1:8476")
     if given and process_id >= num_processes:

@@ -4,11 +4,20 @@ Their message is a single sentence that names the value, what is allowed, and th
 traceback and exit with `exit_code`; any other exception is a defect of this project and keeps its traceback.
 """
 
+LIST_ITEM = "\n  - "  # begins a line of the only messages that have several: one line for each wrong setting
+
 
 class UserError(ValueError):
-    """A setting, a file or a directory that cannot be used as it is."""
+    """A setting, a file or a directory that cannot be used as it is.
+
+    Its text can always be printed: line breaks and control characters, which a file name or a foreign error may bring
+    along, are escaped.
+    """
 
     exit_code = 2
+
+    def __str__(self):
+        return LIST_ITEM.join(map(_printable, super().__str__().split(LIST_ITEM)))
 
 
 class MachineError(UserError):
@@ -23,3 +32,7 @@ class Stopped(UserError):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+def _printable(text):
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

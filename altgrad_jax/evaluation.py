@@ -69,6 +69,10 @@ def _data_dir_of(path):
     """Where the run that wrote this checkpoint found its data, by its manifest."""
     for folder in (path, path.parent, path.parent.parent):
         if (folder / MANIFEST).exists():
-            return read_manifest(folder)["data"]["dir"]
+            found = read_manifest(folder)["data"].get("dir")
+            if not isinstance(found, str):
+                raise UserError(f"{folder / MANIFEST} has dir {found!r} for its data where a path is expected: name "
+                                "the data with --data_dir, or a token file with --tokens")
+            return found
     raise UserError(f"{path} belongs to no run that says what it was trained on: name the data with --data_dir, or a "
                     "token file with --tokens")

@@ -80,8 +80,8 @@ def resolve_rules(rules: tuple[str, ...], n_layer: int) -> tuple[LayerFormats, .
                 raise UserError(f"formats has a rule {rule!r}, but {error}, or {NONE}") from None
         hit = [layer for layer in layers if fnmatch.fnmatchcase(layer, pattern)]
         if not hit:
-            raise UserError(f"formats has a rule {rule!r} whose pattern {pattern!r} fits no layer: the layers are "
-                            f"{', '.join(layers[:4])}, ... {layers[-2]}, {HEAD}")
+            raise UserError(f"formats has a rule {rule!r} whose pattern {pattern!r} fits no layer: give one that does, "
+                            f"the layers are {', '.join(layers[:4])}, ... {layers[-2]}, {HEAD}")
         for layer in hit:
             chosen[layer].update(dict.fromkeys(operands, fmt))
     found = tuple(LayerFormats(layer, *formats.values()) for layer, formats in chosen.items()

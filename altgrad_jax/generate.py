@@ -27,7 +27,7 @@ import numpy as np
 
 from altgrad_jax import quantization
 from altgrad_jax.checkpoint import load_arrays
-from altgrad_jax.config import upgraded
+from altgrad_jax.config import upgraded, wrong_values
 from altgrad_jax.errors import UserError
 from altgrad_jax.model import GPT, GPTConfig, Quantized, empty_cache
 
@@ -61,12 +61,17 @@ def load_model(path, step=None) -> Model:
     # Kernel and tiles are choices of the machine it trained on; the defaults compute the same everywhere.
     names = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("attention", "rules",
                                                                                          "loss_tile_bytes")]
-    missing = [name for name in names if name not in settings]
+    missing = [name for name in (*names, "tokenizer") if name not in settings]
     if missing:
         raise UserError(
             f"the checkpoint in {path} does not record {', '.join(missing)}; give one that was written by "
             "scripts/train.py or scripts/export_hf.py --import."
         )
+    if wrong := wrong_values(settings):
+        raise UserError(f"the checkpoint in {path} describes no model: {wrong[0]}")
+    if settings["n_embd"] % settings["n_head"]:
+        raise UserError(f"the checkpoint in {path} describes no model: n_embd={settings['n_embd']} must be a multiple "
+                        f"of n_head={settings['n_head']}")
     config, operands = GPTConfig(**{name: settings[name] for name in names}), {}
     options = quantization.options_of(upgraded(settings) | {"use_fp8": settings.get("use_fp8", False)})
     if options is not None:

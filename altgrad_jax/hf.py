@@ -24,6 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import read_json, require_file, writing
 from altgrad_jax.model import LAYER_NORM_EPS, GPTConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -176,14 +177,14 @@ def _sizes_of(config_json):
         value = config_json.get(field, wanted)
         if value != wanted:
             raise UserError(
-                f"config.json has {field} = {value!r}, but only {wanted!r} can be imported; the model here "
-                "computes nothing else."
+                f"config.json has {field} = {value!r}, but only {wanted!r} can be imported: give a model that "
+                "has it, for the one here computes nothing else."
             )
     activation = config_json.get("activation_function", "gelu_new")
     if activation not in _TANH_GELUS:
         raise UserError(
             f"config.json has activation_function = {activation!r}, but only {' or '.join(_TANH_GELUS)} can "
-            "be imported; the model here computes nothing else."
+            "be imported: give a model that has it, for the one here computes nothing else."
         )
     for field in ("quantization_config", "pruned_heads"):
         if config_json.get(field):
@@ -195,17 +196,17 @@ def _sizes_of(config_json):
     for field, name in _SIZES.items():
         value = config_json.get(field)
         if type(value) is not int or value < 1:
-            raise UserError(f"config.json has {field} = {value!r}, but a positive whole number is needed.")
+            raise UserError(f"config.json has {field} = {value!r}, but the model needs a positive whole number.")
         sizes[name] = value
     if sizes["n_embd"] % sizes["n_head"]:
         raise UserError(
-            f"config.json has n_embd = {sizes['n_embd']}, which n_head = {sizes['n_head']} does not divide."
+            f"config.json has n_embd = {sizes['n_embd']}, which n_head = {sizes['n_head']} must divide and does not."
         )
     inner = config_json.get("n_inner")
     if inner not in (None, 4 * sizes["n_embd"]):
         raise UserError(
             f"config.json has n_inner = {inner!r}, but only null or 4 n_embd = {4 * sizes['n_embd']} can be "
-            "imported."
+            "imported: give a model of that width."
         )
     dropouts = [config_json.get(field, 0.1) for field in ("resid_pdrop", "embd_pdrop")]
     if dropouts[0] != dropouts[1]:
@@ -215,7 +216,7 @@ def _sizes_of(config_json):
         )
     if type(dropouts[0]) not in (int, float) or not 0 <= dropouts[0] < 1:
         raise UserError(
-            f"config.json has resid_pdrop = {dropouts[0]!r}, but a number from 0 to below 1 is needed."
+            f"config.json has resid_pdrop = {dropouts[0]!r}, but it must be a number from 0 to below 1."
         )
     return sizes | {"dropout": float(dropouts[0])}
 
@@ -224,15 +225,23 @@ def write_folder(folder, tensors, config_json):
     """Writes `to_hf`'s result as a new folder; it appears complete or not at all.
 
     Raises:
-      UserError: `folder` exists and is not an empty folder.
+      UserError: `folder` exists and is not an empty folder, or cannot be written.
     """
     folder = refuse_occupied(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f".{folder.name}.{os.getpid()}.unfinished"
-    unfinished.mkdir()
+    with writing(folder, "give another folder"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir()
+        _fill(folder, unfinished, tensors, config_json)
+
+
+def _fill(folder, unfinished, tensors, config_json):
     try:
         # transformers looks for this word; it means row-major arrays, which is what NumPy writes.
-        safetensors.numpy.save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # its own class for a full disk, too
+            raise OSError(str(error)) from None
         (unfinished / CONFIG_FILE).write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
         # safetensors makes a file for its owner alone; this gives it the usual rights.
         shutil.copymode(unfinished / CONFIG_FILE, unfinished / WEIGHTS_FILE)
@@ -245,7 +254,7 @@ def write_folder(folder, tensors, config_json):
 def refuse_occupied(folder) -> Path:
     """`folder` made absolute, if nothing is overwritten by writing there; else UserError."""
     folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(
             f"{folder} exists and is not an empty folder; nothing is overwritten, so give another path."
         )
@@ -269,8 +278,9 @@ def read_folder(folder):
         files = [WEIGHTS_FILE]
     elif (folder / INDEX_FILE).is_file():
         weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
-        files = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
-        if not files or any(file != Path(file).name for file in files):
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not files or not all(isinstance(file, str) and file == Path(file).name and file not in ("", "..")
+                                for file in files):
             raise UserError(
                 f"{folder / INDEX_FILE} has a weight_map that does not name files of the folder; download "
                 "the folder again."
@@ -285,25 +295,23 @@ def read_folder(folder):
             f"{folder} has no {WEIGHTS_FILE}; give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}."
         )
     tensors = {}
-    for file in files:
+    for file in sorted(set(files)):
         tensors |= _read_safetensors(folder / file)
     return tensors, config_json
 
 
 def _read_json(path):
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; give a Hugging Face folder, which holds one.") from None
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON; download the folder again.") from None
+    content = read_json(path, "give a Hugging Face folder, or download it again")
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object.")
+        raise UserError(
+            f"{path} holds a {type(content).__name__} where a JSON object is expected; download the folder again."
+        )
     return content
 
 
 def _read_safetensors(path):
     tensors = {}
+    require_file(path, "download the folder again")
     try:
         with safetensors.safe_open(path, framework="np") as file:
             for name in file.keys():
@@ -312,12 +320,10 @@ def _read_safetensors(path):
                     continue
                 if kind not in _READABLE:
                     raise UserError(
-                        f"{path} stores {name} as {kind}, but only {', '.join(_READABLE)} can be imported; "
-                        "quantized weights cannot."
+                        f"{path} stores {name} as {kind}, but only {', '.join(_READABLE)} can be imported: give "
+                        "weights that are not quantized."
                     )
                 tensors[name] = file.get_tensor(name)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; download the folder again.") from None
-    except safetensors.SafetensorError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}); download the folder again.") from None
     return tensors

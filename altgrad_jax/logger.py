@@ -45,6 +45,7 @@ from typing import Any
 import numpy as np
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import read_json, require_file
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -62,7 +63,7 @@ SPARSE = "sparse/"
 TIMING_KEYS = ("time", "step_time_s", "tokens_per_s", "mfu")  # of a row of timing.jsonl, beside its step
 
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_STEP = re.compile(rb'\{"step": (\d+)[,}]')
+_STEP = re.compile(rb'\{"step": (\d{1,18})[,}]')
 
 
 # ------------------------------------------------------------------------------------------------------- rows
@@ -237,11 +238,15 @@ def _scan(path, resume_step):
                 raise UserError(f"{path} is damaged: line {len(steps) + 1} holds step {step} after step "
                                 f"{steps[-1]}; restore it from a copy, or start over in a new folder")
             if b'"val_loss"' in line or b'"stable_rank/' in line:
-                row = parse_row(line)
-                if "val_loss" in row:
-                    validation.append((step, row["val_loss"]))
-                if of_layers := stable_ranks(row):
-                    ranks.append((step, of_layers))
+                try:
+                    row = parse_row(line)
+                    found, of_layers = [row[key] for key in ("val_loss",) if key in row], stable_ranks(row)
+                    if not all(isinstance(value, float) for value in (*found, *of_layers.values())):
+                        break
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    break
+                validation += [(step, value) for value in found]
+                ranks += [(step, of_layers)] if of_layers else []
             steps.append(step)
             keep += len(line)
     return keep, steps, validation, ranks
@@ -297,6 +302,9 @@ class Record:
         """
         run_dir = Path(run_dir)
         metrics, timing = run_dir / METRICS, run_dir / TIMING
+        for path in (metrics, timing, run_dir / DIAGNOSTICS):
+            if os.path.lexists(path):
+                require_file(path, "restore it from a copy, or start over in a new folder")
         if resume_step is None:
             for path in (metrics, timing, run_dir / DIAGNOSTICS):
                 if path.exists() and path.stat().st_size:
@@ -307,14 +315,15 @@ class Record:
             timing.touch()
             last_step, validation, ranks = -1, [], []
         else:
-            timing.touch()
-            _repair_tail(timing)
             if not metrics.exists() and resume_step >= 0:
                 raise UserError(f"{metrics} is missing, so the run cannot be continued at step {resume_step} "
                                 "with a whole record: restore the file, or start over in a new folder")
+            timing.touch()
             metrics.touch()
             keep, steps, validation, ranks = _scan(metrics, resume_step)
             _require_rows(metrics, steps, resume_step, _log_intervals(timing, log_interval))
+            # From here on the folder is used; before, a refusal leaves it as it was.
+            _repair_tail(timing)
             if keep < metrics.stat().st_size:
                 os.truncate(metrics, keep)
             _cut_diagnostics(run_dir / DIAGNOSTICS, resume_step)
@@ -430,27 +439,31 @@ def write_atomically(path, data):
 
 def write_manifest(run_dir, manifest):
     """Write manifest.json: what the run is (config, versions, device, data), sorted, with SCHEMA_VERSION."""
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
     manifest = {**manifest, "schema_version": SCHEMA_VERSION}
     text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False)
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
     write_atomically(Path(run_dir) / MANIFEST, (text + "\n").encode())
 
 
 def read_manifest(run_dir):
-    """The manifest of a run folder. UserError where it is missing, broken, or of another schema version."""
+    """The manifest of a run folder. UserError where it is missing, broken, of another schema version, or lacks what
+    every reader takes for granted."""
     path = Path(run_dir) / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a "
-                        "run") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it from a copy, or start over in a new "
-                        "folder") from None
+    if not os.path.lexists(path):
+        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a run")
+    fix = "restore it from a copy, or start over in a new folder"
+    manifest = read_json(path, fix)
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version not in READABLE_VERSIONS:
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise UserError(f"{path} has schema_version {version!r}, this program reads "
                         f"{', '.join(map(str, READABLE_VERSIONS))}: use the version of altgrad_jax that wrote it")
+    for key, kind, what in (("config", dict, "an object"), ("data", dict, "an object"), ("starts", list, "a list")):
+        if not isinstance(manifest.get(key), kind):
+            found = f"{key} {repr(manifest[key])[:80]}" if key in manifest else f"no {key}"
+            raise UserError(f"{path} has {found} where {what} is expected: {fix}")
+    for value, name, what in ((manifest["data"], "fingerprint", "the data"), (manifest, "run_id", "the run")):
+        if not isinstance(value.get(name), str):
+            raise UserError(f"{path} does not have the {name} of {what}: {fix}")
     return manifest
 
 

@@ -32,6 +32,7 @@ from altgrad_jax.console import make_console, show_duration
 from altgrad_jax.dry_run import program_bytes
 from altgrad_jax.environment import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import writing
 from altgrad_jax.formats import get_format
 from altgrad_jax.goodput import Goodput, describe
 from altgrad_jax.logger import write_atomically
@@ -385,8 +386,9 @@ def sweep(members, out, *, data_dir=None, member_loop="auto", width=0, memory=0.
     if shard[1] > 1:
         say(f"slice {shard[0] + 1} of {shard[1]}: {len(mine)} of {len(members)} members; the others are other slices'")
     if not dry_run:
-        out.mkdir(parents=True, exist_ok=True)
-        write_plan(out, members)
+        with writing(out, "give another folder with --out"):
+            out.mkdir(parents=True, exist_ok=True)
+            write_plan(out, members)
     started, watch, code = time.monotonic(), _Watch(console), 0
     try:
         with StopRequest() as stop, disk_failures_told(lambda: "the same command goes on where it stopped"):

@@ -257,7 +257,7 @@ def is_finished(run_dir, config):
         return False
     try:
         told = _read_verdict(run_dir)["max_steps"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False  # damaged: the resume, which makes no step, writes it anew
     if told != config.max_steps:
         return False
@@ -272,7 +272,7 @@ def has_ended(run_dir, config):
     try:
         told = _read_verdict(run_dir)
         stopped = not told["finished"] and "non-finite steps in a row" in told["stopped"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     if stopped:
         _refuse_other_config(run_dir, read_manifest(run_dir), config)
@@ -799,6 +799,9 @@ class Run:
     def open(self, program):
         """Restores the run's state, or starts it, and opens its record."""
         self.program, self.goodput = program, program.goodput
+        if program.data.dir.absolute() == self.run_dir:
+            raise UserError(f"{self.run_dir} holds the training data, so it cannot be the run's folder too: give "
+                            "another --workdir")
         require_wandb_keys(self.config.wandb_keys, program)
         self.inputs = inputs_of(self.config)
         self.certificates = program.certify(self.quant)

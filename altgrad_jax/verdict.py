@@ -8,6 +8,7 @@ that took them and still learned is sound.
 
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -22,6 +23,7 @@ from rich.text import Text
 from altgrad_jax import goodput
 from altgrad_jax.console import Lasting, show_duration, show_rate
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import open_file
 from altgrad_jax.logger import MANIFEST, METRICS, TIMING, parse_row, write_atomically
 
 SHARE = 0.05  # of the steps, at either end
@@ -41,17 +43,17 @@ def read_rows(run_dir):
     damaged before its end.
     """
     path = Path(run_dir) / METRICS
-    try:
-        file = open(path, encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a "
-                        "run") from None
-    with file:
+    if not os.path.lexists(path):
+        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a run")
+    with open_file(path, "restore it from a copy") as file:
         for number, line in enumerate(file, 1):
-            if line.endswith("\n"):
+            if line.endswith(b"\n"):
                 try:
-                    yield parse_row(line)
-                except (ValueError, KeyError, AttributeError, TypeError):
+                    row = parse_row(line)
+                    if not all(isinstance(value, int | float) for key, value in row.items() if key != "alerts"):
+                        raise ValueError
+                    yield row
+                except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                     raise UserError(f"{path} is damaged in line {number}; restore it from a copy, or resume "
                                     "the run from a checkpoint before that row") from None
 
@@ -66,7 +68,7 @@ def read_timing(run_dir):
                 try:
                     row = json.loads(line)
                     row["step"], row["time"]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
                 (events if "event" in row else rows).append(row)
     return rows, events

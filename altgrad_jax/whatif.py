@@ -28,12 +28,14 @@ Migacz 2017, "8-bit inference with TensorRT".
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 
 from altgrad_jax import formats
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import open_file
 from altgrad_jax.formats import FloatFormat
 
 LARGEST_SCALED = 2.0**16  # no scale maps an amax beyond this, as in quant_dot
@@ -181,6 +183,27 @@ def operand_row(codes, magnitudes, scale, amax, fmt: FloatFormat):
         "code_entropy": float(-np.sum(share * np.log2(share)))}
 
 
+def _read_lines(path):
+    """The lines of diagnostics.jsonl, their magnitudes as int64 [N_BINS]; UserError for one that is none."""
+    fix = "restore it from a copy, or resume the run from a checkpoint before that line"
+    lines = []
+    with open_file(path, fix) as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):  # a killed run leaves a torn last line
+                break
+            try:
+                line = json.loads(text)
+                line["layer"], line["format"]
+                stored, amax = line["magnitudes"], line["amax"]
+                if type(line["step"]) is not int or line["operand"] not in ("W", "A", "G") or stored["bins"] != N_BINS \
+                        or any(first < 0 for first in stored["first"]) or isinstance(amax, float) and amax < 0:
+                    raise ValueError
+                lines.append({**line, "magnitudes": dense(stored)})
+            except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+                raise UserError(f"{path} is damaged in line {number}: {fix}") from None
+    return lines
+
+
 def of_run(path, step=None):
     """What the eight formats would have done to the operands of a run at one diagnosis.
 
@@ -192,25 +215,24 @@ def of_run(path, step=None):
       operand's own amax gives each format; last for each operand `all`: over the elements of all layers together.
 
     Raises:
-      UserError: there is no such file or diagnosis.
+      UserError: there is no such file or diagnosis, or it is damaged.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{path} does not exist: only a run in number formats keeps histograms (formats=BF16 trains as "
                         "the baseline does, and keeps them); give such a run's folder")
-    lines = []
-    for text in path.read_text().splitlines(keepends=True):
-        if text.endswith("\n"):  # a killed run leaves a torn last line
-            lines.append(json.loads(text))
+    lines = _read_lines(path)
     steps = sorted({line["step"] for line in lines})
     wanted = steps[-1] if step is None and steps else step
+    if not steps:
+        raise UserError(f"{path} holds no diagnosis yet: give it after the first diagnostic_interval of the run")
     if wanted not in steps:
-        raise UserError(f"{path} holds no diagnosis at step {step}: it has {', '.join(map(str, steps)) or 'none'}")
+        raise UserError(f"{path} holds no diagnosis at step {wanted}: give one of {', '.join(map(str, steps))}")
     rows, totals = [], {}
     for line in lines:
         if line["step"] != wanted or not isinstance(line["amax"], float):
             continue
-        counts = dense(line["magnitudes"])
+        counts = line["magnitudes"]
         total = totals.setdefault(line["operand"], {})
         row = {"layer": line["layer"], "operand": line["operand"], "format": line["format"]}
         for found in what_if_table(counts, line["amax"]):

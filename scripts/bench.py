@@ -13,6 +13,7 @@ the training as it is without formats. How to read the tables: docs/benchmark.md
 
 import contextlib
 import os
+import re
 import sys
 
 from altgrad_jax import cli
@@ -24,7 +25,7 @@ YES_NO = ("quick", "deterministic")  # may be given without a value
 
 def whole(flag):
     def parse(text):
-        if not text.isdecimal() or not 1 <= int(text) <= 100_000:
+        if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= 100_000:
             raise UserError(f"--{flag}={text} cannot be used: give a whole number from 1 to 100000")
         return int(text)
 
@@ -87,7 +88,7 @@ FLAGS = (
     cli.Flag("nanogpt", None, "folder of a nanoGPT checkout, timed as a further peer", peers.require_nanogpt),
     cli.Flag("profile", None, "folder for a trace of the row `all metrics`, whose operations are then listed",
              cli.folder("profile")),
-    cli.Flag("json", None, "file for all figures, every single timing included"),
+    cli.Flag("json", None, "file for all figures, every single timing included", cli.output_file("json")),
 )
 
 if __name__ == "__main__":

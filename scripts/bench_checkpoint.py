@@ -8,12 +8,14 @@ in another order each time; a ratio is the median over rounds of variant / prese
 disk is what is measured; it is left empty.
 """
 
+import re
+
 from altgrad_jax import cli
 from altgrad_jax.errors import UserError
 
 
 def whole(text):
-    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= 1000:
         raise UserError(f"--rounds={text} cannot be used: give a whole number from 1 to 1000")
     return int(text)
 

@@ -9,6 +9,7 @@ fills. Steps: a compiled step of so many runs, against that of one run alone, in
 """
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def numbers(flag):
     def parse(text):
-        if not all(part.isdecimal() and 1 <= int(part) <= 4096 for part in text.split(",")):
+        if not all(re.fullmatch("[0-9]{1,9}", part) and 1 <= int(part) <= 4096 for part in text.split(",")):
             raise UserError(f"--{flag}={text} cannot be used: give whole numbers from 1 joined by commas, such as "
                             "1,4,16")
         return [int(part) for part in text.split(",")]
@@ -104,7 +105,7 @@ FLAGS = (
     cli.Flag("member_loops", "map,vmap", "for those: map, vmap or both"),
     cli.Flag("cpu_devices", None, "sweeps with a CPU divided into so many devices, too", numbers("cpu_devices")),
     cli.Flag("data_dir", "data/{tokenizer}", "folder of the token files", cli.folder("data_dir")),
-    cli.Flag("json", None, "file for every timing"),
+    cli.Flag("json", None, "file for every timing", cli.output_file("json")),
 )
 
 if __name__ == "__main__":

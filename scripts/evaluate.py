@@ -7,17 +7,14 @@ Without --data_dir or --tokens it is the validation data of the run; on a CPU th
 record, to the bit.
 """
 
-import argparse
 
-from altgrad_jax.cli import run_script
+from altgrad_jax.cli import ArgumentParser, run_script, whole_number
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("checkpoint", help="run folder, or one checkpoint in it")
-    parser.add_argument("--step", type=int, help="checkpoint of the run folder (default: the newest)")
+    parser.add_argument("--step", type=whole_number, help="checkpoint of the run folder (default: the newest)")
     data = parser.add_mutually_exclusive_group()
     data.add_argument("--data_dir", help="folder of token files; its val.bin is used")
     data.add_argument("--tokens", help="a file of uint16 tokens, of the checkpoint's tokenizer")

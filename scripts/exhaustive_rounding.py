@@ -10,7 +10,6 @@ two neighbours, and a number on the grid must stay. Every finished chunk of 2^24
 at once, and a second start goes on from there: delete the file, or name another, after changing the arithmetic.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -18,8 +17,9 @@ import time
 
 import numpy as np
 
-from altgrad_jax.cli import run_script
+from altgrad_jax.cli import ArgumentParser, run_script
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import writing
 
 CHUNK, N_CHUNKS = 2**24, 2**8
 INFINITY, NAN = 0x7F800000, 0x7FC00000
@@ -61,9 +61,7 @@ def check_chunk(fmt, rounding, saturate, rounded, start):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--formats", help="names with commas, or all (default: the eight 8-bit splits)")
     parser.add_argument("--rounding", default="nearest,stochastic", help="one or both (default: %(default)s)")
     parser.add_argument("--overflow", action="store_true", help="do not saturate")
@@ -86,7 +84,8 @@ def main(args):
     roundings = args.rounding.split(",")
     if not set(roundings) <= {"nearest", "stochastic"}:
         raise UserError(f"--rounding={args.rounding} cannot be used: give nearest, stochastic, or both with a comma")
-    os.makedirs(os.path.dirname(args.progress) or ".", exist_ok=True)
+    with writing(args.progress, "give another file with --progress"):
+        os.makedirs(os.path.dirname(args.progress) or ".", exist_ok=True)
     done = {}
     if os.path.exists(args.progress):
         with open(args.progress) as file:

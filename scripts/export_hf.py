@@ -8,26 +8,23 @@ with one checkpoint, of step 0, that holds parameters and settings but no optimi
 scripts/sample.py and scripts/evaluate.py need.
 """
 
-import argparse
 
 from altgrad_jax import config as settings_table
-from altgrad_jax.cli import run_script
+from altgrad_jax.cli import ArgumentParser, run_script, whole_number
 from altgrad_jax.errors import UserError
 
 TOKENIZER_KEY = "altgrad_tokenizer"  # our own key in config.json; transformers keeps what it does not know
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("source", help="run folder or checkpoint; with --import, the Hugging Face folder")
     parser.add_argument("out", help="folder to write, which must not exist yet or be empty")
     parser.add_argument(
         "--import", dest="imports", action="store_true", help="from Hugging Face instead of to it"
     )
     parser.add_argument(
-        "--step", type=int, help="checkpoint of the run folder to export (default: the newest)"
+        "--step", type=whole_number, help="checkpoint of the run folder to export (default: the newest)"
     )
     parser.add_argument(
         "--tokenizer",
@@ -39,9 +36,9 @@ def parse_args(argv=None):
 
 def main(args):
     if args.imports and args.step is not None:
-        raise UserError("--step cannot be used with --import; a Hugging Face folder holds one model.")
+        raise UserError("--step cannot be used with --import: leave it out, for a Hugging Face folder holds one model.")
     if not args.imports and args.tokenizer is not None:
-        raise UserError("--tokenizer is only for --import; a checkpoint records its own.")
+        raise UserError("--tokenizer is only for --import: leave it out, for a checkpoint records its own.")
     (import_folder if args.imports else export_checkpoint)(args)
 
 
@@ -106,7 +103,7 @@ def import_folder(args):
 def tokenizer_of(config_json):
     """The tokenizer that an imported model was trained with, as its config.json tells; else UserError."""
     recorded = config_json.get(TOKENIZER_KEY)
-    if recorded in settings_table.VOCABULARY_OF:
+    if isinstance(recorded, str) and recorded in settings_table.VOCABULARY_OF:
         return recorded
     # GPT-2's vocabulary is often padded to a multiple of 64.
     names = {size: name for name, size in settings_table.VOCABULARY_OF.items()} | {50304: "gpt2"}

@@ -11,7 +11,6 @@ the disk that --folder lies on, so that a cluster's own file system can be put t
 same faults. Exits with 1 if anything was not answered as it should be, or not everything was done within the budget.
 """
 
-import argparse
 import os
 import platform
 import shutil
@@ -20,24 +19,26 @@ import tempfile
 import time
 from pathlib import Path
 
+from altgrad_jax.cli import ArgumentParser, run_script, whole_number
+
 # The campaign is about one machine's CPU: its runs are small, and a GPU would be shared by all of them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-PARTS = ("kills", "corruption", "environment", "inputs", "numerics", "soak")
+TITLES = {"kills": "kill -9", "corruption": "Damaged checkpoints", "environment": "Disk, clock, company, signals",
+          "inputs": "Bad input", "numerics": "Numerical faults", "soak": "Soak"}
 FULL = dict(kills=200, corruptions=200, inputs=600, soak_steps=20_000)
 QUICK = dict(kills=12, corruptions=25, inputs=100, soak_steps=2_000)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--parts", default=",".join(PARTS), help="some of them, joined by commas (default: all)")
-    add("--seed", type=int, default=0, help="decides every random choice (default: %(default)s)")
+    add("--parts", default=",".join(TITLES), help="some of them, joined by commas (default: all)")
+    add("--seed", type=whole_number, default=0, help="decides every random choice (default: %(default)s)")
     add("--quick", action="store_true", help="a little of everything")
     for name, meaning in (("kills", "moments of kill -9"), ("corruptions", "damaged checkpoints"),
                           ("inputs", "generated bad settings"), ("soak_steps", "steps of the long run")):
-        add(f"--{name}", type=int, default=None, help=f"{meaning} (default: {FULL[name]}, with --quick {QUICK[name]})")
+        add(f"--{name}", type=whole_number, default=None, help=f"{meaning} (default: {FULL[name]}, with --quick {QUICK[name]})")
     add("--budget_minutes", type=float, default=None, help="begin nothing new after this time (default: no end)")
     add("--data_dir", type=Path, help="token files of the byte tokenizer (default: made up)")
     add("--folder", type=Path, help="where the runs lie while they are needed (default: a temporary folder)")
@@ -50,14 +51,16 @@ def parse_args():
             parser.error(f"--{name}={getattr(args, name)} cannot be used: give a whole number from 1")
     args.parts = args.parts.split(",")
     for part in args.parts:
-        if part not in PARTS:
-            parser.error(f"--parts={part} cannot be used: give some of {', '.join(PARTS)}")
+        if part not in TITLES:
+            parser.error(f"--parts={part} cannot be used: give some of {', '.join(TITLES)}")
     return args
 
 
 def run_part(name, folder, data_dir, args, deadline):
-    from altgrad_jax.faults import corruption, environment, kills, numerics, runs, soak
+    from altgrad_jax.faults import corruption, environment, inputs, kills, numerics, runs, soak
 
+    if deadline.is_over():
+        return runs.Part(TITLES[name], ["The budget was spent before."], 0, 1, [])
     common = dict(deadline=deadline, say=say)
     if name == "kills":
         return kills.run(folder, data_dir, kills=args.kills, seed=args.seed, **common)
@@ -67,12 +70,18 @@ def run_part(name, folder, data_dir, args, deadline):
         return environment.run(folder, data_dir, seed=args.seed, **common)
     if name == "soak":
         return soak.run(folder, data_dir, steps=args.soak_steps, **common)
+    if name == "inputs":
+        every = 12 if args.quick else 1
+        outcome = inputs.run(folder, seed=args.seed, n=args.inputs, every=every, say=say)
+        head, *rows = outcome.table()
+        failures = [f"{kind}, {what}: {wrong}: {happened}" for kind, what, wrong, happened in outcome.failures]
+        return runs.Part(TITLES[name], runs.table(head, rows), outcome.given, outcome.given, failures)
     if name == "numerics":
-        rows = [] if deadline.is_over() else numerics.run(folder, seed=args.seed, quick=args.quick, say=say)
+        rows = numerics.run(folder, seed=args.seed, quick=args.quick, say=say)
         failures = [f"{row.options}, {row.kind} in {row.place} {row.layer}: {'; '.join(row.wrong)}"
                     for row in rows if row.wrong]
         lines = runs.table(numerics.COLUMNS, numerics.table(rows))
-        return runs.Part("Numerical faults", lines, len(rows), max(1, len(rows)), failures)
+        return runs.Part(TITLES[name], lines, len(rows), len(rows), failures)
     raise AssertionError(name)
 
 
@@ -117,6 +126,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from altgrad_jax.cli import run_script
-
     run_script(main)

@@ -7,9 +7,11 @@ Every run is a folder below --out, as scripts/train.py writes it; a campaign tha
 command. All runs see the same batches; only the settings that a run's name says differ from the config.
 """
 
+import re
 from pathlib import Path
 
 from altgrad_jax import cli
+from altgrad_jax.config import INT32_MAX
 from altgrad_jax.errors import UserError
 from altgrad_jax.formats import DEFAULT_8BIT, get_format
 
@@ -20,14 +22,15 @@ def formats(text):
 
 def seeds(text):
     numbers = text.split(",") if text else []
-    if not all(number.isdecimal() for number in numbers):
-        raise UserError(f"--seeds={text} cannot be used: give whole numbers joined by commas, such as 1,2")
+    if not all(re.fullmatch("[0-9]{1,10}", number) and int(number) <= INT32_MAX for number in numbers):
+        raise UserError(f"--seeds={text} cannot be used: give whole numbers from 0 to {INT32_MAX} joined by commas, "
+                        "such as 1,2")
     return tuple(map(int, numbers))
 
 
 def interval(text):
-    if not text.isdecimal() or not int(text):
-        raise UserError(f"--shadow_interval={text} cannot be used: give a whole number from 1")
+    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+        raise UserError(f"--shadow_interval={text} cannot be used: give a whole number from 1 to 999999999")
     return int(text)
 
 
@@ -50,7 +53,7 @@ FLAGS = (
     cli.Flag("seeds", "1,2", "further seeds of the bfloat16 run, for the noise floor", seeds),
     cli.Flag("shadow_interval", "10", "updates between two comparisons with the float32 gradient", interval),
     cli.Flag("data_dir", "data/{tokenizer}", "folder of the token files", cli.folder("data_dir")),
-    cli.Flag("report", None, "file for the tables, Markdown"),
+    cli.Flag("report", None, "file for the tables, Markdown", cli.output_file("report")),
 )
 
 if __name__ == "__main__":

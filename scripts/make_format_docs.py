@@ -3,13 +3,13 @@
   python scripts/make_format_docs.py [--folder=docs]
 """
 
-import argparse
 import math
 import os
 from fractions import Fraction
 
 from altgrad_jax import formats
-from altgrad_jax.cli import run_script
+from altgrad_jax.cli import ArgumentParser, run_script
+from altgrad_jax.files import writing
 
 INTRO = """# Number formats
 
@@ -117,15 +117,14 @@ def plot(path):
 
 
 def main(args):
-    os.makedirs(args.folder, exist_ok=True)
-    with open(os.path.join(args.folder, "formats.md"), "w") as file:
-        file.write(page())
-    plot(os.path.join(args.folder, "formats.png"))
+    with writing(args.folder, "give another folder with --folder"):
+        os.makedirs(args.folder, exist_ok=True)
+        with open(os.path.join(args.folder, "formats.md"), "w") as file:
+            file.write(page())
+        plot(os.path.join(args.folder, "formats.png"))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--folder", default="docs", help="default: %(default)s")
     run_script(lambda: main(parser.parse_args()))

@@ -9,18 +9,15 @@ RUNS are run folders, or folders that hold run folders at any depth. The page ne
 numbers of every table and figure are in it as CSV. Runs of other data, another model or another schedule are refused.
 """
 
-import argparse
 from pathlib import Path
 
 from altgrad_jax import report
-from altgrad_jax.cli import run_script
+from altgrad_jax.cli import ArgumentParser, run_script, whole_number
 from altgrad_jax.errors import UserError
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("runs", nargs="+", help="run folders, or folders of run folders")
     parser.add_argument(
         "-o",
@@ -30,7 +27,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--data", metavar="DIR", help="write the CSV files there too")
     parser.add_argument("--live", action="store_true", help="make the page anew until every run is finished")
-    parser.add_argument("--seconds", type=int, default=30, help="between two pages of --live (default: 30)")
+    parser.add_argument("--seconds", type=whole_number, default=30, help="between two pages of --live (default: 30)")
     return parser.parse_args(argv)
 
 

@@ -5,24 +5,21 @@
 The text goes to standard output, notes and errors to standard error.
 """
 
-import argparse
 import os
 import sys
 
-from altgrad_jax.cli import run_script
+from altgrad_jax.cli import ArgumentParser, run_script, whole_number
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("checkpoint", help="run folder, or one checkpoint in it")
-    parser.add_argument("--step", type=int, help="checkpoint of the run folder (default: the newest)")
+    parser.add_argument("--step", type=whole_number, help="checkpoint of the run folder (default: the newest)")
     parser.add_argument(
         "--prompt", default="", help="text to continue (default: none, the start of a document)"
     )
     parser.add_argument(
-        "--max_new_tokens", type=int, default=200, help="tokens to add (default: %(default)s)"
+        "--max_new_tokens", type=whole_number, default=200, help="tokens to add (default: %(default)s)"
     )
     parser.add_argument(
         "--temperature",
@@ -31,15 +28,15 @@ def parse_args(argv=None):
         help="0 = always the most likely token, 1 = the model's own distribution (default: %(default)s)",
     )
     parser.add_argument(
-        "--top_k", type=int, help="sample from the k most likely tokens, 0 = from all (default: 200)"
+        "--top_k", type=whole_number, help="sample from the k most likely tokens, 0 = from all (default: 200)"
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=whole_number,
         default=0,
         help="of the first sample; the next ones take the next numbers (default: %(default)s)",
     )
-    parser.add_argument("--num_samples", type=int, default=1, help="texts to write (default: %(default)s)")
+    parser.add_argument("--num_samples", type=whole_number, default=1, help="texts to write (default: %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -9,13 +9,15 @@ The members are those of get_sweep(config) in the config file, a list of {settin
 is a run folder below --out, as scripts/train.py writes it. The same command again goes on where it stopped.
 """
 
+import re
+
 from altgrad_jax import cli
 from altgrad_jax.errors import UserError
 
 
 def whole(flag, low):
     def parse(text):
-        if not text.isdecimal() or not low <= int(text) <= 65536:
+        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= 65536:
             raise UserError(f"--{flag}={text} cannot be used: give a whole number from {low} to 65536")
         return int(text)
 

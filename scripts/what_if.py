@@ -7,20 +7,17 @@ A share is that of all elements, in percent, at the scale that maps the operand'
 range. A run in any format has the histograms; formats=BF16 trains exactly as the baseline does and has them too.
 """
 
-import argparse
 from pathlib import Path
 
-from altgrad_jax.cli import run_script
+from altgrad_jax.cli import ArgumentParser, run_script, whole_number
 from altgrad_jax.formats import DEFAULT_8BIT
 from altgrad_jax.whatif import of_run
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--step", type=int, help="which diagnosis (default: the last)")
+    parser.add_argument("--step", type=whole_number, help="which diagnosis (default: the last)")
     parser.add_argument("--layers", action="store_true", help="a row for every layer, not only all together")
     return parser.parse_args(argv)
 

@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from altgrad_jax import cli
 from altgrad_jax.config import FIELDS, default_config
+from altgrad_jax.distributed import check_flags
 from altgrad_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -207,6 +208,9 @@ def test_refused(arguments, words):
     ("smoke", ["does not exist", BASELINE]),
     ("configs", ["not a file", BASELINE]),
     ("", ["not a file"]),
+    ("x" * 5000, ["does not exist"]),
+    ("a\0b.py", ["a\\x00b.py does not exist"]),
+    ("/dev/zero", ["/dev/zero is a device, not a file"]),
     (f"{BASELINE}:E5M2", ["takes no argument", "'E5M2'"]),
     ("altgrad_jax/errors.py", ["no function get_config()", BASELINE]),
 ])
@@ -227,7 +231,12 @@ def test_refused_config_paths(spec, words):
     ("def get_config(): pass", ["returned a NoneType"]),
     ("def get_config(name): pass", ["needs an argument", ":ARGUMENT"]),
     (GOOD + "    config.batchsize = 8\n", ["line 4 of", "'batchsize'", "did you mean batch_size?"]),
-    (GOOD + "    config.n_layer = 'six'\n", ["line 4 of", "n_layer"]),
+    (GOOD + "    config.n_layer = 'six'\n",
+     ["line 4 of", "n_layer='six' (str) cannot be used: give a whole number from 1"]),
+    (GOOD + "    with config.unlocked(): config[5] = 1\n    return config\n", ["whose name is no text"]),
+    ("import ml_collections\nget_config = ml_collections.FrozenConfigDict", ["returned a FrozenConfigDict"]),
+    ("class E(Exception):\n    def __str__(self): 1 / 0\nraise E", ["line 3 of", "E"]),
+    ("raise ValueError('\\x1b[31m')", ["ValueError: \\x1b[31m"]),
     (GOOD + "    config.dropout = float('nan')\n    return config\n", ["dropout=nan cannot be used"]),
     (GOOD + "    config.n_layer = True\n    return config\n", ["n_layer=True (bool)"]),
     ("import ml_collections\ndef get_config(): return ml_collections.ConfigDict({'seed': {}})\n",
@@ -336,3 +345,56 @@ def test_as_a_process(tmp_path):
         assert process("--help", stdout=write_end).stderr == ""
     finally:
         os.close(write_end)
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--config.seed=\u0663", ["seed=\u0663 cannot be used"]),  # int() reads it as 3
+    ("--config.learning_rate=\u0661.5", ["learning_rate=\u0661.5 cannot be used"]),
+    ("--workdir=~no-such-user/x", ["~no-such-user/x", "local folder"]),
+    ("--config.checkpoint_dir=~no-such-user/x", ["~no-such-user/x", "unknown user"]),
+])
+def test_what_python_would_take_and_a_reader_would_not(argument, words):
+    message = refusal(CONFIG, argument)
+    for word in words:
+        assert word in message
+
+
+def test_a_home_folder_is_named_by_its_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert parse(CONFIG, "--data_dir=~/tokens")[1]["data_dir"] == "/home/someone/tokens"
+
+
+@pytest.mark.parametrize("text", ["", "{folder}", "{folder}/none/a.json", "/proc/none/a.json"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, text):
+    with pytest.raises(UserError, match="--json=.* cannot be used: give the name of a file in a folder that exists"):
+        cli.output_file("json")(text.format(folder=tmp_path))
+    assert cli.output_file("json")(f"{tmp_path}/a.json") == f"{tmp_path}/a.json"
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "the following arguments are required: run; --help lists what to give"),
+    (["x", "--step=1_0"], "argument --step: '1_0' is not a whole number; --help lists what to give"),
+    (["x", "--step=\u0663"], "argument --step: '\u0663' is not a whole number; --help lists what to give"),
+    (["x", "--out="], "argument --out: it is empty; --help lists what to give"),
+    (["x", "--st=1"], "unrecognized arguments: --st=1; --help lists what to give"),
+])
+def test_a_script_with_arguments_refuses_in_one_sentence(words, message):
+    parser = cli.ArgumentParser("what it does")
+    parser.add_argument("run")
+    parser.add_argument("--step", type=cli.whole_number)
+    parser.add_argument("--out", type=cli.some_text)
+    with pytest.raises(UserError) as caught:
+        parser.parse_args(words)
+    assert str(caught.value) == message
+
+
+def test_an_error_can_be_printed_whatever_it_quotes():
+    assert str(UserError("a\nb\x1b[31m\ud800 caf\u00e9")) == r"a\nb\x1b[31m\ud800 caf\u00e9".replace(r"\u00e9",
+                                                                                                     "\u00e9")
+    assert str(UserError("2 settings:\n  - a\n  - b")) == "2 settings:\n  - a\n  - b"
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "99999", "x", ""])
+def test_a_coordinator_needs_a_port(port):
+    with pytest.raises(UserError, match=f"--coordinator=node:{port} cannot be used"):
+        check_flags("off", f"node:{port}", 2, 0)

@@ -1,6 +1,7 @@
 """The order of the windows, and what a training run reads from token files."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -269,4 +270,35 @@ def test_host_stream_hands_on_the_readers_error():
 
     with HostStream(np.zeros(100, np.uint16).view(Broken), batch_size=1, block_size=8, seed=0) as stream:
         with pytest.raises(OSError, match="disk gone"):
+            stream.get(0, 1)
+
+
+@pytest.mark.parametrize("key, value", [("n_tokens", {"train": 5, "val": 5}), ("n_tokens", 5), ("sha256", []),
+                                        ("sha256", {"train.bin": None}), ("tokenizer", ["bytes"]), ("source", None),
+                                        ("schema_version", True)])
+def test_meta_that_lies_or_is_of_another_type_is_refused(data_dir, key, value):
+    meta = json.loads((data_dir / "meta.json").read_text())
+    (data_dir / "meta.json").write_text(json.dumps({**meta, key: value}))
+    with pytest.raises(UserError, match=f"meta.json has {key}.*prepare the data again"):
+        load(data_dir)
+
+
+@pytest.mark.parametrize("target, what", [("nowhere", "is missing"), ("/dev/zero", "is a device")])
+def test_meta_that_is_no_file_is_refused(data_dir, target, what):
+    (data_dir / "meta.json").unlink()
+    (data_dir / "meta.json").symlink_to(target)
+    with pytest.raises(UserError, match=f"meta.json {what}"):
+        load(data_dir)
+
+
+def test_a_folder_of_too_long_a_name_is_missing():
+    with pytest.raises(UserError, match="has no train.bin"):
+        load("x" * 5000)
+
+
+def test_a_file_that_shrinks_while_it_is_streamed_is_an_error_not_a_dead_process(data_dir):
+    data = load(data_dir)
+    os.truncate(data_dir / "train.bin", 64)
+    with HostStream(data.train_T, batch_size=4, block_size=8, seed=0) as stream:
+        with pytest.raises(UserError, match="train.bin was cut from .* to 64 bytes while it was read"):
             stream.get(0, 1)

@@ -240,6 +240,17 @@ def test_a_checkpoint_without_settings_is_refused(params, tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("change, message",
+                         [({"n_head": 0}, "n_head=0 cannot be used"), ({"n_head": 7}, "a multiple of n_head=7"),
+                                             ({"tokenizer": ["bytes"]}, "tokenizer=\\['bytes'\\]"),
+                                             ({"compute_dtype": "float7"}, "compute_dtype='float7'")])
+def test_a_checkpoint_whose_settings_describe_no_model_is_refused(run_dir, tmp_path, monkeypatch, change, message):
+    arrays, meta = generate_module.load_arrays(run_dir, None, ("params/",))
+    monkeypatch.setattr(generate_module, "load_arrays", lambda *_: (arrays, {"config": {**meta["config"], **change}}))
+    with pytest.raises(UserError, match=f"describes no model: .*{message}"):
+        load_model(run_dir)
+
+
 def sample(run_dir, *arguments):
     """scripts/sample.py in this process."""
     spec = importlib.util.spec_from_file_location("sample", ROOT / "scripts" / "sample.py")

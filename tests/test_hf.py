@@ -291,7 +291,7 @@ def test_nothing_is_overwritten_and_a_failed_write_leaves_nothing(exported, tmp_
         raise OSError("disk full")
 
     monkeypatch.setattr(hf.json, "dumps", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="half cannot be written .disk full"):
         hf.write_folder(tmp_path / "half", *exported)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
 
@@ -352,3 +352,21 @@ def test_to_hf_takes_device_arrays(params, exported):
     for name, array in hf.to_hf(on_device, TINY)[0].items():
         assert isinstance(array, np.ndarray) and array.flags.c_contiguous
         np.testing.assert_array_equal(array, exported[0][name])
+
+
+@pytest.mark.parametrize("weight_map", ['{"a": 5}', '{"a": ""}', '{"a": ".."}'])
+def test_an_index_that_names_no_file_is_refused(tmp_path, weight_map):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+    with pytest.raises(UserError, match="weight_map that does not name files"):
+        hf.read_folder(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/out cannot be written .*give another folder"):
+        hf.write_folder(tmp_path / "file" / "out", {}, {})
+
+
+def test_a_tokenizer_that_is_no_name_is_passed_over(script):
+    assert script.tokenizer_of({"altgrad_tokenizer": ["bytes"], "vocab_size": 256}) == "bytes"

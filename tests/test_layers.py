@@ -15,10 +15,13 @@ REPORT = {f"report.{name}" for name in ("__init__", "analysis", "figures", "page
 BENCHMARK = {f"benchmark.{name}" for name in ("__init__", "peers", "programs", "report", "roofline", "suites", "tables",
                                               "timing", "torch_peer", "trace")}
 
+FAULTS = {f"faults.{name}" for name in ("bad_configs", "bad_files", "case", "corruption", "environment", "inputs",
+                                         "kills", "numerics", "runs", "soak")}
+
 # From the bottom up; a module may import only from rows above its own, or from its own row where that is no cycle.
 LAYERS = [
     {"errors", "__init__", "data.__init__", "faults.__init__"},
-    {"formats", "flops", "goodput", "process", "data.tokenizer"},
+    {"files", "formats", "flops", "goodput", "process", "data.tokenizer"},
     {"format_rules", "whatif", "rank_alerts"},
     {"config"},
     {"quantize", "quant_dot"},
@@ -31,12 +34,14 @@ LAYERS = [
     {"generate"},
     {"evaluation"},
     {"training"},
-    {"campaign", "checkpoint_benchmark", "dry_run", "sweep", "faults.numerics", *BENCHMARK},
+    {"campaign", "checkpoint_benchmark", "dry_run", "sweep", *BENCHMARK},
+    FAULTS,
 ]
 OWNERS = {"flax": {"model"}, "orbax": {"checkpoint", "checkpoint_benchmark"}, "wandb": set(),
           "tiktoken": {"data.tokenizer"}, "torch": {"benchmark.torch_peer"}, "transformers": {"benchmark.torch_peer"}}
 MAY_JIT = {"step", "generate", "benchmark.programs", "quantize"}
-NO_JAX = {"errors", "config", "formats", "format_rules", "whatif", "rank_alerts", "cli", "logger", "console", "verdict",
+NO_JAX = {"errors", "files", "config", "formats", "format_rules", "whatif", "rank_alerts", "cli", "logger", "console",
+          "verdict",
           "flops", "goodput", "process", "data.tokenizer", "data.sources", "data.prepare", *REPORT,
           *(BENCHMARK - {"benchmark.programs", "benchmark.report", "benchmark.suites"})}
 

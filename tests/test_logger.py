@@ -643,23 +643,50 @@ def test_alerts_are_limited_per_kind_and_say_what_was_held_back():
 def test_manifest_round_trip_and_its_errors(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         logger.read_manifest(tmp_path)
-    logger.write_manifest(tmp_path, {"config": {"lr": 6e-4}, "a": [1, "é"]})
-    assert logger.read_manifest(tmp_path) == {"config": {"lr": 6e-4}, "a": [1, "é"], "schema_version": 3}
+    manifest = {"config": {"lr": 6e-4}, "a": [1, "é"], "data": {"fingerprint": "f"}, "starts": [], "run_id": "r"}
+    logger.write_manifest(tmp_path, manifest)
+    assert logger.read_manifest(tmp_path) == {**manifest, "schema_version": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     for text, error in (('{"schema_version": 4}', "schema_version 4, this program reads 1, 2, 3: use the version"),
                         ('{"schema_version": "2"}', "'2'"), ("{}", "None"), ("[1]", "None"),
-                        ('{"schema_version": 1', "cannot be read")):
+                        ('{"schema_version": true}', "True"), ('{"schema_version": 1', "cannot be read"),
+                        ("[" * 100_000, "nested too deeply"),
+                        *((json.dumps({**manifest, "schema_version": 2, key: value}), error) for key, value, error in (
+                            ("config", 5, "config 5 where an object"), ("data", None, "data None where an object"),
+                            ("starts", {}, "starts {} where a list"), ("data", {}, "the fingerprint of the data"),
+                            ("run_id", 5, "the run_id of the run")))):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=error):
             logger.read_manifest(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(UserError, match="is a pipe, not a file: restore it"):
+        logger.read_manifest(tmp_path)
 
 
 def test_a_manifest_of_version_1_is_read_as_it_is_and_written_as_version_2(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"schema_version": 1, "config": {"seed": 1}}')
+    written = {"schema_version": 1, "config": {"seed": 1}, "data": {"fingerprint": "f"}, "starts": [], "run_id": "r"}
+    (tmp_path / "manifest.json").write_text(json.dumps(written))
     manifest = logger.read_manifest(tmp_path)
-    assert manifest == {"schema_version": 1, "config": {"seed": 1}}
+    assert manifest == written
     logger.write_manifest(tmp_path, manifest)
     assert logger.read_manifest(tmp_path)["schema_version"] == logger.SCHEMA_VERSION == 3
+
+
+@pytest.mark.parametrize("row", ['{"step": 2, "val_loss": }', '{"step": 2, "val_loss": "x"}',
+                                 '{"step": 2, "stable_rank/embed": null}', '{"step": ' + "9" * 5000 + "}"])
+def test_a_damaged_row_is_refused_and_the_folder_left_as_it_was(tmp_path, row):
+    record = logger.Record.open(tmp_path)
+    record.write([{"step": 0, "val_loss": 5.5}, {"step": 1, "loss": 5.5}])
+    record.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(row + "\n")
+    with open(tmp_path / "timing.jsonl", "a") as file:
+        file.write('{"torn')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="metrics.jsonl lacks 1 of the rows up to step 2, the first at step 2"):
+        logger.Record.open(tmp_path, 2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

@@ -189,7 +189,8 @@ def test_script(tmp_path):
 
 @pytest.mark.parametrize("how, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, how, code):
-    os.mkfifo(tmp_path / "acts.jsonl")  # a source that never ends
+    with open(tmp_path / "acts.jsonl", "w") as file:  # seconds of work
+        file.writelines([json.dumps({"text": TEXTS[0]}) + "\n"] * 1_000_000)
     command = [
         sys.executable,
         str(REPO / "scripts" / "prepare_data.py"),
@@ -202,15 +203,12 @@ def test_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, how, co
     ]
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     child = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-    with open(tmp_path / "acts.jsonl", "w") as pipe:
-        pipe.write("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-        pipe.flush()
-        deadline = time.monotonic() + 30
-        while not list((tmp_path / "out").glob(".data.*/new/all.bin")):
-            assert time.monotonic() < deadline and child.poll() is None
-            time.sleep(0.01)
-        child.send_signal(how)
-        child.communicate(timeout=30)
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "out").glob(".data.*/new/all.bin")):
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(how)
+    child.communicate(timeout=30)
     assert child.returncode == code
     assert not prep.has_tokens(tmp_path / "out" / "data")
     left = list((tmp_path / "out").iterdir())

@@ -49,7 +49,7 @@ def write_run(folder, *, val, statistics=None, codes=None, steps=STEPS, ended=Tr
         "checkpoint_dir": str(folder)} | settings
     manifest = {"config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
                 "data": {"fingerprint": fingerprint, "meta": {"tokenizer": config["tokenizer"]}},
-                "model": {"parameters": 1000}, "starts": [{"device": {"kind": "cpu"}}]}
+                "model": {"parameters": 1000}, "run_id": "r", "starts": [{"device": {"kind": "cpu"}}]}
     if config["use_fp8"]:
         have = dict.fromkeys("wag")
         for rule in config["formats"]:
@@ -698,3 +698,33 @@ def test_manifest_of_a_later_version_is_named(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
     run, = Reader().runs([tmp_path])
     assert run.state == DAMAGED and "schema_version 99" in run.reason
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": None}, {"tokenizer": 3}, {"n_layer": "x"}, {"schedule": "sine"}])
+def test_a_manifest_with_a_setting_that_cannot_be_is_damage(tmp_path, change):
+    write_run(tmp_path / "bf16", val=2.0)
+    path = tmp_path / "bf16" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for config in ({**manifest["config"], **change}, {k: v for k, v in manifest["config"].items() if k not in change}):
+        path.write_text(json.dumps({**manifest, "config": config}))
+        (run,) = report.build([tmp_path]).c.all_runs
+        assert run.state == "damaged" and next(iter(change)) in run.reason
+
+
+def test_a_verdict_without_a_step_and_a_step_beyond_all_numbers_are_damage(tmp_path):
+    for name in ("verdict", "step"):
+        write_run(tmp_path / name, val=2.0)
+    path = tmp_path / "verdict" / "verdict.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": "x"}))
+    with open(tmp_path / "step" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99999999999999999999999}\n')
+    runs = report.build([tmp_path]).c.all_runs
+    assert [run.state for run in runs] == ["damaged", "damaged"]
+
+
+def test_a_page_that_cannot_be_written_leaves_no_other(tmp_path):
+    write_run(tmp_path / "run", val=2.0)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/data cannot be written .*--data"):
+        report.write(report.build([tmp_path]), [tmp_path / "a.md"], tmp_path / "file" / "data")
+    assert not (tmp_path / "a.md").exists()

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import socket
 import sqlite3
 import subprocess
@@ -143,6 +144,7 @@ def test_text_field():
         ),
         ("a.jsonl.zst", JSONL, r"a\.jsonl\.zst is damaged or incomplete"),
         ("a.parquet", b"PAR1", r"parquet file .*a\.parquet cannot be read"),
+        ("a.parquet", b"PAR1" + b"\xff" * 100 + b"\x32\0\0\0PAR1", r"cannot read .*a\.parquet \(Couldn't deserialize"),
         ("a.zip", b"PK", r"a\.zip is damaged or incomplete"),
         ("a.csv", b"x", r"a\.csv' is of an unknown kind; it must end in \.jsonl"),
     ],
@@ -168,6 +170,22 @@ def test_a_zip_that_cannot_be_unpacked_here_is_not_called_damaged(tmp_path, offs
             data[at + offset + shift] = value
     with pytest.raises(UserError, match=message):
         texts(write(tmp_path / "a.zip", bytes(data)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.zip", "a.parquet"])
+def test_what_is_no_file_is_not_opened(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} is a pipe, not a file"):
+        texts(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{name} is a device, not a file"):
+        texts(tmp_path / name)
+
+
+def test_an_empty_text_field_is_no_text_field(tmp_path):
+    with pytest.raises(UserError, match="text_field is empty"):
+        local(write(tmp_path / "a.jsonl", JSONL), text_field="")
 
 
 def test_missing_and_empty_input(tmp_path):

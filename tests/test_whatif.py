@@ -136,3 +136,21 @@ def test_a_scale_is_a_power_of_two(scale):
 def test_another_histogram_is_refused():
     with pytest.raises(UserError, match="2220"):
         whatif.what_if(np.zeros(256), get_format("E4M3"), 1.0)
+
+
+GOOD_LINE = {"step": 1, "layer": "block_0/mlp_up", "operand": "W", "format": "E4M3", "scale": 1.0, "amax": 1.0,
+             "magnitudes": {"bins": 2220, "first": [1000], "counts": [[5]]}}
+
+
+@pytest.mark.parametrize("line", [
+    "\xff", "[]", "{}", "[" * 100_000, *(json.dumps({**GOOD_LINE, **change}) for change in (
+        {"step": "x"}, {"operand": 5}, {"amax": -1.0}, {"magnitudes": 5}, {"magnitudes": {"bins": 10**15}},
+        {"magnitudes": {"bins": 2220, "first": [2219], "counts": [[1, 2]]}},
+        {"magnitudes": {"bins": 2220, "first": [-5], "counts": [[1]]}}))])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / "diagnostics.jsonl"
+    path.write_bytes(f"{json.dumps(GOOD_LINE)}\n{line}\n".encode("latin-1"))
+    with pytest.raises(UserError, match="diagnostics.jsonl is damaged in line 2"):
+        whatif.of_run(path)
+    path.write_text(json.dumps(GOOD_LINE) + '\n{"torn')
+    assert whatif.of_run(path)[0] == 1

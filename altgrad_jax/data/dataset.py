@@ -40,6 +40,7 @@ import numpy as np
 
 from altgrad_jax.data.prepare import read_meta
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import require_file
 
 ROUNDS = 8
 VALIDATION_SEED = 0x56414C  # fixed: every run on the same data is evaluated on the same windows
@@ -92,6 +93,11 @@ def load_token_data(
                 f"{recorded}); prepare it again with scripts/prepare_data.py --force"
             )
         _refuse_large_tokens(path, largest[name], vocab_size)
+        if meta["n_tokens"][name] != len(tokens[name]):
+            raise UserError(
+                f"{folder / 'meta.json'} has n_tokens {meta['n_tokens'][name]} for {path.name}, which holds "
+                f"{len(tokens[name])}; prepare the data again with scripts/prepare_data.py --force"
+            )
         n_windows[name] = (len(tokens[name]) - 1) // block_size
     meta = {
         **meta,
@@ -119,8 +125,7 @@ def open_token_file(path: str | os.PathLike, *, vocab_size: int, block_size: int
             embedding for.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; give a file of uint16 tokens such as val.bin")
+    require_file(path, "give a file of uint16 tokens such as val.bin")
     tokens_T = _open_tokens(path, block_size)
     _refuse_large_tokens(path, _scan(tokens_T)[1], vocab_size)
     return tokens_T
@@ -146,7 +151,10 @@ def _open_tokens(path: Path, block_size: int) -> np.ndarray:
             f"{path} holds {n_bytes // 2:,} tokens, fewer than one window of block_size + 1 = "
             f"{block_size + 1}; use a smaller config.block_size or more text"
         )
-    return np.memmap(path, "<u2", mode="r")
+    try:
+        return np.memmap(path, "<u2", mode="r")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
 
 
 def _scan(tokens_T: np.ndarray) -> tuple[str, int]:
@@ -348,5 +356,17 @@ class HostStream:
                 self._changed.notify_all()
 
     def _batch(self, step: int) -> np.ndarray:
+        self._refuse_a_cut_file()
         index_B = window_indices(step * self._batch_size, self._batch_size, self._n_windows, self._seed)
         return gather_windows(self._tokens_T, index_B, self._block_size)
+
+    def _refuse_a_cut_file(self) -> None:
+        """To read a mapped file behind its end kills the process without a word."""
+        if isinstance(self._tokens_T, np.memmap):
+            path, n_bytes = self._tokens_T.filename, self._tokens_T.nbytes
+            found = os.path.getsize(path) if os.path.exists(path) else n_bytes  # a deleted file stays mapped
+            if found < n_bytes:
+                raise UserError(
+                    f"{path} was cut from {n_bytes:,} to {found:,} bytes while it was read; prepare the data again "
+                    "with scripts/prepare_data.py --force, and go on from the last checkpoint"
+                )

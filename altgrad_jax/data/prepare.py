@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
+from altgrad_jax import files
 from altgrad_jax.data import sources
 from altgrad_jax.data.sources import Source, SourceUnavailable
 from altgrad_jax.data.tokenizer import Tokenizer, get_tokenizer
@@ -86,7 +87,7 @@ def prepare(
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}; it must lie between 0 and 1, e.g. {VAL_FRACTION}")
-    out = Path(out_dir).resolve()
+    out = Path(os.path.realpath(out_dir))
     _check_replaceable(out, force)
     # The first document is taken before anything is written, so that a source that cannot be had leaves no
     # trace.
@@ -171,7 +172,9 @@ def prepare_source(
             for a named source, whose field is known.
     """
     if text_field is not None and not isinstance(what, Path):
-        raise UserError(f"text_field is {text_field!r} but the source is {what!r}; it is for --input only")
+        raise UserError(
+            f"text_field is {text_field!r} but the source is {what!r}; leave it out, it is for --input only"
+        )
 
     def make(source: Source, *warnings: str) -> PreparedData:
         meta = prepare(
@@ -206,7 +209,7 @@ def prepare_source(
 
 def has_tokens(data_dir: str | os.PathLike) -> bool:
     """Whether ``data_dir`` holds anything that claims to be prepared data, complete or not."""
-    return any((Path(data_dir) / name).exists() for name in (*BIN_FILES, "meta.json"))
+    return any(os.path.lexists(Path(data_dir) / name) for name in (*BIN_FILES, "meta.json"))
 
 
 def read_meta(data_dir: str | os.PathLike) -> dict:
@@ -217,7 +220,7 @@ def read_meta(data_dir: str | os.PathLike) -> dict:
         UserError: a file is missing, or ``meta.json`` cannot be read or is of another schema.
     """
     folder = Path(data_dir)
-    missing = [name for name in BIN_FILES if not (folder / name).is_file()]
+    missing = [name for name in BIN_FILES if not os.path.isfile(folder / name)]
     if missing:
         raise UserError(
             f"the data directory {str(folder)!r} has no {' and no '.join(missing)}; prepare it again with "
@@ -225,7 +228,7 @@ def read_meta(data_dir: str | os.PathLike) -> dict:
         )
     path = folder / "meta.json"
     again = "prepare the data again with scripts/prepare_data.py --force"
-    if not path.exists():
+    if not os.path.lexists(path):
         counts = {split: (folder / f"{split}.bin").stat().st_size // 2 for split in ("train", "val")}
         return {
             "schema_version": SCHEMA_VERSION,
@@ -234,16 +237,22 @@ def read_meta(data_dir: str | os.PathLike) -> dict:
             "tokenizer": None,
             "n_tokens": counts,
         }
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({sources.first_line(e)}); {again}") from None
+    meta = files.read_json(path, again)
     version = meta.get("schema_version") if isinstance(meta, dict) else None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(f"{path} has schema_version {version!r} where {SCHEMA_VERSION} is expected; {again}")
     absent = [key for key in ("source", "licence", "tokenizer", "n_tokens", "sha256") if key not in meta]
     if absent:
         raise UserError(f"{path} has no {', '.join(map(repr, absent))}; {again}")
+    for key in ("source", "licence", "tokenizer"):
+        if not isinstance(meta[key], str):
+            raise UserError(f"{path} has {key} {meta[key]!r} where a name is expected; {again}")
+    for key, names, kind, what in (
+        ("n_tokens", ("train", "val"), int, "whole numbers for train and val"),
+        ("sha256", BIN_FILES, str, "texts for train.bin and val.bin"),
+    ):
+        if not isinstance(meta[key], dict) or not all(type(meta[key].get(name)) is kind for name in names):
+            raise UserError(f"{path} has {key} {meta[key]!r} where {what} are expected; {again}")
     return meta
 
 
@@ -320,7 +329,7 @@ def _check_agrees(
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
-    if not out.exists():
+    if not os.path.exists(out):
         return
     if not out.is_dir():
         raise UserError(f"the output {str(out)!r} is a file; give a directory with --out")
@@ -493,7 +502,7 @@ def _choose_split(
     if len(splits) < 2:
         raise UserError(
             f"{title} has {len(splits)} documents with text{skipped}; at least 2 are needed, one for training"
-            " and one for validation"
+            " and one for validation: give more"
         )
     if any(splits):
         in_val = [split == "validation" for split in splits]

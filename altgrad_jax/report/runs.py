@@ -29,7 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
+from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import open_file, read_json
 from altgrad_jax.logger import DIAGNOSTICS, MANIFEST, METRICS, TIMING, parse_row, read_manifest
 from altgrad_jax.verdict import UNSOUND_ALERTS, VERDICT, read_timing
 from altgrad_jax.whatif import dense
@@ -183,7 +185,7 @@ def _names(folders):
 
 # ---------------------------------------------------------------------------------------------------- reading
 
-_STEP = re.compile(rb'\{"step": (\d+)[,}]')
+_STEP = re.compile(rb'\{"step": (\d{1,30})[,}]')
 _NUMBER = re.compile(rb'"?(-?(?:[0-9][0-9.e+-]*|NaN|Infinity))')
 
 
@@ -206,16 +208,13 @@ def read_curves(path):
       UserError: the file is missing, or a line is not a row of the record, or steps do not increase.
     """
     rows, validation, last = [], [], -1
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): restore it from a copy") from None
-    with file:
+    with open_file(path, "restore it from a copy") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
             match = _STEP.match(line)
-            if not match or not line.endswith(b"}\n") or not line.isascii() or b"\0" in line or int(match[1]) <= last:
+            if not match or not line.endswith(b"}\n") or not line.isascii() or b"\0" in line \
+                    or not last < int(match[1]) < 2**63:
                 raise _damaged_line(path, number)
             last = int(match[1])
             try:
@@ -276,12 +275,21 @@ def read_codes(path):
     return step, found.get(step, {})
 
 
+def _refuse_settings(path, config):
+    """UserError unless every setting that the record's version has is there, with a value that it can have."""
+    missing = [name for name in settings.FIELDS if name not in config and name not in settings.ADDED_IN_2]
+    if missing:
+        raise UserError(f"{path} lacks the setting {missing[0]}: restore it from a copy")
+    if wrong := settings.wrong_values(config):
+        raise UserError(f"{path} is damaged, {wrong[0]}: restore it from a copy")
+
+
 def _read_run(folder, name):
     run = Run(folder, name)
     try:
         run.manifest = read_manifest(folder)
         run.config = run.manifest["config"]
-        run.learning_rate, run.seed, run.config["max_steps"], run.manifest["data"]["fingerprint"]
+        _refuse_settings(folder / MANIFEST, run.config)
         run.arm = _arm_of(run)
         run.steps, run.losses, run.val_steps, run.val_losses, run.last_step = read_curves(folder / METRICS)
     except UserError as error:
@@ -298,13 +306,20 @@ def _judge(run):
     """Sets state, reason, sound and val_loss."""
     path, max_steps = run.path / VERDICT, run.config["max_steps"]
     try:
-        verdict = json.loads(path.read_bytes())
+        if not os.path.lexists(path):
+            raise FileNotFoundError
+        verdict = read_json(path, "delete it and resume the run, which writes it anew")
         steps, stopped, run.sound = verdict["steps"], verdict["stopped"], bool(verdict["sound"])
         ended_early, alerts = not verdict["finished"], set(verdict["alerts"])
+        if type(steps) is not int:
+            raise TypeError("steps is no whole number")
     except FileNotFoundError:
         run.state, run.reason = UNFINISHED, f"step {max(run.last_step, 0)} of {max_steps}, no verdict"
         return
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UserError as error:
+        run.reason = str(error)
+        return
+    except (KeyError, TypeError) as error:
         run.reason = (
             f"{path} cannot be read ({type(error).__name__}): delete it and resume the run, which writes it anew"
         )

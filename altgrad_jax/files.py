@@ -1,0 +1,63 @@
+"""Reading files that another program, or nobody, may have written.
+
+What is no regular file is never opened: a pipe would be waited for without end, a device read without end.
+"""
+
+import contextlib
+import json
+import os
+import stat
+
+from altgrad_jax.errors import UserError
+
+MAX_JSON_BYTES = 2**28
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device",
+          stat.S_IFBLK: "device"}
+
+
+def require_file(path, fix):
+    """UserError unless `path` is a file, or a link to one. fix: what to do, the end of the sentence."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {fix}") from None
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): {fix}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}, not a file: {fix}")
+
+
+def read_json(path, fix):
+    """The value of a JSON file; UserError where there is none to be read. fix: what to do, the end of the sentence."""
+    try:
+        with open_file(path, fix) as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise UserError(f"{path} cannot be read (more than {MAX_JSON_BYTES // 2**20} MiB): {fix}")
+        return json.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {fix}") from None
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{path} cannot be read (not valid JSON: nested too deeply): {fix}") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read (not valid JSON: {str(error).splitlines()[0]}): {fix}") from None
+
+
+def open_file(path, fix):
+    """A file, opened to read bytes; UserError where there is none that can be read. fix: as in `require_file`."""
+    require_file(path, fix)
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {fix}") from None
+
+
+@contextlib.contextmanager
+def writing(path, fix):
+    """A context in which failing to write, for want of rights, room or a folder, is a UserError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): {fix}") from None
