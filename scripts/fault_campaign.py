@@ -39,7 +39,7 @@ def parse_args():
     for name, meaning in (("kills", "moments of kill -9"), ("corruptions", "damaged checkpoints"),
                           ("inputs", "generated bad settings"), ("soak_steps", "steps of the long run")):
         add(f"--{name}", type=whole_number, default=None, help=f"{meaning} (default: {FULL[name]}, with --quick {QUICK[name]})")
-    add("--budget_minutes", type=float, default=None, help="begin nothing new after this time (default: no end)")
+    add("--budget_minutes", type=float, help="begin nothing new after this time (default: no end)")
     add("--data_dir", type=Path, help="token files of the byte tokenizer (default: made up)")
     add("--folder", type=Path, help="where the runs lie while they are needed (default: a temporary folder)")
     add("--out", type=Path, help="file that gets the report (default: printed only)")

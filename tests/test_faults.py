@@ -80,5 +80,5 @@ def test_the_budget_ends_the_campaign_and_it_says_so(tokens, tmp_path):
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
     assert done.returncode == 1, done.stderr
     report = (tmp_path / "report.md").read_text()
-    assert "| kill -9 | 0 of 200 | 0 |" in report and report.strip() == done.stdout.strip()
+    assert "| kill -9 | 0 of 1 | 0 |" in report and report.strip() == done.stdout.strip()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.md"]

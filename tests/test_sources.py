@@ -47,7 +47,7 @@ def write(path, data):
     [
         ("a.jsonl", JSONL),
         ("a.ndjson", b"\xef\xbb\xbf" + JSONL.replace(b"\n", b"\r\n\n")),  # a BOM, CRLF, blank lines
-        ("a.jsonl.gz", gzip.compress(JSONL)),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)),
         ("a.jsonl.zst", zstandard.compress(JSONL[:20]) + zstandard.compress(JSONL[20:])),  # two frames
         ("a.json", json.dumps(RECORDS)),
     ],
@@ -135,7 +135,7 @@ def test_text_field():
         ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}", r"a\.jsonl:1 is not JSON that can be read"),
         ("a.json", b'[{"text": "x"}, 3]', r"a\.json, item 2 is not a JSON object"),
         ("a.txt", b"caf\xe9", r"a\.txt is not valid UTF-8 \(byte 0xe9 at offset 3\)"),
-        ("a.jsonl.gz", gzip.compress(JSONL)[:-9], r"a\.jsonl\.gz is damaged or incomplete"),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-9], r"a\.jsonl\.gz is damaged or incomplete"),
         ("a.jsonl.gz", JSONL, r"a\.jsonl\.gz is damaged or incomplete \(Not a gzipped file"),
         (
             "a.jsonl.zst",
