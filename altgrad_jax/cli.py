@@ -18,7 +18,6 @@ import os
 import re
 import sys
 import textwrap
-import threading
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -224,7 +223,7 @@ def run_script(function: Callable[[], int | None]) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
-        if stop.received or threading.active_count() > 1:
+        if stop.received:
             os._exit(code)
     sys.exit(code or 0)
 

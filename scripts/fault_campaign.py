@@ -26,7 +26,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 TITLES = {"kills": "kill -9", "corruption": "Damaged checkpoints", "environment": "Disk, clock, company, signals",
           "inputs": "Bad input", "numerics": "Numerical faults", "soak": "Soak"}
-FULL = dict(kills=200, corruptions=200, inputs=600, soak_steps=20_000)
+FULL = dict(kills=200, corruptions=200, inputs=300, soak_steps=60_000)
 QUICK = dict(kills=12, corruptions=25, inputs=100, soak_steps=2_000)
 
 
@@ -38,7 +38,7 @@ def parse_args():
     add("--quick", action="store_true", help="a little of everything")
     for name, meaning in (("kills", "moments of kill -9"), ("corruptions", "damaged checkpoints"),
                           ("inputs", "generated bad settings"), ("soak_steps", "steps of the long run")):
-        add(f"--{name}", type=whole_number, default=None, help=f"{meaning} (default: {FULL[name]}, with --quick {QUICK[name]})")
+        add(f"--{name}", type=whole_number, help=f"{meaning} (default: {FULL[name]}, with --quick {QUICK[name]})")
     add("--budget_minutes", type=float, help="begin nothing new after this time (default: no end)")
     add("--data_dir", type=Path, help="token files of the byte tokenizer (default: made up)")
     add("--folder", type=Path, help="where the runs lie while they are needed (default: a temporary folder)")

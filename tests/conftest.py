@@ -16,3 +16,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt one would hang.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Files that take long, longest first: two processes that take whole files then end at about the same time.
+LONG_FILES = ("test_step_formats", "test_sweep", "test_mesh", "test_training_formats", "test_faults", "test_training",
+              "test_benchmark", "test_faults_numerics", "test_quant_dot_formats", "test_checkpoint_processes",
+              "test_logger", "test_step", "test_report", "test_optimizer", "test_faults_inputs")
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: i for i, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # stable: within a file nothing moves
