@@ -35,11 +35,11 @@ print("left", stop.received, stop.number, outer.received)
 LOOP = "with stop.deferred(): ready(); exec('while not stop.number: time.sleep(0.01)')"
 
 
-def run(body, *signals, shared=False, **options):
+def run(body, *signals, shared=False, before=()):
     """(exit code, output) of a process that does `body` and is sent these signals, the next when it has told of one."""
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT.format(body=body, shared=shared)], text=True,
+    process = subprocess.Popen([*before, sys.executable, "-c", SCRIPT.format(body=body, shared=shared)], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.stdout.readline() == "ready\n"
     for number in signals:
         time.sleep(0.1)
@@ -86,8 +86,7 @@ def test_a_signal_on_the_way_into_the_loop_is_not_lost():
 
 
 def test_under_nohup_a_closed_terminal_changes_nothing():
-    code, output = run("ready(); time.sleep(0.5)", signal.SIGHUP,
-                       preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    code, output = run("ready(); time.sleep(0.5)", signal.SIGHUP, before=("nohup",))
     assert (code, output) == (0, "left None None None\n")
 
 

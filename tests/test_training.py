@@ -441,7 +441,7 @@ def test_evaluating_a_checkpoint_gives_the_records_validation_loss(whole, data_d
     everything = evaluate_checkpoint(whole.run_dir, all_windows=True)
     available = ((data_dir / "val.bin").stat().st_size // 2 - 1) // 16
     assert everything.n_windows == available - available % 4  # whole batches of eval_batch_size
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="missing.bin is missing: give a file of uint16 tokens"):
         evaluate_checkpoint(whole.run_dir, token_file=data_dir / "missing.bin")
 
 
