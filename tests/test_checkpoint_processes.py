@@ -271,4 +271,4 @@ def test_two_processes_save_and_any_number_restores(tmp_path):
     finish(four)
     assert_holds(checkpoint.restore_path(tmp_path / "four" / "7", abstract())[0], 7)
     document = json.loads((tmp_path / "four" / "7" / "meta" / "meta.json").read_text())
-    assert document["schema_version"] == 3  # one process: as ever
+    assert document["schema_version"] == 3  # one version for both
