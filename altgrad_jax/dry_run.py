@@ -171,10 +171,12 @@ def describe_disk(program, run_dir, exists):
     config, n_bytes = program.config, _bytes_of(program.functions.abstract_state)
     saves = math.ceil(config.max_steps / config.checkpoint_interval)
     kept, writing = min(config.max_checkpoints, saves), min(SAVES_AT_ONCE, saves)
+    interim = int(config.checkpoint_seconds > 0)
     # Those being written are there before older ones go.
-    needed = n_bytes * max(0, kept + writing - len(list_steps(run_dir)))
+    needed = n_bytes * max(0, kept + interim + writing - len(list_steps(run_dir)))
     free = shutil.disk_usage(exists).free
-    return (f"checkpoints: {_mebibytes(n_bytes)} each at most, {kept} kept and up to {writing} being written; "
+    return (f"checkpoints: {_mebibytes(n_bytes)} each at most, {kept} kept{', one interim' * interim} and up to "
+            f"{writing} being written; "
             f"{_mebibytes(needed)} more are needed in {run_dir}, and {_mebibytes(free)} are free: "
             + ("there is room" if needed <= free else "NOT ENOUGH ROOM"))
 

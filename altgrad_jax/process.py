@@ -54,7 +54,7 @@ class StopRequest:
 
     For the same reason a thread reads the signals, from the file descriptor that Python's C handler writes them to.
     Outside the main thread (some notebooks) signals cannot be caught, and nothing is. A SIGHUP that is ignored, as
-    under nohup, stays so. Such contexts may be nested; the innermost one acts.
+    under nohup, stays so. Such contexts may be nested; the innermost one acts, and tells the outer ones at its end.
 
     Attributes:
       received: the first signal that this process was sent; None before.
@@ -64,11 +64,12 @@ class StopRequest:
 
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
     LEAVE_S = 8.0
+    _innermost = None
 
     def __init__(self, shared=False):
         self.received, self.number, self._shared = None, None, shared
         self._deferred = self._raised = self._told = False
-        self._old = {}
+        self._old, self._outer = {}, None
 
     def agree(self, received):
         """Takes what every process has received, numbers or None, as the reason to stop, if there is one."""
@@ -85,6 +86,7 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
+            self._outer, StopRequest._innermost = StopRequest._innermost, self
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -97,6 +99,9 @@ class StopRequest:
 
     def __exit__(self, *_):
         if self._old:
+            StopRequest._innermost = self._outer
+            if self._outer is not None and self._outer.received is None:
+                self._outer.received = self.received
             for number, handler in self._old.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._old_fd)

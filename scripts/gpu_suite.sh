@@ -36,9 +36,12 @@ timeout 240 python3 scripts/train.py --config configs/bf16_baseline.py --data_di
     --config.wandb_mode=disabled 2>&1 | tee "$out/baseline.log" | tail -n 30
 pack "$runs/bf16_baseline" baseline
 
-# Metrics, record, K, peers, formats, attention, sizes; what 420 s do not reach is named in the log.
-timeout 470 python3 scripts/bench.py --config configs/bf16_baseline.py --budget_s=420 --json "$out/bench.json" \
+# Metrics, record, K, peers, formats, attention, sizes; what 330 s do not reach is named in the log.
+timeout 380 python3 scripts/bench.py --config configs/bf16_baseline.py --budget_s=330 --json "$out/bench.json" \
     2>&1 | tee "$out/bench.log" | tail -n 40
+
+JAX_PLATFORMS=cuda timeout 90 python3 scripts/fault_campaign.py --quick --parts=numerics --out "$out/faults.md" \
+    2>&1 | tee "$out/faults.log" | tail -n 5
 
 for how in emulated native; do
     timeout 150 python3 scripts/train.py --config configs/fp8.py:E4M3 --data_dir "$data" --workdir "$runs/fp8-$how" \

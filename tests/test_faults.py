@@ -52,7 +52,7 @@ def test_what_the_machine_does_is_answered(tokens, tmp_path):
 
 def test_a_signal_during_compilation_is_answered_at_once(tokens, tmp_path):
     run_dir = tmp_path / "run"
-    process = runs.start(runs.command(tokens, run_dir, "E4M3", n_layer=4), tmp_path / "log",
+    process = runs.start(runs.command(tokens, run_dir, "E4M3", n_layer=12), tmp_path / "log",
                          JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cold"))
     moment = kills._Moment("compile", run_dir, tmp_path / "log", random.Random(0))
     moment.wait(process, 0)

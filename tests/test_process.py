@@ -52,19 +52,19 @@ def run(body, *signals, shared=False, before=()):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_interrupts_what_has_nothing_to_save(number):
-    assert run("ready(); time.sleep(30)", number) == (0, f"interrupted by {number}\nleft {number} None None\n")
+    assert run("ready(); time.sleep(30)", number) == (0, f"interrupted by {number}\nleft {number} None {number}\n")
 
 
 def test_within_the_loop_the_first_signal_asks_it_to_stop():
     code, output = run(LOOP, signal.SIGTERM)
-    assert code == 0 and output.endswith("left 15 15 None\n")
+    assert code == 0 and output.endswith("left 15 15 15\n")
     assert output.count("SIGTERM: saving after this dispatch, then stopping; once more to leave at once") == 1
 
 
 def test_of_several_processes_none_stops_before_all_agree():
     code, output = run("with stop.deferred(): ready(); time.sleep(0.5); assert stop.number is None; "
                        "stop.agree([None, stop.received])", signal.SIGTERM, shared=True)
-    assert code == 0 and output.endswith("left 15 15 None\n")
+    assert code == 0 and output.endswith("left 15 15 15\n")
 
 
 def test_a_second_signal_leaves_at_once():
