@@ -250,7 +250,7 @@ def _signal(bench, name, number, arguments, has_come, rng, later_s, expected_cod
 def signals(bench, rng):
     """Rows of SIGTERM and SIGINT in every phase."""
     cold = {"JAX_COMPILATION_CACHE_DIR": str(bench.folder / "cold-cache")}
-    deep = dict(n_layer=6, use_fp8="true", formats="E4M3")  # half a minute of compilation
+    deep = dict(n_layer=16)  # half a minute of compilation
     slow_look = dict(eval_windows=2048, eval_batch_size=1)  # an evaluation of seconds
 
     def train(**changes):
@@ -291,7 +291,7 @@ def signals(bench, rng):
         then = dict(finish_with=bench.ends_equal)
         found += [
             _signal(bench, "start-up", number, train(), lambda *_: True, rng, 1.5, (code, -number), **then),
-            _signal(bench, "compilation", number, train(**deep), log_has(b"compiling ..."), rng, 3.0, code,
+            _signal(bench, "compilation", number, train(**deep), log_has(b"compiling ..."), rng, 8.0, code,
                     "stopped while no step was under way; the same command starts again", **cold),
             _signal(bench, "training", number, train(), rows(60), rng, 0.1, code, "saving after this dispatch",
                     "the same command continues from checkpoint", **then),
