@@ -95,6 +95,7 @@ def main():
     from altgrad_jax.environment import git_commit, versions
     from altgrad_jax.faults import runs
 
+    commit = git_commit() or {}  # now: somebody may commit while it runs
     deadline = runs.Deadline(None if args.budget_minutes is None else 60 * args.budget_minutes)
     if args.folder:
         args.folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,6 @@ def main():
             part.seconds = time.monotonic() - started
             parts.append(part)
             shutil.rmtree(folder, ignore_errors=True)
-        commit = git_commit() or {}
         machine = f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}"
         text = "\n".join([
             f"{time.strftime('%Y-%m-%d')}, {machine}, jax {versions()['jax']}, commit "
