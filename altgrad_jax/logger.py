@@ -52,8 +52,8 @@ TIMING = "timing.jsonl"
 DIAGNOSTICS = "diagnostics.jsonl"
 MANIFEST = "manifest.json"
 # 2: settings of number formats in the config (config.ADDED_IN_2 holds what version 1 lacks), more keys in the rows, and
-# diagnostics.jsonl. 3: the setting checkpoint_seconds (config.ADDED_IN_3). Records of earlier versions are read as they
-# are.
+# diagnostics.jsonl. 3: the setting checkpoint_seconds (config.ADDED_IN_3), and in the rows counts of moments, amaxes,
+# scales and residuals that are not finite. Records of earlier versions are read as they are.
 SCHEMA_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
 

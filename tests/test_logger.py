@@ -664,7 +664,7 @@ def test_manifest_round_trip_and_its_errors(tmp_path):
         logger.read_manifest(tmp_path)
 
 
-def test_a_manifest_of_version_1_is_read_as_it_is_and_written_as_version_2(tmp_path):
+def test_a_manifest_of_version_1_is_read_as_it_is_and_written_as_the_present_one(tmp_path):
     written = {"schema_version": 1, "config": {"seed": 1}, "data": {"fingerprint": "f"}, "starts": [], "run_id": "r"}
     (tmp_path / "manifest.json").write_text(json.dumps(written))
     manifest = logger.read_manifest(tmp_path)
