@@ -21,18 +21,22 @@ import traceback
 
 import jax
 
-from altgrad_jax.errors import UserError
+from altgrad_jax.errors import Stopped, UserError
 
 # The first to arrive may wait for one that still prepares its data; a process that dies ends the wait much sooner.
 _PATIENCE_S = 24 * 3600
 # For the others to come and hear why this process ends. After a defect they mostly wait for it on the device instead,
-# or have it too.
-_FAREWELL_S, _FAREWELL_AFTER_DEFECT_S = 30, 5
+# or have it too; and a signal wants an answer.
+_FAREWELL_S, _BRIEF_FAREWELL_S = 30, 5
 _calls = itertools.count()
 
 
 class _Refused(UserError):
     """Why another process cannot go on, heard from it."""
+
+
+class _Lost(UserError):
+    """The others are gone, without a word that was heard."""
 
 
 def _state():
@@ -54,7 +58,14 @@ def is_lead() -> bool:
 
 def gather(value) -> list:
     """What every process gave, JSON values, in the order of the processes; waits for all of them."""
-    return _exchange({"value": value}, _PATIENCE_S) if n_processes() > 1 else [value]
+    if n_processes() == 1:
+        return [value]
+    try:
+        return _exchange({"value": value}, _PATIENCE_S)
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise _Lost(f"process {process_index()} has lost the others ({reason}): see what they said, and start all of "
+                    "them again with the same command") from error
 
 
 def everywhere(function):
@@ -131,24 +142,32 @@ def joined(distributed="off", coordinator=None, num_processes=None, process_id=N
         yield
     except _Refused:
         raise  # all know
+    except _Lost as error:
+        _end(error)
     except BaseException as error:
         if not isinstance(error, UserError):
             traceback.print_exc()
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}, see what it printed"
         try:
-            _exchange({"error": reason}, _FAREWELL_S if isinstance(error, UserError) else _FAREWELL_AFTER_DEFECT_S)
+            brief = isinstance(error, Stopped) or not isinstance(error, UserError)
+            _exchange({"error": reason}, _BRIEF_FAREWELL_S if brief else _FAREWELL_S)
         except _Refused:
             pass
         except RuntimeError:
             # They wait on the device for this process, and its end ends them; jax's own farewell would wait for them.
-            if isinstance(error, UserError):
-                print(f"error: {error}", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(2 if isinstance(error, UserError) else 1)
+            _end(error)
         raise
     finally:
         jax.distributed.shutdown()
+
+
+def _end(error):
+    """Ends the process where jax's own farewell would wait for others that do not come."""
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_code if isinstance(error, UserError) else 1)
 
 
 def _initialize(distributed, coordinator, num_processes, process_id):
