@@ -78,6 +78,7 @@ from etils import epath
 from jax._src import distributed
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import sync
 
 SCHEMA_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
@@ -702,9 +703,9 @@ def _write(
             os.fsync(file.fileno())
         # The names too: after a power cut a folder that is listed must not be empty.
         for folder in (unfinished / _META, unfinished / _STATE, unfinished):
-            sync_folder(folder)
+            sync(folder)
         unfinished.rename(path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
     try:
         agreement.do(begin)
@@ -967,15 +968,6 @@ def _step_path(run_dir: Path, step: int | None) -> Path:
 
 
 # The run folder, while it is trained into.
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _remove_unfinished(folder: Path, name: str = "*") -> None:

@@ -1,4 +1,4 @@
-"""Reading files that another program, or nobody, may have written.
+"""Reading files that another program, or nobody, may have written; bringing what is written to the disk.
 
 What is no regular file is never opened: a pipe would be waited for without end, a device read without end.
 """
@@ -52,6 +52,15 @@ def open_file(path, fix):
         return open(path, "rb")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {fix}") from None
+
+
+def sync(path):
+    """Brings a file, or the names in a folder, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ from typing import Any
 import numpy as np
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import read_json, require_file
+from altgrad_jax.files import read_json, require_file, sync
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -430,11 +430,7 @@ def write_atomically(path, data):
         if isinstance(error, OSError):
             error.filename = str(path)  # of a write that failed, Python does not tell it
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 def write_manifest(run_dir, manifest):

@@ -1,6 +1,6 @@
 """Puts the program under faults of every kind, counts how it answers, and writes a table.
 
-    python scripts/fault_campaign.py                                  # everything, an hour and a half on two CPU cores
+    python scripts/fault_campaign.py                                  # everything, about 35 minutes on two CPU cores
     python scripts/fault_campaign.py --quick                          # a little of everything, ten minutes
     python scripts/fault_campaign.py --parts kills,corruption --folder /scratch/me/faults --seed 7
 

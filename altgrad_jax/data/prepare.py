@@ -374,7 +374,7 @@ def _written_atomically(out: Path, force: bool) -> Iterator[Path]:
                 new.mkdir()
                 yield new
                 for path in new.iterdir():
-                    _sync(path)
+                    files.sync(path)
                 if (
                     out.exists()
                 ):  # a directory cannot be renamed onto a full one; between these two nothing is there
@@ -403,14 +403,6 @@ def _locked(folder: Path) -> Iterator[None]:
                     print(f"waiting for another preparation in {folder}", file=sys.stderr, flush=True)
                     fcntl.flock(fd, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(fd)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
     finally:
         os.close(fd)
 
