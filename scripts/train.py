@@ -5,8 +5,8 @@
   python scripts/train.py --config configs/bf16_baseline.py --dry_run    # memory, time and disk it would take
   srun python scripts/train.py --config configs/bf16_baseline.py --distributed=auto   (docs/scaling.md)
 
-Exit codes: 0 finished, 2 a setting or file cannot be used, 3 stopped by non-finite steps, 130 or 143 interrupted and
-saved (the same command continues).
+Exit codes: 0 finished, 1 a disk failed or the last checkpoint was not saved, 2 a setting or file cannot be used, 3
+stopped by non-finite steps, 130, 143 or 129 interrupted and saved (the same command continues; docs/faults.md).
 """
 
 from altgrad_jax import cli
