@@ -16,13 +16,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from altgrad_jax import config as settings
 from altgrad_jax import report
 from altgrad_jax.config import default_config
 from altgrad_jax.errors import UserError
 from altgrad_jax.logger import Record, write_manifest
 from altgrad_jax.report import analysis, figures, panels, tables
 from altgrad_jax.report.analysis import Comparison
-from altgrad_jax.report.runs import DAMAGED, FINISHED, LOST, UNFINISHED, Arm, Reader, find, read_curves
+from altgrad_jax.report.runs import (
+    DAMAGED,
+    FINISHED,
+    LOST,
+    UNFINISHED,
+    Arm,
+    Reader,
+    check_comparable,
+    find,
+    read_curves,
+)
 from altgrad_jax.verdict import make_verdict, read_history, write_verdict
 from altgrad_jax.whatif import sparse
 
@@ -728,3 +739,16 @@ def test_a_page_that_cannot_be_written_leaves_no_other(tmp_path):
     with pytest.raises(UserError, match="file/data cannot be written .*--data"):
         report.write(report.build([tmp_path]), [tmp_path / "a.md"], tmp_path / "file" / "data")
     assert not (tmp_path / "a.md").exists()
+
+
+@pytest.mark.parametrize("version, added", [(1, settings.ADDED_IN_2 | settings.ADDED_IN_3), (2, settings.ADDED_IN_3)])
+def test_runs_of_earlier_versions_are_read(tmp_path, version, added):
+    run = write_run(tmp_path / "old", val=3.0)
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"] = {name: value for name, value in manifest["config"].items() if name not in added}
+    path.write_text(json.dumps(manifest | {"schema_version": version}))
+    write_run(tmp_path / "new", val=3.0, seed=1, checkpoint_seconds=5.0)
+    runs = Reader().runs([tmp_path])
+    assert [run.state for run in runs] == [FINISHED, FINISHED], [run.reason for run in runs]
+    check_comparable(runs)

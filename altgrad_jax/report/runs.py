@@ -44,7 +44,7 @@ REFERENCE = "BF16"
 # save or place a run, and change no loss.
 FREE = frozenset(
     """
-    bit_stall_threshold checkpoint_dir console data_placement data_source dead_neuron_threshold
+    bit_stall_threshold checkpoint_dir checkpoint_seconds console data_placement data_source dead_neuron_threshold
     dead_neuron_window deterministic eval_batch_size max_checkpoints metrics nan_patience overflow_threshold project
     rank_threshold rank_threshold_strict run_name spike_threshold spike_window stall_window steps_per_dispatch tags
     use_shadow val_patience""".split()
@@ -277,7 +277,7 @@ def read_codes(path):
 
 def _refuse_settings(path, config):
     """UserError unless every setting that the record's version has is there, with a value that it can have."""
-    missing = [name for name in settings.FIELDS if name not in config and name not in settings.ADDED_IN_2]
+    missing = [name for name in settings.FIELDS if name not in settings.upgraded(config)]
     if missing:
         raise UserError(f"{path} lacks the setting {missing[0]}: restore it from a copy")
     if wrong := settings.wrong_values(config):
