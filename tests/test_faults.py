@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from altgrad_jax import checkpoint
@@ -67,13 +68,21 @@ def test_a_signal_during_compilation_is_answered_at_once(tokens, tmp_path):
 
 
 def test_a_run_does_not_grow(tokens, tmp_path):
-    part = soak.run(tmp_path, tokens, steps=1500, deadline=ENDLESS, say=quiet, every_s=0.05)
-    assert part.failures == [] and part.done == 1500, part.failures
+    part = soak.run(tmp_path, tokens, steps=4000, deadline=ENDLESS, say=quiet, every_s=0.05)
+    assert part.failures == [] and part.done == 4000, part.failures
 
 
 def test_growth_would_be_seen():
     rise, error = soak.slope([0, 100, 200, 300, 400], [50.0, 51.1, 51.9, 53.0, 54.0])
     assert rise == pytest.approx(0.01, rel=0.05) and error < 0.001
+    rng = np.random.default_rng(0)
+    # 180 looks at a process with 20 open files; two of three find a save under way, with ten more.
+    under_way_N = 20 + 10 * (rng.random(180) < 0.67)
+    leak_N = np.arange(180) * 32 // 180  # One at each of 32 checkpoints.
+    pool_N = np.where(np.arange(180) < 60, 0, 8)  # Full only after the first third.
+    assert soak.grows(np.split(under_way_N + leak_N, 3))
+    assert not soak.grows(np.split(under_way_N, 3))
+    assert not soak.grows(np.split(under_way_N + pool_N, 3))
 
 
 def test_the_budget_ends_the_campaign_and_it_says_so(tokens, tmp_path):
