@@ -11,16 +11,17 @@ for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY"):
 
 # Many tests compile the same small programs: with a cache, only the distinct ones take time.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt one would hang.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take long, longest first: two processes that take whole files then end at about the same time.
-LONG_FILES = ("test_step_formats", "test_sweep", "test_mesh", "test_training_formats", "test_faults", "test_training",
-              "test_benchmark", "test_faults_numerics", "test_quant_dot_formats", "test_checkpoint_processes",
-              "test_logger", "test_step", "test_report", "test_optimizer", "test_faults_inputs")
+LONG_FILES = ("test_sweep", "test_training", "test_step_formats", "test_training_formats", "test_step", "test_faults",
+              "test_mesh", "test_quant_dot_formats", "test_benchmark", "test_checkpoint_processes", "test_generate",
+              "test_model", "test_faults_numerics", "test_logger", "test_optimizer", "test_faults_inputs", "test_report",
+              "test_dry_run")
 
 
 def pytest_collection_modifyitems(items):

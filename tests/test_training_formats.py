@@ -3,6 +3,7 @@
 One configuration is compiled for most of these tests: E4M3 forward, E5M2 gradients, stored weights, a shadow.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -74,6 +75,18 @@ def statistics_of(row, layer):
 
 
 # ---------------------------------------------------------------------------------------------------------- the record
+
+
+@pytest.mark.parametrize(("made", "changes"), [("whole", STORED), ("mixed", MIXED)])
+def test_every_name_of_a_row_is_one_that_wandb_can_be_asked_for(made, changes, data_dir, request):
+    result = request.getfixturevalue(made)
+    with contextlib.ExitStack() as resources:
+        program = training.Program(tiny(**changes), data_dir, None, resources)
+        names = program.row_names()
+        training.require_wandb_keys(("codes_used/*", "mfu"), program)
+    assert len(names) == len(set(names))
+    assert set(result.history) - {"step"} <= set(names)
+    assert any(name.startswith("codes_used/") for name in result.history)
 
 
 def test_the_rows_hold_every_layer_and_operand(whole):
