@@ -20,8 +20,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Files that take long, longest first: two processes that take whole files then end at about the same time.
 LONG_FILES = ("test_sweep", "test_training", "test_step_formats", "test_training_formats", "test_step", "test_faults",
               "test_mesh", "test_quant_dot_formats", "test_benchmark", "test_checkpoint_processes", "test_generate",
-              "test_model", "test_faults_numerics", "test_logger", "test_optimizer", "test_faults_inputs", "test_report",
-              "test_dry_run")
+              "test_model", "test_faults_numerics", "test_logger", "test_optimizer", "test_faults_inputs",
+              "test_report", "test_dry_run")
 
 
 def pytest_collection_modifyitems(items):

@@ -59,8 +59,8 @@ def slope(steps_N, values_N):
 def grows(thirds):
     """Whether the number of open files or threads rises by more than FEW from each third to the next.
 
-    Compared is the lower decile of each third: a save holds ten files and as many threads while it is under way, and how
-    often one is depends on the machine. A pool grows to its size and stays there; what leaks does not stop.
+    Compared is the lower decile of each third: a save holds ten files and as many threads while it is under way, and
+    how often one is depends on the machine. A pool grows to its size and stays there; what leaks does not stop.
 
     Args:
       thirds: the samples of the first, the second and the last third.
