@@ -1,5 +1,6 @@
 """Tests run on the CPU backend, without network, whatever the machine offers."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,9 @@ for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY"):
 # Many tests compile the same small programs: with a cache, only the distinct ones take time.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+# Tracing makes millions of objects that stay: looking through them again and again takes 6% of the time.
+gc.set_threshold(200_000, 50, 100)
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt one would hang.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
