@@ -275,8 +275,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("checkpoint_interval", 100, _whole(1),
               "updates between two checkpoints; the last step always gets one", resumable=True),
         Field("checkpoint_seconds", 60.0, _number(0, 1e6),
-              "most seconds of training that are unsaved between two of them, and at most half of those since the "
-              "start; such a checkpoint is replaced by the next; 0 = off", resumable=True),
+              "seconds of unsaved training after which one is made between two of them, sooner after a start "
+              "(once half of it is unsaved, at least 5 s); it is replaced by the next; 0 = off", resumable=True),
         Field("checkpoint_dir", "checkpoints/bf16_baseline", _FOLDER,
               "the run's folder: checkpoints, record, plot, verdict; --workdir replaces it", resumable=True),
         Field("max_checkpoints", 3, _whole(1, 2**16),

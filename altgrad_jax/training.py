@@ -718,10 +718,11 @@ def is_last(run):
 
 
 class InterimSaves:
-    """When to save between two checkpoint intervals, so that whenever a run is killed, at least half of the time that
-    it has trained since its start is saved, and all but `longest` seconds of it; 0 switches this off.
+    """When to save between two checkpoint intervals: once half of the time since the start is unsaved, or `longest`
+    seconds of it, but not in the first FIRST_INTERIM_SECONDS; 0 switches this off.
 
-    Without it a run that is killed more often than it reaches an interval would never get anywhere.
+    Without it a run that is killed more often than it reaches an interval would never get anywhere. What a kill costs
+    can be more by the dispatch and the save that are under way.
     """
 
     def __init__(self, longest, clock=time.monotonic):

@@ -14,7 +14,7 @@ for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY"):
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-# Tracing makes millions of objects that stay: looking through them again and again takes 6% of the time.
+# Tracing makes many objects that stay: looking through them again and again took 6% of the time of the step's tests.
 gc.set_threshold(200_000, 50, 100)
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt one would hang.
