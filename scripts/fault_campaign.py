@@ -11,6 +11,7 @@ the disk that --folder lies on, so that a cluster's own file system can be put t
 same faults. Exits with 1 if anything was not answered as it should be, or not everything was done within the budget.
 """
 
+import math
 import os
 import platform
 import shutil
@@ -19,7 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from altgrad_jax.cli import ArgumentParser, run_script, whole_number
+from altgrad_jax import cli
+from altgrad_jax.files import writing
 
 # The campaign is about one machine's CPU: its runs are small, and a GPU would be shared by all of them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -30,25 +32,34 @@ FULL = dict(kills=200, corruptions=200, inputs=300, soak_steps=60_000)
 QUICK = dict(kills=12, corruptions=25, inputs=100, soak_steps=2_000)
 
 
-def parse_args():
-    parser = ArgumentParser(__doc__)
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
     add("--parts", default=",".join(TITLES), help="some of them, joined by commas (default: all)")
-    add("--seed", type=whole_number, default=0, help="decides every random choice (default: %(default)s)")
+    add("--seed", type=cli.whole_number, default=0, help="decides every random choice (default: %(default)s)")
     add("--quick", action="store_true", help="a little of everything")
     for name, meaning in (("kills", "moments of kill -9"), ("corruptions", "damaged checkpoints"),
                           ("inputs", "generated bad settings"), ("soak_steps", "steps of the long run")):
-        add(f"--{name}", type=whole_number, help=f"{meaning} (default: {FULL[name]}, with --quick {QUICK[name]})")
-    add("--budget_minutes", type=float, help="begin nothing new after this time (default: no end)")
-    add("--data_dir", type=Path, help="token files of the byte tokenizer (default: made up)")
-    add("--folder", type=Path, help="where the runs lie while they are needed (default: a temporary folder)")
-    add("--out", type=Path, help="file that gets the report (default: printed only)")
-    args = parser.parse_args()
+        add(f"--{name}", type=cli.whole_number, help=f"{meaning} (default: {FULL[name]}, with --quick {QUICK[name]})")
+    add("--budget_minutes", type=float,
+        help="begin nothing new after this time; inputs and numerics, once begun, are done whole (default: no end)")
+    add("--data_dir", help="token files of the byte tokenizer (default: made up)")
+    add("--folder", help="where the runs lie while they are needed (default: a temporary folder)")
+    add("--out", help="file that gets the report (default: printed only)")
+    args = parser.parse_args(argv)
+    # Before hours of work, not after them.
+    for name, parse in (("data_dir", cli.folder), ("folder", cli.folder), ("out", cli.output_file)):
+        if (text := getattr(args, name)) is not None:
+            setattr(args, name, Path(parse(name)(text)).absolute())
     for name, default in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
         if getattr(args, name) < 1:
             parser.error(f"--{name}={getattr(args, name)} cannot be used: give a whole number from 1")
+    if not 0 <= args.seed < 2**31:
+        parser.error(f"--seed={args.seed} cannot be used: give a whole number from 0 to {2**31 - 1}")
+    if args.budget_minutes is not None and not 0 <= args.budget_minutes < math.inf:
+        parser.error(f"--budget_minutes={args.budget_minutes} cannot be used: give a number from 0, or leave it out")
     args.parts = args.parts.split(",")
     for part in args.parts:
         if part not in TITLES:
@@ -89,19 +100,22 @@ def say(text):
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def main():
-    args = parse_args()
+def main(args):
     # Not before the arguments are known to be good: jax takes seconds to start.
+    from altgrad_jax.data.dataset import load_token_data
     from altgrad_jax.environment import git_commit, versions
     from altgrad_jax.faults import runs
 
+    if args.data_dir:
+        load_token_data(args.data_dir, vocab_size=256, block_size=runs.SMALL["block_size"], tokenizer="bytes")
     commit = git_commit() or {}  # now: somebody may commit while it runs
     deadline = runs.Deadline(None if args.budget_minutes is None else 60 * args.budget_minutes)
-    if args.folder:
-        args.folder.mkdir(parents=True, exist_ok=True)
-    root = Path(tempfile.mkdtemp(prefix="faults-", dir=args.folder))
+    with writing(args.folder or tempfile.gettempdir(), "give another --folder"):
+        if args.folder:
+            args.folder.mkdir(parents=True, exist_ok=True)
+        root = Path(tempfile.mkdtemp(prefix="faults-", dir=args.folder))
     try:
-        data_dir = (args.data_dir or runs.make_tokens(root / "data", args.seed)).absolute()
+        data_dir = args.data_dir or runs.make_tokens(root / "data", args.seed)
         parts = []
         for name in args.parts:
             folder = root / name
@@ -126,4 +140,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(lambda: main(parse_args()))

@@ -9,7 +9,6 @@ metrics.jsonl and diagnostics.jsonl are compared byte by byte with those of a sw
 its last checkpoint by its sha256, and the two reports number by number. Exits with 1 if anything differs.
 """
 
-import argparse
 import json
 import os
 import random
@@ -20,8 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from altgrad_jax.checkpoint import list_steps
-from altgrad_jax.faults.runs import ROOT, fingerprint
+from altgrad_jax.cli import ArgumentParser, folder, run_script, whole_number
 
 CONFIG = '''
 from altgrad_jax.cli import load_config
@@ -42,6 +40,9 @@ def get_sweep(config):
 '''
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 def rows_of_all(out):
     return sum(path.read_bytes().count(b"\n") for path in out.glob("*/metrics.jsonl"))
 
@@ -55,23 +56,35 @@ def report_of(out):
             and "throughput" not in path.name}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--kills", type=whole_number, default=5, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole_number, default=0, help="chooses the moments (default: %(default)s)")
     parser.add_argument("--data_dir", default="data/bytes", help="token files of the byte tokenizer")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    args.data_dir = folder("data_dir")(args.data_dir)
+    if not 1 <= args.kills <= 500:  # the sweep has some 600 rows
+        parser.error(f"--kills={args.kills} cannot be used: give a whole number from 1 to 500")
+    return args
+
+
+def main(args):
+    from altgrad_jax.checkpoint import list_steps
+    from altgrad_jax.data.dataset import load_token_data
+    from altgrad_jax.faults.runs import fingerprint
+
+    load_token_data(args.data_dir, vocab_size=256, block_size=64, tokenizer="bytes")
     rng = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        config = folder / "config.py"
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = Path(temporary)
+        config = temporary / "config.py"
         config.write_text(CONFIG.format(smoke=str(ROOT / "configs" / "smoke.py")))
 
         def command(out):
             return [sys.executable, str(ROOT / "scripts" / "sweep.py"), f"--config={config}", f"--out={out}",
                     f"--data_dir={args.data_dir}"]
 
-        whole, out = folder / "whole", folder / "killed"
+        whole, out = temporary / "whole", temporary / "killed"
         subprocess.run(command(whole), check=True, stdout=subprocess.DEVNULL)
         members = sorted(path.name for path in whole.iterdir() if path.is_dir())
         total = rows_of_all(whole)
@@ -106,4 +119,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(lambda: main(parse_args()))

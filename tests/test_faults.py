@@ -52,6 +52,14 @@ def test_what_the_machine_does_is_answered(tokens, tmp_path):
     assert part.failures == [] and part.done == 2
 
 
+def test_signals_that_the_budget_leaves_no_time_for_are_missing_from_the_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "Bench", lambda *_: None)
+    part = environment.run(tmp_path, tmp_path, seed=0, deadline=runs.Deadline(-1), say=quiet)
+    assert (part.done, part.wanted) == (0, 23)
+    part = environment.run(tmp_path, tmp_path, seed=0, deadline=runs.Deadline(-1), say=quiet, scenarios=())
+    assert (part.done, part.wanted) == (0, 15)
+
+
 def test_a_signal_during_compilation_is_answered_at_once(tokens, tmp_path):
     run_dir = tmp_path / "run"
     process = runs.start(runs.command(tokens, run_dir, n_layer=12), tmp_path / "log",

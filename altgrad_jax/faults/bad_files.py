@@ -1439,6 +1439,18 @@ def arguments(originals):
                           (["--input="], "--input"), (["--input={folder}", "--out=", "--tokenizer=bytes"], "--out"),
                           (["--input={folder}/none.jsonl", "--tokenizer=bytes"], "none.jsonl")):
         yield case("prepare_data.py", words, *names)
+    for words, *names in ((["--parts=kills,moon"], "moon"), (["--parts="], "--parts"), (["--kills=0"], "--kills=0"),
+                          (["--kills=1_0"], "1_0"), (["--seed=-1"], "--seed=-1"), (["--soak_steps=x"], "x"),
+                          (["--budget_minutes=nan"], "nan"), (["--budget_minutes=-1"], "-1"),
+                          (["--budget_minutes=x"], "x"), (["--folder={run}/manifest.json"], "manifest.json"),
+                          (["--folder="], "--folder"), (["--folder=/proc/x"], "/proc/x"),
+                          (["--out={folder}/none/x.md"], "{folder}/none/x.md"), (["--out="], "--out"),
+                          (["--data_dir={folder}/none"], "{folder}/none"), (["--data_dir={folder}"], "{folder}")):
+        yield case("fault_campaign.py", words, *names)
+    for words, *names in ((["--kills=0"], "--kills=0"), (["--kills=501"], "--kills=501"), (["--kills=1.5"], "1.5"),
+                          (["--seed=x"], "x"), (["--data_dir={folder}/none"], "{folder}/none"), (["--data_dir="],
+                          "--data_dir"), (["moon"], "moon")):
+        yield case("kill_sweep.py", words, *names)
 
 
 def command_lines(originals):

@@ -32,6 +32,7 @@ from altgrad_jax.faults.runs import (
 )
 
 LIMIT_S = 10.0
+N_SIGNAL_ROWS = 15  # two signals in seven phases, and a second one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,11 +342,10 @@ def run(folder, data_dir, *, seed, deadline, say=print, scenarios=SCENARIOS, wit
     for scenario in scenarios:
         if not deadline.is_over():
             told(scenario(bench))
-    wanted = len(scenarios)
+    wanted = len(scenarios) + with_signals * N_SIGNAL_ROWS
     if with_signals and not deadline.is_over():
         for row in [*signals(bench, rng), second_signal(bench, rng)]:
             told(row)
-        wanted = len(rows)
     lines = table(["what was done", "what happened"], [[row.done, row.wrong or _public(row.happened, folder)]
                                                       for row in rows])
     return Part("Disk, clock, company, signals", lines, len(rows), wanted,
