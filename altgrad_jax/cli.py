@@ -16,8 +16,10 @@ import contextlib
 import inspect
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -205,6 +207,10 @@ def some_text(text: str) -> str:
 def run_script(function: Callable[[], int | None]) -> NoReturn:
     """Calls `function` and exits: with the code it returns (None is 0), a UserError's own (mostly 2), or 128 + the
     number of the signal that ended it."""
+    if threading.current_thread() is threading.main_thread() \
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # What remains after `stop` is Python's own end, and a KeyboardInterrupt there is a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     stop = StopRequest()
     try:
         with stop:

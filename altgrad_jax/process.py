@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -53,6 +54,9 @@ class StopRequest:
     a Python handler runs only between two bytecodes of the main thread, and that may be deep in a compiler.
 
     For the same reason a thread reads the signals, from the file descriptor that Python's C handler writes them to.
+    Where Python cannot pass an exception on (a callback of its garbage collector, a destructor), it prints and forgets
+    it: an `Interrupted` that was raised there is raised again a moment later.
+
     Outside the main thread (some notebooks) signals cannot be caught, and nothing is. A SIGHUP that is ignored, as
     under nohup, stays so. Such contexts may be nested; the innermost one acts, and tells the outer ones at its end.
 
@@ -64,11 +68,13 @@ class StopRequest:
 
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
     LEAVE_S = 8.0
+    AGAIN_S = 0.005
     _innermost = None
 
     def __init__(self, shared=False):
         self.received, self.number, self._shared = None, None, shared
         self._deferred = self._raised = self._told = False
+        self._n_again = 0  # how often a signal that was received was raised once more
         self._old, self._outer = {}, None
 
     def agree(self, received):
@@ -93,6 +99,7 @@ class StopRequest:
             hangup = getattr(signal, "SIGHUP", None)
             self._old = {number: signal.signal(number, self._handle) for number in self.SIGNALS
                          if not (number == hangup and signal.getsignal(number) is signal.SIG_IGN)}
+            self._old_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
             self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self._thread.start()
         return self
@@ -102,6 +109,7 @@ class StopRequest:
             StopRequest._innermost = self._outer
             if self._outer is not None and self._outer.received is None:
                 self._outer.received = self.received
+            sys.unraisablehook = self._old_hook
             for number, handler in self._old.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._old_fd)
@@ -118,6 +126,17 @@ class StopRequest:
             self._raised = True
             raise Interrupted(number)
 
+    def _unraisable(self, unraisable):
+        if not isinstance(unraisable.exc_value, Interrupted):
+            self._old_hook(unraisable)
+            return
+        self._raised = False
+        self._n_again += 1
+        # Not from here, for that would be where Python cannot pass it on either.
+        again = threading.Timer(self.AGAIN_S, _send, [unraisable.exc_value.number])
+        again.daemon = True
+        again.start()
+
     def _ask(self):
         if not self._shared:
             self.number = self.received
@@ -127,7 +146,7 @@ class StopRequest:
             _write(f"\n{name}: saving after this dispatch, then stopping; once more to leave at once\n")
 
     def _listen(self):
-        first, deadline = None, None
+        first, deadline, n_heard_again = None, None, 0
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([self._read], [], [], left)[0]:
@@ -143,6 +162,9 @@ class StopRequest:
             number = received[0]
             if number not in self._old:
                 continue
+            if n_heard_again < self._n_again:  # comes from `_unraisable`, and is no second one
+                n_heard_again += 1
+                continue
             if first is not None:
                 _leave(number)
             first = number
@@ -152,6 +174,14 @@ class StopRequest:
                 self._ask()
             else:
                 deadline = time.monotonic() + self.LEAVE_S
+
+
+def _send(number):
+    """Sends the main thread a signal, which also ends a system call that it waits in."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:  # Windows
+        signal.raise_signal(number)
 
 
 def _write(text):

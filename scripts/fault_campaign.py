@@ -82,17 +82,9 @@ def run_part(name, folder, data_dir, args, deadline):
     if name == "soak":
         return soak.run(folder, data_dir, steps=args.soak_steps, **common)
     if name == "inputs":
-        every = 12 if args.quick else 1
-        outcome = inputs.run(folder, seed=args.seed, n=args.inputs, every=every, say=say)
-        head, *rows = outcome.table()
-        failures = [f"{kind}, {what}: {wrong}: {happened}" for kind, what, wrong, happened in outcome.failures]
-        return runs.Part(TITLES[name], runs.table(head, rows), outcome.given, outcome.given, failures)
+        return inputs.run(folder, seed=args.seed, n=args.inputs, every=12 if args.quick else 1, say=say).part()
     if name == "numerics":
-        rows = numerics.run(folder, seed=args.seed, quick=args.quick, say=say)
-        failures = [f"{row.options}, {row.kind} in {row.place} {row.layer}: {'; '.join(row.wrong)}"
-                    for row in rows if row.wrong]
-        lines = runs.table(numerics.COLUMNS, numerics.table(rows))
-        return runs.Part(TITLES[name], lines, len(rows), len(rows), failures)
+        return numerics.part(numerics.run(folder, seed=args.seed, quick=args.quick, say=say))
     raise AssertionError(name)
 
 

@@ -5,6 +5,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["WANDB_MODE"] = "disabled"  # a test that wants W&B asks for a mode itself
 for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY"):
@@ -26,6 +28,14 @@ LONG_FILES = ("test_sweep", "test_training", "test_step_formats", "test_training
               "test_mesh", "test_quant_dot_formats", "test_benchmark", "test_checkpoint_processes", "test_generate",
               "test_model", "test_faults_numerics", "test_logger", "test_optimizer", "test_faults_inputs",
               "test_report", "test_dry_run")
+
+
+@pytest.fixture(autouse=True)
+def handler_of_ctrl_c():
+    """cli.run_script, which ends a process, leaves another handler behind."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def pytest_collection_modifyitems(items):

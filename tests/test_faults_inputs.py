@@ -7,13 +7,13 @@ import pytest
 
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
-from altgrad_jax.faults import bad_configs, inputs
+from altgrad_jax.faults import bad_configs, inputs, runs
 from altgrad_jax.faults.case import ROOT, Case, Script
 
 
 def test_every_bad_input_is_answered_in_one_sentence_and_nothing_is_written(tmp_path):
     outcome = inputs.run(tmp_path, seed=0, n=45, every=13)
-    assert not outcome.failures, inputs.markdown(outcome)
+    assert not outcome.failures, outcome.part()
     assert outcome.given == outcome.answered > 150
     assert {"command lines", "token files", "setting: wrong type"} <= {row.kind for row in outcome.rows}
     assert not list(tmp_path.iterdir())
@@ -75,7 +75,8 @@ def test_the_table_adds_up(tmp_path, monkeypatch):
     outcome = inputs.run(tmp_path, seed=0, n=1, say=lambda text: None)
     assert [cells[:5] for cells in outcome.table()[1:]] == [("a", 1, 1, 0, 0), ("b", 2, 0, 1, 0), ("all", 3, 1, 1, 0)]
     assert [failure[2] for failure in outcome.failures] == ["accepted wrongly", "tracebacks"]
-    assert "| all | 3 | 1 |" in inputs.markdown(outcome) and "ZeroDivisionError" in inputs.markdown(outcome)
+    text = "\n".join(runs.summary([outcome.part()]))
+    assert "| all | 3 | 1 |" in text and "ZeroDivisionError" in text
 
 
 def test_a_script_is_stopped_at_its_limits(tmp_path):

@@ -91,11 +91,52 @@ def test_under_nohup_a_closed_terminal_changes_nothing():
     assert (code, output) == (0, "left None None None\n")
 
 
-def test_after_the_context_all_is_as_it_was():
-    before = [signal.getsignal(number) for number in StopRequest.SIGNALS]
+def test_a_signal_is_not_lost_in_a_callback_of_the_garbage_collector():
+    """What is raised there is printed and forgotten by Python; jax has such a callback."""
+    body = """
+import gc
+phases = []
+def callback(phase, info):
+    phases.append(phase)
+    if phases == ["start"]:
+        signal.raise_signal(signal.SIGTERM)
+    elif phases == ["start", "stop"]:  # raised again while this runs, and lost again
+        exec("while True: time.sleep(0.001)", {"time": time})
+ready()
+gc.callbacks.append(callback)
+gc.collect()
+time.sleep(20)
+"""
+    assert run(f"exec({body!r}, globals())") == (0, "interrupted by 15\nleft 15 None 15\n")
+
+
+def test_what_else_cannot_be_raised_is_told_as_before(capfd):
+    class Broken:
+        def __del__(self):
+            raise ZeroDivisionError
+
     with StopRequest():
-        assert signal.getsignal(signal.SIGINT) is not before[0]
-    assert [signal.getsignal(number) for number in StopRequest.SIGNALS] == before
+        told = []
+        StopRequest._innermost._old_hook = told.append
+        Broken()
+        assert [type(unraisable.exc_value) for unraisable in told] == [ZeroDivisionError]
+
+
+def test_a_signal_at_python_s_own_end_leaves_no_traceback():
+    script = ("import atexit, time\nfrom altgrad_jax import cli\n"
+              "atexit.register(lambda: (print('ready', flush=True), time.sleep(20)))\ncli.run_script(lambda: None)")
+    process = subprocess.Popen([sys.executable, "-c", script], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", None) and process.returncode == -signal.SIGINT
+
+
+def test_after_the_context_all_is_as_it_was():
+    before = [*map(signal.getsignal, StopRequest.SIGNALS), sys.unraisablehook]
+    with StopRequest():
+        assert signal.getsignal(signal.SIGINT) is not before[0] and sys.unraisablehook is not before[-1]
+    assert [*map(signal.getsignal, StopRequest.SIGNALS), sys.unraisablehook] == before
 
 
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path):

@@ -300,9 +300,9 @@ def signals(bench, rng):
                     "saving after this dispatch"),
             _signal(bench, "a save", number, train(), saving, rng, 0.02, code,
                     "the same command continues from checkpoint", **then),
-            # What is left may be done within those seconds.
-            _signal(bench, "the end (verdict and plot)", number, train(), rows(SMALL["max_steps"]), rng, 0.4, (code, 0),
-                    **then),
+            # All may be done by then but for Python's own end, or that too.
+            _signal(bench, "the end (verdict and plot)", number, train(), rows(SMALL["max_steps"]), rng, 0.4,
+                    (code, -number, 0), **then),
             _signal(bench, "data preparation", number, prepare, preparing, rng, 0.3, code, "interrupted (SIG",
                     finish_with=nothing_left),
         ]

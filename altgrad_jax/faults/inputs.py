@@ -34,6 +34,7 @@ from pathlib import Path
 from altgrad_jax.errors import UserError
 from altgrad_jax.faults import bad_configs, bad_files
 from altgrad_jax.faults.case import ROOT, Case, Script
+from altgrad_jax.faults.runs import Part, table
 
 LIMIT_S = 60.0  # a script has to start jax; in process half of it
 WRONG = ("tracebacks", "hangs", "accepted wrongly", "half-written", "unclear", "refused wrongly")
@@ -78,13 +79,11 @@ class Outcome:
         slowest = max((row.slowest_s for row in self.rows), default=0.0)
         return [*lines, ("all", self.given, self.answered, *sums, f"{slowest:.2f}")]
 
-
-def markdown(outcome):
-    """The table, and a list of what went wrong, as Markdown."""
-    head, *lines = outcome.table()
-    text = [f"| {' | '.join(map(str, cells))} |" for cells in (head, ["---"] * len(head), *lines)]
-    text += [f"\n- {kind}: {what}: {wrong}: {happened}" for kind, what, wrong, happened in outcome.failures]
-    return "\n".join(text) + "\n"
+    def part(self):
+        """The campaign's Part."""
+        head, *rows = self.table()
+        failures = [f"{kind}, {what}: {wrong}: {happened}" for kind, what, wrong, happened in self.failures]
+        return Part("Bad input", table(head, rows), self.given, self.given, failures)
 
 
 # ------------------------------------------------------------------------------------------------------- one case

@@ -38,6 +38,8 @@ from altgrad_jax.config import default_config
 from altgrad_jax.data.prepare import prepare
 from altgrad_jax.data.sources import local
 from altgrad_jax.data.tokenizer import get_tokenizer
+from altgrad_jax.faults.runs import Part
+from altgrad_jax.faults.runs import table as markdown_table
 from altgrad_jax.format_rules import resolve_rules
 from altgrad_jax.mesh import data_mesh
 from altgrad_jax.quantization import QuantOptions
@@ -598,3 +600,10 @@ def table(rows):
         lines.append((options, kind, place, str(n), ", ".join(sorted({row.detected for row in group})), last.located,
                       f"{located} of {n}", last.rest, last.policy, f"{right} of {n}"))
     return lines
+
+
+def part(rows):
+    """The campaign's Part."""
+    failures = [f"{row.options}, {row.kind} in {row.place} {row.layer}: {'; '.join(row.wrong)}" for row in rows
+                if row.wrong]
+    return Part("Numerical faults", markdown_table(COLUMNS, table(rows)), len(rows), len(rows), failures)
