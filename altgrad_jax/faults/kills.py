@@ -141,31 +141,34 @@ def _n_starts(run_dir):
         return 0
 
 
-def _kill_preparation(folder, number, rng, told):
-    """Kills the preparation of token files; whether the same command then makes what an undisturbed one makes."""
-    whole, out = folder / "prepared", folder / f"prepared-{number}"
-    log = folder / "preparation.log"
+def _preparation(folder, out):
+    """The command that makes token files of the texts in the campaign's folder."""
+    return [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), f"--input={folder / 'text'}",
+            "--tokenizer=bytes", f"--out={out}"]
 
-    def prepare(to):
-        return [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), f"--input={folder / 'text'}",
-                "--tokenizer=bytes", f"--out={to}"]
 
+def _prepare_whole(folder, rng):
+    """Makes the texts, and token files of them that nothing disturbs; the seconds that these took."""
+    (folder / "text").mkdir()
+    for i in range(12):
+        words = rng.choices(["council", "article", "shall", "of"], k=400_000)
+        (folder / "text" / f"{i}.txt").write_text(" ".join(words))
     started = time.monotonic()
-    if not whole.exists():
-        for i in range(12):
-            text = folder / "text" / f"{i}.txt"
-            text.parent.mkdir(exist_ok=True)
-            text.write_text(" ".join(rng.choices(["council", "article", "shall", "of"], k=400_000)))
-        finish(prepare(whole), log)
-        _kill_preparation.takes_s = time.monotonic() - started
-    process = start(prepare(out), log)
-    time.sleep(rng.uniform(0, _kill_preparation.takes_s))
+    finish(_preparation(folder, folder / "prepared"), folder / "preparation.log")
+    return time.monotonic() - started
+
+
+def _kill_preparation(folder, number, takes_s, rng, told):
+    """Kills the preparation of token files; whether the same command then makes what an undisturbed one makes."""
+    whole, out, log = folder / "prepared", folder / f"prepared-{number}", folder / "preparation.log"
+    process = start(_preparation(folder, out), log)
+    time.sleep(rng.uniform(0, takes_s))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     hidden = [name for name in _names(folder) if name.startswith(f".{out.name}.")]
     told("preparation", ["half-made token files"] if hidden else [], None)
     if not out.exists():
-        finish(prepare(out), log)
+        finish(_preparation(folder, out), log)
     left = [name for name in _names(folder) if name.startswith(f".{out.name}.")]
     same = _names(out) and all((out / name).read_bytes() == (whole / name).read_bytes() for name in _names(whole))
     return same and not left
@@ -187,8 +190,9 @@ def run(folder, data_dir, *, kills, seed, deadline, say=print):
         return sum(by_phase.values())
 
     n_preparations = kills // 10
+    takes_s = _prepare_whole(folder, rng) if n_preparations and not deadline.is_over() else None
     for number in range(n_preparations):
-        if not deadline.is_over() and not _kill_preparation(folder, number, rng, told):
+        if not deadline.is_over() and not _kill_preparation(folder, number, takes_s, rng, told):
             failures.append(f"preparation {number}: the files differ from an undisturbed preparation's")
     expected = {}
     while all_made() < kills and not deadline.is_over():
