@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from altgrad_jax import metrics, model, stability, step, training
+from altgrad_jax import metrics, model, stability, step, training, update
 from altgrad_jax.config import default_config
 from altgrad_jax.data.prepare import prepare
 from altgrad_jax.data.sources import local
@@ -117,7 +117,7 @@ def _sites(params):
 @contextlib.contextmanager
 def faults_ride_on_batches():
     """While this is entered, programs that are built act on the faults of their batches."""
-    make_loss, product = step.make_loss, model._product
+    make_loss, product = update.make_loss, model._product
     fault_of = []  # the function of the loss that is being traced
 
     def faulty_product(config, layer, *args, **choices):
@@ -153,11 +153,11 @@ def faults_ride_on_batches():
 
         return faulty_loss
 
-    step.make_loss, model._product = make_faulty_loss, faulty_product
+    update.make_loss, model._product = make_faulty_loss, faulty_product
     try:
         yield
     finally:
-        step.make_loss, model._product = make_loss, product
+        update.make_loss, model._product = make_loss, product
 
 
 # -------------------------------------------------------------------------------------------------- states and programs

@@ -1,0 +1,85 @@
+"""The parts of an update by themselves: no compiled run, and no step around them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_step import MODEL, THRESHOLDS
+
+from altgrad_jax import metrics, quantization, update
+from altgrad_jax.format_rules import resolve_rules
+from altgrad_jax.mesh import data_mesh
+from altgrad_jax.model import weights_of
+from altgrad_jax.quantization import QuantOptions, format_table
+from altgrad_jax.quantize import Grid, to_grid
+from altgrad_jax.update import Inputs, Step, StepOptions
+
+FLOAT32 = dataclasses.replace(MODEL, compute_dtype="float32")
+QUANT = QuantOptions(resolve_rules(("E4M3",), 2), weights_at_rest="nearest")
+WINDOWS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (4, MODEL.block_size + 1)).astype(np.uint16)
+
+
+def step_of(**options):
+    options = StepOptions(**dict(batch_size=4, steps_per_dispatch=1, learning_rate=1e-2, max_steps=10, warmup_steps=1,
+                                 thresholds=THRESHOLDS) | options)
+    return Step(FLOAT32, options, data_mesh(jax.devices()[:1]), n_train_windows=10, eval_batch_size=4)
+
+
+def state_and_inputs(step):
+    table = None if step.quant is None else format_table(step.quant)
+    return update.init(step, 0, table), Inputs(np.int32(0), np.float32(step.options.learning_rate), table)
+
+
+def test_step_is_a_static_argument():
+    assert step_of() == step_of() and hash(step_of()) == hash(step_of())
+    state = jax.jit(update.init, static_argnums=0)(step_of(), 0)
+    assert jax.tree.structure(state) == jax.tree.structure(update.init(step_of(), 0))
+
+
+def test_micro_batches_give_the_gradient_of_the_batch():
+    step = step_of()
+    state, _ = state_and_inputs(step)
+    whole, parts = (update.gradients(choices, choices.model, state.params, WINDOWS, 0, 0)
+                    for choices in (step, step_of(grad_accum_steps=2)))
+    np.testing.assert_allclose(whole.loss, parts.loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole.grads, parts.grads)
+
+
+@pytest.mark.parametrize("damage", ["loss", "gradient"])
+def test_nothing_moves_from_what_is_not_finite(damage):
+    step = step_of()
+    state, inputs = state_and_inputs(step)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    if damage == "gradient":
+        grads = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), grads)
+    found = update.Gradients(jnp.float32(jnp.nan if damage == "loss" else 1.0), grads, None, None)
+    health = update.judge(step, state, found)
+    after = update.propose_update(step, state, inputs, grads, health, None)
+    assert not health.finite
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
+
+
+def test_stored_weights_end_on_their_grid():
+    step = step_of(quant=QUANT)
+    state, inputs = state_and_inputs(step)
+    updates = jax.tree.map(lambda p: jnp.full_like(p, 0.01), state.params)
+    params = jax.tree.map(jnp.add, state.params, updates)
+    statistics_Q3S = jnp.zeros((len(QUANT.layers), 3, len(update.empty_statistics())))
+    after = update.apply_formats(step, state, params, updates, inputs, statistics_Q3S, ok=True, bad=False)
+    formats = quantization.weight_formats(QUANT, quantization.formats_at(inputs.formats, 0))
+    for layer in step.stored:
+        w = weights_of(after.params, layer)
+        grid = Grid(formats[layer], after.quant.rest_scale[quantization.key_of(layer)])
+        np.testing.assert_array_equal(w, to_grid(w, grid))
+        assert not np.array_equal(w, weights_of(state.params, layer))
+    assert set(after.entries) == set(step.stored) and not after.rises
+
+
+def test_every_metric_is_a_scalar_without_running_a_step():
+    step = step_of(quant=QUANT, use_shadow=True)
+    state, inputs = state_and_inputs(step)
+    state, row = jax.eval_shape(lambda *data: update.train_step(step, *data), state, WINDOWS, inputs)
+    assert all(value.shape == () for value in row.values())
+    assert {f"grad_norm/{layer}" for layer in metrics.by_layer(state.params)} <= set(row)
