@@ -32,7 +32,7 @@ import ml_collections
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import require_file
-from altgrad_jax.process import Interrupted, StopRequest
+from altgrad_jax.run.process import Interrupted, StopRequest
 
 _YES = ("true", "t", "1", "yes")
 _NO = ("false", "f", "0", "no")

@@ -24,9 +24,9 @@ from typing import Any
 
 import ml_collections
 
-from altgrad_jax import format_rules
 from altgrad_jax.errors import LIST_ITEM, UserError
-from altgrad_jax.formats import get_format, require_overflow_code
+from altgrad_jax.numerics import rules
+from altgrad_jax.numerics.formats import get_format, require_overflow_code
 
 INT32_MAX = 2**31 - 1
 FLOAT32_TINY = 2.0**-126  # the smallest normal float32; compiled code may flush what is below to 0
@@ -535,13 +535,13 @@ def _format_conflicts(c) -> list[str]:
     if not c.formats:
         return [*found, "use_fp8=True needs to know the formats: set formats, for example --config.formats=E4M3"]
     try:
-        layers = format_rules.resolve_rules(c.formats, c.n_layer)
+        layers = rules.resolve_rules(c.formats, c.n_layer)
     except UserError as error:
         return [*found, str(error)]
     scaling = for_operands(c.scaling)
-    names = format_rules.names_used(layers)
+    names = rules.names_used(layers)
     for layer in layers:
-        sizes = format_rules.contracted_sizes(layer.layer, c.n_embd, c.vocab_size)
+        sizes = rules.contracted_sizes(layer.layer, c.n_embd, c.vocab_size)
         for operand, name, way, size in zip("WAG", layer.wag, scaling, (sizes[0], *sizes)):
             block = int(way.removeprefix("block")) if way.startswith("block") else 1
             if name and size % block:
@@ -618,9 +618,9 @@ def _native_conflicts(c, layers, one_scale) -> list[str]:
         return [f"products='native' takes one scale for each operand, and scaling={c.scaling!r} has many: give "
                 "delayed, tensor or none, or products='emulated'"]
     for layer in layers:
-        wrong = [name for name in layer.wag if name not in format_rules.FLOAT8]
+        wrong = [name for name in layer.wag if name not in rules.FLOAT8]
         if wrong:
-            return [f"products='native' can compute with {' and '.join(format_rules.FLOAT8)} for each of W, A and G, "
+            return [f"products='native' can compute with {' and '.join(rules.FLOAT8)} for each of W, A and G, "
                     f"not with {wrong[0] or 'an operand that has no format'} in {layer.layer}: change formats, or set "
                     "products='emulated'"]
         if layer.wag.count("E5M2") > 1:

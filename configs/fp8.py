@@ -14,7 +14,7 @@ import ml_collections
 
 from altgrad_jax.config import AT_REST, OPTIMIZERS, default_config
 from altgrad_jax.errors import UserError
-from altgrad_jax.formats import get_format
+from altgrad_jax.numerics.formats import get_format
 
 
 def get_config(argument: str) -> ml_collections.ConfigDict:

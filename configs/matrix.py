@@ -16,8 +16,8 @@ The base of the sweep is any config: --config.max_steps=2000 trains every member
 import ml_collections
 
 from altgrad_jax.config import default_config
-from altgrad_jax.formats import DEFAULT_8BIT
-from altgrad_jax.sweep import axis, grid, only
+from altgrad_jax.numerics.formats import DEFAULT_8BIT
+from altgrad_jax.run.sweep import axis, grid, only
 
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (1, 2, 3, 4, 5)

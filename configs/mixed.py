@@ -12,8 +12,8 @@ import ml_collections
 
 from altgrad_jax.config import default_config
 from altgrad_jax.errors import UserError
-from altgrad_jax.format_rules import NONE
-from altgrad_jax.formats import get_format
+from altgrad_jax.numerics.formats import get_format
+from altgrad_jax.numerics.rules import NONE
 
 
 def get_config(argument: str = "BF16,E3M4,BF16") -> ml_collections.ConfigDict:

@@ -17,7 +17,7 @@ import re
 import sys
 
 from altgrad_jax import cli
-from altgrad_jax.benchmark import peers
+from altgrad_jax.bench import peers
 from altgrad_jax.errors import UserError
 
 YES_NO = ("quick", "deterministic")  # may be given without a value
@@ -60,12 +60,12 @@ def peer(text):
 
 def run(config, **flags):
     if flags["deterministic"]:
-        from altgrad_jax.environment import use_deterministic_operations
+        from altgrad_jax.run.device import use_deterministic_operations
 
         use_deterministic_operations()
     # So that a peer's process finds room on the same GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from altgrad_jax.benchmark import report
+    from altgrad_jax.bench import report
 
     with contextlib.ExitStack() as resources:
         return report.run(config, flags, resources)

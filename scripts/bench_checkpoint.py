@@ -21,7 +21,7 @@ def whole(text):
 
 
 def run(config, *, folder, rounds):
-    from altgrad_jax.checkpoint_benchmark import bench_checkpoint
+    from altgrad_jax.bench.checkpoint import bench_checkpoint
 
     bench_checkpoint(config, folder=folder, rounds=rounds)
     return 0

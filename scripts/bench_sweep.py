@@ -42,7 +42,7 @@ def yes_no(text):
 def time_processes(config, axes, rounds, data_dir, cpu_devices):
     """[{"alone": seconds, "map": ..., ...}] a round, for the members of the axes."""
     from altgrad_jax import config as settings
-    from altgrad_jax import sweep
+    from altgrad_jax.run import sweep
 
     points = sweep.parse_axes(axes)
     script = {name: str(ROOT / "scripts" / f"{name}.py") for name in ("train", "sweep")}
@@ -86,7 +86,7 @@ def run(config, *, axes, rounds, processes, widths, member_loops, cpu_devices, d
             print(f"| {way} | {statistics.median(row[way] for row in rows):.1f} | {ratio:.2f} |")
         result["processes"] = rows
     if widths:
-        from altgrad_jax.benchmark import programs, tables
+        from altgrad_jax.bench import programs, tables
 
         rows = programs.bench_members(config, widths, member_loops.split(","), data_dir=data_dir, rounds=rounds,
                                       say=lambda text: print(text, flush=True))

@@ -26,7 +26,7 @@ def parse_args(argv=None):
 
 def main(args):
     # Here, so that --help does not wait for jax.
-    from altgrad_jax.evaluation import evaluate_checkpoint
+    from altgrad_jax.inference.evaluate import evaluate_checkpoint
 
     result = evaluate_checkpoint(
         args.checkpoint, step=args.step, data_dir=args.data_dir, token_file=args.tokens, all_windows=args.all

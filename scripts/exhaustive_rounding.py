@@ -27,7 +27,7 @@ INFINITY, NAN = 0x7F800000, 0x7FC00000
 
 def first_inputs(fmt, rounding):
     """Bit patterns [max_code + 1] from which codes 1, ..., max_code + 1 are the answer (stochastic: the lower one)."""
-    from altgrad_jax import formats
+    from altgrad_jax.numerics import formats
 
     values = formats.decode(fmt, np.arange(fmt.max_code + 1))
     values = np.append(values, fmt.max + 2.0 ** (max(fmt.maxexp - 1, fmt.minexp) - fmt.mantissa_bits))
@@ -41,7 +41,7 @@ def first_inputs(fmt, rounding):
 
 def check_chunk(fmt, rounding, saturate, rounded, start):
     """Mismatches among the inputs with bit patterns start ... start + CHUNK - 1, which `rounded` (uint32) answers."""
-    from altgrad_jax import formats
+    from altgrad_jax.numerics import formats
 
     sign, low = start & 0x80000000, start & 0x7FFFFFFF
     numbers = formats.decode(fmt, np.arange(fmt.max_code + 1)).astype(np.float32).view(np.uint32)
@@ -74,8 +74,8 @@ def parse_args(argv=None):
 def main(args):
     import jax
 
-    from altgrad_jax import formats
-    from altgrad_jax.quantize import format_params, round_to_format, stochastic_seed
+    from altgrad_jax.numerics import formats
+    from altgrad_jax.numerics.rounding import format_params, round_to_format, stochastic_seed
 
     names = {None: formats.DEFAULT_8BIT, "all": formats.FORMATS}.get(args.formats, (args.formats or "").split(","))
     chosen = [formats.get_format(name) for name in names]

@@ -44,8 +44,8 @@ def main(args):
 
 def export_checkpoint(args):
     # Here and below, so that --help does not wait for jax.
-    from altgrad_jax import hf
-    from altgrad_jax.generate import load_model
+    from altgrad_jax.inference import hf
+    from altgrad_jax.inference.generate import load_model
 
     hf.refuse_occupied(args.out)
     params, config, settings, operands = load_model(args.source, args.step)
@@ -65,8 +65,8 @@ def import_folder(args):
     import jax.numpy as jnp
     from jax import tree
 
-    from altgrad_jax import hf
-    from altgrad_jax.checkpoint import open_checkpoints
+    from altgrad_jax.inference import hf
+    from altgrad_jax.run.checkpoint import open_checkpoints
 
     out = hf.refuse_occupied(args.out)
     tensors, config_json = hf.read_folder(args.source)

@@ -13,7 +13,7 @@ from pathlib import Path
 from altgrad_jax import cli
 from altgrad_jax.config import INT32_MAX
 from altgrad_jax.errors import UserError
-from altgrad_jax.formats import DEFAULT_8BIT, get_format
+from altgrad_jax.numerics.formats import DEFAULT_8BIT, get_format
 
 
 def formats(text):
@@ -35,7 +35,7 @@ def interval(text):
 
 
 def run(config, *, out, formats, seeds, shadow_interval, data_dir, report):
-    from altgrad_jax import campaign
+    from altgrad_jax.bench import campaign
 
     out = Path(out).absolute()
     campaign.run(config, out, campaign.plan(formats, shadow_interval=shadow_interval, seeds=seeds), data_dir=data_dir,

@@ -25,8 +25,8 @@ JAX_PLATFORMS=cuda timeout 240 python3 -m pytest -m "not oracle" tests/test_quan
     tests/test_metrics.py tests/test_ledger.py tests/test_diagnostics.py 2>&1 | tee "$out/tests.log" | tail -n 15
 
 timeout 60 python3 -c '
-from altgrad_jax.formats import FORMATS
-from altgrad_jax.quantize import canary
+from altgrad_jax.numerics.formats import FORMATS
+from altgrad_jax.numerics.rounding import canary
 for fmt in FORMATS.values():
     found = canary(fmt)
     print(fmt.name, found["device"], found["n_inputs"], found["n_changed"], found["image_sha256"], flush=True)

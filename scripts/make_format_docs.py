@@ -7,9 +7,9 @@ import math
 import os
 from fractions import Fraction
 
-from altgrad_jax import formats
 from altgrad_jax.cli import ArgumentParser, run_script
 from altgrad_jax.files import writing
+from altgrad_jax.numerics import formats
 
 INTRO = """# Number formats
 

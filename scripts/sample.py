@@ -44,7 +44,7 @@ def main(args):
     # Here, so that --help does not wait for jax.
     from altgrad_jax.data.tokenizer import get_tokenizer
     from altgrad_jax.errors import UserError
-    from altgrad_jax.generate import generate, load_model
+    from altgrad_jax.inference.generate import generate, load_model
 
     if args.num_samples < 1:
         raise UserError(f"--num_samples {args.num_samples} cannot be used; give 1 or more.")

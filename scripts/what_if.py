@@ -10,8 +10,8 @@ range. A run in any format has the histograms; formats=BF16 trains exactly as th
 from pathlib import Path
 
 from altgrad_jax.cli import ArgumentParser, run_script, whole_number
-from altgrad_jax.formats import DEFAULT_8BIT
-from altgrad_jax.whatif import of_run
+from altgrad_jax.numerics.formats import DEFAULT_8BIT
+from altgrad_jax.numerics.whatif import of_run
 
 
 def parse_args(argv=None):

@@ -11,7 +11,7 @@ import numpy as np
 from gfloat.formats import format_info_p3109
 from gfloat.types import Domain, FormatInfo
 
-from altgrad_jax import formats
+from altgrad_jax.numerics import formats
 
 DTYPES = {
     "E3M4": ml_dtypes.float8_e3m4,
@@ -83,7 +83,7 @@ def main():
 
     import jax
 
-    from altgrad_jax.quantize import format_params, round_to_format
+    from altgrad_jax.numerics.rounding import format_params, round_to_format
 
     rounded = jax.jit(round_to_format)
     print(

@@ -22,8 +22,8 @@ import numpy as np
 import optax
 import pytest
 
-from altgrad_jax import checkpoint
 from altgrad_jax.errors import UserError
+from altgrad_jax.run import checkpoint
 
 META = {"config": {"seed": 42, "tags": ["a", "b"]}, "wandb_run_id": "x1", "rate": 0.1, "é": None}
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from altgrad_jax import checkpoint
+from altgrad_jax.run import checkpoint
 
 META = {"config": {"seed": 1}}
 # "inside" is whole on each process, but in two pieces; "w", "h" and the moment lie on all devices of both.

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from ml_collections import config_dict
 
-from altgrad_jax import cli, optimizer, quant_dot, quantization, stability
+from altgrad_jax import cli
 from altgrad_jax import config as settings
 from altgrad_jax.config import FIELDS, RESUMABLE_FIELDS, default_config, from_dict, to_dict, validate
 from altgrad_jax.errors import UserError
+from altgrad_jax.numerics import optimizers, products
+from altgrad_jax.step import quantization, stability
 
 ROOT = Path(__file__).parents[1]
 
@@ -345,11 +347,11 @@ def test_format_settings_that_fit(values):
 
 
 def test_the_choices_are_those_of_the_modules_that_compute():
-    assert settings.OPTIMIZERS == optimizer.OPTIMIZERS
-    assert settings.SCALINGS == quant_dot.SCALINGS
+    assert settings.OPTIMIZERS == optimizers.OPTIMIZERS
+    assert settings.SCALINGS == products.SCALINGS
     assert set(settings.FORMAT_GROUPS) <= set(settings.METRIC_GROUPS)
     for name in settings.OPTIMIZERS:
-        assert optimizer.make(name, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, is_quantized=lambda params: {})
+        assert optimizers.make(name, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, is_quantized=lambda params: {})
     for at_rest in settings.AT_REST:
         options = quantization.options_of(changed(use_fp8=True, formats=("E4M3",), weights_at_rest=at_rest))
         assert bool(options.stored) == (at_rest != "float32")

@@ -10,8 +10,8 @@ import pytest
 from altgrad_jax import cli
 from altgrad_jax.config import AT_REST, OPTIMIZERS, default_config, validate
 from altgrad_jax.errors import UserError
-from altgrad_jax.format_rules import resolve_rules
-from altgrad_jax.formats import ALIASES, DEFAULT_8BIT, FORMATS
+from altgrad_jax.numerics.formats import ALIASES, DEFAULT_8BIT, FORMATS
+from altgrad_jax.numerics.rules import resolve_rules
 
 ROOT = Path(__file__).parents[1]
 NAMES = {"run_name", "checkpoint_dir", "tags"}
@@ -145,7 +145,7 @@ def test_jax_would_be_missed(tmp_path):
 
 def test_the_matrix_is_whole():
     """Every arm at every rate and seed, in as many programs as there are kinds of arms."""
-    from altgrad_jax.sweep import make_groups, make_members
+    from altgrad_jax.run.sweep import make_groups, make_members
 
     config = cli.load_config("configs/matrix.py")
     points = cli.sweep_of(config)

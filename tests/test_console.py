@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from altgrad_jax.console import make_console, show_duration, show_rate
 from altgrad_jax.errors import UserError
+from altgrad_jax.run.console import make_console, show_duration, show_rate
 
 
 class Terminal(io.StringIO):

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from altgrad_jax.cross_entropy import cross_entropy, padded, tied_cross_entropy, tiles
-from altgrad_jax.quant_dot import quant_dot, weight_gradient
+from altgrad_jax.numerics.cross_entropy import cross_entropy, padded, tied_cross_entropy, tiles
+from altgrad_jax.numerics.products import quant_dot, weight_gradient
 
 B, L, D = 3, 32, 24
 

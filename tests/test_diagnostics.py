@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax import diagnostics, formats, model, whatif
-from altgrad_jax.formats import FORMATS
-from altgrad_jax.quantize import Grid, format_params
-from altgrad_jax.rank_alerts import RankFalling
+from altgrad_jax.models import gpt2
+from altgrad_jax.numerics import formats, histograms, whatif
+from altgrad_jax.numerics.formats import FORMATS
+from altgrad_jax.numerics.rounding import Grid, format_params
+from altgrad_jax.run.rank_alerts import RankFalling
+from altgrad_jax.step import metrics
 
-rank_health = jax.jit(diagnostics.rank_health)
-code_histogram = jax.jit(diagnostics.code_histogram)
+rank_health = jax.jit(histograms.rank_health)
+code_histogram = jax.jit(histograms.code_histogram)
 
 
 def by_svd(w):
@@ -85,11 +87,11 @@ def test_rank_of_nothing_and_of_what_is_broken():
 
 
 def test_rank_metrics_cover_kernels_and_the_token_table():
-    config = model.GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=40)
+    config = gpt2.GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=40)
     rng = np.random.default_rng(8)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
-                          jax.eval_shape(lambda: model.init_params(config, 0)))
-    got = floats(jax.jit(diagnostics.rank_metrics)(params))
+                          jax.eval_shape(lambda: gpt2.init_params(config, 0)))
+    got = floats(jax.jit(metrics.rank_metrics)(params))
     layers = ["embed"] + [f"block_{i}/{part}" for i in range(2) for part in
                           ("attn_qkv", "attn_out", "mlp_up", "mlp_down")]
     assert set(got) == {f"{name}/{layer}" for layer in layers for name in
@@ -132,26 +134,26 @@ def test_codes_without_saturation(name):
 def test_counts_beyond_the_whole_numbers_of_float32():
     """2^24 + 3 equal elements in one counter: a float32 counter that adds ones stops at 2^24."""
     v = jnp.ones(2**24 + 3, jnp.float32)
-    assert int(jax.jit(diagnostics.exponent_histogram)(v)[127]) == 2**24 + 3
+    assert int(jax.jit(histograms.exponent_histogram)(v)[127]) == 2**24 + 3
 
 
 def test_code_use():
     counts = np.zeros(256, np.int32)
     counts[[0, 5, 130, 255]] = [8, 4, 2, 2]
-    got = floats(jax.jit(diagnostics.code_use)(counts, 253))
+    got = floats(jax.jit(histograms.code_use)(counts, 253))
     assert got == pytest.approx({"codes_used": 4, "codes_used_share": 4 / 253, "code_entropy": 1.75})
     counts = np.random.default_rng(0).integers(0, 10**6, 256).astype(np.int32)
     p = counts / counts.sum()
-    assert floats(diagnostics.code_use(counts, 255))["code_entropy"] == pytest.approx(-(p * np.log2(p)).sum(), rel=1e-6)
-    assert set(floats(diagnostics.code_use(np.zeros(256, np.int32), 255)).values()) == {0.0}
-    assert floats(diagnostics.code_use(np.eye(256, dtype=np.int32)[3], 255))["code_entropy"] == 0
+    assert floats(histograms.code_use(counts, 255))["code_entropy"] == pytest.approx(-(p * np.log2(p)).sum(), rel=1e-6)
+    assert set(floats(histograms.code_use(np.zeros(256, np.int32), 255)).values()) == {0.0}
+    assert floats(histograms.code_use(np.eye(256, dtype=np.int32)[3], 255))["code_entropy"] == 0
 
 
 def test_exponents():
     v = np.concatenate([values(), np.float32([1e-42, -1e-42, 2.0**-126, 3e38])])
     size = np.abs(v.astype(np.float64))
     fields = np.where(size < 2.0**-126, 0, np.where(np.isfinite(size), np.frexp(size)[1] + 126, 255))
-    np.testing.assert_array_equal(jax.jit(diagnostics.exponent_histogram)(v), np.bincount(fields, minlength=256))
+    np.testing.assert_array_equal(jax.jit(histograms.exponent_histogram)(v), np.bincount(fields, minlength=256))
 
 
 def test_magnitudes():
@@ -174,7 +176,7 @@ def test_magnitudes():
             j = next(j for j in range(8) if j == 7 or mantissa <= 2 - 2.0 ** -(j + 1))
             index = 2 + 8 * (exponent + 149) + j
         expected[index] += 1
-    got = np.asarray(jax.jit(diagnostics.magnitude_histogram)(v))
+    got = np.asarray(jax.jit(histograms.magnitude_histogram)(v))
     assert got.dtype == np.int32
     np.testing.assert_array_equal(got, expected)
 

@@ -8,8 +8,8 @@ import pytest
 from test_training import command, make_data, tiny
 
 from altgrad_jax import train
-from altgrad_jax.dry_run import dry_run
 from altgrad_jax.errors import UserError
+from altgrad_jax.run.dry_run import dry_run
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_it_says_what_a_run_takes_and_makes_no_folder(data_dir, tmp_path, capsys
 
 
 def test_a_known_device_is_predicted_from_its_peak_and_the_assumption_is_named(data_dir, tmp_path, capsys, monkeypatch):
-    from altgrad_jax import training
+    from altgrad_jax.run import training
 
     monkeypatch.setattr(training.flops, "peak_flops", lambda *_: 1e12)
     dry_run(tiny(), data_dir=data_dir, workdir=tmp_path / "x")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from test_training import make_data, tiny
 
-from altgrad_jax import environment, train, training
+from altgrad_jax import train
+from altgrad_jax.run import device, training
 
 DUMP, LOAD = "--xla_gpu_dump_autotune_results_to", "--xla_gpu_load_autotune_results_from"
 
@@ -17,43 +18,43 @@ DUMP, LOAD = "--xla_gpu_dump_autotune_results_to", "--xla_gpu_load_autotune_resu
 @pytest.fixture
 def gpu_is_expected(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
-    monkeypatch.setattr(environment, "expects_nvidia_gpu", lambda: True)
-    monkeypatch.setattr(environment, "_backend_is_started", lambda: False)
-    monkeypatch.setattr(environment, "nvidia_model", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(device, "expects_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(device, "_backend_is_started", lambda: False)
+    monkeypatch.setattr(device, "nvidia_model", lambda: "NVIDIA H100 80GB HBM3")
 
 
 def flags_after(run_dir, made_on, said=None):
     os.environ["XLA_FLAGS"] = "--xla_a=1"
-    environment.use_autotune_results(run_dir, made_on, pytest.fail if said is None else said.append)
+    device.use_autotune_results(run_dir, made_on, pytest.fail if said is None else said.append)
     return os.environ["XLA_FLAGS"]
 
 
 def test_kernels_are_written_down_once_and_read_on_the_same_kind_of_gpu(gpu_is_expected, tmp_path, monkeypatch):
-    path = tmp_path / environment.AUTOTUNE
+    path = tmp_path / device.AUTOTUNE
     part = tmp_path / ".autotune.part"
     assert flags_after(tmp_path, None) == f"--xla_a=1 {DUMP}={part}"
-    environment.keep_autotune_results(tmp_path)  # XLA wrote nothing
+    device.keep_autotune_results(tmp_path)  # XLA wrote nothing
     assert not path.exists()
     part.write_text("results")
-    environment.keep_autotune_results(tmp_path)
+    device.keep_autotune_results(tmp_path)
     assert path.read_text() == "results" and not part.exists()
     for made_on in (None, "NVIDIA H100 80GB HBM3", "H100 80GB HBM3"):
         assert flags_after(tmp_path, made_on) == f"--xla_a=1 {LOAD}={path}"
     assert flags_after(tmp_path, "NVIDIA A100-SXM4-80GB") == "--xla_a=1"
-    monkeypatch.setattr(environment, "nvidia_model", lambda: None)  # XLA itself goes by the device then
+    monkeypatch.setattr(device, "nvidia_model", lambda: None)  # XLA itself goes by the device then
     assert LOAD in flags_after(tmp_path, "NVIDIA A100-SXM4-80GB")
     said = []
-    monkeypatch.setattr(environment, "_backend_is_started", lambda: True)
+    monkeypatch.setattr(device, "_backend_is_started", lambda: True)
     assert flags_after(tmp_path, None, said) == "--xla_a=1" and "jax had already started" in said[0]
 
 
 def test_flags_given_by_hand_come_first_and_without_a_gpu_there_are_none(gpu_is_expected, tmp_path, monkeypatch):
     os.environ["XLA_FLAGS"] = f"{LOAD}=/elsewhere"
-    environment.use_autotune_results(tmp_path, None, pytest.fail)
+    device.use_autotune_results(tmp_path, None, pytest.fail)
     assert os.environ["XLA_FLAGS"] == f"{LOAD}=/elsewhere"
     monkeypatch.undo()
     monkeypatch.setenv("XLA_FLAGS", "")
-    assert not environment.expects_nvidia_gpu()  # the tests ask jax for the CPU
+    assert not device.expects_nvidia_gpu()  # the tests ask jax for the CPU
     assert flags_after(tmp_path, None) == "--xla_a=1"
 
 
@@ -77,11 +78,11 @@ def test_the_flags_stand_in_the_manifest_and_another_device_is_told(gpu_is_expec
     assert "goes on on" not in capsys.readouterr().out
     manifest["starts"][0]["device"]["kind"] = "NVIDIA H100 80GB HBM3"
     (run_dir / "manifest.json").write_text(json.dumps(manifest))
-    environment.keep_autotune_results(run_dir)
+    device.keep_autotune_results(run_dir)
     first, second = (start["xla_flags"] for start in start()["starts"])
-    assert first == (f"--xla_gpu_enable_triton_gemm=false {environment.DETERMINISTIC_FLAG} "
+    assert first == (f"--xla_gpu_enable_triton_gemm=false {device.DETERMINISTIC_FLAG} "
                      f"{DUMP}={run_dir / '.autotune.part'}")
-    assert second == f"{environment.DETERMINISTIC_FLAG} {LOAD}={run_dir / environment.AUTOTUNE}"
+    assert second == f"{device.DETERMINISTIC_FLAG} {LOAD}={run_dir / device.AUTOTUNE}"
     assert capsys.readouterr().out.count("was begun on NVIDIA H100 80GB HBM3 and goes on on cpu") == 1
 
 
@@ -95,8 +96,8 @@ def stands_at_step_0(self):
 def test_a_cpu_takes_the_flags_without_harm(tmp_path):
     folder = tmp_path / "with a blank"
     folder.mkdir()
-    flags = (f"{environment.DETERMINISTIC_FLAG} {DUMP}={environment._quoted(folder / 'x')} "
-             f"{LOAD}={environment._quoted(folder / 'y')}")
+    flags = (f"{device.DETERMINISTIC_FLAG} {DUMP}={device._quoted(folder / 'x')} "
+             f"{LOAD}={device._quoted(folder / 'y')}")
     script = "import jax, jax.numpy as jnp; print(jax.jit(lambda x: x @ x)(jnp.ones((4, 4)))[0, 0])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                           env={**os.environ, "XLA_FLAGS": flags})

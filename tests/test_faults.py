@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from campaigns import corruption, environment, kills, runs, soak
 
-from altgrad_jax import checkpoint
-from altgrad_jax.faults import corruption, environment, kills, runs, soak
+from altgrad_jax.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 ENDLESS = runs.Deadline(None)

@@ -4,11 +4,11 @@ import ast
 from pathlib import Path
 
 import pytest
+from campaigns import bad_configs, inputs, runs
+from campaigns.case import ROOT, Case, Script
 
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
-from altgrad_jax.faults import bad_configs, inputs, runs
-from altgrad_jax.faults.case import ROOT, Case, Script
 
 
 def test_every_bad_input_is_answered_in_one_sentence_and_nothing_is_written(tmp_path):

@@ -1,6 +1,6 @@
 """NaN and infinities put into a training, in one small program; the whole campaign has more formats and optimizers."""
 
-from altgrad_jax.faults import numerics
+from campaigns import numerics
 
 
 def test_every_fault_is_found_at_its_step_named_and_harms_nothing_else(tmp_path):

@@ -3,10 +3,10 @@
 import jax
 import pytest
 
-from altgrad_jax import formats
 from altgrad_jax.errors import UserError
-from altgrad_jax.format_rules import LayerFormats, contracted_sizes, linear_layers, names_used, resolve_rules
-from altgrad_jax.model import GPTConfig, init_params, weights_of
+from altgrad_jax.models.gpt2 import GPTConfig, init_params, weights_of
+from altgrad_jax.numerics import formats
+from altgrad_jax.numerics.rules import LayerFormats, contracted_sizes, linear_layers, names_used, resolve_rules
 
 PARTS = ("attn_qkv", "attn_out", "mlp_up", "mlp_down")
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import rounding_oracles
 
-from altgrad_jax import formats
 from altgrad_jax.errors import UserError
-from altgrad_jax.formats import FORMATS, certificate, decode, encode, get_format
+from altgrad_jax.numerics import formats
+from altgrad_jax.numerics.formats import FORMATS, certificate, decode, encode, get_format
 
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
 

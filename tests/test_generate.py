@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax import checkpoint, quantization
-from altgrad_jax import generate as generate_module
 from altgrad_jax.config import ADDED_IN_2, default_config, to_dict
 from altgrad_jax.errors import UserError
-from altgrad_jax.formats import get_format
-from altgrad_jax.generate import generate, load_model, sample_token
-from altgrad_jax.model import GPT, GPTConfig, Quantized, init_params, weights_of
+from altgrad_jax.inference import generate as generate_module
+from altgrad_jax.inference.generate import generate, load_model, sample_token
+from altgrad_jax.models.gpt2 import GPT, GPTConfig, Quantized, init_params, weights_of
+from altgrad_jax.numerics.formats import get_format
+from altgrad_jax.run import checkpoint
+from altgrad_jax.step import quantization
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=256, compute_dtype="float32")
 ROOT = Path(__file__).parents[1]

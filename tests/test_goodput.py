@@ -8,8 +8,9 @@ import time
 import pytest
 from test_training import make_data, tiny
 
-from altgrad_jax import goodput, train, verdict
-from altgrad_jax.process import process_age
+from altgrad_jax import train
+from altgrad_jax.run import goodput, verdict
+from altgrad_jax.run.process import process_age
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_a_run_accounts_for_its_time_and_for_steps_made_twice(data_dir, tmp_path
 
 
 def test_a_run_that_fails_or_is_interrupted_leaves_its_account(data_dir, tmp_path, monkeypatch, capsys):
-    from altgrad_jax import training
+    from altgrad_jax.run import training
 
     advance = training.Program.advance
 
@@ -120,7 +121,7 @@ def test_a_run_that_fails_or_is_interrupted_leaves_its_account(data_dir, tmp_pat
 
 def test_the_age_of_a_process_counts_its_interpreters_start():
     before = time.time()
-    script = "import time; time.sleep(0.3); from altgrad_jax.process import process_age; print(process_age())"
+    script = "import time; time.sleep(0.3); from altgrad_jax.run.process import process_age; print(process_age())"
     age = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
     assert 0.3 <= age <= time.time() - before + 0.02
     assert process_age() > 0

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax import hf
-from altgrad_jax.model import GPT, GPTConfig, init_params
+from altgrad_jax.inference import hf
+from altgrad_jax.models.gpt2 import GPT, GPTConfig, init_params
 
 pytestmark = pytest.mark.oracle
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax import ledger
-from altgrad_jax.formats import DEFAULT_8BIT, decode, encode, get_format, round_reference
-from altgrad_jax.quant_dot import scale_for
-from altgrad_jax.quantize import Grid, format_params, stochastic_seed, to_grid, ulp
+from altgrad_jax.numerics import ledger
+from altgrad_jax.numerics.formats import DEFAULT_8BIT, decode, encode, get_format, round_reference
+from altgrad_jax.numerics.products import scale_for
+from altgrad_jax.numerics.rounding import Grid, format_params, stochastic_seed, to_grid, ulp
 
 WIDE_AND_NARROW = ("E0M7", "E4M3", "E5M2", "E7M0")
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from altgrad_jax import logger
 from altgrad_jax.errors import UserError
-from altgrad_jax.logger import DispatchRecord, Record, ValRising, Writer, format_row, keep_row, parse_row
-from altgrad_jax.rank_alerts import RankFalling
+from altgrad_jax.run import logger
+from altgrad_jax.run.logger import DispatchRecord, Record, ValRising, Writer, format_row, keep_row, parse_row
+from altgrad_jax.run.rank_alerts import RankFalling
 
 NAMES = ("loss", "grad_norm/block_0/mlp_up", "100%s", "alert/loss_spike", "alert/dead_layer/block_0/mlp_up",
          "alert_value/dead_layer/block_0/mlp_up")
@@ -303,7 +303,7 @@ def test_a_fresh_run_refuses_old_diagnostics(tmp_path):
 
 KILLED = """
 import sys, numpy as np
-from altgrad_jax.logger import *
+from altgrad_jax.run.logger import *
 writer = Writer(Record.open(sys.argv[1]), max_steps=10**9, tokens_per_step=1)
 names = ("loss",) + tuple(f"norm/{i}" for i in range(99))
 for start in range(1, 10**9, 10):
@@ -917,7 +917,7 @@ def test_a_resumed_run_sends_what_wandb_lacks(tmp_path, fake, mode, starting_ste
 
 ORPHAN = """
 import os, signal, sys
-from altgrad_jax.logger import *
+from altgrad_jax.run.logger import *
 from test_logger import Feed
 Feed(sys.argv[1], "fake_wandb")
 os.kill(os.getpid(), signal.SIGKILL)

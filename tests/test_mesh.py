@@ -21,15 +21,17 @@ import numpy as np
 import pytest
 from test_training import command, make_data, rows_of, wait_for_rows
 
-from altgrad_jax import distributed, mesh, stability
-from altgrad_jax.checkpoint import list_steps
 from altgrad_jax.errors import UserError
-from altgrad_jax.format_rules import resolve_rules
-from altgrad_jax.mesh import data_mesh, over_fsdp, place, replicated, shard_bytes, split_axis
-from altgrad_jax.model import GPTConfig
-from altgrad_jax.process import lock_folder
-from altgrad_jax.quantization import QuantOptions
-from altgrad_jax.step import StepOptions, make_step_functions
+from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.numerics.rules import resolve_rules
+from altgrad_jax.run import distributed
+from altgrad_jax.run.checkpoint import list_steps
+from altgrad_jax.run.process import lock_folder
+from altgrad_jax.step import mesh, stability
+from altgrad_jax.step.mesh import data_mesh, over_fsdp, place, replicated, shard_bytes, split_axis
+from altgrad_jax.step.program import make_step_functions
+from altgrad_jax.step.quantization import QuantOptions
+from altgrad_jax.step.update import StepOptions
 
 ROOT = Path(__file__).parent.parent
 # 61 rows of the table: a prime, as it were GPT-2's vocabulary. Arrays from 256 elements on are split.

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from altgrad_jax import metrics
+from altgrad_jax.step import metrics
 
 
 def make_tree(seed, scale=1.0):

@@ -6,19 +6,19 @@ import numpy as np
 import optax
 import pytest
 
-from altgrad_jax import formats, optimizer
 from altgrad_jax.errors import UserError
-from altgrad_jax.quant_dot import scale_for
-from altgrad_jax.quantize import Grid, format_params, stochastic_seed, to_grid
+from altgrad_jax.numerics import formats, optimizers
+from altgrad_jax.numerics.products import scale_for
+from altgrad_jax.numerics.rounding import Grid, format_params, stochastic_seed, to_grid
 
 SETTINGS = dict(peak=6e-4, warmup_steps=10, max_steps=100, min_lr_ratio=0.1, decay_steps=20)
 
 
 def rates(schedule, **overrides):
-    return np.array([optimizer.learning_rate(k, schedule=schedule, **{**SETTINGS, **overrides}) for k in range(100)])
+    return np.array([optimizers.learning_rate(k, schedule=schedule, **{**SETTINGS, **overrides}) for k in range(100)])
 
 
-@pytest.mark.parametrize("schedule", optimizer.SCHEDULES)
+@pytest.mark.parametrize("schedule", optimizers.SCHEDULES)
 def test_warm_up_is_linear_and_reaches_the_peak_at_its_last_update(schedule):
     np.testing.assert_allclose(rates(schedule)[:10], 6e-4 * np.arange(1, 11) / 10, rtol=1e-6)
 
@@ -52,7 +52,7 @@ def tree(seed, scale=1.0):
 
 def test_adamw_times_the_rate_is_optax_adamw():
     """Twenty updates, decay on matrices only, against optax's own AdamW with the same schedule and mask."""
-    ours = optimizer.adamw(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+    ours = optimizers.adamw(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
     theirs = optax.adamw(lambda k: 1e-2 * jnp.minimum(1.0, (k + 1) / 5), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1,
                          mask={"a": {"kernel": True, "bias": False}})
     params = reference = tree(0)
@@ -60,26 +60,26 @@ def test_adamw_times_the_rate_is_optax_adamw():
     for k in range(20):
         grads = tree(k + 1)
         direction, state = ours.update(grads, state, params)
-        rate = optimizer.learning_rate(k, peak=1e-2, warmup_steps=5, max_steps=20, schedule="constant",
+        rate = optimizers.learning_rate(k, peak=1e-2, warmup_steps=5, max_steps=20, schedule="constant",
                                        min_lr_ratio=0.1, decay_steps=20)
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
         updates, their_state = theirs.update(grads, their_state, reference)
         reference = optax.apply_updates(reference, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-7), params, reference)
-    assert optimizer.adam_moments(state).count == 20
+    assert optimizers.adam_moments(state).count == 20
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 1e4])
 def test_clipping_is_optax_clip_by_global_norm(scale):
     grads = tree(3, scale)
-    factor = optimizer.clip_factor(optax.tree.norm(grads), 1.0)
+    factor = optimizers.clip_factor(optax.tree.norm(grads), 1.0)
     expected, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g * factor, e, rtol=1e-6), grads, expected)
 
 
 def test_clipping_can_be_turned_off_and_survives_a_zero_gradient():
-    assert optimizer.clip_factor(jnp.float32(1e9), 0.0) == 1.0
-    assert optimizer.clip_factor(jnp.float32(0.0), 1.0) == 1.0
+    assert optimizers.clip_factor(jnp.float32(1e9), 0.0) == 1.0
+    assert optimizers.clip_factor(jnp.float32(0.0), 1.0) == 1.0
 
 
 # The optimizers that know the format. One matrix has a grid, another and a vector have none.
@@ -102,7 +102,7 @@ def grid_of(name, w):
 
 
 def make(name):
-    return optimizer.make(name, **ADAM, is_quantized=QUANTIZED)
+    return optimizers.make(name, **ADAM, is_quantized=QUANTIZED)
 
 
 def extra(k=0, **given):
@@ -148,10 +148,10 @@ def bits(tree):
     return [np.asarray(leaf).view(np.uint32) for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_every_optimizer_without_grids_is_adamw_bit_for_bit(name):
-    plain = optimizer.adamw(**ADAM)
-    own = optimizer.make(name, **ADAM, is_quantized=lambda params: jax.tree.map(lambda _: False, params))
+    plain = optimizers.adamw(**ADAM)
+    own = optimizers.make(name, **ADAM, is_quantized=lambda params: jax.tree.map(lambda _: False, params))
     params = model_tree(0, 0.02)
     plain_state, state = plain.init(params), own.init(params)
     plain_update, update = jax.jit(plain.update), jax.jit(own.update)
@@ -162,15 +162,15 @@ def test_every_optimizer_without_grids_is_adamw_bit_for_bit(name):
         for a, b in zip(bits(direction), bits(expected), strict=True):
             np.testing.assert_array_equal(a, b)
         params = jax.tree.map(lambda p, d: p - RATE * d, params, expected)
-    moments = optimizer.adam_moments(plain_state)
-    for a, b in zip(bits(optimizer.adam_moments(state)), bits(moments), strict=True):
+    moments = optimizers.adam_moments(plain_state)
+    for a, b in zip(bits(optimizers.adam_moments(state)), bits(moments), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_tensors_without_a_grid_get_adamw_beside_one_that_has(name):
     params, grads = model_tree(0, 0.02), model_tree(1, 1e-3)
-    plain, own = optimizer.adamw(**ADAM), make(name)
+    plain, own = optimizers.adamw(**ADAM), make(name)
     expected, _ = jax.jit(plain.update)(grads, plain.init(params), params)
     grids = NO_GRIDS | {"a": grid_of("E4M3", params["a"])}
     direction, _ = jax.jit(own.update)(grads, own.init(params), params, grids=grids, **extra())
@@ -181,13 +181,13 @@ def test_tensors_without_a_grid_get_adamw_beside_one_that_has(name):
 
 def test_adamw_by_name_has_the_state_of_adamw():
     params = model_tree(0, 0.02)
-    assert jax.tree.structure(make("adamw").init(params)) == jax.tree.structure(optimizer.adamw(**ADAM).init(params))
+    assert jax.tree.structure(make("adamw").init(params)) == jax.tree.structure(optimizers.adamw(**ADAM).init(params))
 
 
 def test_preconditioned_gradients_then_adamw_as_in_float64():
     """The largest weight and two small ones are clamped, zero to the lower end."""
     clamp = (2.0**-12, 2.0**-8)
-    opt = optimizer.ulp_precondition_before_adam(**ADAM, clamp=clamp)
+    opt = optimizers.ulp_precondition_before_adam(**ADAM, clamp=clamp)
     params = model_tree(0, 0.02)
     params["a"] = params["a"].at[0, :4].set(jnp.float32([0.0, 1e-5, -1e-40, 0.5]))
     grids = NO_GRIDS | {"a": grid_of("E4M3", params["a"])}
@@ -204,22 +204,22 @@ def test_preconditioned_gradients_then_adamw_as_in_float64():
         direction, state = update(grads, state, params, grids=grids)
         np.testing.assert_allclose(direction["a"], expected, rtol=2e-5, atol=1e-6)
         params = jax.tree.map(lambda p, d: p - 5e-3 * d, params, direction)
-    assert optimizer.adam_moments(state).count == 6
+    assert optimizers.adam_moments(state).count == 6
 
 
 def test_preconditioning_reads_exponents_exactly():
     """Powers of two and the float32 numbers below them, over the whole range of the default clamp."""
     power = 2.0 ** np.arange(-13, 4, dtype=np.float32)
     w = jnp.asarray(np.concatenate([power, np.nextafter(power, np.float32(0))]))
-    opt = optimizer.ulp_precondition_before_adam(**ADAM, grids=Grid(format_params(formats.get_format("E4M3")), 1.0))
+    opt = optimizers.ulp_precondition_before_adam(**ADAM, grids=Grid(format_params(formats.get_format("E4M3")), 1.0))
     _, state = opt.update(jnp.ones_like(w), opt.init(w), w)
     below = np.maximum(power / 2, 2.0**-13)
-    np.testing.assert_allclose(optimizer.adam_moments(state).mu, 0.1 * np.concatenate([power, below]) / 8, rtol=1e-6)
+    np.testing.assert_allclose(optimizers.adam_moments(state).mu, 0.1 * np.concatenate([power, below]) / 8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name, floor", [("E4M3", 2.0**-8), ("E5M2", 2.0**-3), ("E2M5", 0.0), ("E7M0", 2.0**-8)])
 def test_ulp_adamw_as_in_float64(name, floor):
-    opt = optimizer.ulp_adamw(**ADAM, floor=floor)
+    opt = optimizers.ulp_adamw(**ADAM, floor=floor)
     params = model_tree(0, 0.02)
     params["a"] = params["a"].at[0, :2].set(jnp.float32([0.0, 1e-5]))
     grids = NO_GRIDS | {"a": grid_of(name, params["a"])}
@@ -232,12 +232,12 @@ def test_ulp_adamw_as_in_float64(name, floor):
         direction, state = update(grads, state, params, grids=grids)
         np.testing.assert_allclose(direction["a"], expected, rtol=2e-5, atol=1e-6)
         params = jax.tree.map(lambda p, d: p - 5e-3 * d, params, direction)
-    assert optimizer.adam_moments(state).count == 6
+    assert optimizers.adam_moments(state).count == 6
 
 
 def test_ulp_adamw_on_a_fixed_point_grid_is_adamw():
     params = model_tree(0, 0.02)
-    plain, own = optimizer.adamw(**ADAM), make("ulp_adamw")
+    plain, own = optimizers.adamw(**ADAM), make("ulp_adamw")
     plain_state, state = plain.init(params), own.init(params)
     for k in range(3):
         grads = model_tree(k + 1, 1e-3)
@@ -250,7 +250,7 @@ def test_adam_divides_a_scaling_of_the_gradient_out_again_but_not_one_of_its_ste
     """60 noisy gradients of one matrix, whose weights pass powers of two on the way: mean cosine with AdamW's step."""
     settings = ADAM | {"weight_decay": 0.0}
     names = ("adamw", "ulp_precondition_before_adam", "ulp_adamw")
-    opts = {name: optimizer.make(name, **settings, is_quantized=True) for name in names}
+    opts = {name: optimizers.make(name, **settings, is_quantized=True) for name in names}
     rng = np.random.default_rng(0)
     w, mean = jnp.asarray(rng.normal(0, 0.02, (64, 64)), jnp.float32), rng.normal(0, 1e-3, (64, 64))
     states = {name: opt.init(w) for name, opt in opts.items()}
@@ -290,7 +290,7 @@ def on_grid_tree(name, seed=0, scale=0.02):
                                                           ("BF16", 64, 6e-4, False)])
 def test_grid_moves_weights_by_whole_codes_with_the_mean_of_float64(name, max_codes, rate, clips):
     """Four updates from the momentum on, each drawn with 2000 seeds, one of which decides where the next starts."""
-    opt = optimizer.grid(**ADAM, max_codes=max_codes, is_quantized=QUANTIZED)
+    opt = optimizers.grid(**ADAM, max_codes=max_codes, is_quantized=QUANTIZED)
     params, grids = on_grid_tree(name)
     grid, n_draws = grids["a"], 2000
     state, momentum, n_clipped = opt.init(params), 0.0, 0
@@ -325,7 +325,7 @@ def test_grid_moves_weights_by_whole_codes_with_the_mean_of_float64(name, max_co
         assert np.all(np.abs(new)[:, outward] <= numbers_of(name)[-1] / float(grid.scale))
         params = params | {"a": jnp.asarray(new[0])}
     assert (n_clipped > 0) == clips
-    moments = optimizer.adam_moments(state)
+    moments = optimizers.adam_moments(state)
     np.testing.assert_allclose(moments.mu["a"], momentum, rtol=1e-5, atol=1e-9)
     np.testing.assert_array_equal(moments.nu["a"], 0.0)
     assert moments.count == 4
@@ -334,7 +334,7 @@ def test_grid_moves_weights_by_whole_codes_with_the_mean_of_float64(name, max_co
 def test_grid_saturates_at_the_largest_number():
     params, grids = on_grid_tree("E4M3")
     grads = jax.tree.map(lambda w: -jnp.sign(w), params)  # outwards
-    opt = optimizer.grid(**ADAM | {"weight_decay": 0.0}, max_codes=3, is_quantized=QUANTIZED)
+    opt = optimizers.grid(**ADAM | {"weight_decay": 0.0}, max_codes=3, is_quantized=QUANTIZED)
     direction, _ = opt.update(grads, opt.init(params), params, grids=grids, **extra(learning_rate=1.0))
     new = params["a"] - direction["a"]
     top = grids["a"].format.max_finite / grids["a"].scale
@@ -348,7 +348,7 @@ def test_grid_moves_weights_off_the_grid_by_whole_ulps():
     params = model_tree(0, 0.02)
     params["a"] = params["a"].at[0, 0].set(0.5)  # beyond the largest number of the grid
     grids = NO_GRIDS | {"a": grid_of("E4M3", params["a"][1:])}
-    opt = optimizer.grid(**ADAM, max_codes=4, is_quantized=QUANTIZED)
+    opt = optimizers.grid(**ADAM, max_codes=4, is_quantized=QUANTIZED)
     direction, _ = opt.update(model_tree(1, 1e-3), opt.init(params), params, grids=grids, **extra(learning_rate=5e-3))
     ulps = reference_ulp("E4M3", grids["a"].scale, params["a"])
     n = -5e-3 * np.float64(direction["a"]) / ulps
@@ -359,7 +359,7 @@ def test_grid_moves_weights_off_the_grid_by_whole_ulps():
 def test_grid_is_a_function_of_its_seed_and_draws_for_each_tensor_anew():
     w, grads = jnp.asarray(on_grid_tree("E4M3")[0]["a"]), model_tree(1, 1e-3)["a"]
     params, grads = {"x": w, "y": w}, {"x": grads, "y": grads}
-    opt = optimizer.grid(**ADAM, grids=dict.fromkeys("xy", grid_of("E4M3", w)))
+    opt = optimizers.grid(**ADAM, grids=dict.fromkeys("xy", grid_of("E4M3", w)))
 
     def direction(k):
         return opt.update(grads, opt.init(params), params, **extra(k))[0]
@@ -372,7 +372,7 @@ def test_grid_is_a_function_of_its_seed_and_draws_for_each_tensor_anew():
 
 def test_grid_at_rate_zero_and_with_no_gradient_stays_and_with_nan_shows_it():
     params, grids = on_grid_tree("E4M3")
-    opt = optimizer.grid(**ADAM | {"weight_decay": 0.0}, is_quantized=QUANTIZED)
+    opt = optimizers.grid(**ADAM | {"weight_decay": 0.0}, is_quantized=QUANTIZED)
     for grads, rate in ((model_tree(1, 1e-3), 0.0), (jax.tree.map(jnp.zeros_like, params), RATE)):
         direction, _ = opt.update(grads, opt.init(params), params, grids=grids, **extra(learning_rate=rate))
         np.testing.assert_array_equal(direction["a"], 0.0)
@@ -384,7 +384,7 @@ def test_grid_at_rate_zero_and_with_no_gradient_stays_and_with_nan_shows_it():
 def test_grid_shows_an_infinite_momentum_in_the_whole_tensor():
     """Its RMS is infinite: divided by it every other element would pass for one that stays."""
     params, grids = on_grid_tree("E4M3")
-    opt = optimizer.grid(**ADAM, is_quantized=QUANTIZED)
+    opt = optimizers.grid(**ADAM, is_quantized=QUANTIZED)
     state = opt.init(params)
     state = state._replace(momentum=state.momentum | {"a": state.momentum["a"].at[0, 0].set(np.inf)})
     direction, _ = opt.update(model_tree(1, 1e-3), state, params, grids=grids, **extra())
@@ -397,12 +397,12 @@ def test_grid_keeps_no_second_moment_where_there_is_a_grid():
     state = make("grid").init(params)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(state))
     assert sizes == sorted([params["a"].size] + 2 * [params["b"].size] + 2 * [params["bias"].size] + [1])
-    moments = optimizer.adam_moments(state)
+    moments = optimizers.adam_moments(state)
     assert jax.tree.map(jnp.shape, moments.mu) == jax.tree.map(jnp.shape, params)
     assert jax.tree.map(jnp.shape, moments.nu) == jax.tree.map(jnp.shape, params)
 
 
-@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_states_are_named_arrays(name):
     """Checkpoints name an array by the fields, dict keys and positions on the way to it."""
     state = make(name).init(model_tree(0, 0.02))
@@ -411,7 +411,7 @@ def test_states_are_named_arrays(name):
         assert isinstance(leaf, jax.Array) and all(isinstance(key, named) for key in path)
 
 
-@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_formats_side_by_side_under_vmap(name):
     params, grads, opt = model_tree(0, 0.02), model_tree(1, 1e-3), make(name)
     state = opt.init(params)
@@ -430,7 +430,7 @@ def test_in_an_ordinary_optax_loop_the_loss_falls(name):
     goal = model_tree(1, 0.02)
     params, grids = on_grid_tree("E4M3")
     rate = 2e-3
-    opt = optax.chain(getattr(optimizer, name)(**ADAM | {"weight_decay": 0.0}, grids=grids),
+    opt = optax.chain(getattr(optimizers, name)(**ADAM | {"weight_decay": 0.0}, grids=grids),
                       optax.scale_by_learning_rate(rate))
 
     def loss(params):
@@ -452,7 +452,7 @@ def test_in_an_ordinary_optax_loop_the_loss_falls(name):
 def test_grids_of_a_call_win_over_those_of_the_construction():
     params, grads = model_tree(0, 0.02), model_tree(1, 1e-3)
     fine, coarse = (NO_GRIDS | {"a": grid_of(fmt, params["a"])} for fmt in ("E0M7", "E4M3"))
-    built = optimizer.ulp_adamw(**ADAM, grids=fine)
+    built = optimizers.ulp_adamw(**ADAM, grids=fine)
     state = built.init(params)
     expected, _ = make("ulp_adamw").update(grads, state, params, grids=coarse)
     np.testing.assert_array_equal(built.update(grads, state, params, grids=coarse)[0]["a"], expected["a"])
@@ -482,17 +482,17 @@ def test_missing_and_unfit_arguments_of_a_call_are_named(name):
 
 def test_unusable_settings_are_named():
     with pytest.raises(UserError, match="no optimizer 'lion': give one of adamw, ulp_precondition_before_adam, ulp_ad"):
-        optimizer.make("lion", **ADAM, is_quantized=QUANTIZED)
+        optimizers.make("lion", **ADAM, is_quantized=QUANTIZED)
     for clamp in ((0.0, 1.0), (1.0, 0.5), (1.0, np.inf), (np.nan, 1.0)):
         with pytest.raises(UserError, match="clamp="):
-            optimizer.ulp_precondition_before_adam(**ADAM, clamp=clamp)
+            optimizers.ulp_precondition_before_adam(**ADAM, clamp=clamp)
     for floor in (-0.1, 1.1, np.nan):
         with pytest.raises(UserError, match="floor="):
-            optimizer.ulp_adamw(**ADAM, floor=floor)
+            optimizers.ulp_adamw(**ADAM, floor=floor)
     for max_codes in (0, 1.5, 2**22 + 1, np.nan):
         with pytest.raises(UserError, match="max_codes="):
-            optimizer.grid(**ADAM, max_codes=max_codes, is_quantized=QUANTIZED)
+            optimizers.grid(**ADAM, max_codes=max_codes, is_quantized=QUANTIZED)
     with pytest.raises(UserError, match="give is_quantized or grids"):
-        optimizer.grid(**ADAM)
+        optimizers.grid(**ADAM)
     with pytest.raises(UserError, match="is_quantized has another structure"):
-        optimizer.grid(**ADAM, is_quantized={"a": True}).init(model_tree(0, 0.02))
+        optimizers.grid(**ADAM, is_quantized={"a": True}).init(model_tree(0, 0.02))

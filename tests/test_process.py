@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.process import LOCK, StopRequest, is_empty, lock_folder
+from altgrad_jax.run.process import LOCK, StopRequest, is_empty, lock_folder
 
 ROOT = Path(__file__).parents[1]
 # What a program does in the context, and how it ends when signals come.
 SCRIPT = """
 import hashlib, signal, sys, time
-from altgrad_jax.process import Interrupted, StopRequest
+from altgrad_jax.run.process import Interrupted, StopRequest
 
 StopRequest.LEAVE_S = 0.5
 signal.signal(signal.SIGHUP, signal.{hangup})  # whatever the tests themselves were started under
@@ -164,7 +164,7 @@ def test_what_a_killed_process_left_locks_nothing_and_the_folder_stays(tmp_path)
 
 def test_a_lock_that_is_removed_while_it_is_taken_is_taken_anew(tmp_path, monkeypatch):
     """The holder removes its file between another's opening and locking it; that one must not hold a removed file."""
-    from altgrad_jax import process
+    from altgrad_jax.run import process
 
     flock = process.fcntl.flock
 

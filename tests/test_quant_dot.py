@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from altgrad_jax.quant_dot import quant_dot
+from altgrad_jax.numerics.products import quant_dot
 
 M, K, N = 24, 40, 16
 

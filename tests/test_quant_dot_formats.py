@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from altgrad_jax import diagnostics
-from altgrad_jax import quant_dot as module
 from altgrad_jax.errors import UserError
-from altgrad_jax.formats import DEFAULT_8BIT, decode, encode, get_format, round_reference
-from altgrad_jax.quant_dot import (
+from altgrad_jax.numerics import histograms
+from altgrad_jax.numerics import products as module
+from altgrad_jax.numerics.formats import DEFAULT_8BIT, decode, encode, get_format, round_reference
+from altgrad_jax.numerics.products import (
     FIELDS,
     SCALINGS,
     Operand,
@@ -29,7 +29,7 @@ from altgrad_jax.quant_dot import (
     scale_for,
     weight_gradient,
 )
-from altgrad_jax.quantize import format_params, stochastic_seed
+from altgrad_jax.numerics.rounding import format_params, stochastic_seed
 
 M, K, N = 8, 256, 384
 # What a caller might have kept from earlier steps: too large a scale for W (it clips), fitting for A, small for G.
@@ -697,22 +697,22 @@ def test_observations_are_appended_for_every_operand(scaling):
     x, w, g = matrices(6)
     w[w == 0] = 1e-3  # a weight of -0 would have a code of its own in the oracle
     fmt = get_format("E4M3")
-    rule = Rule(*[scaling] * 3, observe=diagnostics.observe)
+    rule = Rule(*[scaling] * 3, observe=histograms.observe)
 
     def layer(x, w, probe):
         return quant_dot(x, w, operands=same_for_all(fmt), rule=rule, g_probe=probe)
 
-    probe = np.concatenate([empty_statistics(), np.zeros(2 * diagnostics.HISTOGRAMS, np.float32)])
+    probe = np.concatenate([empty_statistics(), np.zeros(2 * histograms.HISTOGRAMS, np.float32)])
     (w_vector, a_vector), g_vector = observed_products(layer, x, w, g, probe)
     for v, axis, vector in ((w, 0, w_vector), (x, 1, a_vector), (g, 1, g_vector)):
         assert_statistics(vector[:len(FIELDS)], reference_quantize(v, fmt, scaling, axis)[1])
-        codes_C, magnitudes = diagnostics.observed(vector[len(FIELDS):])
+        codes_C, magnitudes = histograms.observed(vector[len(FIELDS):])
         assert codes_C.sum() == magnitudes.sum() == v.size
         scale = module.weight_scale(v, same_for_all(fmt).w, Rule(w=scaling), w_is_NK=axis == 1)
         codes = encode(fmt, np.float64(v) * np.asarray(scale, np.float64))
         codes[codes == fmt.n_magnitudes] = 0  # what rounds to -0 counts as zero
         np.testing.assert_array_equal(codes_C, np.bincount(codes.ravel(), minlength=256))
-        np.testing.assert_array_equal(magnitudes, diagnostics.magnitude_histogram(v))
+        np.testing.assert_array_equal(magnitudes, histograms.magnitude_histogram(v))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from test_quant_dot_formats import reference_quantize, reference_scale
 
-from altgrad_jax import quantization
 from altgrad_jax.config import default_config
-from altgrad_jax.format_rules import resolve_rules
-from altgrad_jax.formats import get_format, round_reference
-from altgrad_jax.quant_dot import FIELDS, SCALINGS, Statistics, empty_statistics, quant_dot
-from altgrad_jax.quantization import QuantOptions
-from altgrad_jax.quantize import format_params, stochastic_seed, to_grid
+from altgrad_jax.numerics.formats import get_format, round_reference
+from altgrad_jax.numerics.products import FIELDS, SCALINGS, Statistics, empty_statistics, quant_dot
+from altgrad_jax.numerics.rounding import format_params, stochastic_seed, to_grid
+from altgrad_jax.numerics.rules import resolve_rules
+from altgrad_jax.step import quantization
+from altgrad_jax.step.quantization import QuantOptions
 
 # Different formats for the operands; attn_out has none at all, mlp_up none for W, the head for W alone.
 RULES = ("E4M3", "block_*:G=E5M2", "block_0/attn_out=none", "block_0/mlp_up:W=none", "block_0/mlp_*:A=E3M4",

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import rounding_oracles
 
-from altgrad_jax import formats, quantize
 from altgrad_jax.errors import UserError
-from altgrad_jax.formats import DEFAULT_8BIT, FORMATS, get_format
-from altgrad_jax.quantize import (
+from altgrad_jax.numerics import formats, rounding
+from altgrad_jax.numerics.formats import DEFAULT_8BIT, FORMATS, get_format
+from altgrad_jax.numerics.rounding import (
     Grid,
     format_params,
     from_codes,
@@ -160,14 +160,14 @@ def test_random_bits_follow_the_seed_and_spread_evenly():
     shape = (64, 512)
 
     def bits(*seed):
-        return np.asarray(quantize._random_bits(shape, stochastic_seed(*seed)))
+        return np.asarray(rounding._random_bits(shape, stochastic_seed(*seed)))
 
     base = bits(1, 2, 3)
     np.testing.assert_array_equal(base, bits(1, 2, 3))
-    np.testing.assert_array_equal(base.ravel(), quantize._random_bits((64 * 512,), stochastic_seed(1, 2, 3)))
+    np.testing.assert_array_equal(base.ravel(), rounding._random_bits((64 * 512,), stochastic_seed(1, 2, 3)))
     for other in (bits(2, 2, 3), bits(1, 3, 3), bits(1, 2, 4), bits(2, 1, 3)):
         assert np.mean(other == base) < 1e-3
-    neighbouring = [np.asarray(quantize._random_bits((1000,), np.uint32(seed))) for seed in ([5, 1], [6, 2])]
+    neighbouring = [np.asarray(rounding._random_bits((1000,), np.uint32(seed))) for seed in ([5, 1], [6, 2])]
     assert not np.any(neighbouring[0][1:] == neighbouring[1][:-1])  # no shifted copy, which would correlate steps
     ones = np.mean((base.ravel()[:, None] >> np.arange(32, dtype=np.uint32)) & 1, axis=0)
     assert np.max(np.abs(ones - 0.5)) < 5 * 0.5 / np.sqrt(base.size)
@@ -198,7 +198,7 @@ def test_straight_through_value_is_on_the_grid_and_the_gradient_of_clipped_value
 
 @pytest.mark.parametrize("name", [*DEFAULT_8BIT, "BF16", "FP16"])
 def test_the_canary_passes_where_rounding_works(name):
-    report = quantize.canary(get_format(name))
+    report = rounding.canary(get_format(name))
     assert report["image_sha256"] == formats.certificate(get_format(name))["image_sha256"]
     assert report["n_changed"] > 1000
 
@@ -206,7 +206,7 @@ def test_the_canary_passes_where_rounding_works(name):
 @pytest.mark.parametrize("name", ["E4M3", "BF16", "FP16"])
 def test_the_canary_catches_rounding_that_does_not_happen(name):
     with pytest.raises(UserError, match=f"rounding to {name} is wrong on .*: of .* 0 changed"):
-        quantize.canary(get_format(name), round_fn=lambda x, params: x)
+        rounding.canary(get_format(name), round_fn=lambda x, params: x)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_the_canary_catches_rounding_that_does_not_happen(name):
 )
 def test_the_canary_catches_a_single_wrong_result(wrong, message):
     with pytest.raises(UserError, match=message):
-        quantize.canary(get_format("E4M3"), round_fn=lambda x, params: wrong(x, round_to_format(x, params)))
+        rounding.canary(get_format("E4M3"), round_fn=lambda x, params: wrong(x, round_to_format(x, params)))
 
 
 def test_saturation_cannot_be_switched_off_where_every_code_is_a_number():

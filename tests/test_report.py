@@ -20,7 +20,7 @@ from altgrad_jax import config as settings
 from altgrad_jax import report
 from altgrad_jax.config import default_config
 from altgrad_jax.errors import UserError
-from altgrad_jax.logger import Record, write_manifest
+from altgrad_jax.numerics.whatif import sparse
 from altgrad_jax.report import analysis, figures, panels, tables
 from altgrad_jax.report.analysis import Comparison
 from altgrad_jax.report.runs import (
@@ -34,8 +34,8 @@ from altgrad_jax.report.runs import (
     find,
     read_curves,
 )
-from altgrad_jax.verdict import make_verdict, read_history, write_verdict
-from altgrad_jax.whatif import sparse
+from altgrad_jax.run.logger import Record, write_manifest
+from altgrad_jax.run.verdict import make_verdict, read_history, write_verdict
 
 STEPS, EVERY = 20, 5
 SEEDS, RATES = (1, 2, 3, 4, 5), (0.001, 0.002, 0.004)

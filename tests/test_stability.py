@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax import stability
+from altgrad_jax.step import stability
 
 LAYERS = ("embed", "block_0/mlp_up")
 THRESHOLDS = stability.Thresholds(nan_patience=3, bit_stall_threshold=0.5, dead_neuron_threshold=1e-3,

@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from altgrad_jax import stability
 from altgrad_jax.data.dataset import gather_windows, permute_windows
-from altgrad_jax.mesh import data_mesh
-from altgrad_jax.model import GPT, GPTConfig
-from altgrad_jax.step import StepOptions, make_step_functions
+from altgrad_jax.models.gpt2 import GPT, GPTConfig
+from altgrad_jax.step import stability
+from altgrad_jax.step.mesh import data_mesh
+from altgrad_jax.step.program import make_step_functions
+from altgrad_jax.step.update import StepOptions
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=61)
 THRESHOLDS = stability.Thresholds(nan_patience=3, bit_stall_threshold=0.5, dead_neuron_threshold=1e-8,

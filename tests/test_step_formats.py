@@ -15,16 +15,17 @@ from test_optimizer import reference_ulp
 from test_quant_dot_formats import dot_dtypes, neighbours, reference_quantize, reference_scale
 from test_step import TOKENS_T, assert_same, column, make, windows_of
 
-from altgrad_jax import metrics, quantization
-from altgrad_jax.format_rules import resolve_rules
-from altgrad_jax.formats import encode, get_format, round_reference
-from altgrad_jax.mesh import data_mesh
-from altgrad_jax.model import GPT, GPTConfig, Quantized, weights_of, with_weights
-from altgrad_jax.optimizer import OPTIMIZERS, adam_moments
-from altgrad_jax.quant_dot import FIELDS, Operand, Operands
-from altgrad_jax.quantization import QuantOptions, format_table, key_of
-from altgrad_jax.quantize import format_params
-from altgrad_jax.step import make_evaluate, make_loss
+from altgrad_jax.models.gpt2 import GPT, GPTConfig, Quantized, weights_of, with_weights
+from altgrad_jax.numerics.formats import encode, get_format, round_reference
+from altgrad_jax.numerics.optimizers import OPTIMIZERS, adam_moments
+from altgrad_jax.numerics.products import FIELDS, Operand, Operands
+from altgrad_jax.numerics.rounding import format_params
+from altgrad_jax.numerics.rules import resolve_rules
+from altgrad_jax.step import metrics, quantization
+from altgrad_jax.step.mesh import data_mesh
+from altgrad_jax.step.program import make_evaluate
+from altgrad_jax.step.quantization import QuantOptions, format_table, key_of
+from altgrad_jax.step.update import make_loss
 
 MODEL = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=64)
 GROUPS = ("format", "ledger")

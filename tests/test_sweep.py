@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from test_training import make_data, rows_of, state_bytes, tiny
 
-from altgrad_jax import cli, sweep, training, verdict
-from altgrad_jax.checkpoint import list_steps
+from altgrad_jax import cli
 from altgrad_jax.errors import UserError
-from altgrad_jax.sweep import axis, grid, make_members, only, program_key
-from altgrad_jax.training import train
+from altgrad_jax.run import sweep, training, verdict
+from altgrad_jax.run.checkpoint import list_steps
+from altgrad_jax.run.sweep import axis, grid, make_members, only, program_key
+from altgrad_jax.run.training import train
 
 ROOT = Path(__file__).parent.parent
 FORMAT = dict(use_fp8=True, metrics="format", weights_at_rest="stochastic")

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from altgrad_jax import default_config, train
-from altgrad_jax.checkpoint import list_steps, load_params, open_checkpoints, restore_path
 from altgrad_jax.data.prepare import prepare
 from altgrad_jax.data.sources import local
 from altgrad_jax.data.tokenizer import get_tokenizer
 from altgrad_jax.errors import UserError
+from altgrad_jax.run.checkpoint import list_steps, load_params, open_checkpoints, restore_path
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(tokenizer="bytes", vocab_size=256, n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4,
@@ -222,7 +222,7 @@ def test_an_old_verdict_is_not_believed(data_dir, tmp_path):
 
 
 def test_a_last_checkpoint_that_cannot_be_saved_is_not_a_success(data_dir, tmp_path, monkeypatch, capsys):
-    from altgrad_jax import checkpoint
+    from altgrad_jax.run import checkpoint
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -236,8 +236,8 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_not_a_success(data_dir, tmp_p
 
 
 def test_a_warning_about_the_data_is_shown_whole(data_dir, tmp_path, monkeypatch, capsys):
-    from altgrad_jax import training
     from altgrad_jax.data.prepare import PreparedData, read_meta
+    from altgrad_jax.run import training
 
     monkeypatch.setattr(training, "resolve", lambda *_: PreparedData(
         data_dir, read_meta(data_dir), True, ("This is the small sample, not the corpus.",)))
@@ -279,7 +279,7 @@ def test_short_validation_data_is_used_whole_and_said(data_dir, tmp_path, capsys
 
 def test_non_finite_steps_are_located_kept_and_end_the_run(data_dir, tmp_path, monkeypatch, capsys):
     """A NaN put into one parameter after 20 steps: three bad steps, an anomaly checkpoint, exit code 3."""
-    from altgrad_jax import training
+    from altgrad_jax.run import training
 
     run_dir = tmp_path / "nan"
     train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
@@ -399,9 +399,9 @@ def test_a_mistake_on_the_command_line_is_one_sentence(data_dir, tmp_path):
 
 
 def test_the_checkpoint_restores_as_the_state_that_made_it(whole):
-    from altgrad_jax.mesh import data_mesh
-    from altgrad_jax.step import make_step_functions
-    from altgrad_jax.training import model_config, step_options
+    from altgrad_jax.run.training import model_config, step_options
+    from altgrad_jax.step.mesh import data_mesh
+    from altgrad_jax.step.program import make_step_functions
 
     functions = make_step_functions(model_config(tiny(), jax.devices()[0]), step_options(tiny(), steps_per_dispatch=1),
                                     data_mesh(), n_train_windows=100, eval_batch_size=4, seed=42)
@@ -415,7 +415,7 @@ def test_the_checkpoint_restores_as_the_state_that_made_it(whole):
 
 
 def test_evaluating_a_checkpoint_gives_the_records_validation_loss(whole, data_dir):
-    from altgrad_jax.evaluation import evaluate_checkpoint
+    from altgrad_jax.inference.evaluate import evaluate_checkpoint
 
     recorded = rows_of(whole.run_dir)[40]
     for arguments in ({}, {"data_dir": data_dir}, {"token_file": data_dir / "val.bin"}):
@@ -435,7 +435,7 @@ def test_evaluating_a_checkpoint_gives_the_records_validation_loss(whole, data_d
 
 
 def test_at_least_half_of_the_time_is_saved_and_all_but_the_longest_wait():
-    from altgrad_jax.training import InterimSaves
+    from altgrad_jax.run.training import InterimSaves
 
     now, saved_at = 0.0, []
     saves = InterimSaves(60.0, clock=lambda: now)
@@ -450,7 +450,7 @@ def test_at_least_half_of_the_time_is_saved_and_all_but_the_longest_wait():
 
 
 def test_interim_checkpoints_change_nothing_and_are_gone_at_the_end(whole, data_dir, tmp_path, monkeypatch):
-    from altgrad_jax import training
+    from altgrad_jax.run import training
 
     monkeypatch.setattr(training, "FIRST_INTERIM_SECONDS", 0.0)
     saved = []

@@ -19,15 +19,17 @@ import numpy as np
 import pytest
 from test_training import make_data, rows_of, state_bytes, tiny
 
-from altgrad_jax import formats, quantize, train, training, whatif
-from altgrad_jax.checkpoint import list_steps, load_params
+from altgrad_jax import train
 from altgrad_jax.config import ADDED_IN_2
 from altgrad_jax.errors import UserError
-from altgrad_jax.evaluation import evaluate_checkpoint
-from altgrad_jax.generate import generate, load_model
-from altgrad_jax.model import GPT, Quantized, weights_of
-from altgrad_jax.quantization import QuantOptions
-from altgrad_jax.step import Observed
+from altgrad_jax.inference.evaluate import evaluate_checkpoint
+from altgrad_jax.inference.generate import generate, load_model
+from altgrad_jax.models.gpt2 import GPT, Quantized, weights_of
+from altgrad_jax.numerics import formats, rounding, whatif
+from altgrad_jax.run import training
+from altgrad_jax.run.checkpoint import list_steps, load_params
+from altgrad_jax.step.program import Observed
+from altgrad_jax.step.quantization import QuantOptions
 
 LAYERS = ("block_0/attn_qkv", "block_0/attn_out", "block_0/mlp_up", "block_0/mlp_down")
 STORED = dict(use_fp8=True, formats=("E4M3", "block_*:G=E5M2"), weights_at_rest="stochastic", use_shadow=True,
@@ -332,10 +334,10 @@ def test_a_run_of_schema_version_1_goes_on(data_dir, tmp_path):
 @pytest.mark.parametrize("round_fn", [
     lambda x, params: x,
     lambda x, params: x.astype(jnp.bfloat16).astype(jnp.float32),
-    lambda x, params: quantize.round_to_format(x, params) * jnp.where(jnp.abs(x) == 1.5, 2, 1),
+    lambda x, params: rounding.round_to_format(x, params) * jnp.where(jnp.abs(x) == 1.5, 2, 1),
 ], ids=["nothing", "bfloat16", "one number wrong"])
 def test_nothing_is_trained_with_a_rounding_that_fails_its_canary(data_dir, tmp_path, monkeypatch, round_fn):
-    monkeypatch.setattr(training, "canary", functools.partial(quantize.canary, round_fn=round_fn))
+    monkeypatch.setattr(training, "canary", functools.partial(rounding.canary, round_fn=round_fn))
     with pytest.raises(UserError, match="rounding to E4M3 is wrong on .*: run with another version of jax"):
         train(tiny(**STORED), data_dir=data_dir, workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from test_step import MODEL, THRESHOLDS
 
-from altgrad_jax import metrics, quantization, update
-from altgrad_jax.format_rules import resolve_rules
-from altgrad_jax.mesh import data_mesh
-from altgrad_jax.model import weights_of
-from altgrad_jax.quantization import QuantOptions, format_table
-from altgrad_jax.quantize import Grid, to_grid
-from altgrad_jax.update import Inputs, Step, StepOptions
+from altgrad_jax.models.gpt2 import weights_of
+from altgrad_jax.numerics.rounding import Grid, to_grid
+from altgrad_jax.numerics.rules import resolve_rules
+from altgrad_jax.step import metrics, quantization, update
+from altgrad_jax.step.mesh import data_mesh
+from altgrad_jax.step.quantization import QuantOptions, format_table
+from altgrad_jax.step.update import Inputs, Step, StepOptions
 
 FLOAT32 = dataclasses.replace(MODEL, compute_dtype="float32")
 QUANT = QuantOptions(resolve_rules(("E4M3",), 2), weights_at_rest="nearest")

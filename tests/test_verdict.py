@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from altgrad_jax import logger, verdict
 from altgrad_jax.errors import UserError
-from altgrad_jax.logger import Record
-from altgrad_jax.verdict import make_verdict, read_history, read_rows
+from altgrad_jax.run import logger, verdict
+from altgrad_jax.run.logger import Record
+from altgrad_jax.run.verdict import make_verdict, read_history, read_rows
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

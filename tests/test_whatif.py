@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from altgrad_jax import formats, whatif
-from altgrad_jax.diagnostics import magnitude_histogram
 from altgrad_jax.errors import UserError
-from altgrad_jax.formats import FORMATS, get_format
-from altgrad_jax.quant_dot import scale_for
-from altgrad_jax.quantize import format_params
+from altgrad_jax.numerics import formats, whatif
+from altgrad_jax.numerics.formats import FORMATS, get_format
+from altgrad_jax.numerics.histograms import magnitude_histogram
+from altgrad_jax.numerics.products import scale_for
+from altgrad_jax.numerics.rounding import format_params
 
 EXACT = [fmt for fmt in FORMATS.values() if fmt.bits == 8]
 

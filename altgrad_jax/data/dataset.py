@@ -273,6 +273,18 @@ def gather_windows(tokens_T, index_B, block_size: int, xp=np):
     return jax.vmap(one)(index_B.reshape(-1)).reshape(*index_B.shape, block_size + 1)
 
 
+def choose_windows(tokens_T, block_size, eval_windows, eval_batch_size):
+    """(windows uint16 [E, L+1], batch size): the fixed choice that every evaluation of this file makes.
+
+    E is eval_windows, or as many as the file holds where that is less (None: all), without a last incomplete batch.
+    """
+    available = (len(tokens_T) - 1) // block_size
+    n = available if eval_windows is None else min(eval_windows, available)
+    batch_size = min(eval_batch_size, n)
+    n -= n % batch_size
+    return gather_windows(tokens_T, validation_windows(available, n), block_size, xp=np), batch_size
+
+
 # ----------------------------------------------------------------------------------------------------------
 # From the host, for a corpus too large for the device
 

@@ -32,9 +32,9 @@ import numpy as np
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import open_file, read_json
-from altgrad_jax.logger import DIAGNOSTICS, MANIFEST, METRICS, TIMING, parse_row, read_manifest
-from altgrad_jax.verdict import UNSOUND_ALERTS, VERDICT, read_timing
-from altgrad_jax.whatif import dense
+from altgrad_jax.numerics.whatif import dense
+from altgrad_jax.run.logger import DIAGNOSTICS, MANIFEST, METRICS, TIMING, parse_row, read_manifest
+from altgrad_jax.run.verdict import UNSOUND_ALERTS, VERDICT, read_timing
 
 FINISHED, LOST, UNFINISHED, DAMAGED = "finished", "lost", "unfinished", "damaged"
 OPERANDS = ("W", "A", "G")

@@ -1,0 +1,104 @@
+"""What the device allows: FLOPs, bytes and memory of a step beside the peaks, stated and measured. No jax.
+
+FLOPs of a step are given twice. `flops` is the formula (flops.training_flops_per_token: matrix products only, attention
+over the full square) and is what MFU and the floor use: it is the same for every program and every peer that does the
+same work. `flops_xla` is XLA's cost analysis of the compiled program. It counts a loop's body once, and the K-step loop
+is the only loop, so its figure is that of one step, whatever K. On a CPU every product stays a `dot` in the program
+and is counted, with elementwise work on top (a few percent above the formula, more with metrics: trust it to see what
+metrics add). On a GPU products become calls of cuBLAS and cuDNN, which XLA may count as nothing: there trust the
+formula alone. `flops_lowered` is the analysis before those passes, where every product is still a `dot`, on any
+device; it misses what a compiler adds or removes.
+
+Bytes are given twice too. `bytes_xla` ("accessed") adds the operands and results of every compiled operation: an upper
+figure, for what stays in a cache is counted as moved. `bytes_least` is what must move, if no cache holds the model: per
+parameter 40 bytes of float32 state, namely
+
+    8   weights read by the forward and by the backward pass
+    8   gradients written, and read by the update, which waits for the global norm of all of them
+    24  weights, first and second moment read and written by the update
+
+Activations, logits, metrics and tokens are counted as nothing, so it is a lower figure; where a model fits a cache
+(fewer than some millions of parameters) it is none.
+
+floor = max(flops / peak, bytes_least / bandwidth), with peak and bandwidth as *measured* in the same round; `gap` =
+step / floor, `mfu` = flops / step / peak with the vendor's peak where flops.peak_flops knows it, else the measured one.
+The measured peak of bfloat16 is the best of all products timed in the round, float32 ones too (their operands can hold
+bfloat16 numbers); of float32, the best float32 one.
+"""
+
+import os
+
+from altgrad_jax.bench.timing import Unavailable, quartiles
+
+BYTES_LEAST_PER_PARAMETER = 40
+GIB = 2 ** 30
+
+
+def parameters_of(*, n_layer, n_embd, block_size, vocab_size):
+    """Scalars in a GPT-2 with a tied head, biases and LayerNorms included."""
+    per_block = 12 * n_embd ** 2 + 13 * n_embd
+    return n_layer * per_block + (vocab_size + block_size + 2) * n_embd
+
+
+def program_facts(lowered, compiled):
+    """{flops_xla, flops_lowered, bytes_xla, memory_bytes} of a compiled step; None where the backend tells none.
+
+    memory_bytes: arguments, results and temporary arrays that are alive together in one dispatch, shared buffers once.
+    """
+    before, after, memory = lowered.cost_analysis() or {}, compiled.cost_analysis() or {}, compiled.memory_analysis()
+    total = None
+    if memory is not None:
+        total = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+                 - memory.alias_size_in_bytes)
+    return {"flops_xla": after.get("flops"), "flops_lowered": before.get("flops"),
+            "bytes_xla": after.get("bytes accessed"), "memory_bytes": total}
+
+
+def free_memory(memory_stats):
+    """Bytes still free: of the device by its memory_stats(), else (a CPU) of the machine; None if not known."""
+    if memory_stats and "bytes_limit" in memory_stats:
+        return memory_stats["bytes_limit"] - memory_stats["bytes_in_use"]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def require_memory(needed, free):
+    """Unavailable, if it is known that `needed` bytes are more than are free."""
+    if needed is not None and free is not None and needed > free:
+        raise Unavailable(f"it needs {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are free")
+
+
+def peaks_of(probes):
+    """({dtype: [FLOP/s a round]}, [bytes/s a round]) from the probes' entries (facts: dtype and flops, or bytes)."""
+    rates = [(e.facts["dtype"], [e.facts["flops"] / s for s in e.seconds]) for e in probes if "flops" in e.facts]
+    products = {}
+    for dtype, usable in (("bfloat16", ("bfloat16", "float32")), ("float32", ("float32",))):
+        chosen = [rate for name, rate in rates if name in usable]
+        if chosen:
+            products[dtype] = [max(of_round) for of_round in zip(*chosen, strict=True)]
+    copies = [[e.facts["bytes"] / s for s in e.seconds] for e in probes if "bytes" in e.facts]
+    return products, [max(of_round) for of_round in zip(*copies, strict=True)]
+
+
+def roofline_facts(seconds, *, flops, bytes_least, peaks, bandwidths, stated=None):
+    """{mfu, mfu_of, floor_ms, floor_by, gap, gap_low, gap_high} of one row.
+
+    Args:
+      seconds: timings of the row, seconds a step, one a round. peaks, bandwidths: measured in the same rounds.
+      stated: the vendor's peak in FLOP/s, or None.
+    """
+    floors = [max(flops / peak, bytes_least / bandwidth) for peak, bandwidth in zip(peaks, bandwidths, strict=True)]
+    by_flops = sum(flops / peak > bytes_least / band for peak, band in zip(peaks, bandwidths, strict=True))
+    low, gap, high = quartiles([own / floor for own, floor in zip(seconds, floors, strict=True)])
+    mfu = quartiles([flops / own / (stated or peak) for own, peak in zip(seconds, peaks, strict=True)])[1]
+    return {"mfu": mfu, "mfu_of": "stated" if stated else "measured", "floor_ms": 1e3 * quartiles(floors)[1],
+            "floor_by": "flops" if 2 * by_flops >= len(floors) else "bytes", "gap": gap, "gap_low": low,
+            "gap_high": high}
+
+
+def cpu_count():
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

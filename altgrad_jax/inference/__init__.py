@@ -1,0 +1,1 @@
+"""What reads a finished checkpoint: sampling, evaluation, interchange."""

@@ -1,0 +1,1 @@
+"""The built-in models, the only place that knows flax."""

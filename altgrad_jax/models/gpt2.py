@@ -1,0 +1,263 @@
+"""GPT-2 in Flax linen; the only file that imports flax.linen.
+
+Pre-LayerNorm (eps 1e-5), learned positions, tanh-GELU, biases where GPT-2 has them, output head tied to the embedding
+(Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"). Layer names are the ones every metric,
+file and option uses: embed, pos_embed, block_i/{ln_1, attn_qkv, attn_out, ln_2, mlp_up, mlp_down}, ln_f.
+
+Dtypes: parameters, LayerNorm, softmax, GELU and the residual stream are float32. Values are rounded to `compute_dtype`
+only as operands of a product (quant_dot's rule); q, k and v are such operands too, of the two attention products.
+
+A layer whose products are quantized is named in `GPTConfig.rules`, and every call then brings its operands' formats.
+The head's product is the layer `head`, its weights the table of `embed`.
+
+Axes: B batch, L length, D width, H heads, C width of one head, F hidden width (4 D), V vocabulary, T cache length,
+N number of blocks.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from altgrad_jax.numerics.products import Operands, Rule, quant_dot
+
+LAYER_NORM_EPS = 1e-5
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape and dtypes of the model. `attention` is the kernel: "xla" or "cudnn" (GPU, bfloat16 only).
+
+    `rules`: (layer, Rule) of every layer whose products are quantized. `loss_tile_bytes`: limit of the float32 logits
+    that the loss computes at once (cross_entropy).
+    """
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    dropout: float = 0.0
+    compute_dtype: str = "bfloat16"
+    attention: str = "xla"
+    rules: tuple[tuple[str, Rule], ...] = ()
+    loss_tile_bytes: int = 2**27
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen so far, one array per block: compute_dtype [B, T, H, C]."""
+
+    keys: tuple
+    values: tuple
+
+
+class GPTOutput(NamedTuple):
+    hidden: jax.Array  # float32 [B, L, D]: what the head multiplies with the embedding table
+    logits: jax.Array | None  # float32 [B, L, V]; None with head=False
+    act_amax_N: jax.Array  # float32: largest magnitude of the residual stream as it leaves each block
+    act_rms_N: jax.Array  # float32: its root mean square
+    cache: KVCache | None
+    statistics: dict  # {layer: quant_dot.Statistics} of the quantized layers
+
+
+class Quantized(NamedTuple):
+    """What the quantized layers of one call work with.
+
+    operands: {layer: Operands} for every layer in GPTConfig.rules. g_probes: {layer: float32 [S]} where statistics of
+    the output gradients are wanted (see quant_dot).
+    """
+
+    operands: dict[str, Operands]
+    g_probes: dict[str, jax.Array]
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32."""
+
+    @nn.compact
+    def __call__(self, x_BLD):
+        width = x_BLD.shape[-1]
+        scale_D = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
+        bias_D = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
+        centred_BLD = x_BLD - x_BLD.mean(-1, keepdims=True)
+        var_BL1 = jnp.square(centred_BLD).mean(-1, keepdims=True)
+        return centred_BLD * jax.lax.rsqrt(var_BL1 + LAYER_NORM_EPS) * scale_D + bias_D
+
+
+def _product(config, layer, x, w, quantized, statistics, w_is_NK=False):
+    """quant_dot for one layer, in its formats if it has any; then its statistics are put into `statistics`."""
+    rule = dict(config.rules).get(layer)
+    if rule is None:
+        return quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=config.compute_dtype)
+    y, statistics[layer] = quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=config.compute_dtype, rule=rule,
+                                     operands=quantized.operands[layer], g_probe=quantized.g_probes.get(layer))
+    return y
+
+
+class Linear(nn.Module):
+    """x kernel + bias, through quant_dot; kernel [inputs, outputs]. float32 in and out."""
+
+    config: GPTConfig
+    layer: str
+    features: int
+    init_std: float = INIT_STD
+
+    @nn.compact
+    def __call__(self, x, quantized, statistics):
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return _product(self.config, self.layer, x, kernel, quantized, statistics) + bias
+
+
+class Embedding(nn.Module):
+    """A table [entries, width]; `lookup` reads rows of it in float32, `table` is what the tied head multiplies with."""
+
+    entries: int
+    width: int
+
+    def setup(self):
+        self.table = self.param("embedding", nn.initializers.normal(INIT_STD), (self.entries, self.width), jnp.float32)
+
+    def lookup(self, ids):
+        return self.table[ids]
+
+
+def causal_attention(q_BLHC, k_BTHC, v_BTHC, *, kernel, mask_LT=None):
+    """softmax(q k^T / sqrt(C), causal) v with a float32 softmax; the output has the operands' dtype.
+
+    `mask_LT` (True = may attend) replaces the causal mask where the queries do not start at key 0 (the cache).
+    """
+    # float32 operands mean float32 products: without this Hopper would take TF32.
+    with jax.default_matmul_precision("highest" if q_BLHC.dtype == jnp.float32 else "default"):
+        if mask_LT is None:
+            return jax.nn.dot_product_attention(q_BLHC, k_BTHC, v_BTHC, is_causal=True, implementation=kernel)
+        return jax.nn.dot_product_attention(q_BLHC, k_BTHC, v_BTHC, mask=mask_LT[None, None], implementation="xla")
+
+
+class Block(nn.Module):
+    """x + attention(LN(x)), then x + MLP(LN(x))."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, cache, position, quantized, statistics, *, train):
+        config = self.config
+
+        def linear(x, part, features, init_std=INIT_STD):
+            layer = Linear(config, f"{self.name}/{part}", features, init_std, name=part)
+            return layer(x, quantized, statistics)
+
+        dtype = jnp.dtype(config.compute_dtype)
+        # GPT-2 scales the two projections that write to the residual stream by 1/sqrt(number of such projections).
+        residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
+        drop = nn.Dropout(config.dropout, deterministic=not train)
+        B, L, D = x_BLD.shape
+        H = config.n_head
+
+        h_BLD = LayerNorm(name="ln_1")(x_BLD)
+        qkv_BL3D = linear(h_BLD, "attn_qkv", 3 * D).astype(dtype)
+        q_BLHC, k_BLHC, v_BLHC = (part.reshape(B, L, H, D // H) for part in jnp.split(qkv_BL3D, 3, axis=-1))
+        if cache is None:
+            a_BLHC = causal_attention(q_BLHC, k_BLHC, v_BLHC, kernel=config.attention)
+        else:
+            k_BTHC, v_BTHC = (jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
+                              for old, new in zip(cache, (k_BLHC, v_BLHC)))
+            may_attend_LT = jnp.arange(k_BTHC.shape[1])[None, :] <= position + jnp.arange(L)[:, None]
+            a_BLHC = causal_attention(q_BLHC, k_BTHC, v_BTHC, kernel="xla", mask_LT=may_attend_LT)
+            cache = (k_BTHC, v_BTHC)
+        x_BLD = x_BLD + drop(linear(a_BLHC.reshape(B, L, D).astype(jnp.float32), "attn_out", D, residual_std))
+        h_BLD = LayerNorm(name="ln_2")(x_BLD)
+        h_BLF = jax.nn.gelu(linear(h_BLD, "mlp_up", 4 * D), approximate=True)
+        x_BLD = x_BLD + drop(linear(h_BLF, "mlp_down", D, residual_std))
+        return x_BLD, cache
+
+
+class GPT(nn.Module):
+    """The whole model; see GPTOutput for what it returns."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, tokens_BL, *, train=False, cache: KVCache | None = None, position=0,
+                 quantized: Quantized | None = None, head=True):
+        """Logits of the next token at every position.
+
+        Args:
+          tokens_BL: integer token ids below vocab_size; L <= block_size.
+          train: whether dropout is on (then a "dropout" rng is needed if dropout > 0).
+          cache: keys and values of the tokens before; the new ones are written at `position` and the updated cache
+            is returned. None: the tokens are the whole context.
+          position: index of tokens_BL[:, 0] in the context (traced or static); position + L <= block_size.
+          quantized: the operands of the layers in config.rules; needed where there are any.
+          head: whether the logits are wanted.
+        """
+        config = self.config
+        embed = Embedding(config.vocab_size, config.n_embd, name="embed")
+        pos_embed = Embedding(config.block_size, config.n_embd, name="pos_embed")
+        x_BLD = embed.lookup(tokens_BL) + pos_embed.lookup(position + jnp.arange(tokens_BL.shape[1]))
+        x_BLD = nn.Dropout(config.dropout, deterministic=not train)(x_BLD)
+        amax_N, rms_N, keys, values, statistics = [], [], [], [], {}
+        for i in range(config.n_layer):
+            block_cache = None if cache is None else (cache.keys[i], cache.values[i])
+            block = Block(config, name=f"block_{i}")
+            x_BLD, block_cache = block(x_BLD, block_cache, position, quantized, statistics, train=train)
+            seen = jax.lax.stop_gradient(x_BLD)
+            amax_N.append(jnp.max(jnp.abs(seen)))
+            rms_N.append(jnp.sqrt(jnp.mean(jnp.square(seen))))
+            if block_cache is not None:
+                keys.append(block_cache[0])
+                values.append(block_cache[1])
+        x_BLD = LayerNorm(name="ln_f")(x_BLD)
+        logits_BLV = None
+        if head:
+            logits_BLV = _product(config, "head", x_BLD, embed.table, quantized, statistics, w_is_NK=True)
+        cache = None if cache is None else KVCache(tuple(keys), tuple(values))
+        return GPTOutput(x_BLD, logits_BLV, jnp.stack(amax_N), jnp.stack(rms_N), cache, statistics)
+
+
+def init_params(config: GPTConfig, seed):
+    """Fresh float32 parameters as a nested dict; a pure function of (config, seed), whatever the formats."""
+    tokens_BL = jnp.zeros((1, 1), jnp.int32)
+    return GPT(dataclasses.replace(config, rules=())).init(jax.random.key(seed), tokens_BL)["params"]
+
+
+def empty_cache(config: GPTConfig, batch, length=None) -> KVCache:
+    """A cache for `batch` sequences of up to `length` (default block_size) tokens."""
+    shape = (batch, length or config.block_size, config.n_head, config.n_embd // config.n_head)
+    zeros = tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.n_layer))
+    return KVCache(zeros, zeros)
+
+
+def count_params(params):
+    """Number of scalars in a parameter tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def layer_of(path):
+    """Metric name of the layer a parameter path belongs to: ("block_0", "ln_1", "scale") -> "block_0/ln_1"."""
+    return "/".join(path[:-1])
+
+
+def weights_of(params, layer):
+    """The weight matrix of a linear layer: its kernel [K, N], or for `head` the embedding table [V, D]."""
+    if layer == "head":
+        return params["embed"]["embedding"]
+    block, part = layer.split("/")
+    return params[block][part]["kernel"]
+
+
+def with_weights(params, weights):
+    """The parameters with the matrices of some layers replaced: {layer: matrix}."""
+    params = {name: dict(group) for name, group in params.items()}
+    for layer, matrix in weights.items():
+        if layer == "head":
+            params["embed"] = params["embed"] | {"embedding": matrix}
+        else:
+            block, part = layer.split("/")
+            params[block][part] = params[block][part] | {"kernel": matrix}
+    return params

@@ -1,0 +1,1 @@
+"""Number formats, rounding, products, optimizers, ledger: pure functions of arrays; no config, no files."""

@@ -1,0 +1,155 @@
+"""What became of the update: how much of it reached the numbers that the products compute with.
+
+An update u is applied to every weight, but a weight in a number format moves only when it crosses to another code. For
+each layer whose weights have a format, Q rounds onto the grid at a fixed scale, and dQ = Q(w') - Q(w) is what the
+products see of u:
+
+flip           share of weights whose code changed
+not_flipped    float32 master: share of weights with u != 0 whose code did not change. None of it is lost: the master
+               adds up
+lost           weights stored on the grid: the same share, and there it is lost for good. With error feedback only where
+               the residual did not change either
+stall_ratio    1 - (codes changed) / (weights with u != 0)
+effective_lr   <u, dQ> / <u, u>: 1 where on average all of u arrives, 0 where none does
+lost_energy    |u - dQ| / |u|: 0 where u arrives as it is; above 1 where rounding adds more than u itself
+ulps_moved     mean number of codes a weight moved
+scale_flip     share of weights whose value on the grid changes because the scale does. No learning, hence not in flip
+code_age       mean number of updates since a weight's code last changed
+
+`flip`, ... without a layer are taken over all elements of those layers together. Stall alone misranks formats: a coarse
+grid flips few codes, but each of them by much; read it with effective_lr.
+
+Weights at rest. With a float32 master w' = w + u, and Q(w) is what the products use. Stored, w is on the grid itself:
+
+nearest         w' = Q(w + u)
+stochastic      w' = Q(w + u), rounded up with the probability of the fraction, so that E[w'] = w + u
+error_feedback  w' = Q(w + r + u) and the residual r' = w + r + u - w' is kept in bfloat16 (Seide et al. 2014)
+
+The scale of stored weights moves only when it must: when the largest weight lies beyond the largest number by more than
+half of the gap there, so that ordinary rounding would not bring it back, or has shrunk so far that the scale could be
+four times as large. It then becomes what it would be at the start of a run.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from altgrad_jax.numerics.products import LARGEST_SCALED, scale_for
+from altgrad_jax.numerics.rounding import Grid, round_to_format, to_codes, to_grid, ulp
+
+_FIELDS = ("elements", "updates", "flips", "lost", "dot", "energy", "missed", "codes", "scale_flips", "age")
+MAX_AGE = 65535
+
+
+class Stored(NamedTuple):
+    """A weight matrix after an update, at rest."""
+
+    weights: jax.Array
+    residual: jax.Array | None
+    grid: Grid
+
+
+def store(w, update, old_grid: Grid, fmt, *, residual=None, seed=None, force=False) -> Stored:
+    """The stored weights after an update.
+
+    Args:
+      w: float32 on `old_grid`. update: float32, finite.
+      fmt: FormatParams of the grid from now on. force: bool, whether the scale is chosen anew (the format changed).
+      residual: bfloat16 of error feedback, or None.
+      seed: uint32 [2] for stochastic rounding, or None.
+    """
+    target = w + update
+    if residual is not None:
+        target = w + jnp.where(jnp.isfinite(residual), residual, 0).astype(jnp.float32) + update
+    # One element that is not finite must not decide how all others are rounded.
+    amax = jnp.max(jnp.where(jnp.isfinite(target), jnp.abs(target), 0))
+    limit = jnp.minimum(fmt.max_finite, LARGEST_SCALED)
+    reached = amax * old_grid.scale
+    moves = force | (reached > limit + ulp(limit, Grid(fmt, 1.0)) / 2) | (reached <= limit / 4)
+    grid = Grid(fmt, jnp.where(moves, scale_for(amax, fmt), old_grid.scale))
+    weights = to_grid(target, grid, seed=seed)
+    if residual is not None:
+        residual = (target - weights).astype(jnp.bfloat16)
+    return Stored(weights, residual, grid)
+
+
+def _codes_and_values(w, grid):
+    rounded = round_to_format(w * grid.scale, grid.format)
+    return to_codes(rounded, grid.format), rounded * (1 / grid.scale)
+
+
+def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None):
+    """Sums over one weight matrix, float32 [fields], and the ages after the update.
+
+    Args:
+      w, new_w, update: float32 [K, N] before and after, and the update that was applied.
+      grid: by which codes are counted.
+      age: uint16 [K, N] or None. unlost: bool [K, N], elements whose update lives on in a residual, or None.
+    """
+    code, value = _codes_and_values(w, grid)
+    new_code, new_value = _codes_and_values(new_w, grid)
+    arrived = new_value - value
+    moved = new_code != code
+    updated = update != 0
+    lost = updated & ~moved if unlost is None else updated & ~moved & ~unlost
+    new_age = None
+    if age is not None:
+        new_age = jnp.where(moved, 0, jnp.minimum(age, MAX_AGE - 1) + 1).astype(jnp.uint16)
+    sums = {"elements": jnp.float32(w.size), "updates": _count(updated), "flips": _count(moved), "lost": _count(lost),
+            "dot": jnp.sum(update * arrived), "energy": jnp.sum(jnp.square(update)),
+            "missed": jnp.sum(jnp.square(update - arrived)),
+            "codes": jnp.sum(jnp.abs(new_code - code).astype(jnp.float32)), "scale_flips": jnp.float32(0),
+            "age": jnp.float32(0) if new_age is None else jnp.sum(new_age.astype(jnp.float32))}
+    return jnp.stack([sums[field] for field in _FIELDS]), new_age
+
+
+def _count(mask):
+    return jnp.sum(mask, dtype=jnp.float32)
+
+
+def scale_flips(w, before: Grid, after: Grid):
+    """How many weights of each matrix lie elsewhere on another grid: float32 [G] from w float32 [G, K, N].
+
+    Arrays of the grids begin with the axis G. Costs a pass over w only where some grid did change.
+    """
+    changes = jnp.any(before.scale != after.scale) | jnp.any(before.format.mantissa_bits != after.format.mantissa_bits)
+
+    def count():
+        return jnp.sum(jax.vmap(to_grid)(w, after) != jax.vmap(to_grid)(w, before), axis=(1, 2), dtype=jnp.float32)
+
+    return jax.lax.cond(changes, count, lambda: jnp.zeros(len(w), jnp.float32))
+
+
+def with_scale_flips(sums, flips):
+    """Sums of `entries` with the number of scale flips filled in."""
+    return sums.at[..., _FIELDS.index("scale_flips")].set(flips)
+
+
+def lost_share(sums):
+    """Share of a layer's weights whose update was lost; sums from `entries`."""
+    return sums[_FIELDS.index("lost")] / sums[0]
+
+
+def ledger_metrics(sums: dict, *, stored, ages):
+    """{`statistic/layer`} and {`statistic`} over all layers together, from {layer: `entries`}.
+
+    Args:
+      stored: whether the weights are stored on the grid. ages: whether ages were kept.
+    """
+    out = {}
+    for layer, vector in [*((f"/{name}", vector) for name, vector in sums.items()), ("", sum(sums.values()))]:
+        f = dict(zip(_FIELDS, vector))
+        energy = jnp.where(f["energy"] > 0, f["energy"], jnp.nan)
+        out |= {
+            f"flip{layer}": f["flips"] / f["elements"],
+            f"{'lost' if stored else 'not_flipped'}{layer}": f["lost"] / f["elements"],
+            f"stall_ratio{layer}": 1 - f["flips"] / jnp.where(f["updates"] > 0, f["updates"], jnp.nan),
+            f"effective_lr{layer}": f["dot"] / energy,
+            f"lost_energy{layer}": jnp.sqrt(f["missed"] / energy),
+            f"ulps_moved{layer}": f["codes"] / f["elements"],
+            f"scale_flip{layer}": f["scale_flips"] / f["elements"],
+        }
+        if ages:
+            out[f"code_age{layer}"] = f["age"] / f["elements"]
+    return out

@@ -1,0 +1,421 @@
+"""The matrix product of every linear layer, forward and backward, in one place.
+
+A linear layer is three products: y = x w, dx = g w^T and dw = x^T g. This module decides in which precision each one
+runs. With no number format set, which is all the baseline needs:
+
+* a value is rounded to the compute dtype exactly when it becomes an *operand* of a product, and nowhere else;
+* every product accumulates in float32 and returns float32, the weight gradient included. (A plain bfloat16 Dense layer
+  rounds the weight gradient to bfloat16 on its way out: 8 bits of the quantity this project exists to measure.)
+* forward and backward use the same rounded operands: the backward products read the operands the forward pass saved.
+
+With formats, the operands W (w), A (x) and G (g), or some of them, are rounded onto the grid of a format instead, from
+float32 and once: q = round(v * s) / s with a power of two s, the *scale*. Nothing else changes: an operand without a
+format is rounded to the compute dtype, results and gradients are float32, and gradients pass straight through the
+rounding, a clipped value's too.
+
+Why this is exact. Every number of a format with at most 7 mantissa bits is a bfloat16 number, and dividing it by a
+power of two leaves it one. So the scale is put back into the operand, element by element if need be, and the bfloat16
+product of such operands is the product a device would compute on codes and rescale, up to the order of its sums.
+(Nothing falls below the normal numbers on the way: v is at least 2^-126, and rounding v * s to nearest goes no lower
+than 2^-126 * s, unless to zero.) Formats with more mantissa bits take float32 operands at `Precision.HIGHEST`, which is
+another program: `Rule.float32_operands`.
+
+A scale maps an amax (largest magnitude) to at most min(largest finite number, 2^16): for formats with many exponents
+the sum of products would overflow float32 otherwise. It is the largest power of two that does. Which amax:
+
+    delayed   one scale, given by the caller from amaxes of earlier steps; if it gives 0, as at the first step: `tensor`
+    tensor    one scale, from the operand's own amax
+    channel   one per output channel of W, and one per row (token) of A and of G
+    block32   one per 32 neighbours, and block128: along the contracted axis: K for W and A, N for G (that of dx)
+    none      1
+
+Scales that are not powers of two (`Rule.power_of_two=False`) cannot be put back into the operand without rounding it
+again. There, as with native products, the operands are the codes' own values (v * s rounded) and the float32 results
+are divided by the scales, which needs one scale per operand: delayed, tensor or none.
+
+`Rule.native` computes the products on float8 operands (Micikevicius et al. 2022): E4M3 and E5M2 only, the results
+divided by the scales. On a CPU it equals the emulation up to the order of its sums; on a GPU of the Hopper generation
+or later XLA hands it to cuBLASLt, which takes no product of two E5M2 operands and, with fast accumulation, keeps fewer
+bits of the sum.
+
+An operand is rounded once and used in two products, but scales per channel or block fit only one of them: that of y for
+W and A, that of dx for G. In the other product they vary from term to term of the sum, which is exact here; a device
+that applies scales to sums could not do it without rounding the operand a second time, differently.
+
+Infinities and NaN pass unrounded, as in the baseline: saturating them would hide a step that must not be applied.
+
+Statistics (`FIELDS`) are reductions over an operand as it is rounded, one float32 vector each. Those of W and A are
+returned beside y. G exists only inside the backward pass, so its vector leaves as the *cotangent* of an argument that
+is otherwise unused: the gradient with respect to `g_probe` is the vector. Cotangents of one array used twice would be
+added, which is wrong for maxima: every call needs a probe of its own (under scan, a row of the scanned input).
+
+Axes: M rows (batch and time flattened), K inputs, N outputs, H steps of an amax history, S len(FIELDS).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from altgrad_jax.errors import UserError
+from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format
+
+SCALINGS = ("delayed", "tensor", "channel", "block32", "block128", "none")
+PER_TENSOR = ("delayed", "tensor", "none")
+LARGEST_SCALED = 2.0**16
+
+# How the vectors of several micro-batches become one, field by field.
+FIELDS = {
+    "amax": jnp.maximum,  # largest magnitude
+    "scale": jnp.minimum,  # the scale; the smallest, where there are several
+    "smallest": jnp.minimum,  # smallest magnitude that is not 0; infinity where all are 0
+    "count": jnp.add,  # elements
+    "exposed": jnp.add,  # elements whose scale did not come from their own amax: only these can be clipped
+    "clipped": jnp.add,  # elements beyond the largest finite number
+    "flushed": jnp.add,  # elements that are not 0 and were rounded to 0
+    "signal": jnp.add,  # sum of v^2
+    "noise": jnp.add,  # sum of (q - v)^2
+    "excess": jnp.add,  # sum of (v - clip(v))^2
+}
+_IDENTITY = {jnp.maximum: 0.0, jnp.minimum: np.inf, jnp.add: 0.0}
+
+
+class Operand(NamedTuple):
+    """A quantized operand as the compiled program sees it: traced scalars, or a leading axis under vmap."""
+
+    format: FormatParams
+    scale: jax.Array | float = 0.0  # float32 from 2^-126 to 2^126, or 0; read by `delayed` only
+    seed: jax.Array | None = None  # uint32 [2] rounds stochastically (quantize.stochastic_seed); None to nearest
+
+
+class Operands(NamedTuple):
+    """The three operands of a linear layer; None stays in the compute dtype."""
+
+    w: Operand | None = None
+    a: Operand | None = None
+    g: Operand | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The static choices: a scaling for each operand, and how the products are computed.
+
+    `float32_operands` must be set where any format has more than 7 mantissa bits, and costs speed elsewhere.
+    `power_of_two`: whether scales are rounded down to powers of two. `native`: the float8 dtypes of W, A and G, whose
+    formats the operands must then have. `observe`: a function of (elements of an operand, Grid) whose float32 vector is
+    appended to the operand's statistics, and to the length of `g_probe`.
+    """
+
+    w: str = "delayed"
+    a: str = "delayed"
+    g: str = "delayed"
+    float32_operands: bool = False
+    power_of_two: bool = True
+    native: tuple[str, str, str] | None = None
+    observe: Callable | None = None
+
+    def __post_init__(self):
+        for operand in "wag":
+            scaling = getattr(self, operand)
+            if scaling not in SCALINGS:
+                raise UserError(f"there is no scaling {scaling!r} for {operand.upper()}: give one of "
+                                f"{', '.join(SCALINGS)}")
+            if self.on_results and scaling not in PER_TENSOR:
+                raise UserError(f"scaling {scaling!r} of {operand.upper()} has many scales, but "
+                                f"{'native products take' if self.native else 'scales that are no powers of two need'} "
+                                f"one for each operand: give one of {', '.join(PER_TENSOR)}")
+
+    @property
+    def on_results(self) -> bool:
+        """Whether scales are taken off the results of the products instead of off the operands."""
+        return self.native is not None or not self.power_of_two
+
+
+class Statistics(NamedTuple):
+    """float32 [S] of the operands of the forward product, fields as in FIELDS; None without a format."""
+
+    w: jax.Array | None
+    a: jax.Array | None
+
+
+def scale_for(amax, params: FormatParams, power_of_two=True):
+    """The largest power of two s with amax * s <= min(largest finite number, 2^16).
+
+    Args:
+      amax: float32 of any shape, not negative.
+      power_of_two: False gives the quotient of the two as float32 instead.
+
+    Returns:
+      float32 of that shape, from 2^-126 to 2^126, so that 1/s is exact too. (An amax beyond 2^125 is therefore clipped
+      in formats with a largest number near 1.) 1 where amax is 0, below 2^-126 or not finite.
+    """
+    amax = jnp.asarray(amax, jnp.float32)
+    bits = lax.bitcast_convert_type(amax, jnp.int32)
+    largest = jnp.minimum(jnp.asarray(params.max_finite, jnp.float32), LARGEST_SCALED)
+    usable = (bits >= 0x00800000) & (bits < 0x7F800000)
+    if not power_of_two:
+        return jnp.where(usable, jnp.clip(largest / jnp.where(usable, amax, 1.0), 2.0**-126, 2.0**126), 1.0)
+    largest = lax.bitcast_convert_type(largest, jnp.int32)
+    # Exponents by their fields, for log2 is inexact in XLA; one less where amax has the larger mantissa.
+    exponent = (largest >> 23) - (bits >> 23) - ((bits & 0x7FFFFF) > (largest & 0x7FFFFF))
+    scale = lax.bitcast_convert_type((jnp.clip(exponent, -126, 126) + 127) << 23, jnp.float32)
+    return jnp.where(usable, scale, 1.0)
+
+
+def delayed_scale(history_H, params: FormatParams, power_of_two=True):
+    """The scale of `delayed` at a step, from the amaxes of the steps before (last axis); 0 while all are 0."""
+    amax = jnp.max(history_H, axis=-1)
+    return jnp.where(amax > 0, scale_for(amax, params, power_of_two), 0.0)
+
+
+def push_amax(history_H, amax):
+    """The history [..., H] with this step's amax [...] at its end and the oldest gone; unchanged by one not finite."""
+    pushed_H = jnp.concatenate([history_H[..., 1:], amax[..., None]], axis=-1)
+    return jnp.where(jnp.isfinite(amax)[..., None], pushed_H, history_H)
+
+
+def empty_statistics():
+    """float32 [S] that changes nothing when combined; also a fitting `g_probe`, whose value is never read."""
+    return np.array([_IDENTITY[combine] for combine in FIELDS.values()], np.float32)
+
+
+def combine_statistics(a, b):
+    """Vectors [..., S] of two parts of a batch as that of both: amax by maximum, counts and energies by sum."""
+    return jnp.stack([combine(a[..., i], b[..., i]) for i, combine in enumerate(FIELDS.values())], axis=-1)
+
+
+def named_statistics(fields_S):
+    """{name: float32 [...]} from vectors [..., S] of an operand.
+
+    `overflow`: share of elements beyond the largest finite number; NaN, not applicable, where the scale came from the
+    current amax, for then there are none by construction. `underflow`: share of elements that are not 0 and became 0.
+    `clipped_energy`: |v - clip(v)|^2 / |v|^2. `sqnr_db`: 10 log10(|v|^2 / |q - v|^2), infinite where nothing was
+    rounded. `amax`; `scale`; `dynamic_range`: log2(amax / smallest magnitude that is not 0). Where all elements are 0:
+    NaN. Energies are float32: they mean nothing where magnitudes lie below 1e-19.
+    """
+    f = {name: fields_S[..., i] for i, name in enumerate(FIELDS)}
+    return {
+        "overflow": f["clipped"] / f["exposed"],
+        "underflow": f["flushed"] / f["count"],
+        "clipped_energy": f["excess"] / f["signal"],
+        "sqnr_db": 10 * (jnp.log10(f["signal"]) - jnp.log10(f["noise"])),
+        "amax": f["amax"],
+        "scale": f["scale"],
+        "dynamic_range": jnp.log2(f["amax"]) - jnp.log2(f["smallest"]),
+    }
+
+
+def _groups(v, scaling, axis, name):
+    """v viewed so that elements with a common amax lie along whole axes, and those axes."""
+    if not scaling.startswith("block"):
+        return v, (axis,) if scaling == "channel" else (0, 1)
+    size, block = v.shape[axis], int(scaling.removeprefix("block"))
+    if size % block:
+        raise UserError(f"{scaling} cannot scale operand {name}, whose contracted axis has {size} elements: give a "
+                        f"model whose dimensions are multiples of {block}, or another scaling")
+    return v.reshape(*v.shape[:axis], size // block, block, *v.shape[axis + 1:]), (axis + 1,)
+
+
+def _scale_of(size, operand, scaling, along, power_of_two):
+    """(scale, amax, the given scale or 0) of magnitudes whose groups lie along the axes `along`."""
+    amax = jnp.max(size, axis=along, keepdims=True)
+    given = jnp.float32(1.0 if scaling == "none" else operand.scale if scaling == "delayed" else 0.0)
+    return jnp.where(given > 0, given, scale_for(amax, operand.format, power_of_two)), amax, given
+
+
+def weight_scale(w, operand, rule, *, w_is_NK=False):
+    """The scale, or scales, by which quant_dot rounds this weight matrix: float32 that broadcasts to it.
+
+    What the update ledger needs to say which code a weight has. Arguments as in quant_dot.
+    """
+    axis = 1 if w_is_NK else 0
+    grouped, along = _groups(w, rule.w, axis, "W")
+    scale, _, _ = _scale_of(jnp.abs(grouped), operand, rule.w, along, rule.power_of_two)
+    if not rule.w.startswith("block"):
+        return scale.reshape(1, 1) if scale.size == 1 else scale
+    return jnp.broadcast_to(scale, grouped.shape).reshape(w.shape)
+
+
+def _quantize(v, operand, scaling, axis, name, dtype, rule):
+    """A float32 matrix rounded onto its format's grid, in `dtype`; what its products are divided by, or None where the
+    scale is taken off the operand itself; and its statistics [S]. `axis` is contracted."""
+    shape = v.shape
+    v, along = _groups(v.astype(jnp.float32), scaling, axis, name)
+    size = jnp.abs(v)
+    scale, amax, given = _scale_of(size, operand, scaling, along, rule.power_of_two)
+    scaled = v * scale
+    if not rule.power_of_two:
+        # The amax times its own scale may lie an ulp of float32 beyond the largest number.
+        largest = operand.format.max_finite
+        scaled = jnp.where(given > 0, scaled, jnp.clip(scaled, -largest, largest))
+    scaled = round_to_format(scaled, operand.format, seed=operand.seed)
+    stored = scaled * (1 / scale)
+    q = jnp.where(jnp.isfinite(v), scaled if rule.on_results else stored, v).astype(dtype)
+    descale = (1 / scale).reshape(()) if rule.on_results else None
+
+    # Counts in float32, which is faster: XLA sums in blocks, so that no counter stops at 2^24.
+    if not rule.on_results:
+        stored = q.astype(jnp.float32)
+    clipped = excess = jnp.float32(0)
+    if scaling in ("delayed", "none"):  # from its own amax nothing is clipped, and two passes are saved
+        limit = operand.format.max_finite / scale
+        # With a scale from the own amax the limit may lie an ulp below it, by rounding: no clipping either.
+        clipped = jnp.where(given > 0, jnp.sum((size > limit).astype(jnp.float32)), 0.0)
+        excess = jnp.where(given > 0, jnp.sum(jnp.where(size > limit, jnp.square(size - limit), 0)), 0.0)
+    fields = {
+        "amax": jnp.max(amax),
+        "scale": jnp.min(scale),
+        "smallest": jnp.min(jnp.where(size > 0, size, jnp.inf)),
+        "count": jnp.float32(v.size),
+        "exposed": jnp.where(given > 0, jnp.float32(v.size), 0.0),
+        "clipped": clipped,
+        "flushed": jnp.sum(((stored == 0) & (v != 0)).astype(jnp.float32)),
+        "signal": jnp.sum(jnp.square(v)),
+        "noise": jnp.sum(jnp.square(stored - v)),
+        "excess": excess,
+    }
+    statistics = jnp.stack([fields[field] for field in FIELDS])
+    if rule.observe is not None:
+        statistics = jnp.concatenate([statistics, rule.observe(v, Grid(operand.format, scale))])
+    return q.reshape(shape), descale, statistics
+
+
+def product(a, b, contract_a, contract_b, descales=()):
+    """a . b over one axis of each, accumulated in float32, times `descales` (None: 1). float32 operands stay float32
+    (never TF32)."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    y = lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision=precision,
+                        preferred_element_type=jnp.float32)
+    for descale in descales:
+        # One after the other: the product of two scales may lie beyond float32.
+        y = y if descale is None else y * descale
+    return y
+
+
+def weight_gradient(x_MK, g_MN, w_is_NK=False, descales=()):
+    """x^T g, float32 [K, N] or with `w_is_NK` [N, K]; operands and `descales` as in `product`."""
+
+    def direct(x_MK, g_MN):
+        return product(g_MN, x_MK, 0, 0, descales) if w_is_NK else product(x_MK, g_MN, 0, 0, descales)
+
+    def transposed(x_MK, g_MN):
+        # In halves, or XLA would fold the transpose into the product again, which is what must not happen.
+        half = x_MK.shape[1] // 2
+        x_KM = jnp.concatenate([x_MK[:, :half].T, x_MK[:, half:].T])
+        # Likewise a transpose of the result, which the barrier keeps apart.
+        dw_KN = lax.optimization_barrier(product(x_KM, g_MN, 1, 0, descales))
+        return dw_KN.T if w_is_NK else dw_KN
+
+    if not (x_MK.dtype == g_MN.dtype == jnp.bfloat16 and min(*x_MK.shape, *g_MN.shape) >= 8):
+        return direct(x_MK, g_MN)
+    # XLA's CPU backend multiplies bfloat16 matrices only as they lie, contracting the left one's columns; for any other
+    # product it converts them to float32 first, at less than half the speed. Transposing x costs little beside that.
+    return lax.platform_dependent(x_MK, g_MN, cpu=transposed, default=direct)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot_MK(x_MK, w, w_is_NK, compute_dtype):
+    return _forward(x_MK, w, w_is_NK, compute_dtype)[0]
+
+
+def _forward(x_MK, w, w_is_NK, compute_dtype):
+    x_MK, w = x_MK.astype(compute_dtype), w.astype(compute_dtype)
+    return product(x_MK, w, 1, 1 if w_is_NK else 0), (x_MK, w)
+
+
+def _backward(w_is_NK, compute_dtype, operands, g_MN):
+    x_MK, w = operands
+    g_MN = g_MN.astype(compute_dtype)
+    dx_MK = product(g_MN, w, 1, 0 if w_is_NK else 1)
+    return dx_MK, weight_gradient(x_MK, g_MN, w_is_NK)
+
+
+_dot_MK.defvjp(_forward, _backward)
+
+
+def _as_operand(v, operand, scaling, axis, name, compute_dtype, rule):
+    """The operand of a product, what its products are divided by, and its statistics; rounded to the compute dtype,
+    None and None without a format."""
+    dtype = jnp.dtype(jnp.float32) if rule.float32_operands else compute_dtype
+    if operand is None:
+        return v.astype(compute_dtype).astype(dtype), None, None
+    if rule.native:
+        dtype = jnp.dtype(rule.native["WAG".index(name)])
+    return _quantize(v, operand, scaling, axis, name, dtype, rule)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _quant_dot_MK(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule):
+    return _quant_forward(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule)[0]
+
+
+def _quant_forward(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule):
+    axis = 1 if w_is_NK else 0
+    x_MK, a_descale, a_stats = _as_operand(x_MK, operands.a, rule.a, 1, "A", compute_dtype, rule)
+    w, w_descale, w_stats = _as_operand(w, operands.w, rule.w, axis, "W", compute_dtype, rule)
+    y_MN = product(x_MK, w, 1, axis, (a_descale, w_descale))
+    saved = x_MK, a_descale, w, w_descale, operands.g, g_probe is not None
+    return (y_MN, Statistics(w_stats, a_stats)), saved
+
+
+def _quant_backward(w_is_NK, compute_dtype, rule, saved, cotangents):
+    x_MK, a_descale, w, w_descale, g_operand, probed = saved
+    g_MN, _ = cotangents
+    g_MN, g_descale, g_stats = _as_operand(g_MN, g_operand, rule.g, 1, "G", compute_dtype, rule)
+    dx_MK = product(g_MN, w, 1, 0 if w_is_NK else 1, (g_descale, w_descale))
+    dw = weight_gradient(x_MK, g_MN, w_is_NK, (g_descale, a_descale))
+    return dx_MK, dw, None, g_stats if probed else None
+
+
+_quant_dot_MK.defvjp(_quant_forward, _quant_backward)
+
+
+def _check(operands, g_probe, rule, compute_dtype):
+    for name, operand in zip("WAG", operands):
+        bits = None if operand is None else operand.format.mantissa_bits
+        narrow = compute_dtype != jnp.float32 and not rule.float32_operands
+        if narrow and isinstance(bits, (int, np.ndarray, np.generic)) and np.max(bits) > 7:
+            raise UserError(f"a format with {np.max(bits)} mantissa bits, given for {name}, is not exact in "
+                            f"{compute_dtype}: set float32_operands=True")
+    if rule.native and None in operands:
+        raise UserError("native products take float8 operands: give W, A and G a format each, or compute emulated")
+    if g_probe is not None and operands.g is None:
+        raise UserError("g_probe asks for statistics of an output gradient that has no format: give none")
+
+
+def quant_dot(x, w, *, w_is_NK=False, compute_dtype=jnp.bfloat16, operands: Operands | None = None,
+              rule: Rule | None = None, g_probe=None):
+    """Product of activations and a weight matrix, with float32 result and float32 gradients.
+
+    Args:
+      x: float32 [..., K]; leading axes are flattened for the product.
+      w: float32 [K, N], or [N, K] with `w_is_NK` (the tied output head uses the embedding table as it lies).
+      w_is_NK: whether `w` carries its output axis first.
+      compute_dtype: dtype the operands x, w and the output gradient are rounded to (nearest even), unless by a format.
+      operands: the formats of the three operands, and for `delayed` their scales. None: the layer is not quantized.
+      rule: the static choices for these operands; default Rule().
+      g_probe: float32 [S]; the gradient with respect to it is the statistics of the output gradient. Its value is not
+        read. None where nobody asks for them.
+
+    Returns:
+      float32 [..., N]; with `operands`, (that, Statistics). Gradients of x and w are float32 and are the exact
+      derivatives of the product of the *rounded* operands, passed straight through the rounding. Cotangents of the
+      statistics are ignored.
+
+    Raises:
+      UserError: blocks that do not divide their axis; a format with more than 7 mantissa bits without
+        `float32_operands`, where the format is not traced; a probe without a format for G.
+    """
+    x_MK, compute_dtype = x.reshape(-1, x.shape[-1]), jnp.dtype(compute_dtype)
+    if operands is None:
+        y_MN = _dot_MK(x_MK, w, w_is_NK, compute_dtype)
+        return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
+    rule = rule or Rule()
+    _check(operands, g_probe, rule, compute_dtype)
+    y_MN, statistics = _quant_dot_MK(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule)
+    return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1]), statistics

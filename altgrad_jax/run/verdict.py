@@ -1,0 +1,444 @@
+"""Was the run sound? Decided from its folder alone, so it can be asked again later, on another machine.
+
+A run is sound when it made all its steps, its loss fell, no step was non-finite, and neither `divergence` nor
+`val_rising` was raised. "Fell" compares the mean loss of the first 5% of the steps with that of the last 5%
+(at least one step each). Alerts of other kinds (a loss spike, a dead layer) are counted and shown, but a run
+that took them and still learned is sound.
+"""
+
+import json
+import math
+import os
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from altgrad_jax.errors import UserError
+from altgrad_jax.files import open_file
+from altgrad_jax.run import goodput
+from altgrad_jax.run.console import Lasting, show_duration, show_rate
+from altgrad_jax.run.logger import MANIFEST, METRICS, TIMING, parse_row, write_atomically
+
+SHARE = 0.05  # of the steps, at either end
+UNSOUND_ALERTS = {"divergence": "the loss rose above where it began",
+                  "val_rising": "the validation loss kept rising"}
+VERDICT = "verdict.json"
+LOSS_PLOT = "loss.png"
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_rows(run_dir):
+    """The rows of metrics.jsonl in order: {"step": int, name: float, ..., "alerts": [...]}.
+
+    A torn last line, which a killed run leaves, is passed over. UserError where the file is missing, or
+    damaged before its end.
+    """
+    path = Path(run_dir) / METRICS
+    if not os.path.lexists(path):
+        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a run")
+    with open_file(path, "restore it from a copy") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                try:
+                    row = parse_row(line)
+                    if not all(isinstance(value, int | float) for key, value in row.items() if key != "alerts"):
+                        raise ValueError
+                    yield row
+                except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                    raise UserError(f"{path} is damaged in line {number}; restore it from a copy, or resume "
+                                    "the run from a checkpoint before that row") from None
+
+
+def read_timing(run_dir):
+    """(rows, events) of timing.jsonl, empty if missing. Damaged lines are passed over."""
+    rows, events = [], []
+    path = Path(run_dir) / TIMING
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    row["step"], row["time"]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue
+                (events if "event" in row else rows).append(row)
+    return rows, events
+
+
+def read_history(run_dir, keys=None):
+    """Columns of the record: {"step": int64 [rows], name: float32 [rows], ...}, NaN where a row has no such.
+
+    Args:
+      keys: the names wanted; None: every name of any row (alerts are not a column). A name no row has gives
+        all NaN.
+    """
+    steps, columns = [], {key: [] for key in keys or ()}
+    for row in read_rows(run_dir):
+        for key in row if keys is None else keys:
+            if key in row and key not in ("step", "alerts"):
+                column = columns.setdefault(key, [])
+                column.extend([math.nan] * (len(steps) - len(column)))
+                column.append(row[key])
+        steps.append(row["step"])
+    history = {"step": np.array(steps, np.int64)}
+    for key, column in columns.items():
+        history[key] = np.array(column + [math.nan] * (len(steps) - len(column)), np.float32)
+    return history
+
+
+# ---------------------------------------------------------------------------------------------------- verdict
+
+
+def _is_nonfinite(row):
+    """Whether the update this row describes was non-finite somewhere."""
+    if any(not math.isfinite(row[key]) for key in ("loss", "grad_norm") if key in row):
+        return True
+    return any(value > 0 or not math.isfinite(value) for key, value in row.items()
+               if key.startswith("nonfinite"))
+
+
+def _end_means(losses):
+    """Means of the finite losses of the first and last SHARE of the steps; None where there is none."""
+    n = max(1, round(SHARE * len(losses)))
+    means = []
+    for part in (losses[:n], losses[-n:]):
+        finite = [loss for loss in part if math.isfinite(loss)]
+        means.append(math.fsum(finite) / len(finite) if finite else None)
+    return means
+
+
+def _typical_speed(timing, events):
+    """Medians of (tokens_per_s, step_time_s) over the last timing of each step, without each process's first
+    dispatch: it holds the compilation. (None, None) where nothing else is left."""
+    starts = sorted(event["time"] for event in events if event["event"] in ("start", "resume")) or [-math.inf]
+    first = {}  # start of a process -> time of its first rows
+    for row in timing:
+        start = max((s for s in starts if s <= row["time"]), default=starts[0])
+        first.setdefault(start, row["time"])
+    warm = {row["step"]: row for row in timing if row["time"] not in first.values()}
+
+    def median(key):
+        values = [row[key] for row in warm.values() if key in row]
+        return statistics.median(values) if values else None
+
+    return median("tokens_per_s"), median("step_time_s")
+
+
+def _max_steps(run_dir):
+    try:
+        return json.loads((run_dir / MANIFEST).read_bytes())["config"]["max_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def make_verdict(run_dir, *, max_steps=None, stopped=None):
+    """What the record in run_dir says about the run, as JSON-serializable facts.
+
+    Args:
+      max_steps: steps the run was to make; None: as its manifest says.
+      stopped: why it ended early, in a few words ("10 non-finite steps in a row"); None: derived.
+
+    Returns:
+      dict with `verdict` ("sound ...", or "not sound: ..."), `sound`, `steps`, `max_steps`, `finished`,
+      `stopped`, `loss_fell` (None: too few steps to tell), `loss_first`, `loss_last` (means of the first and
+      last 5%), `initial_loss`, `final_loss`, `final_perplexity`, `nonfinite_steps`, `first_nonfinite_step`,
+      `first_nonfinite_cause` (stability.locate's sentence; None if the record has none), `alerts`
+      ({kind: count}), `validation` ([[step, loss]]), `best_val_loss`, `best_val_step`, `final_val_loss`,
+      `final_val_perplexity`, `checkpoints`, `anomalies` (steps), `tokens_per_s`, `step_time_s`, `goodput`
+      (goodput.total of all starts), `paths`. Losses are nats per token; what is not finite is a string.
+    """
+    run_dir = Path(run_dir)
+    max_steps = _max_steps(run_dir) if max_steps is None else max_steps
+    steps, losses, validation, alerts, bad = 0, [], [], {}, []
+    for row in read_rows(run_dir):
+        steps = row["step"]
+        if "loss" in row:
+            losses.append(row["loss"])
+            if _is_nonfinite(row):
+                bad.append(row["step"])
+        if "val_loss" in row:
+            validation.append((row["step"], row["val_loss"]))
+        for alert in row.get("alerts", ()):
+            alerts[alert["kind"]] = alerts.get(alert["kind"], 0) + 1
+    first, last = _end_means(losses)
+    fell = None if len(losses) < 2 or first is None or last is None else last < first
+    finished = max_steps is not None and steps >= max_steps and stopped is None
+    timing, events = read_timing(run_dir)
+    cause = next((event.get("cause") for event in reversed(events)
+                  if event["event"] == "anomaly" and event.get("first_bad_step") in bad[:1]), None)
+    reasons = _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, cause, alerts)
+    finite_validation = [(loss, step) for step, loss in validation if math.isfinite(loss)]
+    best_loss, best_step = min(finite_validation, default=(None, None))
+    tokens_per_s, step_time = _typical_speed(timing, events)
+    final_loss = losses[-1] if losses else None
+    final_val_loss = validation[-1][1] if validation else None
+    mild = {kind: n for kind, n in alerts.items() if kind not in UNSOUND_ALERTS}
+    remark = f", with alerts: {_count(mild)}" if mild else ""
+    return _jsonable({
+        "verdict": "not sound: " + "; ".join(reasons) if reasons else
+                   f"sound: {steps} steps, loss fell from {first:.4f} to {last:.4f}, every step "
+                   f"finite{remark}",
+        "sound": not reasons, "steps": steps, "max_steps": max_steps, "finished": finished,
+        "stopped": stopped or (None if finished else "before its last step"),
+        "loss_fell": fell, "loss_first": first, "loss_last": last,
+        "initial_loss": losses[0] if losses else None,
+        "final_loss": final_loss, "final_perplexity": _exp(final_loss),
+        "nonfinite_steps": len(bad), "first_nonfinite_step": bad[0] if bad else None,
+        "first_nonfinite_cause": cause, "alerts": alerts,
+        "validation": validation, "best_val_loss": best_loss, "best_val_step": best_step,
+        "final_val_loss": final_val_loss, "final_val_perplexity": _exp(final_val_loss),
+        "checkpoints": _step_folders(run_dir), "anomalies": _step_folders(run_dir / "anomaly"),
+        "tokens_per_s": tokens_per_s, "step_time_s": step_time, "goodput": goodput.total(events),
+        "paths": {"run": str(run_dir), "record": str(run_dir / METRICS), "verdict": str(run_dir / VERDICT),
+                  "loss_plot": str(run_dir / LOSS_PLOT)},
+    })
+
+
+def _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, cause, alerts):
+    reasons = []
+    if not finished:
+        of = "" if max_steps is None else f" of {max_steps}"
+        reasons.append(f"stopped after {steps}{of} steps" + (f" ({stopped})" if stopped else ""))
+    if fell is None:
+        reasons.append("too few finite losses to tell whether the loss fell")
+    elif not fell:
+        reasons.append(f"the loss did not fall (first 5% of the steps {first:.4f}, last 5% {last:.4f})")
+    if bad:
+        reasons.append(f"{len(bad)} non-finite step{'s' if len(bad) > 1 else ''}, the first at step {bad[0]}"
+                       + (f" ({cause})" if cause else ""))
+    return reasons + [text for kind, text in UNSOUND_ALERTS.items() if kind in alerts]
+
+
+def _exp(loss):
+    if loss is None:
+        return None
+    return math.exp(loss) if loss < 700 else math.inf if loss >= 700 else math.nan
+
+
+def _count(alerts):
+    return ", ".join(f"{kind} {n}" for kind, n in sorted(alerts.items()))
+
+
+def _step_folders(folder):
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir()
+                  if re.fullmatch(r"[0-9]+", path.name) and path.is_dir())
+
+
+def _jsonable(value):
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def write_verdict(run_dir, verdict):
+    """Write verdict.json, atomically."""
+    write_atomically(Path(run_dir) / VERDICT,
+                     (json.dumps(verdict, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+# --------------------------------------------------------------------------------------------------- printing
+
+
+def _show(value, digits=4):
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}"
+
+
+def _validation_line(validation, points=6):
+    """At most `points` of the curve, evenly spread, ends included."""
+    if not validation:
+        return "none"
+    if len(validation) > points:
+        picked = sorted({round(i * (len(validation) - 1) / (points - 1)) for i in range(points)})
+        validation = [validation[i] for i in picked]
+    return ", ".join(f"{_show(loss, 3)} at {step}" for step, loss in validation)
+
+
+def _facts(v):
+    of = "" if v["max_steps"] is None else f" of {v['max_steps']}"
+    fell = {True: "yes", False: "NO", None: "cannot tell"}[v["loss_fell"]]
+    bad, best = "none", ""
+    if v["nonfinite_steps"]:
+        bad = f"{v['nonfinite_steps']}, the first at step {v['first_nonfinite_step']}"
+        if v["first_nonfinite_cause"]:
+            bad += f": {v['first_nonfinite_cause']}"
+    if v["best_val_loss"] is not None:
+        best = f"; best {_show(v['best_val_loss'])} at step {v['best_val_step']}"
+    first, last = _show(v["loss_first"]), _show(v["loss_last"])
+    initial, final = _show(v["initial_loss"]), _show(v["final_loss"])
+    yield "steps", f"{v['steps']}{of}" + ("" if v["finished"] else f", stopped: {v['stopped']}")
+    yield "loss fell", f"{fell} (first 5% of the steps {first}, last 5% {last})"
+    yield "loss", f"{initial} -> {final}, perplexity {_show(v['final_perplexity'], 1)}"
+    yield "validation loss", _validation_line(v["validation"]) + best
+    yield "validation perplexity", _show(v["final_val_perplexity"], 1)
+    yield "non-finite steps", bad
+    yield "alerts", _count(v["alerts"]) or "none"
+    yield "checkpoints", ", ".join(map(str, v["checkpoints"])) or "none"
+    if v["anomalies"]:
+        yield "anomaly checkpoints", ", ".join(map(str, v["anomalies"]))
+    if v["step_time_s"] is not None:
+        yield "speed", f"{show_rate(v['tokens_per_s'])}, {1e3 * v['step_time_s']:.4g} ms a step (medians)"
+    yield "record", v["paths"]["record"]
+    for name, path in (("loss curve", v["paths"]["loss_plot"]), ("this verdict", v["paths"]["verdict"])):
+        if Path(path).exists():
+            yield name, path
+
+
+def print_verdict(verdict, stream=None, seconds=None):
+    """Print the verdict and its facts: a table on a terminal, aligned text without escape codes elsewhere.
+
+    Args:
+      verdict: from make_verdict. seconds: wall time of this process, shown if given.
+    """
+    facts = list(_facts(verdict))
+    if seconds is not None:
+        facts.append(("wall time", show_duration(seconds)))
+    console = Console(file=Lasting(sys.stdout if stream is None else stream), highlight=False)
+    if console.is_terminal:
+        # Long paths fold rather than being cut: they are there to be copied.
+        style = "bold green" if verdict["sound"] else "bold red"
+        table = Table(box=box.ROUNDED, show_header=False, title=Text(verdict["verdict"], style=style),
+                      title_justify="left")
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in facts:
+            table.add_row(name, Text(text))
+        console.print(table)
+        return
+    width = max(len(name) for name, _ in facts)
+    lines = [f"{name:<{width}}  {text}" for name, text in facts]
+    print("\n".join(["", *lines, "", verdict["verdict"]]), file=console.file, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------- plotting
+
+
+def _smooth(losses, window):
+    """Centred moving mean over finite values; NaN where a window holds none."""
+    finite = np.isfinite(losses)
+    kernel = np.ones(window)
+    total = np.convolve(np.where(finite, losses, 0.0), kernel)
+    count = np.convolve(finite.astype(float), kernel)
+    start = (window - 1) // 2
+    total, count = total[start:start + len(losses)], count[start:start + len(losses)]
+    return np.divide(total, count, out=np.full(len(losses), np.nan), where=count > 0)
+
+
+INK, FAINT, VALIDATION, ALERT_COLOUR = "#1f4e79", "#9dbbd8", "#c8501e", "#b3261e"
+
+
+def plot_loss(run_dir, title=None):
+    """Draw loss.png: loss (raw, smoothed, validation), learning rate and gradient norm. Returns its path.
+
+    Red ticks at the foot of the loss mark steps with alerts, red lines non-finite steps, grey dotted lines
+    resumes.
+    """
+    # Imported here: it takes half a second, and a training that is resumed a hundred times never draws.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    run_dir = Path(run_dir)
+    wanted = ("loss", "val_loss", "learning_rate", "grad_norm", "grad_norm_clipped")
+    columns = {key: [] for key in wanted}
+    steps, alerts, bad = [], [], []
+    for row in read_rows(run_dir):
+        steps.append(row["step"])
+        for key in wanted:
+            columns[key].append(row.get(key, math.nan))
+        if row.get("alerts"):
+            alerts.append(row["step"])
+        if "loss" in row and _is_nonfinite(row):
+            bad.append(row["step"])
+    steps = np.array(steps)
+    column = {key: np.where(np.isfinite(values), values, np.nan) for key, values in columns.items()}
+    resumes = sorted({event["step"] for event in read_timing(run_dir)[1] if event["event"] == "resume"})
+
+    # A figure of its own, not pyplot's: no global state, whatever the caller (a notebook) has open.
+    figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1.2))
+    _draw_loss(top, steps, column, alerts, bad, resumes)
+    _draw(rate, steps, column["learning_rate"], color=INK, lw=1.3)
+    rate.set_ylabel("learning rate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    rate.set_ylim(bottom=0)
+    _draw_norm(norm, steps, column["grad_norm"], column["grad_norm_clipped"])
+    norm.set_xlabel("step")
+    norm.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (top, rate, norm):
+        axis.grid(True, color="#e6e6e6", lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8, loc="upper right")
+    top.set_title(title or run_dir.resolve().name, loc="left", fontsize=11)
+    path = run_dir / LOSS_PLOT
+    beside = run_dir / f".{LOSS_PLOT}.tmp"
+    figure.savefig(beside, format="png")
+    beside.replace(path)
+    return path
+
+
+def _draw(axis, steps, values, **style):
+    """A line, and a dot where it has a single point, which a line would not show."""
+    if np.isfinite(values).any():
+        axis.plot(steps, values, marker="o" if np.isfinite(values).sum() == 1 else None, ms=4, **style)
+
+
+def _draw_norm(axis, steps, norm, clipped):
+    finite = norm[np.isfinite(norm)]
+    window = max(1, len(finite) // 50)
+    _draw(axis, steps, norm, color=FAINT if window > 1 else INK, lw=0.8, label="gradient norm")
+    if window > 1:
+        _draw(axis, steps, _smooth(norm, window), color=INK, lw=1.6, label=f"mean of {window} steps")
+    # Where clipping acts, what is left of the norm is the threshold.
+    acts = clipped < norm  # exactly equal where it was not
+    if acts.any():
+        axis.axhline(np.max(clipped[acts]), color=VALIDATION, lw=1.0, ls="--",
+                     label=f"clipped here ({100 * acts.sum() / len(finite):.0f}% of steps)")
+    axis.set_ylabel("gradient norm")
+    if len(finite) and finite.min() > 0 and finite.max() > 20 * finite.min():
+        axis.set_yscale("log")
+        # 0.3, not 3 x 10^-1.
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+
+
+def _draw_loss(axis, steps, column, alerts, bad, resumes):
+    loss, validation = column["loss"], column["val_loss"]
+    trained = np.isfinite(loss).sum()
+    window = max(1, int(trained) // 50)
+    _draw(axis, steps, loss, color=FAINT if window > 1 else INK, lw=0.8, label="training loss")
+    if window > 1:
+        _draw(axis, steps, _smooth(loss, window), color=INK, lw=1.6, label=f"mean of {window} steps")
+    evaluated = np.isfinite(validation)
+    if evaluated.any():
+        axis.plot(steps[evaluated], validation[evaluated], color=VALIDATION, lw=1.2, marker="o", ms=4,
+                  label=f"validation loss (last {validation[evaluated][-1]:.3f})")
+    if not trained and not evaluated.any():
+        axis.text(0.5, 0.5, "no finite loss in the record", transform=axis.transAxes, ha="center",
+                  color=ALERT_COLOUR)
+    for step in resumes:
+        axis.axvline(step, color="#888888", lw=0.8, ls=":", label="resumed" if step == resumes[0] else None)
+    # In axis coordinates, so that neither moves the limits of the loss.
+    foot = axis.get_xaxis_transform()
+    if bad:
+        axis.vlines(bad, 0, 1, transform=foot, color=ALERT_COLOUR, lw=0.6, alpha=0.25,
+                    label=f"non-finite step ({len(bad)})")
+    if alerts:
+        axis.vlines(alerts, 0, 0.04, transform=foot, color=ALERT_COLOUR, lw=1.2,
+                    label=f"alert ({len(alerts)} steps)")
+    axis.set_ylabel("loss (nats per token)")

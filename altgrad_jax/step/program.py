@@ -1,0 +1,265 @@
+"""The compiled functions of a run: init, a dispatch of training steps, evaluation, diagnosis; for one run or for many.
+
+What they compute of one update is `update`'s. This module says what is jitted and donated, where results lie, and how
+steps are strung together. One dispatch runs up to `steps_per_dispatch` steps in a loop whose bound is a traced number,
+so one compiled program serves every remainder; the rows of metrics are written into one preallocated [steps, metrics]
+array, the one thing the host fetches of every dispatch (beside two counters of the monitor).
+
+The batch of update k is windows k*batch_size ... (k+1)*batch_size - 1 of the run's sequence of windows, which depends
+on the data seed alone (data.dataset.permute_windows). All index arithmetic of a dispatch is done once, before its loop.
+After `nan_patience` non-finite steps in a row the loop ends early and the state changes no more.
+
+The functions that are compiled are at the top, pure, with their static choices as first arguments;
+`make_step_functions` and `over_members` compile them.
+
+Axes: B batch, L block_size, K steps of a dispatch, M metrics, E evaluation windows, R runs, Q quantized layers.
+"""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from altgrad_jax.data.dataset import gather_windows, permute_windows
+from altgrad_jax.models.gpt2 import GPT, GPTConfig, Quantized
+from altgrad_jax.numerics import histograms
+from altgrad_jax.numerics.products import empty_statistics, named_statistics
+from altgrad_jax.step import metrics, quantization, stability, update
+from altgrad_jax.step.mesh import constrain, gather, over_batch, replicated
+from altgrad_jax.step.update import Inputs, Step, StepOptions, TrainState, state_shardings
+
+# ------------------------------------------------------------------------------------------------ what is compiled
+
+
+def run(step: Step, names, state: TrainState, data, n_steps, inputs: Inputs):
+    """A dispatch of n_steps updates: (state, float32 [K, M]); see StepFunctions.run. `names`: the metrics of a row."""
+    o = step.options
+    K, B, block_size = o.steps_per_dispatch, o.batch_size, step.plain.block_size
+    if o.data_on_device:
+        numbers = state.step.astype(jnp.uint32) * B + jnp.arange(K * B, dtype=jnp.uint32)
+        index_KB = permute_windows(numbers, step.n_train_windows, o.data_seed, xp=jnp).reshape(K, B)
+
+    def body(carry):
+        i, state, rows_KM = carry
+        windows = gather_windows(data, index_KB[i], block_size, xp=jnp) if o.data_on_device else data[i]
+        if o.grad_accum_steps == 1:
+            windows = constrain(windows, over_batch(step.mesh), step.mesh)
+        state, row = update.train_step(step, state, windows, inputs)
+        _, row_M = metrics.pack(row)
+        return i + 1, state, rows_KM.at[i].set(row_M)
+
+    def goes_on(carry):
+        i, state, _ = carry
+        return (i < n_steps) & ~stability.is_frozen(state.monitor, o.thresholds)
+
+    rows_KM = jnp.full((K, len(names)), jnp.nan, jnp.float32)
+    _, state, rows_KM = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, rows_KM))
+    return state, rows_KM
+
+
+def evaluate(model: GPTConfig, batch_size, mesh, operands_of, params, windows, *formats):
+    """float32 mean loss over windows [E, L+1] in nats per token; see make_evaluate."""
+    loss_fn = update.make_loss(GPT(model))
+    layout = over_batch(mesh) if batch_size % mesh.size == 0 else replicated(mesh)
+
+    def batch_loss(batch):
+        return loss_fn(params, constrain(batch, layout, mesh), None, quantized)[0]
+
+    params = gather(params, mesh)  # once for all batches
+    quantized = Quantized(operands_of(*formats), {}) if model.rules else None
+    return jax.lax.map(batch_loss, windows.reshape(-1, batch_size, windows.shape[-1])).mean()
+
+
+class Observed(NamedTuple):
+    """Histograms of the quantized operands (see numerics.histograms); zeros for an operand without a format."""
+
+    codes_Q3C: jax.Array  # int32, by 8-bit code; means nothing for a format of more bits
+    magnitudes_Q3N: jax.Array  # int32, by whatif's bins
+    scale_Q3: jax.Array  # float32, the smallest where an operand has several
+    amax_Q3: jax.Array  # float32
+
+
+def diagnose(plain: GPTConfig, quant, mesh, params, windows, quant_state=None, table=None):
+    """({name: scalar}, Observed or None) of the parameters and a batch [B, L+1]; see StepFunctions.diagnose.
+
+    Operands are rounded to nearest, as in an evaluation. Rank statistics: metrics.rank_metrics.
+    """
+    params = gather(params, mesh)
+    found = metrics.rank_metrics(params)
+    if quant is None:
+        return found, None
+    model = dataclasses.replace(plain, rules=tuple(
+        (layer, dataclasses.replace(rule, observe=histograms.observe)) for layer, rule in quantization.rules(quant)))
+    operands = update.operands_at(quant, quant_state, table)
+    nothing = jnp.zeros(2 * histograms.HISTOGRAMS, jnp.float32)
+    probes = {layer: jnp.concatenate([probe, nothing]) for layer, probe in quantization.g_probes(quant).items()}
+    loss_fn = update.make_loss(GPT(model))
+
+    def loss(params, probes):
+        return loss_fn(params, windows, None, Quantized(operands, probes))
+
+    (_, output), (_, of_g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, probes)
+    vectors_Q3S = quantization.gather_statistics(quant, output.statistics, of_g,
+                                                 jnp.concatenate([empty_statistics(), nothing]))
+    fields_Q3S, rest_Q3 = jnp.split(vectors_Q3S, [len(empty_statistics())], axis=-1)
+    named = named_statistics(fields_Q3S)
+    return found, Observed(*histograms.observed(rest_Q3), named["scale"], named["amax"])
+
+
+# --------------------------------------------------------------------------------------------------------- one run
+
+
+class StepFunctions(NamedTuple):
+    """What `make_step_functions` returns.
+
+    init: (seed, table) -> TrainState. `table`: the formats; left out where there are none, here and below.
+    run: (TrainState, data, n_steps, Inputs) -> (TrainState, float32 [K, M]); the state is donated. `data` is the uint16
+      token file as a device array, or with data_on_device=False the batches uint16 [K, B, L+1]. Rows from n_steps on,
+      and after the step at which the state froze, are NaN. n_steps <= steps_per_dispatch.
+    evaluate: (params, windows uint16 [E, L+1], state.quant, table) -> float32 mean loss in nats per token, by the
+      forward pass of the training: quantized where it is, without dropout, every operand rounded to nearest.
+    diagnose: (params, windows uint16 [B, L+1], state.quant, table) -> ({name: float32 scalar}, Observed or None): the
+      rank of the weights, and with formats how a forward and backward pass over these windows uses them.
+    abstract_state: the state's shapes, dtypes and shardings, for restoring.
+    metric_names: M names, in the order of the columns.
+    inputs: the Inputs that the options and the seed ask for, NumPy.
+    step: the static choices, of which all this is made.
+    """
+
+    init: Callable
+    run: Callable
+    evaluate: Callable
+    diagnose: Callable
+    abstract_state: TrainState
+    metric_names: tuple
+    inputs: Inputs
+    step: Step
+
+
+def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, n_train_windows, eval_batch_size, seed):
+    """Builds the compiled functions of a run; compiles nothing yet.
+
+    Args: those of Step, `model_config` without rules; and the seed for `StepFunctions.inputs`.
+    """
+    step = Step(model_config, options, mesh, n_train_windows, eval_batch_size)
+    inputs = Inputs(np.int32(seed), np.float32(options.learning_rate),
+                    None if step.quant is None else quantization.format_table(step.quant))
+    init = partial(update.init, step)
+    shapes = jax.eval_shape(init, 0, inputs.formats)
+    shardings = state_shardings(shapes, mesh)
+    abstract_state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes,
+                                  shardings)
+    names = _metric_names(step, abstract_state, inputs)
+    return StepFunctions(
+        init=jax.jit(init, out_shardings=shardings),
+        run=jax.jit(partial(run, step, names), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+        evaluate=make_evaluate(step.model, eval_batch_size, mesh, partial(update.operands_at, step.quant)),
+        diagnose=make_diagnose(step.plain, step.quant, mesh),
+        abstract_state=abstract_state, metric_names=names, inputs=inputs, step=step)
+
+
+def _metric_names(step, state, inputs):
+    """The names of a row, in the order in which the step makes them. (Of a dict jax would sort them.)"""
+    windows = jax.ShapeDtypeStruct((step.options.batch_size, step.plain.block_size + 1), jnp.uint16)
+    return tuple(jax.eval_shape(lambda *data: OrderedDict(update.train_step(step, *data)[1]), state, windows, inputs))
+
+
+def make_evaluate(model: GPTConfig, eval_batch_size, mesh, operands_of=lambda operands: operands):
+    """evaluate(params, windows [E, L+1], *formats) -> float32 mean loss in nats per token, compiled.
+
+    The windows are taken eval_batch_size at a time (it must divide E), and the means of these equal batches averaged.
+    A batch is split over the mesh where its size allows.
+
+    Args:
+      operands_of: traced function of `formats` that gives {layer: Operands} for the layers in model.rules; by default
+        they are passed as they are.
+    """
+    return jax.jit(partial(evaluate, model, eval_batch_size, mesh, operands_of), out_shardings=replicated(mesh))
+
+
+def make_diagnose(plain: GPTConfig, quant: quantization.QuantOptions | None, mesh):
+    """diagnose(params, windows [B, L+1], state.quant, table), compiled."""
+    return jax.jit(partial(diagnose, plain, quant, mesh), out_shardings=replicated(mesh))
+
+
+# ------------------------------------------------------------------------------------------------------- many runs
+
+
+class MemberFunctions(NamedTuple):
+    """What `over_members` returns: functions of StepFunctions for R runs at once.
+
+    run: (TrainStates [R, ...], data, n_steps int32 [R], Inputs [R, ...]) -> (TrainStates, float32 [R, K, M]).
+    evaluate: (params [R, ...], windows, state.quant [R, ...], formats [R, ...]) -> float32 [R].
+    stack: (list of trees, one a run) -> tree [R, ...] on the devices. pick: (tree [R, ...], r) -> tree of run r.
+    abstract: (tree of one run, R) -> shapes, dtypes and shardings of R of them. replicated: sharding of shared arrays.
+    """
+
+    run: Callable
+    evaluate: Callable
+    stack: Callable
+    pick: Callable
+    abstract: Callable
+    replicated: NamedSharding
+
+
+def over_members(functions: StepFunctions, devices, member_loop="map"):
+    """The functions of a single run for R runs that differ in their Inputs, seed of the initialization and steps made.
+
+    The runs are split over the devices, which must divide R, and on each device taken
+
+    map: one after the other: each computes what it computes alone, to the bit.
+    vmap: together, in batched products, whose sums round in another order; for a GPU that one run leaves idle.
+
+    The data are one array for all. A run that freezes makes no more updates, whatever the others do.
+
+    Args:
+      functions: made for a mesh of one device.
+    """
+    step, names = functions.step, functions.metric_names
+    mesh = jax.make_mesh((len(devices),), ("run",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+    by_run = NamedSharding(mesh, PartitionSpec("run"))
+    operands_of = partial(update.operands_at, step.quant)
+    run_each = _on_devices(lambda data, state, n, inputs: run(step, names, state, data, n, inputs), mesh, member_loop)
+    evaluate_each = _on_devices(lambda windows, params, *formats: evaluate(
+        step.model, step.eval_batch_size, step.mesh, operands_of, params, windows, *formats), mesh, member_loop)
+
+    def stack(trees):
+        return jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves), by_run), *jax.device_get(trees))
+
+    def abstract(tree, n_runs):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n_runs, *np.shape(leaf)), leaf.dtype, sharding=by_run),
+                            tree)
+
+    return MemberFunctions(
+        run=jax.jit(lambda state_R, data, n_R, inputs_R: run_each(data, state_R, n_R, inputs_R), donate_argnums=0,
+                    out_shardings=by_run),
+        evaluate=jax.jit(lambda params_R, windows, *formats: evaluate_each(windows, params_R, *formats),
+                         out_shardings=by_run),
+        stack=stack, abstract=abstract, replicated=replicated(mesh),
+        pick=jax.jit(lambda tree, r: jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, r, keepdims=False),
+                                                  tree), out_shardings=replicated(mesh)))
+
+
+def _on_devices(function, mesh, member_loop):
+    """function(shared, *trees of a run) for every run: (shared, *trees [R, ...]), the runs split over the devices."""
+
+    def each(shared, *trees_R):
+        if member_loop == "vmap":
+            return jax.vmap(partial(function, shared))(*trees_R)
+        return jax.lax.map(lambda trees: function(shared, *trees), trees_R)
+
+    if mesh.size == 1:
+        return each
+
+    def call(shared, *trees_R):
+        specs = PartitionSpec(), *[PartitionSpec("run")] * len(trees_R)
+        return jax.shard_map(each, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("run"), check_vma=False)(
+            shared, *trees_R)
+
+    return call
