@@ -1,7 +1,7 @@
 """altgrad_jax: in which number format can a transformer be trained, and where does each one fail first?
 
-    from altgrad_jax import default_config, train
-    result = train(default_config())
+from altgrad_jax import default_config, train
+result = train(default_config())
 """
 
 from altgrad_jax.config import default_config

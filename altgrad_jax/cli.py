@@ -110,17 +110,27 @@ def resume_choice(text: str) -> str | int:
 
 
 TRAIN_FLAGS = (
-    Flag("data_dir", "data/{tokenizer}", "folder of the token files (train.bin, val.bin, meta.json)",
-         folder("data_dir")),
+    Flag(
+        "data_dir", "data/{tokenizer}", "folder of the token files (train.bin, val.bin, meta.json)", folder("data_dir")
+    ),
     Flag("workdir", None, "folder of this run, in place of the config's checkpoint_dir", folder("workdir")),
-    Flag("resume", "auto",
-         "auto = go on from the newest checkpoint that restores, if there is one; never = start anew, in an "
-         "empty folder; a number = go on from that step's checkpoint", resume_choice),
+    Flag(
+        "resume",
+        "auto",
+        "auto = go on from the newest checkpoint that restores, if there is one; never = start anew, in an "
+        "empty folder; a number = go on from that step's checkpoint",
+        resume_choice,
+    ),
 )
 
 
-DRY_RUN = Flag("dry_run", "no", "yes, or the flag alone = only say what would be trained, in which memory and time",
-               yes_no("dry_run"), bare="yes")
+DRY_RUN = Flag(
+    "dry_run",
+    "no",
+    "yes, or the flag alone = only say what would be trained, in which memory and time",
+    yes_no("dry_run"),
+    bare="yes",
+)
 
 
 def number(flag: str, low: int) -> Callable[[str], int]:
@@ -136,15 +146,21 @@ def number(flag: str, low: int) -> Callable[[str], int]:
 
 def _distributed_choice(text: str) -> str:
     if text not in ("off", "auto"):
-        raise UserError(f"--distributed={text} cannot be used: give auto (several processes, as the SLURM, Open MPI or "
-                        "Kubernetes job around them says) or off")
+        raise UserError(
+            f"--distributed={text} cannot be used: give auto (several processes, as the SLURM, Open MPI or "
+            "Kubernetes job around them says) or off"
+        )
     return text
 
 
 # How several processes that train one run find each other.
 PROCESS_FLAGS = (
-    Flag("distributed", "off", "auto = one of the processes of the SLURM, Open MPI or Kubernetes job around it",
-         _distributed_choice),
+    Flag(
+        "distributed",
+        "off",
+        "auto = one of the processes of the SLURM, Open MPI or Kubernetes job around it",
+        _distributed_choice,
+    ),
     Flag("coordinator", None, "HOST:PORT of process 0, with the next two for processes that are started by hand"),
     Flag("num_processes", None, "how many processes train the run together", number("num_processes", 1)),
     Flag("process_id", None, "which of them this is, from 0", number("process_id", 0)),
@@ -183,8 +199,9 @@ class ArgumentParser(argparse.ArgumentParser):
     UserError as everywhere else."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
 
     def error(self, message):
         raise UserError(f"{message}; --help lists what to give")
@@ -207,8 +224,10 @@ def some_text(text: str) -> str:
 def run_script(function: Callable[[], int | None]) -> NoReturn:
     """Calls `function` and exits: with the code it returns (None is 0), a UserError's own (mostly 2), or 128 + the
     number of the signal that ended it."""
-    if threading.current_thread() is threading.main_thread() \
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
         # What remains after `stop` is Python's own end, and a KeyboardInterrupt there is a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     stop = StopRequest()
@@ -251,8 +270,12 @@ def help_text(usage: str, flags: Sequence[Flag]) -> str:
     for flag in (config_flag, *flags):
         default = "" if flag.default is None else f" [default {flag.default}]"
         lines += textwrap.wrap(
-            flag.meaning + default, width=100, initial_indent=f"  --{flag.name} ".ljust(16),
-            subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False,
+            flag.meaning + default,
+            width=100,
+            initial_indent=f"  --{flag.name} ".ljust(16),
+            subsequent_indent=" " * 16,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
     lines += [
         "",
@@ -378,7 +401,10 @@ def _ascii(text: str) -> str:
 
 
 _READERS: Mapping[type, Callable[[str], Any]] = {
-    bool: _read_bool, int: lambda text: int(_ascii(text)), float: lambda text: float(_ascii(text)), str: str,
+    bool: _read_bool,
+    int: lambda text: int(_ascii(text)),
+    float: lambda text: float(_ascii(text)),
+    str: str,
     tuple: _read_tuple,
 }
 
@@ -438,9 +464,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)
         get_config = getattr(module, "get_config", None)
         if not callable(get_config):
-            raise UserError(
-                f"{path} has no function get_config(), so it is no config file; see {_BASELINE} for one"
-            )
+            raise UserError(f"{path} has no function get_config(), so it is no config file; see {_BASELINE} for one")
         arguments = (argument,) if colon else ()
         _check_takes(get_config, arguments, path)
         config = get_config(*arguments)
@@ -462,8 +486,10 @@ def sweep_of(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     module = sys.modules["altgrad_jax_config_file"]
     get_sweep = getattr(module, "get_sweep", None)
     if not callable(get_sweep):
-        raise UserError(f"{module.__file__} has no function get_sweep(config), so it names no members: add one, or "
-                        "give --axes, such as --axes='learning_rate=1e-3,2e-3;seed=0,1'")
+        raise UserError(
+            f"{module.__file__} has no function get_sweep(config), so it names no members: add one, or "
+            "give --axes, such as --axes='learning_rate=1e-3,2e-3;seed=0,1'"
+        )
     try:
         points = get_sweep(config)
     except UserError:
@@ -500,8 +526,9 @@ def _failure_of(path: str, error: BaseException) -> str:
             what = ""
     unknown = re.search('Key "([^"]*)" does not exist', what)
     # ml_collections' words.
-    mistyped = re.match(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*?)'>",
-                        what)
+    mistyped = re.match(
+        r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*?)'>", what
+    )
     if unknown:
         what = settings.unknown_field(unknown[1])
     elif mistyped and mistyped[1] in settings.FIELDS:

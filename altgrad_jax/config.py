@@ -88,12 +88,8 @@ _POSITIVE_SHARE = Rule(
     "a number above 0 and at most 1, in float32", lambda value: FLOAT32_TINY <= value <= 1, "above 0, to 1"
 )
 _SQUARED_SHARE = _number(1e-18, 1)  # its square must be a normal float32
-_BELOW_ONE = Rule(
-    "a number from 0 to below 1, in float32", lambda value: 0 <= value <= FLOAT32_BELOW_1, "0 to below 1"
-)
-_CLIP = Rule(
-    "0 (off) or a number from 1e-30 to 1e+30", lambda value: value == 0 or 1e-30 <= value <= 1e30, "0 or more"
-)
+_BELOW_ONE = Rule("a number from 0 to below 1, in float32", lambda value: 0 <= value <= FLOAT32_BELOW_1, "0 to below 1")
+_CLIP = Rule("0 (off) or a number from 1e-30 to 1e+30", lambda value: value == 0 or 1e-30 <= value <= 1e30, "0 or more")
 
 
 def _is_name(text: str, longest: int = 128) -> bool:
@@ -116,15 +112,19 @@ _FOLDER = Rule(
 )
 _TAGS = Rule(
     'a tuple of different tags such as ("a", "b"), each of 1 to 64 printable characters without a comma',
-    lambda value: len(set(value)) == len(value)
-    and all(type(tag) is str and _is_name(tag, longest=64) and "," not in tag for tag in value),
+    lambda value: (
+        len(set(value)) == len(value)
+        and all(type(tag) is str and _is_name(tag, longest=64) and "," not in tag for tag in value)
+    ),
 )
 
 
 _PATTERNS = Rule(
     'a tuple of different patterns of metric names such as ("loss", "val_*"), each printable and without a comma',
-    lambda value: len(set(value)) == len(value)
-    and all(type(pattern) is str and _is_name(pattern) and "," not in pattern for pattern in value),
+    lambda value: (
+        len(set(value)) == len(value)
+        and all(type(pattern) is str and _is_name(pattern) and "," not in pattern for pattern in value)
+    ),
     "patterns",
 )
 
@@ -153,169 +153,395 @@ _FORMAT_NAMES = Rule(
     lambda value: len(set(value)) == len(value) and all(type(name) is str and _is_name(name) for name in value),
     "names",
 )
-_METRICS = Rule(
-    f"all, none, or some of {', '.join(METRIC_GROUPS)} joined by commas, each once", _names_groups
-)
+_METRICS = Rule(f"all, none, or some of {', '.join(METRIC_GROUPS)} joined by commas, each once", _names_groups)
 
 
 # The upper limits of sizes are not promises that such a model fits a device; beyond them a value is a slip.
 GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
-    ("Model (GPT-2)", (
-        Field("n_layer", 6, _whole(1, 1024), "transformer blocks"),
-        Field("n_head", 6, _whole(1, 65536), "attention heads of a block; must divide n_embd"),
-        Field("n_embd", 384, _whole(1, 65536), "width: numbers that stand for one token"),
-        Field("block_size", 256, _whole(1, 2**20), "tokens the model sees at once (its context)"),
-        Field("vocab_size", 50257, _whole(2, 65536),
-              "rows of the embedding table; at least the tokenizer's own size (gpt2 50257, bytes 256)"),
-        Field("dropout", 0.0, _BELOW_ONE, "share of activations set to 0 in training; 0 = off"),
-    )),
-    ("Number formats and attention", (
-        Field("compute_dtype", "bfloat16", _one_of("bfloat16", "float32"),
-              "type of the operands of every matrix product; sums, parameters and moments are float32"),
-        Field("attention", "auto", _one_of("auto", "xla", "cudnn"),
-              "attention kernel; auto = cuDNN where the device and the sizes allow it, else XLA"),
-        Field("use_fp8", False, _YES_NO,
-              "train in number formats: round the operands of the products as `formats` says"),
-        Field("formats", (), _FORMATS,
-              "which operands get which format; a name alone means every linear layer of the blocks"),
-        Field("scaling", "delayed", _for_operands(*SCALINGS),
-              "what an operand's scale comes from: earlier amaxes; its own, for the whole tensor, for every "
-              "output channel or token, or for blocks of neighbours; or no scale"),
-        Field("amax_history", 16, _whole(1, 65536), "updates whose largest amax gives a delayed scale"),
-        Field("scale_rounding", "power_of_two", _one_of("power_of_two", "float32"),
-              "whether scales are rounded down to powers of two"),
-        Field("operand_rounding", "nearest", _for_operands("nearest", "stochastic"),
-              "how operands are rounded; an evaluation rounds to nearest"),
-        Field("saturate", True, _YES_NO,
-              "what is too large becomes the largest number; False: infinity or NaN, where the format has one"),
-        Field("products", "emulated", _one_of("emulated", "native"),
-              "emulated = exact operands in compute_dtype, any format; native = float8 products, E4M3 and E5M2"),
-        Field("weights_at_rest", "float32", _one_of(*AT_REST),
-              "weights that have a format: a float32 master, or stored on the format's grid and updated by "
-              "rounding to nearest, stochastically, or with error feedback"),
-        Field("range_clip", 0.0, _number(0, 1e6),
-              "0 (off), or the amax of G that counts is at most this times its rms times the format's range"),
-        Field("emergency_formats", (), _FORMAT_NAMES,
-              "formats with more and more mantissa bits, changed to in turn after emergency_patience bad "
-              "updates in a row (non-finite, loss spike or divergence); none = off"),
-        Field("emergency_patience", 3, _whole(1), "bad updates in a row that shift the format"),
-        Field("use_shadow", False, _YES_NO,
-              "compare the gradient with the float32 one of the same parameters and batch, layer by layer"),
-        Field("shadow_interval", 1, _whole(1), "updates between two such comparisons; the first is compared"),
-    )),
-    ("Data", (
-        Field("tokenizer", "gpt2", _one_of("gpt2", "bytes"), "gpt2 (byte pairs) or bytes (one token a byte)"),
-        Field("data_source", "auto", _one_of("auto", "prepared", "eurlex57k", "lex_glue", "sample"),
-              "where text comes from; auto = prepared files if there, else eurlex57k, else the small sample"),
-        Field("data_seed", 1337, _whole(0), "decides the order of the training windows"),
-        Field("data_placement", "auto", _one_of("auto", "device", "host"),
-              "where the tokens lie; auto = on the device if they fit, else streamed from the host"),
-    )),
-    ("Optimization", (
-        Field("batch_size", 12, _whole(1, 2**20), "sequences (windows of block_size tokens) in one update"),
-        Field("grad_accum_steps", 1, _whole(1, 2**20),
-              "equal micro-batches batch_size is computed in, one after the other; must divide it"),
-        Field("max_steps", 2000, _whole(1), "updates in the whole run", resumable=True),
-        Field("optimizer", "adamw", _one_of(*OPTIMIZERS),
-              "adamw; or of the format-aware ones: gradient preconditioned by ULPs before Adam; steps in ULPs "
-              "of the weight after Adam; whole codes of the weight's grid"),
-        Field("learning_rate", 6e-4, _number(1e-12, 100), "peak learning rate"),
-        Field("warmup_steps", 100, _whole(0),
-              "updates over which the learning rate rises linearly to its peak; at most max_steps"),
-        Field("schedule", "constant", _one_of("constant", "cosine", "wsd"),
-              "after the warm-up: constant; cosine down to the end; wsd = constant, then a linear decay"),
-        Field("min_lr_ratio", 0.1, _number(0, 1), "last learning rate / peak, for cosine and wsd"),
-        Field("decay_fraction", 0.2, _POSITIVE_SHARE, "share of max_steps over which wsd decays"),
-        Field("weight_decay", 0.1, _number(0, 1000),
-              "decoupled decay (times the learning rate) of every array with 2 or more axes"),
-        Field("beta1", 0.9, _BELOW_ONE, "decay of Adam's first moment per update"),
-        Field("beta2", 0.95, _BELOW_ONE, "decay of Adam's second moment per update"),
-        Field("adam_eps", 1e-8, _number(1e-30, 1), "added to the root of the second moment"),
-        Field("grad_clip", 1.0, _CLIP, "global L2 norm that gradients are scaled down to; 0 = off"),
-        Field("seed", 42, _whole(0), "decides the initial parameters and the dropout masks"),
-    )),
-    ("Evaluation", (
-        Field("eval_interval", 100, _whole(1),
-              "updates between two evaluations; one is also made at step 0 and at the end", resumable=True),
-        Field("eval_windows", 128, _whole(1, 2**24),
-              "validation sequences of one evaluation, the same ones every time"),
-        Field("eval_batch_size", 16, _whole(1, 2**20),
-              "validation sequences computed at once; must divide eval_windows"),
-    )),
-    ("Metrics and the stability monitor", (
-        Field("metrics", "all", _METRICS,
-              f"statistics per layer: all, none, or of {', '.join(METRIC_GROUPS)}, joined by commas"),
-        Field("nan_patience", 10, _whole(1),
-              "updates in a row with a non-finite loss or gradient after which the run stops (exit code 3)"),
-        Field("bit_stall_threshold", 0.5, _POSITIVE_SHARE,
-              "alert when a layer's mean share of updates that are exactly 0, or that its stored weights lost, "
-              "exceeds this"),
-        Field("stall_window", 100, _whole(1, 2**20), "updates that this mean is taken over"),
-        Field("overflow_threshold", 0.01, _POSITIVE_SHARE,
-              "alert when a larger share of a quantized operand's values is clipped; with use_fp8=False no "
-              "layer is quantized and there is none to watch"),
-        Field("diagnostic_interval", 100, _whole(1),
-              "updates between two diagnoses: rank of the weights; with formats, use of codes, histograms",
-              resumable=True),
-        Field("rank_threshold", 0.1, _number(0, 1),
-              "alert when a layer's stable rank falls below this share of its first value after the warm-up; "
-              "0 = off", resumable=True),
-        Field("rank_threshold_strict", 0.3, _number(0, 1),
-              "the same for the head and the projections into the residual stream", resumable=True),
-        Field("dead_neuron_threshold", 1e-8, _SQUARED_SHARE,
-              "L2 norm of an output unit's unclipped gradient below which the unit counts as silent"),
-        Field("dead_neuron_window", 100, _whole(1), "silent updates in a row after which a unit is dead"),
-        Field("spike_window", 100, _whole(20, 2**16),
-              "losses that a loss's robust z-score looks back on; fewer than 20 say too little"),
-        Field("spike_threshold", 8.0, _number(0.1, 1e6), "robust z-score above which a loss is a spike"),
-        Field("val_patience", 3, _whole(1, 2**16),
-              "rises of the validation loss in a row that are flagged as divergence"),
-    )),
-    ("Checkpoints", (
-        Field("checkpoint_interval", 100, _whole(1),
-              "updates between two checkpoints; the last step always gets one", resumable=True),
-        Field("checkpoint_seconds", 60.0, _number(0, 1e6),
-              "seconds of unsaved training after which one is made between two of them, sooner after a start "
-              "(once half of it is unsaved, at least 5 s); it is replaced by the next; 0 = off", resumable=True),
-        Field("checkpoint_dir", "checkpoints/bf16_baseline", _FOLDER,
-              "the run's folder: checkpoints, record, plot, verdict; --workdir replaces it", resumable=True),
-        Field("max_checkpoints", 3, _whole(1, 2**16),
-              "checkpoints kept: the one with the best validation loss and the newest", resumable=True),
-    )),
-    ("Logging", (
-        Field("log_interval", 1, _whole(1),
-              "updates between two rows of the record and of W&B; a row with an evaluation or an alert, and "
-              "the last one, are always kept", resumable=True),
-        Field("layer_interval", 1, _whole(1),
-              "updates between two rows that carry the statistics of every layer, from the first on; the rows between "
-              "have only those of the whole model", resumable=True),
-        Field("alert_interval", 100, _whole(1),
-              "least updates between two alerts of one kind on console and W&B; the record keeps all",
-              resumable=True),
-        Field("project", "altgrad", _PROJECT, "W&B project", resumable=True),
-        Field("run_name", "bf16-baseline", _NAME, "name of the run in W&B and the record", resumable=True),
-        Field("tags", ("baseline", "bf16", "eurlex"), _TAGS, "W&B tags; as a flag: --config.tags=a,b",
-              resumable=True),
-        Field("wandb_mode", "auto", _one_of("auto", "online", "offline", "disabled"),
-              "auto = online where W&B finds credentials, else offline", resumable=True),
-        Field("wandb_entity", "", _ENTITY, "W&B user or team; empty = the account's own", resumable=True),
-        Field("wandb_group", "", _GROUP, "W&B group; empty = none", resumable=True),
-        Field("wandb_keys", (), _PATTERNS,
-              "metrics that W&B gets, by name or shell-style pattern (loss, val_*, grad_norm/*; * also matches /); "
-              "empty = all; the local record has all in any case", resumable=True),
-        Field("console", "auto", _one_of("auto", "plain", "quiet"),
-              "auto = one live line on a terminal, plain lines when piped; quiet = alerts and messages",
-              resumable=True),
-    )),
-    ("Execution", (
-        Field("steps_per_dispatch", 0, _whole(0, 2**16),
-              "most updates in one call of the device; 0 = as many as take about one second", resumable=True),
-        Field("fsdp", 1, _whole(1, 2**16),
-              "devices that parameters and optimizer state are split over; must divide the visible devices, "
-              "which all share the batch", resumable=True),
-        Field("deterministic", False, _YES_NO,
-              "GPU: only operations that repeat to the bit (slower); a CPU always repeats"),
-    )),
+    (
+        "Model (GPT-2)",
+        (
+            Field("n_layer", 6, _whole(1, 1024), "transformer blocks"),
+            Field("n_head", 6, _whole(1, 65536), "attention heads of a block; must divide n_embd"),
+            Field("n_embd", 384, _whole(1, 65536), "width: numbers that stand for one token"),
+            Field("block_size", 256, _whole(1, 2**20), "tokens the model sees at once (its context)"),
+            Field(
+                "vocab_size",
+                50257,
+                _whole(2, 65536),
+                "rows of the embedding table; at least the tokenizer's own size (gpt2 50257, bytes 256)",
+            ),
+            Field("dropout", 0.0, _BELOW_ONE, "share of activations set to 0 in training; 0 = off"),
+        ),
+    ),
+    (
+        "Number formats and attention",
+        (
+            Field(
+                "compute_dtype",
+                "bfloat16",
+                _one_of("bfloat16", "float32"),
+                "type of the operands of every matrix product; sums, parameters and moments are float32",
+            ),
+            Field(
+                "attention",
+                "auto",
+                _one_of("auto", "xla", "cudnn"),
+                "attention kernel; auto = cuDNN where the device and the sizes allow it, else XLA",
+            ),
+            Field(
+                "use_fp8",
+                False,
+                _YES_NO,
+                "train in number formats: round the operands of the products as `formats` says",
+            ),
+            Field(
+                "formats",
+                (),
+                _FORMATS,
+                "which operands get which format; a name alone means every linear layer of the blocks",
+            ),
+            Field(
+                "scaling",
+                "delayed",
+                _for_operands(*SCALINGS),
+                "what an operand's scale comes from: earlier amaxes; its own, for the whole tensor, for every "
+                "output channel or token, or for blocks of neighbours; or no scale",
+            ),
+            Field("amax_history", 16, _whole(1, 65536), "updates whose largest amax gives a delayed scale"),
+            Field(
+                "scale_rounding",
+                "power_of_two",
+                _one_of("power_of_two", "float32"),
+                "whether scales are rounded down to powers of two",
+            ),
+            Field(
+                "operand_rounding",
+                "nearest",
+                _for_operands("nearest", "stochastic"),
+                "how operands are rounded; an evaluation rounds to nearest",
+            ),
+            Field(
+                "saturate",
+                True,
+                _YES_NO,
+                "what is too large becomes the largest number; False: infinity or NaN, where the format has one",
+            ),
+            Field(
+                "products",
+                "emulated",
+                _one_of("emulated", "native"),
+                "emulated = exact operands in compute_dtype, any format; native = float8 products, E4M3 and E5M2",
+            ),
+            Field(
+                "weights_at_rest",
+                "float32",
+                _one_of(*AT_REST),
+                "weights that have a format: a float32 master, or stored on the format's grid and updated by "
+                "rounding to nearest, stochastically, or with error feedback",
+            ),
+            Field(
+                "range_clip",
+                0.0,
+                _number(0, 1e6),
+                "0 (off), or the amax of G that counts is at most this times its rms times the format's range",
+            ),
+            Field(
+                "emergency_formats",
+                (),
+                _FORMAT_NAMES,
+                "formats with more and more mantissa bits, changed to in turn after emergency_patience bad "
+                "updates in a row (non-finite, loss spike or divergence); none = off",
+            ),
+            Field("emergency_patience", 3, _whole(1), "bad updates in a row that shift the format"),
+            Field(
+                "use_shadow",
+                False,
+                _YES_NO,
+                "compare the gradient with the float32 one of the same parameters and batch, layer by layer",
+            ),
+            Field("shadow_interval", 1, _whole(1), "updates between two such comparisons; the first is compared"),
+        ),
+    ),
+    (
+        "Data",
+        (
+            Field("tokenizer", "gpt2", _one_of("gpt2", "bytes"), "gpt2 (byte pairs) or bytes (one token a byte)"),
+            Field(
+                "data_source",
+                "auto",
+                _one_of("auto", "prepared", "eurlex57k", "lex_glue", "sample"),
+                "where text comes from; auto = prepared files if there, else eurlex57k, else the small sample",
+            ),
+            Field("data_seed", 1337, _whole(0), "decides the order of the training windows"),
+            Field(
+                "data_placement",
+                "auto",
+                _one_of("auto", "device", "host"),
+                "where the tokens lie; auto = on the device if they fit, else streamed from the host",
+            ),
+        ),
+    ),
+    (
+        "Optimization",
+        (
+            Field("batch_size", 12, _whole(1, 2**20), "sequences (windows of block_size tokens) in one update"),
+            Field(
+                "grad_accum_steps",
+                1,
+                _whole(1, 2**20),
+                "equal micro-batches batch_size is computed in, one after the other; must divide it",
+            ),
+            Field("max_steps", 2000, _whole(1), "updates in the whole run", resumable=True),
+            Field(
+                "optimizer",
+                "adamw",
+                _one_of(*OPTIMIZERS),
+                "adamw; or of the format-aware ones: gradient preconditioned by ULPs before Adam; steps in ULPs "
+                "of the weight after Adam; whole codes of the weight's grid",
+            ),
+            Field("learning_rate", 6e-4, _number(1e-12, 100), "peak learning rate"),
+            Field(
+                "warmup_steps",
+                100,
+                _whole(0),
+                "updates over which the learning rate rises linearly to its peak; at most max_steps",
+            ),
+            Field(
+                "schedule",
+                "constant",
+                _one_of("constant", "cosine", "wsd"),
+                "after the warm-up: constant; cosine down to the end; wsd = constant, then a linear decay",
+            ),
+            Field("min_lr_ratio", 0.1, _number(0, 1), "last learning rate / peak, for cosine and wsd"),
+            Field("decay_fraction", 0.2, _POSITIVE_SHARE, "share of max_steps over which wsd decays"),
+            Field(
+                "weight_decay",
+                0.1,
+                _number(0, 1000),
+                "decoupled decay (times the learning rate) of every array with 2 or more axes",
+            ),
+            Field("beta1", 0.9, _BELOW_ONE, "decay of Adam's first moment per update"),
+            Field("beta2", 0.95, _BELOW_ONE, "decay of Adam's second moment per update"),
+            Field("adam_eps", 1e-8, _number(1e-30, 1), "added to the root of the second moment"),
+            Field("grad_clip", 1.0, _CLIP, "global L2 norm that gradients are scaled down to; 0 = off"),
+            Field("seed", 42, _whole(0), "decides the initial parameters and the dropout masks"),
+        ),
+    ),
+    (
+        "Evaluation",
+        (
+            Field(
+                "eval_interval",
+                100,
+                _whole(1),
+                "updates between two evaluations; one is also made at step 0 and at the end",
+                resumable=True,
+            ),
+            Field(
+                "eval_windows",
+                128,
+                _whole(1, 2**24),
+                "validation sequences of one evaluation, the same ones every time",
+            ),
+            Field(
+                "eval_batch_size",
+                16,
+                _whole(1, 2**20),
+                "validation sequences computed at once; must divide eval_windows",
+            ),
+        ),
+    ),
+    (
+        "Metrics and the stability monitor",
+        (
+            Field(
+                "metrics",
+                "all",
+                _METRICS,
+                f"statistics per layer: all, none, or of {', '.join(METRIC_GROUPS)}, joined by commas",
+            ),
+            Field(
+                "nan_patience",
+                10,
+                _whole(1),
+                "updates in a row with a non-finite loss or gradient after which the run stops (exit code 3)",
+            ),
+            Field(
+                "bit_stall_threshold",
+                0.5,
+                _POSITIVE_SHARE,
+                "alert when a layer's mean share of updates that are exactly 0, or that its stored weights lost, "
+                "exceeds this",
+            ),
+            Field("stall_window", 100, _whole(1, 2**20), "updates that this mean is taken over"),
+            Field(
+                "overflow_threshold",
+                0.01,
+                _POSITIVE_SHARE,
+                "alert when a larger share of a quantized operand's values is clipped; with use_fp8=False no "
+                "layer is quantized and there is none to watch",
+            ),
+            Field(
+                "diagnostic_interval",
+                100,
+                _whole(1),
+                "updates between two diagnoses: rank of the weights; with formats, use of codes, histograms",
+                resumable=True,
+            ),
+            Field(
+                "rank_threshold",
+                0.1,
+                _number(0, 1),
+                "alert when a layer's stable rank falls below this share of its first value after the warm-up; 0 = off",
+                resumable=True,
+            ),
+            Field(
+                "rank_threshold_strict",
+                0.3,
+                _number(0, 1),
+                "the same for the head and the projections into the residual stream",
+                resumable=True,
+            ),
+            Field(
+                "dead_neuron_threshold",
+                1e-8,
+                _SQUARED_SHARE,
+                "L2 norm of an output unit's unclipped gradient below which the unit counts as silent",
+            ),
+            Field("dead_neuron_window", 100, _whole(1), "silent updates in a row after which a unit is dead"),
+            Field(
+                "spike_window",
+                100,
+                _whole(20, 2**16),
+                "losses that a loss's robust z-score looks back on; fewer than 20 say too little",
+            ),
+            Field("spike_threshold", 8.0, _number(0.1, 1e6), "robust z-score above which a loss is a spike"),
+            Field(
+                "val_patience",
+                3,
+                _whole(1, 2**16),
+                "rises of the validation loss in a row that are flagged as divergence",
+            ),
+        ),
+    ),
+    (
+        "Checkpoints",
+        (
+            Field(
+                "checkpoint_interval",
+                100,
+                _whole(1),
+                "updates between two checkpoints; the last step always gets one",
+                resumable=True,
+            ),
+            Field(
+                "checkpoint_seconds",
+                60.0,
+                _number(0, 1e6),
+                "seconds of unsaved training after which one is made between two of them, sooner after a start "
+                "(once half of it is unsaved, at least 5 s); it is replaced by the next; 0 = off",
+                resumable=True,
+            ),
+            Field(
+                "checkpoint_dir",
+                "checkpoints/bf16_baseline",
+                _FOLDER,
+                "the run's folder: checkpoints, record, plot, verdict; --workdir replaces it",
+                resumable=True,
+            ),
+            Field(
+                "max_checkpoints",
+                3,
+                _whole(1, 2**16),
+                "checkpoints kept: the one with the best validation loss and the newest",
+                resumable=True,
+            ),
+        ),
+    ),
+    (
+        "Logging",
+        (
+            Field(
+                "log_interval",
+                1,
+                _whole(1),
+                "updates between two rows of the record and of W&B; a row with an evaluation or an alert, and "
+                "the last one, are always kept",
+                resumable=True,
+            ),
+            Field(
+                "layer_interval",
+                1,
+                _whole(1),
+                "updates between two rows that carry the statistics of every layer, from the first on; the rows between "
+                "have only those of the whole model",
+                resumable=True,
+            ),
+            Field(
+                "alert_interval",
+                100,
+                _whole(1),
+                "least updates between two alerts of one kind on console and W&B; the record keeps all",
+                resumable=True,
+            ),
+            Field("project", "altgrad", _PROJECT, "W&B project", resumable=True),
+            Field("run_name", "bf16-baseline", _NAME, "name of the run in W&B and the record", resumable=True),
+            Field(
+                "tags", ("baseline", "bf16", "eurlex"), _TAGS, "W&B tags; as a flag: --config.tags=a,b", resumable=True
+            ),
+            Field(
+                "wandb_mode",
+                "auto",
+                _one_of("auto", "online", "offline", "disabled"),
+                "auto = online where W&B finds credentials, else offline",
+                resumable=True,
+            ),
+            Field("wandb_entity", "", _ENTITY, "W&B user or team; empty = the account's own", resumable=True),
+            Field("wandb_group", "", _GROUP, "W&B group; empty = none", resumable=True),
+            Field(
+                "wandb_keys",
+                (),
+                _PATTERNS,
+                "metrics that W&B gets, by name or shell-style pattern (loss, val_*, grad_norm/*; * also matches /); "
+                "empty = all; the local record has all in any case",
+                resumable=True,
+            ),
+            Field(
+                "console",
+                "auto",
+                _one_of("auto", "plain", "quiet"),
+                "auto = one live line on a terminal, plain lines when piped; quiet = alerts and messages",
+                resumable=True,
+            ),
+        ),
+    ),
+    (
+        "Execution",
+        (
+            Field(
+                "steps_per_dispatch",
+                0,
+                _whole(0, 2**16),
+                "most updates in one call of the device; 0 = as many as take about one second",
+                resumable=True,
+            ),
+            Field(
+                "fsdp",
+                1,
+                _whole(1, 2**16),
+                "devices that parameters and optimizer state are split over; must divide the visible devices, "
+                "which all share the batch",
+                resumable=True,
+            ),
+            Field(
+                "deterministic",
+                False,
+                _YES_NO,
+                "GPU: only operations that repeat to the bit (slower); a CPU always repeats",
+            ),
+        ),
+    ),
 )
 
 FIELDS: Mapping[str, Field] = MappingProxyType({field.name: field for _, group in GROUPS for field in group})
@@ -502,8 +728,18 @@ def _conflicts(values: Mapping[str, Any]) -> list[str]:
 
 # Settings that only a run in number formats reads.
 _FORMAT_FIELDS = (
-    "formats", "scaling", "amax_history", "scale_rounding", "operand_rounding", "saturate", "products",
-    "weights_at_rest", "range_clip", "emergency_formats", "emergency_patience", "optimizer",
+    "formats",
+    "scaling",
+    "amax_history",
+    "scale_rounding",
+    "operand_rounding",
+    "saturate",
+    "products",
+    "weights_at_rest",
+    "range_clip",
+    "emergency_formats",
+    "emergency_patience",
+    "optimizer",
 )
 
 
@@ -517,20 +753,26 @@ def _format_conflicts(c) -> list[str]:
     """What is wrong between the settings of number formats."""
     found = []
     if c.use_shadow and not c.use_fp8 and c.compute_dtype == "float32":
-        found.append("use_shadow=True has nothing to compare: with use_fp8=False and compute_dtype='float32' the "
-                     "gradient is its own shadow: set use_shadow=False")
+        found.append(
+            "use_shadow=True has nothing to compare: with use_fp8=False and compute_dtype='float32' the "
+            "gradient is its own shadow: set use_shadow=False"
+        )
     if not c.use_shadow and c.shadow_interval != FIELDS["shadow_interval"].default:
         found.append(f"shadow_interval={c.shadow_interval} has no effect with use_shadow=False: set use_shadow=True")
     if not c.use_fp8:
         asked = [group for group in c.metrics.split(",") if group in FORMAT_GROUPS]
         if asked:
-            found.append(f"metrics={c.metrics!r} names {', '.join(asked)}, which use_fp8=False leaves nothing to "
-                         "measure: set use_fp8=True, or leave it out")
+            found.append(
+                f"metrics={c.metrics!r} names {', '.join(asked)}, which use_fp8=False leaves nothing to "
+                "measure: set use_fp8=True, or leave it out"
+            )
         for name in _FORMAT_FIELDS:
             if c[name] != FIELDS[name].default:
                 more = " and optimizer='adamw' is the baseline's" if name == "optimizer" else ""
-                found.append(f"{name}={show(c[name])} has no effect with use_fp8=False{more}: set use_fp8=True"
-                             + ("" if name == "formats" else " and formats, or leave it out"))
+                found.append(
+                    f"{name}={show(c[name])} has no effect with use_fp8=False{more}: set use_fp8=True"
+                    + ("" if name == "formats" else " and formats, or leave it out")
+                )
         return found
     if not c.formats:
         return [*found, "use_fp8=True needs to know the formats: set formats, for example --config.formats=E4M3"]
@@ -545,17 +787,21 @@ def _format_conflicts(c) -> list[str]:
         for operand, name, way, size in zip("WAG", layer.wag, scaling, (sizes[0], *sizes)):
             block = int(way.removeprefix("block")) if way.startswith("block") else 1
             if name and size % block:
-                found.append(f"scaling={c.scaling!r} cannot split operand {operand} of {layer.layer}, which has {size} "
-                             f"numbers along its contracted axis, into blocks of {block}: give a model whose "
-                             "dimensions are multiples of it, or another scaling")
+                found.append(
+                    f"scaling={c.scaling!r} cannot split operand {operand} of {layer.layer}, which has {size} "
+                    f"numbers along its contracted axis, into blocks of {block}: give a model whose "
+                    "dimensions are multiples of it, or another scaling"
+                )
                 break
         if found:
             break
     found += _unread_conflicts(c, layers, scaling)
     one_scale = all(way in ("delayed", "tensor", "none") for way in scaling)
     if c.scale_rounding == "float32" and not one_scale:
-        found.append(f"scale_rounding='float32' needs one scale for each operand, and scaling={c.scaling!r} has many: "
-                     "give delayed, tensor or none, or scale_rounding='power_of_two'")
+        found.append(
+            f"scale_rounding='float32' needs one scale for each operand, and scaling={c.scaling!r} has many: "
+            "give delayed, tensor or none, or scale_rounding='power_of_two'"
+        )
     if not c.saturate:
         for name in [*names, *c.emergency_formats]:
             try:
@@ -567,21 +813,31 @@ def _format_conflicts(c) -> list[str]:
     stored_or_aware = [name for name in ("weights_at_rest", "optimizer") if c[name] != FIELDS[name].default]
     if stored_or_aware and not any(layer.w for layer in layers):
         name = stored_or_aware[0]
-        found.append(f"{name}={c[name]!r} is about weights in a number format, and formats={c.formats!r} gives none to "
-                     "W: give W a format too")
+        found.append(
+            f"{name}={c[name]!r} is about weights in a number format, and formats={c.formats!r} gives none to "
+            "W: give W a format too"
+        )
     if c.weights_at_rest != "float32":
         if scaling[0] != "delayed":
-            found.append(f"weights_at_rest={c.weights_at_rest!r} stores weights on a grid with a scale of its own, so "
-                         f"scaling={scaling[0]!r} of W would have no effect: give W scaling delayed")
+            found.append(
+                f"weights_at_rest={c.weights_at_rest!r} stores weights on a grid with a scale of its own, so "
+                f"scaling={scaling[0]!r} of W would have no effect: give W scaling delayed"
+            )
         if c.scale_rounding != "power_of_two":
-            found.append(f"weights_at_rest={c.weights_at_rest!r} needs scales that are powers of two, or stored "
-                         "weights would be rounded again as operands: set scale_rounding='power_of_two'")
+            found.append(
+                f"weights_at_rest={c.weights_at_rest!r} needs scales that are powers of two, or stored "
+                "weights would be rounded again as operands: set scale_rounding='power_of_two'"
+            )
     if c.optimizer == "grid" and c.weights_at_rest not in ("float32", "nearest"):
-        found.append(f"optimizer='grid' moves weights by whole codes, rounding its steps stochastically itself, so "
-                     f"weights_at_rest={c.weights_at_rest!r} would have nothing to round: give nearest or float32")
+        found.append(
+            f"optimizer='grid' moves weights by whole codes, rounding its steps stochastically itself, so "
+            f"weights_at_rest={c.weights_at_rest!r} would have nothing to round: give nearest or float32"
+        )
     if c.range_clip and (scaling[2] != "delayed" or not any(layer.g for layer in layers)):
-        found.append(f"range_clip={c.range_clip} acts on the delayed scale of output gradients, and there is none: "
-                     "give G a format and scaling delayed, or set range_clip=0")
+        found.append(
+            f"range_clip={c.range_clip} acts on the delayed scale of output gradients, and there is none: "
+            "give G a format and scaling delayed, or set range_clip=0"
+        )
     return found + _emergency_conflicts(c, names)
 
 
@@ -593,56 +849,78 @@ def _unread_conflicts(c, layers, scaling) -> list[str]:
         default = FIELDS[name].default
         for operand, choice, exists in zip("WAG", for_operands(c[name]), has_format):
             if "," in c[name] and choice != default and not exists:
-                found.append(f"{name}={c[name]!r} asks for {choice} of {operand}, and formats={c.formats!r} gives it "
-                             f"no format: give {operand} a format, or {default} in this place")
+                found.append(
+                    f"{name}={c[name]!r} asks for {choice} of {operand}, and formats={c.formats!r} gives it "
+                    f"no format: give {operand} a format, or {default} in this place"
+                )
     # Stored weights have a scale of their own, and are not rounded again.
     stored = c.weights_at_rest != "float32"
     if stored and c.operand_rounding.startswith("stochastic,"):
-        found.append(f"operand_rounding={c.operand_rounding!r} has no effect on W with weights_at_rest="
-                     f"{c.weights_at_rest!r}, whose weights are on their grid already: give nearest for W")
+        found.append(
+            f"operand_rounding={c.operand_rounding!r} has no effect on W with weights_at_rest="
+            f"{c.weights_at_rest!r}, whose weights are on their grid already: give nearest for W"
+        )
     delayed = [way == "delayed" and exists for way, exists in zip(scaling, has_format)]
-    if not any(delayed[1 if stored else 0:]) and c.amax_history != FIELDS["amax_history"].default:
-        found.append(f"amax_history={c.amax_history} has no effect with scaling={c.scaling!r}, which takes no scale of "
-                     "any operand from earlier amaxes: set scaling=delayed, or leave it out")
+    if not any(delayed[1 if stored else 0 :]) and c.amax_history != FIELDS["amax_history"].default:
+        found.append(
+            f"amax_history={c.amax_history} has no effect with scaling={c.scaling!r}, which takes no scale of "
+            "any operand from earlier amaxes: set scaling=delayed, or leave it out"
+        )
     if "ledger" in c.metrics.split(",") and not has_format[0]:
-        found.append(f"metrics={c.metrics!r} names ledger, which is about weights in a number format, and "
-                     f"formats={c.formats!r} gives none to W: give W a format too, or leave ledger out")
+        found.append(
+            f"metrics={c.metrics!r} names ledger, which is about weights in a number format, and "
+            f"formats={c.formats!r} gives none to W: give W a format too, or leave ledger out"
+        )
     return found
 
 
 def _native_conflicts(c, layers, one_scale) -> list[str]:
     if c.emergency_formats:
-        return ["products='native' computes in fixed formats, so emergency_formats cannot change them: set "
-                "products='emulated', or leave emergency_formats out"]
+        return [
+            "products='native' computes in fixed formats, so emergency_formats cannot change them: set "
+            "products='emulated', or leave emergency_formats out"
+        ]
     if not one_scale:
-        return [f"products='native' takes one scale for each operand, and scaling={c.scaling!r} has many: give "
-                "delayed, tensor or none, or products='emulated'"]
+        return [
+            f"products='native' takes one scale for each operand, and scaling={c.scaling!r} has many: give "
+            "delayed, tensor or none, or products='emulated'"
+        ]
     for layer in layers:
         wrong = [name for name in layer.wag if name not in rules.FLOAT8]
         if wrong:
-            return [f"products='native' can compute with {' and '.join(rules.FLOAT8)} for each of W, A and G, "
-                    f"not with {wrong[0] or 'an operand that has no format'} in {layer.layer}: change formats, or set "
-                    "products='emulated'"]
+            return [
+                f"products='native' can compute with {' and '.join(rules.FLOAT8)} for each of W, A and G, "
+                f"not with {wrong[0] or 'an operand that has no format'} in {layer.layer}: change formats, or set "
+                "products='emulated'"
+            ]
         if layer.wag.count("E5M2") > 1:
-            return [f"products='native' cannot multiply two E5M2 operands, which {layer.layer} has: give W and A E4M3 "
-                    "and G E5M2 (--config.formats=E4M3,block_*:G=E5M2), or set products='emulated'"]
+            return [
+                f"products='native' cannot multiply two E5M2 operands, which {layer.layer} has: give W and A E4M3 "
+                "and G E5M2 (--config.formats=E4M3,block_*:G=E5M2), or set products='emulated'"
+            ]
     return []
 
 
 def _emergency_conflicts(c, names) -> list[str]:
     if not c.emergency_formats:
         if c.emergency_patience != FIELDS["emergency_patience"].default:
-            return [f"emergency_patience={c.emergency_patience} has no effect without emergency_formats: name the "
-                    "formats to shift to"]
+            return [
+                f"emergency_patience={c.emergency_patience} has no effect without emergency_formats: name the "
+                "formats to shift to"
+            ]
         return []
     try:
-        bits = [max(get_format(name).mantissa_bits for name in names),
-                *(get_format(name).mantissa_bits for name in c.emergency_formats)]
+        bits = [
+            max(get_format(name).mantissa_bits for name in names),
+            *(get_format(name).mantissa_bits for name in c.emergency_formats),
+        ]
     except UserError as error:
         return [f"emergency_formats: {error}"]
     if any(after <= before for before, after in zip(bits, bits[1:])):
-        return [f"emergency_formats={c.emergency_formats!r} must have more mantissa bits from one to the next than "
-                f"{', '.join(names)}: they have {', '.join(map(str, bits[1:]))} after {bits[0]}"]
+        return [
+            f"emergency_formats={c.emergency_formats!r} must have more mantissa bits from one to the next than "
+            f"{', '.join(names)}: they have {', '.join(map(str, bits[1:]))} after {bits[0]}"
+        ]
     return []
 
 
@@ -673,8 +951,7 @@ def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
 def _from_json(values: Mapping[str, Any]) -> dict[str, Any]:
     tuples = {name for name, field in FIELDS.items() if field.kind is tuple}
     return {
-        name: tuple(value) if name in tuples and isinstance(value, list) else value
-        for name, value in values.items()
+        name: tuple(value) if name in tuples and isinstance(value, list) else value for name, value in values.items()
     }
 
 
@@ -685,8 +962,17 @@ def _as_json(value: Any) -> Any:
 # Settings that records of schema version 1 lack. With their defaults, training goes on as in those runs; what is
 # measured besides may be more.
 ADDED_IN_2 = frozenset(
-    {*_FORMAT_FIELDS, "shadow_interval", "diagnostic_interval", "rank_threshold", "rank_threshold_strict",
-     "layer_interval", "wandb_group", "wandb_keys", "fsdp"}
+    {
+        *_FORMAT_FIELDS,
+        "shadow_interval",
+        "diagnostic_interval",
+        "rank_threshold",
+        "rank_threshold_strict",
+        "layer_interval",
+        "wandb_group",
+        "wandb_keys",
+        "fsdp",
+    }
 )
 # And that records of schema version 1 and 2 lack.
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})

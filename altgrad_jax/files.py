@@ -11,8 +11,13 @@ import stat
 from altgrad_jax.errors import UserError
 
 MAX_JSON_BYTES = 2**28
-_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device",
-          stat.S_IFBLK: "device"}
+_KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 
 
 def require_file(path, fix):

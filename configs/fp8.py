@@ -25,8 +25,10 @@ def get_config(argument: str) -> ml_collections.ConfigDict:
     for choice in choices:
         field = "optimizer" if choice in OPTIMIZERS else "weights_at_rest" if choice in AT_REST else None
         if field is None:
-            raise UserError(f"configs/fp8.py:{argument} asks for {choice!r}: after the format give an optimizer "
-                            f"({', '.join(OPTIMIZERS)}) or how weights are kept ({', '.join(AT_REST)})")
+            raise UserError(
+                f"configs/fp8.py:{argument} asks for {choice!r}: after the format give an optimizer "
+                f"({', '.join(OPTIMIZERS)}) or how weights are kept ({', '.join(AT_REST)})"
+            )
         if field in given:
             raise UserError(f"configs/fp8.py:{argument} gives {field} twice: give it once")
         given.add(field)

@@ -42,20 +42,27 @@ def get_sweep(config) -> list[dict]:
 
     def arms(**settings):
         kind = "-".join(value for name, value in settings.items() if name != "metrics")
-        return [{"run_name": f"{name}-{kind}" if kind else name, "formats": (name,), **measured, **settings}
-                for name in DEFAULT_8BIT if name != SAME_GRID]
+        return [
+            {"run_name": f"{name}-{kind}" if kind else name, "formats": (name,), **measured, **settings}
+            for name in DEFAULT_8BIT
+            if name != SAME_GRID
+        ]
 
     def ablations(operands, **settings):
         kind = "rest" if settings else f"only{operands}"
-        return [{"run_name": f"{name}-{kind}", "formats": only(operands, name), **measured, **settings}
-                for name in DEFAULT_8BIT if name != SAME_GRID]
+        return [
+            {"run_name": f"{name}-{kind}", "formats": only(operands, name), **measured, **settings}
+            for name in DEFAULT_8BIT
+            if name != SAME_GRID
+        ]
 
     rates = axis("learning_rate", RATES, lambda rate: f"lr{rate:g}")
     middle = axis("learning_rate", RATES[1:2], lambda rate: f"lr{rate:g}")
     seeds = axis("seed", SEEDS, lambda seed: f"s{seed}")
     return [
-        *grid([{"run_name": "bf16", **plain}, {"run_name": "float32", "compute_dtype": "float32", **plain}],
-              rates, seeds),
+        *grid(
+            [{"run_name": "bf16", **plain}, {"run_name": "float32", "compute_dtype": "float32", **plain}], rates, seeds
+        ),
         *grid(arms(), rates, seeds),
         *grid(ablations("W") + ablations("A") + ablations("G"), middle, seeds),
         *grid([{"run_name": SAME_GRID, "formats": (SAME_GRID,), **measured}], middle, seeds[:1]),

@@ -19,13 +19,16 @@ from altgrad_jax.numerics.rules import NONE
 def get_config(argument: str = "BF16,E3M4,BF16") -> ml_collections.ConfigDict:
     parts = argument.split(",")
     if len(parts) != 3:
-        raise UserError(f"configs/mixed.py:{argument} names {len(parts)} formats: give three, for attention, MLP and "
-                        "head, such as BF16,E3M4,none")
+        raise UserError(
+            f"configs/mixed.py:{argument} names {len(parts)} formats: give three, for attention, MLP and "
+            "head, such as BF16,E3M4,none"
+        )
     names = [NONE if part.lower() == NONE else get_format(part).name for part in parts]
     config = default_config()
     config.use_fp8 = True
-    config.formats = tuple(f"{pattern}={name}" for pattern, name in
-                           zip(("block_*/attn_*", "block_*/mlp_*", "head"), names))
+    config.formats = tuple(
+        f"{pattern}={name}" for pattern, name in zip(("block_*/attn_*", "block_*/mlp_*", "head"), names)
+    )
     config.run_name = "mixed-" + "-".join(name.lower() for name in names)
     config.checkpoint_dir = f"checkpoints/{config.run_name}"
     config.tags = ("mixed", "eurlex")

@@ -44,8 +44,10 @@ def yes_no(flag):
 def suites(text):
     known = ("metrics", "dispatch", "sizes", "formats", "attention", "rounding", "scaling")
     if not set(text.split(",")) <= {*known, "all"}:
-        raise UserError(f"--suite={text} cannot be used: give {', '.join(known)}, some of them joined by commas, or "
-                        "all (all but scaling)")
+        raise UserError(
+            f"--suite={text} cannot be used: give {', '.join(known)}, some of them joined by commas, or "
+            "all (all but scaling)"
+        )
     return set(text.split(",")) | (set(known) - {"scaling"} if "all" in text.split(",") else set())
 
 
@@ -53,8 +55,10 @@ def peer(text):
     if text not in ("none", "torch"):
         raise UserError(f"--peers={text} cannot be used: give none or torch")
     if text == "torch" and not peers.torch_importable():
-        raise UserError(f"--peers=torch needs torch and transformers, which are not installed: {peers.INSTALL}, or "
-                        "give --peers=none")
+        raise UserError(
+            f"--peers=torch needs torch and transformers, which are not installed: {peers.INSTALL}, or "
+            "give --peers=none"
+        )
     return text
 
 
@@ -72,25 +76,51 @@ def run(config, **flags):
 
 
 FLAGS = (
-    cli.Flag("suite", "all", "metrics, dispatch, sizes, formats, attention, rounding, scaling, some of them joined by "
-             "commas, or all (all but scaling)", suites),
-    cli.Flag("quick", "no", "two minutes on two CPU cores: fewer rows, a smaller batch, and what was cut is said",
-             yes_no("quick")),
+    cli.Flag(
+        "suite",
+        "all",
+        "metrics, dispatch, sizes, formats, attention, rounding, scaling, some of them joined by "
+        "commas, or all (all but scaling)",
+        suites,
+    ),
+    cli.Flag(
+        "quick",
+        "no",
+        "two minutes on two CPU cores: fewer rows, a smaller batch, and what was cut is said",
+        yes_no("quick"),
+    ),
     cli.Flag("format", "E4M3", "the format of the suite `formats`"),
     cli.Flag("rounds", None, "how often every row is timed; by default 5, on a GPU 9", whole("rounds")),
-    cli.Flag("steps_per_round", None, "training steps of a row in one round; by default 1, on a GPU 25",
-             whole("steps_per_round")),
+    cli.Flag(
+        "steps_per_round",
+        None,
+        "training steps of a row in one round; by default 1, on a GPU 25",
+        whole("steps_per_round"),
+    ),
     cli.Flag("budget_s", None, "seconds that all may take; what does not fit is left out by name", whole("budget_s")),
-    cli.Flag("deterministic", "no", "GPU: only operations that repeat to the bit, in every row",
-             yes_no("deterministic")),
-    cli.Flag("peers", None, "torch or none: other implementations of the same step; by default torch where it is "
-             "installed", peer),
+    cli.Flag(
+        "deterministic", "no", "GPU: only operations that repeat to the bit, in every row", yes_no("deterministic")
+    ),
+    cli.Flag(
+        "peers",
+        None,
+        "torch or none: other implementations of the same step; by default torch where it is installed",
+        peer,
+    ),
     cli.Flag("nanogpt", None, "folder of a nanoGPT checkout, timed as a further peer", peers.require_nanogpt),
-    cli.Flag("profile", None, "folder for a trace of the row `all metrics`, whose operations are then listed",
-             cli.folder("profile")),
+    cli.Flag(
+        "profile",
+        None,
+        "folder for a trace of the row `all metrics`, whose operations are then listed",
+        cli.folder("profile"),
+    ),
     cli.Flag("json", None, "file for all figures, every single timing included", cli.output_file("json")),
 )
 
 if __name__ == "__main__":
-    cli.main(run, flags=FLAGS, usage=__doc__,
-             argv=[f"{text}=yes" if text.lstrip("-") in YES_NO else text for text in sys.argv[1:]])
+    cli.main(
+        run,
+        flags=FLAGS,
+        usage=__doc__,
+        argv=[f"{text}=yes" if text.lstrip("-") in YES_NO else text for text in sys.argv[1:]],
+    )

@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def numbers(flag):
     def parse(text):
         if not all(re.fullmatch("[0-9]{1,9}", part) and 1 <= int(part) <= 4096 for part in text.split(",")):
-            raise UserError(f"--{flag}={text} cannot be used: give whole numbers from 1 joined by commas, such as "
-                            "1,4,16")
+            raise UserError(
+                f"--{flag}={text} cannot be used: give whole numbers from 1 joined by commas, such as 1,4,16"
+            )
         return [int(part) for part in text.split(",")]
 
     return parse
@@ -49,8 +50,10 @@ def time_processes(config, axes, rounds, data_dir, cpu_devices):
     found = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.py"
-        file.write_text("from altgrad_jax.config import from_dict\n\n\ndef get_config():\n"
-                        f"    return from_dict({settings.to_dict(config)!r})\n")
+        file.write_text(
+            "from altgrad_jax.config import from_dict\n\n\ndef get_config():\n"
+            f"    return from_dict({settings.to_dict(config)!r})\n"
+        )
         common = [f"--config={file}", f"--data_dir={data_dir}"]
         ways = {"alone": None, "sweep": [], **{f"sweep, {n} CPU devices": [f"--cpu_devices={n}"] for n in cpu_devices}}
         for number in range(rounds + 1):
@@ -60,16 +63,34 @@ def time_processes(config, axes, rounds, data_dir, cpu_devices):
                 started = time.perf_counter()
                 if flags is None:
                     for point in points:
-                        changes = [f"--config.{name}={','.join(value) if isinstance(value, tuple) else value}"
-                                   for name, value in point.items()]
-                        subprocess.run([sys.executable, script["train"], *common, *changes,
-                                        f"--workdir={out / point['run_name']}"], check=True, stdout=subprocess.DEVNULL)
+                        changes = [
+                            f"--config.{name}={','.join(value) if isinstance(value, tuple) else value}"
+                            for name, value in point.items()
+                        ]
+                        subprocess.run(
+                            [
+                                sys.executable,
+                                script["train"],
+                                *common,
+                                *changes,
+                                f"--workdir={out / point['run_name']}",
+                            ],
+                            check=True,
+                            stdout=subprocess.DEVNULL,
+                        )
                 else:
-                    subprocess.run([sys.executable, script["sweep"], *common, f"--out={out}", f"--axes={axes}", *flags],
-                                   check=True, stdout=subprocess.DEVNULL)
+                    subprocess.run(
+                        [sys.executable, script["sweep"], *common, f"--out={out}", f"--axes={axes}", *flags],
+                        check=True,
+                        stdout=subprocess.DEVNULL,
+                    )
                 row[way] = time.perf_counter() - started
-            print(f"round {number} of {rounds}: " + ", ".join(f"{way} {seconds:.1f} s" for way, seconds in row.items())
-                  + (" (fills the compilation cache)" if number == 0 else ""), flush=True)
+            print(
+                f"round {number} of {rounds}: "
+                + ", ".join(f"{way} {seconds:.1f} s" for way, seconds in row.items())
+                + (" (fills the compilation cache)" if number == 0 else ""),
+                flush=True,
+            )
             found += [row] * (number > 0)
     return len(points), found
 
@@ -88,8 +109,14 @@ def run(config, *, axes, rounds, processes, widths, member_loops, cpu_devices, d
     if widths:
         from altgrad_jax.bench import programs, tables
 
-        rows = programs.bench_members(config, widths, member_loops.split(","), data_dir=data_dir, rounds=rounds,
-                                      say=lambda text: print(text, flush=True))
+        rows = programs.bench_members(
+            config,
+            widths,
+            member_loops.split(","),
+            data_dir=data_dir,
+            rounds=rounds,
+            say=lambda text: print(text, flush=True),
+        )
         print("\n" + tables.members_table(rows))
         result["steps"] = rows
     if paths["json"]:

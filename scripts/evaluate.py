@@ -7,7 +7,6 @@ Without --data_dir or --tokens it is the validation data of the run; on a CPU th
 record, to the bit.
 """
 
-
 from altgrad_jax.cli import ArgumentParser, run_script, whole_number
 
 

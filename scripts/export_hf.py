@@ -8,7 +8,6 @@ with one checkpoint, of step 0, that holds parameters and settings but no optimi
 scripts/sample.py and scripts/evaluate.py need.
 """
 
-
 from altgrad_jax import config as settings_table
 from altgrad_jax.cli import ArgumentParser, run_script, whole_number
 from altgrad_jax.errors import UserError
@@ -20,9 +19,7 @@ def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     parser.add_argument("source", help="run folder or checkpoint; with --import, the Hugging Face folder")
     parser.add_argument("out", help="folder to write, which must not exist yet or be empty")
-    parser.add_argument(
-        "--import", dest="imports", action="store_true", help="from Hugging Face instead of to it"
-    )
+    parser.add_argument("--import", dest="imports", action="store_true", help="from Hugging Face instead of to it")
     parser.add_argument(
         "--step", type=whole_number, help="checkpoint of the run folder to export (default: the newest)"
     )
@@ -51,9 +48,7 @@ def export_checkpoint(args):
     params, config, settings, operands = load_model(args.source, args.step)
     tensors, config_json = hf.to_hf(params, config)
     hf.write_folder(args.out, tensors, config_json | {TOKENIZER_KEY: settings["tokenizer"]})
-    print(
-        f"wrote {args.out}: GPT-2 with {sum(array.size for array in tensors.values()):,} parameters, float32"
-    )
+    print(f"wrote {args.out}: GPT-2 with {sum(array.size for array in tensors.values()):,} parameters, float32")
     if operands:
         print(
             "note: this run trained in number formats; the files hold its weights, and a program that loads them "
@@ -94,10 +89,7 @@ def import_folder(args):
         f"tokenizer {config.tokenizer}"
     )
     if config_json.get("attn_pdrop", 0.1):
-        print(
-            "note: config.json's attn_pdrop is not carried over; training here does not drop attention "
-            "probabilities"
-        )
+        print("note: config.json's attn_pdrop is not carried over; training here does not drop attention probabilities")
 
 
 def tokenizer_of(config_json):

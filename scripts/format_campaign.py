@@ -23,8 +23,9 @@ def formats(text):
 def seeds(text):
     numbers = text.split(",") if text else []
     if not all(re.fullmatch("[0-9]{1,10}", number) and int(number) <= INT32_MAX for number in numbers):
-        raise UserError(f"--seeds={text} cannot be used: give whole numbers from 0 to {INT32_MAX} joined by commas, "
-                        "such as 1,2")
+        raise UserError(
+            f"--seeds={text} cannot be used: give whole numbers from 0 to {INT32_MAX} joined by commas, such as 1,2"
+        )
     return tuple(map(int, numbers))
 
 
@@ -38,8 +39,13 @@ def run(config, *, out, formats, seeds, shadow_interval, data_dir, report):
     from altgrad_jax.bench import campaign
 
     out = Path(out).absolute()
-    campaign.run(config, out, campaign.plan(formats, shadow_interval=shadow_interval, seeds=seeds), data_dir=data_dir,
-                 say=lambda text: print(text, flush=True))
+    campaign.run(
+        config,
+        out,
+        campaign.plan(formats, shadow_interval=shadow_interval, seeds=seeds),
+        data_dir=data_dir,
+        say=lambda text: print(text, flush=True),
+    )
     text = campaign.report(out, formats, seeds)
     print("\n" + text)
     if report:

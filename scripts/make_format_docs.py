@@ -1,6 +1,6 @@
 """Write docs/formats.md and docs/formats.png from the table of formats.
 
-  python scripts/make_format_docs.py [--folder=docs]
+python scripts/make_format_docs.py [--folder=docs]
 """
 
 import math

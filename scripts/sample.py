@@ -15,12 +15,8 @@ def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     parser.add_argument("checkpoint", help="run folder, or one checkpoint in it")
     parser.add_argument("--step", type=whole_number, help="checkpoint of the run folder (default: the newest)")
-    parser.add_argument(
-        "--prompt", default="", help="text to continue (default: none, the start of a document)"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=whole_number, default=200, help="tokens to add (default: %(default)s)"
-    )
+    parser.add_argument("--prompt", default="", help="text to continue (default: none, the start of a document)")
+    parser.add_argument("--max_new_tokens", type=whole_number, default=200, help="tokens to add (default: %(default)s)")
     parser.add_argument(
         "--temperature",
         type=float,

@@ -45,13 +45,21 @@ def run(config, *, out, axes, shard, **options):
 FLAGS = (
     cli.Flag("out", "runs/sweep", "folder of the run folders", cli.folder("out")),
     cli.Flag("axes", None, "grid in place of get_sweep(): SETTING=VALUE,VALUE;SETTING=VALUE,..."),
-    cli.Flag("member_loop", "auto", "map = one after the other in the program, to the bit as alone; vmap = together; "
-                                    "auto = map on a CPU, vmap on a GPU"),
+    cli.Flag(
+        "member_loop",
+        "auto",
+        "map = one after the other in the program, to the bit as alone; vmap = together; "
+        "auto = map on a CPU, vmap on a GPU",
+    ),
     cli.Flag("width", "0", "runs side by side; 0 = as many as fit", whole("width", 0)),
     cli.Flag("memory", "0", "GiB that a program may take on each device; 0 = most of what there is", gibibytes),
     cli.Flag("shard", "auto", "slice i of n of the members, as i/n; auto = from SLURM's or JAX's variables, else all"),
-    cli.Flag("cpu_devices", "1", "devices that a CPU is divided into, each of which trains members of its own",
-             whole("cpu_devices", 1)),
+    cli.Flag(
+        "cpu_devices",
+        "1",
+        "devices that a CPU is divided into, each of which trains members of its own",
+        whole("cpu_devices", 1),
+    ),
     cli.DRY_RUN,
     cli.Flag("data_dir", "data/{tokenizer}", "folder of the token files", cli.folder("data_dir")),
 )

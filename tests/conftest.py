@@ -24,10 +24,26 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take long, longest first: two processes that take whole files then end at about the same time.
-LONG_FILES = ("test_sweep", "test_training", "test_step_formats", "test_training_formats", "test_step", "test_faults",
-              "test_mesh", "test_quant_dot_formats", "test_benchmark", "test_checkpoint_processes", "test_generate",
-              "test_model", "test_faults_numerics", "test_logger", "test_optimizer", "test_faults_inputs",
-              "test_report", "test_dry_run")
+LONG_FILES = (
+    "test_sweep",
+    "test_training",
+    "test_step_formats",
+    "test_training_formats",
+    "test_step",
+    "test_faults",
+    "test_mesh",
+    "test_quant_dot_formats",
+    "test_benchmark",
+    "test_checkpoint_processes",
+    "test_generate",
+    "test_model",
+    "test_faults_numerics",
+    "test_logger",
+    "test_optimizer",
+    "test_faults_inputs",
+    "test_report",
+    "test_dry_run",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -26,8 +26,14 @@ from altgrad_jax.files import writing
 # The campaign is about one machine's CPU: its runs are small, and a GPU would be shared by all of them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-TITLES = {"kills": "kill -9", "corruption": "Damaged checkpoints", "environment": "Disk, clock, company, signals",
-          "inputs": "Bad input", "numerics": "Numerical faults", "soak": "Soak"}
+TITLES = {
+    "kills": "kill -9",
+    "corruption": "Damaged checkpoints",
+    "environment": "Disk, clock, company, signals",
+    "inputs": "Bad input",
+    "numerics": "Numerical faults",
+    "soak": "Soak",
+}
 FULL = dict(kills=200, corruptions=200, inputs=300, soak_steps=60_000)
 QUICK = dict(kills=12, corruptions=25, inputs=100, soak_steps=2_000)
 
@@ -38,11 +44,18 @@ def parse_args(argv=None):
     add("--parts", default=",".join(TITLES), help="some of them, joined by commas (default: all)")
     add("--seed", type=cli.whole_number, default=0, help="decides every random choice (default: %(default)s)")
     add("--quick", action="store_true", help="a little of everything")
-    for name, meaning in (("kills", "moments of kill -9"), ("corruptions", "damaged checkpoints"),
-                          ("inputs", "generated bad settings"), ("soak_steps", "steps of the long run")):
+    for name, meaning in (
+        ("kills", "moments of kill -9"),
+        ("corruptions", "damaged checkpoints"),
+        ("inputs", "generated bad settings"),
+        ("soak_steps", "steps of the long run"),
+    ):
         add(f"--{name}", type=cli.whole_number, help=f"{meaning} (default: {FULL[name]}, with --quick {QUICK[name]})")
-    add("--budget_minutes", type=float,
-        help="begin nothing new after this time; inputs and numerics, once begun, are done whole (default: no end)")
+    add(
+        "--budget_minutes",
+        type=float,
+        help="begin nothing new after this time; inputs and numerics, once begun, are done whole (default: no end)",
+    )
     add("--data_dir", help="token files of the byte tokenizer (default: made up)")
     add("--folder", help="where the runs lie while they are needed (default: a temporary folder)")
     add("--out", help="file that gets the report (default: printed only)")
@@ -120,10 +133,14 @@ def main(args):
             parts.append(part)
             shutil.rmtree(folder, ignore_errors=True)
         machine = f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}"
-        text = "\n".join([
-            f"{time.strftime('%Y-%m-%d')}, {machine}, jax {versions()['jax']}, commit "
-            f"{commit.get('commit', 'unknown')[:10]}: `python scripts/fault_campaign.py {' '.join(sys.argv[1:])}`",
-            "", *runs.summary(parts)])
+        text = "\n".join(
+            [
+                f"{time.strftime('%Y-%m-%d')}, {machine}, jax {versions()['jax']}, commit "
+                f"{commit.get('commit', 'unknown')[:10]}: `python scripts/fault_campaign.py {' '.join(sys.argv[1:])}`",
+                "",
+                *runs.summary(parts),
+            ]
+        )
         print(text, flush=True)
         if args.out:
             args.out.write_text(text + "\n")

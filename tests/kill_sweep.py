@@ -21,7 +21,7 @@ from pathlib import Path
 
 from altgrad_jax.cli import ArgumentParser, folder, run_script, whole_number
 
-CONFIG = '''
+CONFIG = """
 from altgrad_jax.cli import load_config
 from altgrad_jax.run.sweep import axis, grid
 
@@ -37,7 +37,7 @@ def get_sweep(config):
     arms += [{{"run_name": f"{{name}}{{'-' * bool(kept)}}{{kept}}", "use_fp8": True, "formats": (name,),
                "weights_at_rest": kept or "float32"}} for name in ("E4M3", "E5M2") for kept in ("", "stochastic")]
     return grid(arms, axis("seed", (1, 2)))
-'''
+"""
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,10 +50,24 @@ def rows_of_all(out):
 def report_of(out):
     """What the report says of these runs, without what depends on the clock or the folder."""
     data = out.parent / f"{out.name}-data"
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "report.py"), str(out), "-o", str(data / "report.md"),
-                    "--data", str(data)], check=True, stdout=subprocess.DEVNULL)
-    return {path.name: path.read_text() for path in sorted(data.glob("*.csv")) if "time" not in path.name
-            and "throughput" not in path.name}
+    subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "scripts" / "report.py"),
+            str(out),
+            "-o",
+            str(data / "report.md"),
+            "--data",
+            str(data),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return {
+        path.name: path.read_text()
+        for path in sorted(data.glob("*.csv"))
+        if "time" not in path.name and "throughput" not in path.name
+    }
 
 
 def parse_args(argv=None):
@@ -82,8 +96,13 @@ def main(args):
         config.write_text(CONFIG.format(smoke=str(ROOT / "configs" / "smoke.py")))
 
         def command(out):
-            return [sys.executable, str(ROOT / "scripts" / "sweep.py"), f"--config={config}", f"--out={out}",
-                    f"--data_dir={args.data_dir}"]
+            return [
+                sys.executable,
+                str(ROOT / "scripts" / "sweep.py"),
+                f"--config={config}",
+                f"--out={out}",
+                f"--data_dir={args.data_dir}",
+            ]
 
         whole, out = temporary / "whole", temporary / "killed"
         subprocess.run(command(whole), check=True, stdout=subprocess.DEVNULL)
@@ -103,19 +122,27 @@ def main(args):
             process.wait()
             checkpoints = sum(len(list_steps(out / name)) for name in members)
             ended = sum((out / name / "verdict.json").exists() for name in members)
-            print(f"| {number} | {row} | {time.monotonic() - started:.1f} | {rows_of_all(out)} | {checkpoints} | "
-                  f"{ended} |", flush=True)
+            print(
+                f"| {number} | {row} | {time.monotonic() - started:.1f} | {rows_of_all(out)} | {checkpoints} | "
+                f"{ended} |",
+                flush=True,
+            )
         subprocess.run(command(out), check=True, stdout=subprocess.DEVNULL)
         equal = [name for name in members if fingerprint(out / name) == fingerprint(whole / name)]
         arrays = sum(len(fingerprint(whole / name).arrays) for name in members)
-        print(f"\n{len(equal)} of {len(members)} members equal those of the sweep that was not killed, to the bit: "
-              f"records and {arrays} arrays")
+        print(
+            f"\n{len(equal)} of {len(members)} members equal those of the sweep that was not killed, to the bit: "
+            f"records and {arrays} arrays"
+        )
         reports = [report_of(each) for each in (whole, out)]
-        different = sorted(name for name in reports[0].keys() | reports[1].keys()
-                           if reports[0].get(name) != reports[1].get(name))
+        different = sorted(
+            name for name in reports[0].keys() | reports[1].keys() if reports[0].get(name) != reports[1].get(name)
+        )
         numbers = json.dumps(reports[0]).count(",")
-        print(f"the reports' {len(reports[0])} tables ({numbers} cells) are "
-              + (f"different in {', '.join(different)}" if different else "identical"))
+        print(
+            f"the reports' {len(reports[0])} tables ({numbers} cells) are "
+            + (f"different in {', '.join(different)}" if different else "identical")
+        )
     return len(equal) < len(members) or bool(different)
 
 

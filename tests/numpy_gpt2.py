@@ -89,9 +89,7 @@ class Attention:
         out_LD = np.zeros((L, width))
         self.heads = []
         for h in range(self.n_head):
-            q_LC, k_LC, v_LC = (
-                rounded[:, part * width + h * C : part * width + (h + 1) * C] for part in range(3)
-            )
+            q_LC, k_LC, v_LC = (rounded[:, part * width + h * C : part * width + (h + 1) * C] for part in range(3))
             probability_LL = np.zeros((L, L))
             for t in range(L):
                 scores = np.array([q_LC[t] @ k_LC[s] for s in range(t + 1)]) / np.sqrt(C)

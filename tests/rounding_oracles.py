@@ -1,6 +1,6 @@
 """Other people's rounding onto the same formats, and the table of who agrees with whom.
 
-  python tests/rounding_oracles.py > docs/results/rounding-exactness.md
+python tests/rounding_oracles.py > docs/results/rounding-exactness.md
 """
 
 import importlib.metadata

@@ -71,7 +71,7 @@ def test_every_round_has_all_rows_in_an_order_of_its_own():
     said = []
     entries = [timing.Entry(name, lambda name=name: said.append(name) or 1.0) for name in "abcdef"]
     timing.time_rounds(entries, 8, say=quiet)
-    rounds = [tuple(said[i:i + 6]) for i in range(0, 48, 6)]
+    rounds = [tuple(said[i : i + 6]) for i in range(0, 48, 6)]
     assert all(sorted(order) == list("abcdef") for order in rounds) and len(set(rounds)) > 4
 
 
@@ -153,14 +153,17 @@ def test_xla_counts_the_products_of_one_step_whatever_the_loop_and_little_else()
 
 
 def test_floor_gap_and_mfu_are_those_of_each_round():
-    probes = [timing.Entry("product", None, facts={"dtype": "bfloat16", "flops": 100}, seconds=[1.0, 2.0, 4.0]),
-              timing.Entry("product", None, facts={"dtype": "float32", "flops": 100}, seconds=[2.0, 2.0, 2.0]),
-              timing.Entry("copy", None, facts={"bytes": 10}, seconds=[1.0, 1.0, 5.0])]
+    probes = [
+        timing.Entry("product", None, facts={"dtype": "bfloat16", "flops": 100}, seconds=[1.0, 2.0, 4.0]),
+        timing.Entry("product", None, facts={"dtype": "float32", "flops": 100}, seconds=[2.0, 2.0, 2.0]),
+        timing.Entry("copy", None, facts={"bytes": 10}, seconds=[1.0, 1.0, 5.0]),
+    ]
     peaks, bandwidths = roofline.peaks_of(probes)
     # A float32 product can do a bfloat16 product's work, not the other way round.
     assert peaks == {"bfloat16": [100, 50, 50], "float32": [50, 50, 50]} and bandwidths == [10, 10, 2]
-    facts = roofline.roofline_facts([4.0, 8.0, 30.0], flops=200, bytes_least=30, peaks=peaks["bfloat16"],
-                                    bandwidths=bandwidths)
+    facts = roofline.roofline_facts(
+        [4.0, 8.0, 30.0], flops=200, bytes_least=30, peaks=peaks["bfloat16"], bandwidths=bandwidths
+    )
     # Floors: max(2, 3), max(4, 3), max(4, 15).
     assert facts["gap"] == pytest.approx(2) and facts["gap_low"] == pytest.approx(np.quantile([4 / 3, 2, 2], 0.25))
     assert facts["floor_ms"] == 4000 and facts["floor_by"] == "bytes" and facts["mfu_of"] == "measured"
@@ -173,7 +176,7 @@ def test_what_does_not_fit_into_memory_is_left_out_with_a_reason():
     roofline.require_memory(10, None)
     roofline.require_memory(10, 11)
     with pytest.raises(timing.Unavailable, match="needs 3.0 GiB and 2.0 GiB are free"):
-        roofline.require_memory(3 * 2 ** 30, 2 * 2 ** 30)
+        roofline.require_memory(3 * 2**30, 2 * 2**30)
     assert roofline.free_memory({"bytes_limit": 10, "bytes_in_use": 4}) == 6
 
 
@@ -181,12 +184,36 @@ def test_what_does_not_fit_into_memory_is_left_out_with_a_reason():
 
 
 def measured(**changes):
-    row = {"name": "bare step", "compile_s": 1.5, "first_dispatch_s": 0.25, "n_metrics": 1, "tokens_per_s": 1234.5,
-           "flops": 2e9, "flops_xla": None, "bytes_least": 4e9, "bytes_xla": 6e9, "memory_bytes": 2 ** 31, "mfu": 0.256,
-           "mfu_of": "stated", "floor_ms": 0.5, "floor_by": "flops", "gap": 3.0, "gap_low": 2.5, "gap_high": 3.5}
+    row = {
+        "name": "bare step",
+        "compile_s": 1.5,
+        "first_dispatch_s": 0.25,
+        "n_metrics": 1,
+        "tokens_per_s": 1234.5,
+        "flops": 2e9,
+        "flops_xla": None,
+        "bytes_least": 4e9,
+        "bytes_xla": 6e9,
+        "memory_bytes": 2**31,
+        "mfu": 0.256,
+        "mfu_of": "stated",
+        "floor_ms": 0.5,
+        "floor_by": "flops",
+        "gap": 3.0,
+        "gap_low": 2.5,
+        "gap_high": 3.5,
+    }
     row |= timing.time_facts([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
-    section = {"name": "metrics", "note": "", "base": "bare step", "rounds": 3, "rows": [row], "probes": {"copy": 3e9},
-               "skipped": [{"name": "1B", "why": "too large"}], "fit": None}
+    section = {
+        "name": "metrics",
+        "note": "",
+        "base": "bare step",
+        "rounds": 3,
+        "rows": [row],
+        "probes": {"copy": 3e9},
+        "skipped": [{"name": "1B", "why": "too large"}],
+        "fit": None,
+    }
     return section | changes
 
 
@@ -210,8 +237,15 @@ def test_a_line_through_points_as_text():
 
 
 def test_own_times_leave_out_what_runs_inside():
-    events = [(0, 100, "while"), (10, 30, "fusion"), (15, 5, "dot"), (16, 1, None), (50, 20, "dot"), (100, 7, "copy"),
-              (100, 0, "end")]
+    events = [
+        (0, 100, "while"),
+        (10, 30, "fusion"),
+        (15, 5, "dot"),
+        (16, 1, None),
+        (50, 20, "dot"),
+        (100, 7, "copy"),
+        (100, 0, "end"),
+    ]
     assert trace.own_times(events) == {"while": 50, "fusion": 25, "dot": 25, "copy": 7, "end": 0}
 
 
@@ -220,20 +254,31 @@ def test_of_a_gpus_trace_only_its_streams_are_read(tmp_path):
         return {"ph": "X", "pid": pid, "tid": tid, "name": op, "ts": ts, "dur": dur, "args": {"hlo_op": op}}
 
     def names(pid, process, **threads):
-        return [{"ph": "M", "pid": pid, "name": "process_name", "args": {"name": process}},
-                *[{"ph": "M", "pid": pid, "tid": int(tid[1:]), "name": "thread_name", "args": {"name": name}}
-                  for tid, name in threads.items()]]
+        return [
+            {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": process}},
+            *[
+                {"ph": "M", "pid": pid, "tid": int(tid[1:]), "name": "thread_name", "args": {"name": name}}
+                for tid, name in threads.items()
+            ],
+        ]
 
-    events = [*names(1, "/device:GPU:0", t1="Stream #13(Compute)", t2="XLA Ops"), *names(9, "/host:CPU", t1="python"),
-              event(1, 1, "gemm", 0, 6), event(1, 2, "gemm", 0, 6), event(9, 1, "gemm", 0, 50),
-              event(1, 1, "add", 7, 2)]
+    events = [
+        *names(1, "/device:GPU:0", t1="Stream #13(Compute)", t2="XLA Ops"),
+        *names(9, "/host:CPU", t1="python"),
+        event(1, 1, "gemm", 0, 6),
+        event(1, 2, "gemm", 0, 6),
+        event(9, 1, "gemm", 0, 50),
+        event(1, 1, "add", 7, 2),
+    ]
     with gzip.open(tmp_path / "vm.trace.json.gz", "wt") as file:
         json.dump({"traceEvents": events}, file)
     times = trace.read_operations(trace.newest_trace(tmp_path))
     assert times == {"gemm": 6, "add": 2}
     rows = trace.top_operations(times, 2, {"gemm": "block_0/mlp_up"}, n=1)
-    assert rows == [{"name": "gemm", "ms_per_step": 0.003, "share": 0.75, "what": "block_0/mlp_up"},
-                    {"name": "1 others", "ms_per_step": 0.001, "share": 0.25, "what": ""}]
+    assert rows == [
+        {"name": "gemm", "ms_per_step": 0.003, "share": 0.75, "what": "block_0/mlp_up"},
+        {"name": "1 others", "ms_per_step": 0.001, "share": 0.25, "what": ""},
+    ]
 
 
 def test_a_real_trace_names_its_operations_and_their_source(tmp_path):
@@ -284,8 +329,9 @@ def fake_peer():
 
 def test_a_peers_steps_are_timed_by_itself_and_its_idleness_is_summed(fake_peer):
     assert fake_peer.facts == {"torch": "0", "threads": 2}
-    entry = fake_peer.entry("transformers GPT-2, eager, float32", shape=SHAPE, batch_size=2, steps=3,
-                            optimizer=OPTIMIZER)
+    entry = fake_peer.entry(
+        "transformers GPT-2, eager, float32", shape=SHAPE, batch_size=2, steps=3, optimizer=OPTIMIZER
+    )
     assert timing.time_rounds([entry], 2, say=quiet) == ([entry], [])
     assert entry.seconds == [2.0, 2.0] and entry.facts["compile_s"] == 0.5 and entry.facts["dtype"] == "float32"
     assert fake_peer.idleness()["idle_share"] == 0.25
@@ -296,8 +342,14 @@ def test_what_a_peer_cannot_do_is_a_row_left_out(fake_peer):
     with pytest.raises(timing.Unavailable, match="no bfloat16 here"):
         fake_peer.entry("transformers GPT-2, eager, bfloat16", shape=SHAPE, batch_size=2, steps=1, optimizer=OPTIMIZER)
     with pytest.raises(timing.Unavailable, match="needs .* GiB"):
-        fake_peer.entry("transformers GPT-2, eager, float32", shape=SHAPE, batch_size=2, steps=1, optimizer=OPTIMIZER,
-                        free_bytes=1000)
+        fake_peer.entry(
+            "transformers GPT-2, eager, float32",
+            shape=SHAPE,
+            batch_size=2,
+            steps=1,
+            optimizer=OPTIMIZER,
+            free_bytes=1000,
+        )
     for _ in range(2):
         with pytest.raises(timing.Unavailable, match="has ended .broken beyond repair"):
             fake_peer.request(do="die")
@@ -341,8 +393,11 @@ def test_torch_does_the_same_work_in_its_own_process(tmp_path):
     peer = peers.Peer(nanogpt=peers.require_nanogpt(str(tmp_path)))
     try:
         assert peer.facts["threads"] == roofline.cpu_count() and len(peer.variants()) == 8
-        for name in ("transformers GPT-2, eager, float32", "transformers GPT-2, eager, bfloat16",
-                     "nanoGPT, eager, float32"):
+        for name in (
+            "transformers GPT-2, eager, float32",
+            "transformers GPT-2, eager, bfloat16",
+            "nanoGPT, eager, float32",
+        ):
             entry = peer.entry(name, shape=SHAPE, batch_size=2, steps=2, optimizer=OPTIMIZER)
             if "transformers" in name:
                 assert entry.facts["parameters"] == count_params(init_params(GPTConfig(**SHAPE), 0))
@@ -405,8 +460,20 @@ def ran(tmp_path_factory):
     file, text, module = tmp_path_factory.mktemp("bench") / "bench.json", io.StringIO(), script()
     shape = [f"--config.{name}={size}" for name, size in SHAPE.items()]
     config, flags = cli.parse(
-        ["--config", str(ROOT / "configs" / "smoke.py"), *shape, "--config.n_layer=1", "--config.batch_size=2",
-         "--quick=yes", "--rounds=2", "--peers=none", f"--json={file}", "--suite=metrics"], module.FLAGS)
+        [
+            "--config",
+            str(ROOT / "configs" / "smoke.py"),
+            *shape,
+            "--config.n_layer=1",
+            "--config.batch_size=2",
+            "--quick=yes",
+            "--rounds=2",
+            "--peers=none",
+            f"--json={file}",
+            "--suite=metrics",
+        ],
+        module.FLAGS,
+    )
     with contextlib.redirect_stdout(text):
         assert module.run(config, **flags) == 0
     return text.getvalue(), json.loads(file.read_text())
@@ -418,9 +485,24 @@ def test_the_script_tells_everything_of_every_row(ran):
     assert list(rows) == [suites.BARE, suites.ALL_METRICS, suites.LOGGED, suites.BARE_FLOAT32]
     for row in rows.values():
         assert f"| {row['name']} |" in text
-        for field in ("ms_per_step", "tokens_per_s", "ratio", "ratio_low", "ratio_high", "flops", "flops_xla",
-                      "flops_lowered", "bytes_least", "bytes_xla", "memory_bytes", "mfu", "floor_ms", "gap",
-                      "compile_s", "first_dispatch_s"):
+        for field in (
+            "ms_per_step",
+            "tokens_per_s",
+            "ratio",
+            "ratio_low",
+            "ratio_high",
+            "flops",
+            "flops_xla",
+            "flops_lowered",
+            "bytes_least",
+            "bytes_xla",
+            "memory_bytes",
+            "mfu",
+            "floor_ms",
+            "gap",
+            "compile_s",
+            "first_dispatch_s",
+        ):
             assert row[field] > 0, field
         assert len(row["rounds_s"]) == 2
     assert found["deterministic"] is False and found["platform"] == jax.default_backend() and "peer" not in found
@@ -435,20 +517,31 @@ def test_the_scripts_ratios_belong_to_one_round(ran):
         assert row["ratio"] == pytest.approx(np.median(np.array(row["rounds_s"]) / base))
 
 
-@pytest.mark.parametrize("flag, text, said", [
-    ("suite", "speed", "give metrics, dispatch"), ("quick", "maybe", "give yes or no"), ("rounds", "0", "whole number"),
-    ("budget_s", "-1", "whole number"), ("peers", "jax", "give none or torch"), ("nanogpt", "/nowhere", "no model.py"),
-])
+@pytest.mark.parametrize(
+    "flag, text, said",
+    [
+        ("suite", "speed", "give metrics, dispatch"),
+        ("quick", "maybe", "give yes or no"),
+        ("rounds", "0", "whole number"),
+        ("budget_s", "-1", "whole number"),
+        ("peers", "jax", "give none or torch"),
+        ("nanogpt", "/nowhere", "no model.py"),
+    ],
+)
 def test_flags_that_cannot_be_used_are_one_sentence(flag, text, said):
     parse = next(one.parse for one in script().FLAGS if one.name == flag)
     with pytest.raises(UserError, match=said):
         parse(text)
 
 
-@pytest.mark.parametrize("changes, said", [
-    (dict(use_fp8=True, formats=("E4M3",), metrics="all"), "sets the number formats itself"),
-    (dict(dropout=0.1), "ratios to it would mislead"), (dict(deterministic=True), "--deterministic"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(use_fp8=True, formats=("E4M3",), metrics="all"), "sets the number formats itself"),
+        (dict(dropout=0.1), "ratios to it would mislead"),
+        (dict(deterministic=True), "--deterministic"),
+    ],
+)
 def test_configs_whose_ratios_would_mislead_are_refused(changes, said):
     with pytest.raises(UserError, match=said):
         programs.require_plain(tiny(**changes))

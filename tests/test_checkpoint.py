@@ -88,9 +88,7 @@ def opened():
         opened_one.close()
 
 
-def save(
-    checkpoints: checkpoint.Checkpoints, step: int, val_loss: float | None = None
-) -> checkpoint.SaveOutcome:
+def save(checkpoints: checkpoint.Checkpoints, step: int, val_loss: float | None = None) -> checkpoint.SaveOutcome:
     assert checkpoints.save(step, make_state(step), META, val_loss)
     checkpoints.wait()
     (outcome,) = checkpoints.check()
@@ -427,9 +425,7 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path, opened, version):
         checkpoints.restore(1, abstract(make_state(1)))
 
 
-@pytest.mark.parametrize(
-    "kind", ["flipped", "truncated", "zeroed", "missing", "emptied", "no meta", "false meta"]
-)
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "zeroed", "missing", "emptied", "no meta", "false meta"])
 def test_a_damaged_newest_is_named_set_aside_and_the_next_is_used(tmp_path, opened, kind):
     checkpoints = opened(tmp_path)
     for step in (1, 2, 3):

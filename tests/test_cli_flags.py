@@ -48,27 +48,30 @@ GOOD = "from altgrad_jax.config import default_config\ndef get_config():\n    co
 # --- what is accepted -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [
-    [],
-    ["--config.batch_size=8"],
-    ["--config.batch_size", "8"],
-    ["-config.batch_size=8"],
-    ["--config.batch_size=8", "--config.batch_size=6"],
-    ["--config.learning_rate=1e-3", "--config.dropout=0", "--config.grad_clip", "2"],
-    ["--config.deterministic"],
-    ["--config.deterministic=true"],
-    ["--config.deterministic=False"],
-    ["--noconfig.deterministic"],
-    ["--config.tags=a", "--config.tags=b"],
-    ["--config.tags=('a', 'b')"],
-    ["--config.tags=('a',)"],
-    ["--config.tags=()"],
-    ["--config.tags", "a-b"],
-    ["--config.run_name=x=y", "--config.wandb_entity="],
-    ["--config.checkpoint_dir", "runs/a b"],
-    ["--config.use_fp8", "--config.formats=E4M3", "--config.formats=block_*:G=E5M2"],
-    ["--config.use_fp8=true", "--config.formats=('E4M3', 'block_*/mlp_*:WA=E3M4')", "--config.range_clip=1"],
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--config.batch_size=8"],
+        ["--config.batch_size", "8"],
+        ["-config.batch_size=8"],
+        ["--config.batch_size=8", "--config.batch_size=6"],
+        ["--config.learning_rate=1e-3", "--config.dropout=0", "--config.grad_clip", "2"],
+        ["--config.deterministic"],
+        ["--config.deterministic=true"],
+        ["--config.deterministic=False"],
+        ["--noconfig.deterministic"],
+        ["--config.tags=a", "--config.tags=b"],
+        ["--config.tags=('a', 'b')"],
+        ["--config.tags=('a',)"],
+        ["--config.tags=()"],
+        ["--config.tags", "a-b"],
+        ["--config.run_name=x=y", "--config.wandb_entity="],
+        ["--config.checkpoint_dir", "runs/a b"],
+        ["--config.use_fp8", "--config.formats=E4M3", "--config.formats=block_*:G=E5M2"],
+        ["--config.use_fp8=true", "--config.formats=('E4M3', 'block_*/mlp_*:WA=E3M4')", "--config.range_clip=1"],
+    ],
+)
 def test_a_good_command_line_means_what_config_flags_takes_it_for(arguments):
     argv = ["train.py", *arguments]
     values = absl_flags.FlagValues()
@@ -78,17 +81,28 @@ def test_a_good_command_line_means_what_config_flags_takes_it_for(arguments):
     assert parse(CONFIG, *arguments)[0].to_dict() == oracle.value.to_dict()
 
 
-@pytest.mark.parametrize("text, tags", [
-    ("a,b", ("a", "b")), ("a, b", ("a", "b")), ("[a,b]", ("a", "b")), ("a", ("a",)), ("", ()),
-])
+@pytest.mark.parametrize(
+    "text, tags",
+    [
+        ("a,b", ("a", "b")),
+        ("a, b", ("a", "b")),
+        ("[a,b]", ("a", "b")),
+        ("a", ("a",)),
+        ("", ()),
+    ],
+)
 def test_tags_are_split_at_commas(text, tags):
     assert parse(CONFIG, f"--config.tags={text}")[0].tags == tags
 
 
-@pytest.mark.parametrize("text, formats", [
-    ("E4M3", ("E4M3",)), ("E4M3,block_*:G=E5M2", ("E4M3", "block_*:G=E5M2")),
-    ("block_[01]/*=E3M4, head:WA=E4M3", ("block_[01]/*=E3M4", "head:WA=E4M3")),
-])
+@pytest.mark.parametrize(
+    "text, formats",
+    [
+        ("E4M3", ("E4M3",)),
+        ("E4M3,block_*:G=E5M2", ("E4M3", "block_*:G=E5M2")),
+        ("block_[01]/*=E3M4, head:WA=E4M3", ("block_[01]/*=E3M4", "head:WA=E4M3")),
+    ],
+)
 def test_rules_are_split_at_commas(text, formats):
     assert parse(CONFIG, "--config.use_fp8", f"--config.formats={text}")[0].formats == formats
     assert parse("--config=configs/fp8.py:E6M1", f"--config.formats={text}")[0].formats == formats  # not added to E6M1
@@ -118,8 +132,10 @@ def test_flags_of_the_training_script():
 
 
 def test_a_config_file_may_take_an_argument(tmp_path):
-    path = config_file(tmp_path, GOOD.replace("get_config()", "get_config(name='none')")
-                       + "    config.run_name = name\n    return config\n")
+    path = config_file(
+        tmp_path,
+        GOOD.replace("get_config()", "get_config(name='none')") + "    config.run_name = name\n    return config\n",
+    )
     assert parse(f"--config={path}:E5M2:x")[0].run_name == "E5M2:x"
     assert parse(f"--config={path}")[0].run_name == "none"
 
@@ -133,69 +149,75 @@ def test_a_config_file_is_read_anew_each_time(tmp_path, monkeypatch):
 
 
 def test_a_reference_in_a_config_file_follows_an_override(tmp_path):
-    path = config_file(tmp_path, GOOD + "    with config.unlocked():\n"
-                       "        config.warmup_steps = config.get_ref('max_steps') // 10\n    return config\n")
+    path = config_file(
+        tmp_path,
+        GOOD + "    with config.unlocked():\n"
+        "        config.warmup_steps = config.get_ref('max_steps') // 10\n    return config\n",
+    )
     assert parse(f"--config={path}", "--config.max_steps=500")[0].warmup_steps == 50
 
 
 # --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--config.batchsize=8"], ["no setting --config.batchsize", "did you mean --config.batch_size?"]),
-    (["--config.lr=1"], ["--config.lr", "--config.learning_rate"]),
-    (["--noconfig.determinstic"], ["--config.deterministic"]),
-    (["--config.model.n_layer=3"], ["--config.model.n_layer", "--config.n_layer"]),
-    (["--config.qqq=3"], ["--config.qqq", "--help"]),
-    (["--config.=3"], ["no setting --config."]),
-    (["--batch_size=8"], ["no flag --batch_size", "--config.batch_size"]),
-    (["--lr=8"], ["no flag --lr", "--config.learning_rate"]),
-    (["--confg.n_layer=3"], ["--config.n_layer"]),
-    (["--data-dir=x"], ["no flag --data-dir", "--data_dir"]),
-    (["--resum=auto"], ["--resume"]),
-    (["--qqq"], ["no flag --qqq", "--help"]),
-    (["x=8"], ["unexpected argument 'x=8'"]),
-    (["batch_size=8"], ["'batch_size=8'", "write --config.batch_size=8"]),
-    (["config.batch_size=8"], ["write --config.batch_size=8"]),
-    (["configs/smoke.py"], ["write --config configs/smoke.py"]),
-    (["--"], ["unexpected argument '--'"]),
-    (["-5"], ["unexpected argument '-5'"]),
-    (["--config.n_layer"], ["--config.n_layer needs a value"]),
-    (["--config.n_layer", "--resume=auto"], ["--config.n_layer needs a value"]),
-    (["--resume"], ["--resume needs a value"]),
-    (["--noconfig.n_layer"], ["--noconfig.n_layer", "yes-or-no"]),
-    (["--noconfig.deterministic=true"], ["--noconfig.deterministic"]),
-    (["--config.n_layer=six"], ["--config.n_layer=six", "a whole number from 1 to 1024"]),
-    (["--config.n_layer=6.0"], ["--config.n_layer=6.0"]),
-    (["--config.n_layer="], ["--config.n_layer= cannot"]),
-    (["--config.max_steps=2e3"], ["--config.max_steps=2e3", "whole number"]),
-    (["--config.max_steps=" + "9" * 5000], ["--config.max_steps='999"]),
-    (["--config.seed", "-1"], ["--config.seed=-1", "from 0"]),
-    (["--config.learning_rate=fast"], ["--config.learning_rate=fast", "a number"]),
-    (["--config.learning_rate=nan"], ["--config.learning_rate=nan"]),
-    (["--config.grad_clip=-inf"], ["--config.grad_clip=-inf"]),
-    (["--config.deterministic=maybe"], ["--config.deterministic=maybe", "True or False"]),
-    (["--config.run_name=None"], ["--config.run_name=None"]),
-    (["--config.run_name=a\nb"], ["--config.run_name='a\\nb'"]),
-    (["--config.tags=a,,b"], ["--config.tags=a,,b"]),
-    (["--config.tags=a", "--config.tags=a"], ["tags=('a', 'a')"]),
-    (["--config.schedule=linear"], ["--config.schedule=linear", "one of constant, cosine, wsd"]),
-    (["--config.use_fp8"], ["use_fp8=True needs to know the formats", "--config.formats=E4M3"]),
-    (["--config.formats=E4M3"], ["formats=('E4M3',) has no effect with use_fp8=False", "set use_fp8=True"]),
-    (["--config.use_fp8", "--config.formats=E4M9"], ["a rule 'E4M9'", "give one of E4M3"]),
-    (["--config.formats=E4M3,E4M3"], ["--config.formats=E4M3,E4M3", "each once"]),
-    (["--config.scaling=delayed,tensor"], ["--config.scaling=delayed,tensor", "three of them for W, A and G"]),
-    (["--config.optimizer=sgd"], ["--config.optimizer=sgd", "adamw", "ulp_adamw"]),
-    (["--config.n_head=5"], ["n_embd=384", "n_head=5"]),
-    (["--resume=maybe"], ["--resume=maybe", "auto", "never", "1000"]),
-    (["--resume=-1"], ["--resume=-1"]),
-    (["--resume=2147483648"], ["--resume=2147483648"]),
-    (["--resume="], ["--resume= cannot"]),
-    (["--data_dir="], ["--data_dir=''"]),
-    (["--workdir=gs://bucket/x"], ["--workdir='gs://bucket/x'", "local folder"]),
-    (["--workdir=pyproject.toml"], ["--workdir=pyproject.toml is a file"]),
-    (["--data_dir=pyproject.toml"], ["--data_dir=pyproject.toml is a file"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config.batchsize=8"], ["no setting --config.batchsize", "did you mean --config.batch_size?"]),
+        (["--config.lr=1"], ["--config.lr", "--config.learning_rate"]),
+        (["--noconfig.determinstic"], ["--config.deterministic"]),
+        (["--config.model.n_layer=3"], ["--config.model.n_layer", "--config.n_layer"]),
+        (["--config.qqq=3"], ["--config.qqq", "--help"]),
+        (["--config.=3"], ["no setting --config."]),
+        (["--batch_size=8"], ["no flag --batch_size", "--config.batch_size"]),
+        (["--lr=8"], ["no flag --lr", "--config.learning_rate"]),
+        (["--confg.n_layer=3"], ["--config.n_layer"]),
+        (["--data-dir=x"], ["no flag --data-dir", "--data_dir"]),
+        (["--resum=auto"], ["--resume"]),
+        (["--qqq"], ["no flag --qqq", "--help"]),
+        (["x=8"], ["unexpected argument 'x=8'"]),
+        (["batch_size=8"], ["'batch_size=8'", "write --config.batch_size=8"]),
+        (["config.batch_size=8"], ["write --config.batch_size=8"]),
+        (["configs/smoke.py"], ["write --config configs/smoke.py"]),
+        (["--"], ["unexpected argument '--'"]),
+        (["-5"], ["unexpected argument '-5'"]),
+        (["--config.n_layer"], ["--config.n_layer needs a value"]),
+        (["--config.n_layer", "--resume=auto"], ["--config.n_layer needs a value"]),
+        (["--resume"], ["--resume needs a value"]),
+        (["--noconfig.n_layer"], ["--noconfig.n_layer", "yes-or-no"]),
+        (["--noconfig.deterministic=true"], ["--noconfig.deterministic"]),
+        (["--config.n_layer=six"], ["--config.n_layer=six", "a whole number from 1 to 1024"]),
+        (["--config.n_layer=6.0"], ["--config.n_layer=6.0"]),
+        (["--config.n_layer="], ["--config.n_layer= cannot"]),
+        (["--config.max_steps=2e3"], ["--config.max_steps=2e3", "whole number"]),
+        (["--config.max_steps=" + "9" * 5000], ["--config.max_steps='999"]),
+        (["--config.seed", "-1"], ["--config.seed=-1", "from 0"]),
+        (["--config.learning_rate=fast"], ["--config.learning_rate=fast", "a number"]),
+        (["--config.learning_rate=nan"], ["--config.learning_rate=nan"]),
+        (["--config.grad_clip=-inf"], ["--config.grad_clip=-inf"]),
+        (["--config.deterministic=maybe"], ["--config.deterministic=maybe", "True or False"]),
+        (["--config.run_name=None"], ["--config.run_name=None"]),
+        (["--config.run_name=a\nb"], ["--config.run_name='a\\nb'"]),
+        (["--config.tags=a,,b"], ["--config.tags=a,,b"]),
+        (["--config.tags=a", "--config.tags=a"], ["tags=('a', 'a')"]),
+        (["--config.schedule=linear"], ["--config.schedule=linear", "one of constant, cosine, wsd"]),
+        (["--config.use_fp8"], ["use_fp8=True needs to know the formats", "--config.formats=E4M3"]),
+        (["--config.formats=E4M3"], ["formats=('E4M3',) has no effect with use_fp8=False", "set use_fp8=True"]),
+        (["--config.use_fp8", "--config.formats=E4M9"], ["a rule 'E4M9'", "give one of E4M3"]),
+        (["--config.formats=E4M3,E4M3"], ["--config.formats=E4M3,E4M3", "each once"]),
+        (["--config.scaling=delayed,tensor"], ["--config.scaling=delayed,tensor", "three of them for W, A and G"]),
+        (["--config.optimizer=sgd"], ["--config.optimizer=sgd", "adamw", "ulp_adamw"]),
+        (["--config.n_head=5"], ["n_embd=384", "n_head=5"]),
+        (["--resume=maybe"], ["--resume=maybe", "auto", "never", "1000"]),
+        (["--resume=-1"], ["--resume=-1"]),
+        (["--resume=2147483648"], ["--resume=2147483648"]),
+        (["--resume="], ["--resume= cannot"]),
+        (["--data_dir="], ["--data_dir=''"]),
+        (["--workdir=gs://bucket/x"], ["--workdir='gs://bucket/x'", "local folder"]),
+        (["--workdir=pyproject.toml"], ["--workdir=pyproject.toml is a file"]),
+        (["--data_dir=pyproject.toml"], ["--data_dir=pyproject.toml is a file"]),
+    ],
+)
 def test_refused(arguments, words):
     message = refusal(CONFIG, *arguments)
     for word in words:
@@ -203,45 +225,55 @@ def test_refused(arguments, words):
     assert len(message) < 400
 
 
-@pytest.mark.parametrize("spec, words", [
-    ("configs/smok.py", ["configs/smok.py does not exist", "did you mean configs/smoke.py?"]),
-    ("smoke", ["does not exist", BASELINE]),
-    ("configs", ["not a file", BASELINE]),
-    ("", ["not a file"]),
-    ("x" * 5000, ["does not exist"]),
-    ("a\0b.py", ["a\\x00b.py does not exist"]),
-    ("/dev/zero", ["/dev/zero is a device, not a file"]),
-    (f"{BASELINE}:E5M2", ["takes no argument", "'E5M2'"]),
-    ("altgrad_jax/errors.py", ["no function get_config()", BASELINE]),
-])
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("configs/smok.py", ["configs/smok.py does not exist", "did you mean configs/smoke.py?"]),
+        ("smoke", ["does not exist", BASELINE]),
+        ("configs", ["not a file", BASELINE]),
+        ("", ["not a file"]),
+        ("x" * 5000, ["does not exist"]),
+        ("a\0b.py", ["a\\x00b.py does not exist"]),
+        ("/dev/zero", ["/dev/zero is a device, not a file"]),
+        (f"{BASELINE}:E5M2", ["takes no argument", "'E5M2'"]),
+        ("altgrad_jax/errors.py", ["no function get_config()", BASELINE]),
+    ],
+)
 def test_refused_config_paths(spec, words):
     message = refusal(f"--config={spec}")
     for word in words:
         assert word in message
 
 
-@pytest.mark.parametrize("body, words", [
-    ("x = (", ["line 1 of", "SyntaxError"]),
-    ("\n1 / 0", ["line 2 of", "ZeroDivisionError: division by zero"]),
-    ("import no_such_module", ["line 1 of", "No module named 'no_such_module'"]),
-    ("import sys\nsys.exit(0)", ["line 2 of", "SystemExit"]),
-    ("\0", ["null bytes"]),
-    ("get_config = 3", ["no function get_config()"]),
-    ("def get_config(): return {}", ["returned a dict", "ConfigDict"]),
-    ("def get_config(): pass", ["returned a NoneType"]),
-    ("def get_config(name): pass", ["needs an argument", ":ARGUMENT"]),
-    (GOOD + "    config.batchsize = 8\n", ["line 4 of", "'batchsize'", "did you mean batch_size?"]),
-    (GOOD + "    config.n_layer = 'six'\n",
-     ["line 4 of", "n_layer='six' (str) cannot be used: give a whole number from 1"]),
-    (GOOD + "    with config.unlocked(): config[5] = 1\n    return config\n", ["whose name is no text"]),
-    ("import ml_collections\nget_config = ml_collections.FrozenConfigDict", ["returned a FrozenConfigDict"]),
-    ("class E(Exception):\n    def __str__(self): 1 / 0\nraise E", ["line 3 of", "E"]),
-    ("raise ValueError('\\x1b[31m')", ["ValueError: \\x1b[31m"]),
-    (GOOD + "    config.dropout = float('nan')\n    return config\n", ["dropout=nan cannot be used"]),
-    (GOOD + "    config.n_layer = True\n    return config\n", ["n_layer=True (bool)"]),
-    ("import ml_collections\ndef get_config(): return ml_collections.ConfigDict({'seed': {}})\n",
-     ["--config.seed cannot replace", "default_config()"]),
-])
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("x = (", ["line 1 of", "SyntaxError"]),
+        ("\n1 / 0", ["line 2 of", "ZeroDivisionError: division by zero"]),
+        ("import no_such_module", ["line 1 of", "No module named 'no_such_module'"]),
+        ("import sys\nsys.exit(0)", ["line 2 of", "SystemExit"]),
+        ("\0", ["null bytes"]),
+        ("get_config = 3", ["no function get_config()"]),
+        ("def get_config(): return {}", ["returned a dict", "ConfigDict"]),
+        ("def get_config(): pass", ["returned a NoneType"]),
+        ("def get_config(name): pass", ["needs an argument", ":ARGUMENT"]),
+        (GOOD + "    config.batchsize = 8\n", ["line 4 of", "'batchsize'", "did you mean batch_size?"]),
+        (
+            GOOD + "    config.n_layer = 'six'\n",
+            ["line 4 of", "n_layer='six' (str) cannot be used: give a whole number from 1"],
+        ),
+        (GOOD + "    with config.unlocked(): config[5] = 1\n    return config\n", ["whose name is no text"]),
+        ("import ml_collections\nget_config = ml_collections.FrozenConfigDict", ["returned a FrozenConfigDict"]),
+        ("class E(Exception):\n    def __str__(self): 1 / 0\nraise E", ["line 3 of", "E"]),
+        ("raise ValueError('\\x1b[31m')", ["ValueError: \\x1b[31m"]),
+        (GOOD + "    config.dropout = float('nan')\n    return config\n", ["dropout=nan cannot be used"]),
+        (GOOD + "    config.n_layer = True\n    return config\n", ["n_layer=True (bool)"]),
+        (
+            "import ml_collections\ndef get_config(): return ml_collections.ConfigDict({'seed': {}})\n",
+            ["--config.seed cannot replace", "default_config()"],
+        ),
+    ],
+)
 def test_refused_config_files(tmp_path, body, words):
     path = config_file(tmp_path, body)
     message = refusal(f"--config={path}", *(["--config.seed=1"] if "cannot replace" in words[0] else []))
@@ -323,13 +355,20 @@ def test_run_script(capsys):
 def test_as_a_process(tmp_path):
     """By path, from elsewhere, as scripts/train.py is run: sys.path[0] is the script's folder."""
     script = tmp_path / "script.py"
-    script.write_text("from altgrad_jax import cli\n"
-                      "cli.main(lambda config, **flags: print(config.run_name) or 7, usage='U')\n")
+    script.write_text(
+        "from altgrad_jax import cli\ncli.main(lambda config, **flags: print(config.run_name) or 7, usage='U')\n"
+    )
 
     def process(*argv, **keywords):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run([sys.executable, str(script), *argv], cwd=tmp_path, env=environment, text=True,
-                              stderr=subprocess.PIPE, stdout=keywords.get("stdout", subprocess.PIPE))
+        return subprocess.run(
+            [sys.executable, str(script), *argv],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            stderr=subprocess.PIPE,
+            stdout=keywords.get("stdout", subprocess.PIPE),
+        )
 
     done = process(f"--config={ROOT}/configs/smoke.py")
     assert (done.returncode, done.stdout, done.stderr) == (7, "smoke\n", "")
@@ -347,12 +386,15 @@ def test_as_a_process(tmp_path):
         os.close(write_end)
 
 
-@pytest.mark.parametrize("argument, words", [
-    ("--config.seed=\u0663", ["seed=\u0663 cannot be used"]),  # int() reads it as 3
-    ("--config.learning_rate=\u0661.5", ["learning_rate=\u0661.5 cannot be used"]),
-    ("--workdir=~no-such-user/x", ["~no-such-user/x", "local folder"]),
-    ("--config.checkpoint_dir=~no-such-user/x", ["~no-such-user/x", "unknown user"]),
-])
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--config.seed=\u0663", ["seed=\u0663 cannot be used"]),  # int() reads it as 3
+        ("--config.learning_rate=\u0661.5", ["learning_rate=\u0661.5 cannot be used"]),
+        ("--workdir=~no-such-user/x", ["~no-such-user/x", "local folder"]),
+        ("--config.checkpoint_dir=~no-such-user/x", ["~no-such-user/x", "unknown user"]),
+    ],
+)
 def test_what_python_would_take_and_a_reader_would_not(argument, words):
     message = refusal(CONFIG, argument)
     for word in words:
@@ -371,13 +413,16 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, text
     assert cli.output_file("json")(f"{tmp_path}/a.json") == f"{tmp_path}/a.json"
 
 
-@pytest.mark.parametrize("words, message", [
-    ([], "the following arguments are required: run; --help lists what to give"),
-    (["x", "--step=1_0"], "argument --step: '1_0' is not a whole number; --help lists what to give"),
-    (["x", "--step=\u0663"], "argument --step: '\u0663' is not a whole number; --help lists what to give"),
-    (["x", "--out="], "argument --out: it is empty; --help lists what to give"),
-    (["x", "--st=1"], "unrecognized arguments: --st=1; --help lists what to give"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "the following arguments are required: run; --help lists what to give"),
+        (["x", "--step=1_0"], "argument --step: '1_0' is not a whole number; --help lists what to give"),
+        (["x", "--step=\u0663"], "argument --step: '\u0663' is not a whole number; --help lists what to give"),
+        (["x", "--out="], "argument --out: it is empty; --help lists what to give"),
+        (["x", "--st=1"], "unrecognized arguments: --st=1; --help lists what to give"),
+    ],
+)
 def test_a_script_with_arguments_refuses_in_one_sentence(words, message):
     parser = cli.ArgumentParser("what it does")
     parser.add_argument("run")
@@ -389,8 +434,9 @@ def test_a_script_with_arguments_refuses_in_one_sentence(words, message):
 
 
 def test_an_error_can_be_printed_whatever_it_quotes():
-    assert str(UserError("a\nb\x1b[31m\ud800 caf\u00e9")) == r"a\nb\x1b[31m\ud800 caf\u00e9".replace(r"\u00e9",
-                                                                                                     "\u00e9")
+    assert str(UserError("a\nb\x1b[31m\ud800 caf\u00e9")) == r"a\nb\x1b[31m\ud800 caf\u00e9".replace(
+        r"\u00e9", "\u00e9"
+    )
     assert str(UserError("2 settings:\n  - a\n  - b")) == "2 settings:\n  - a\n  - b"
 
 

@@ -23,35 +23,88 @@ ROOT = Path(__file__).parents[1]
 
 # The baseline as it was ordered, then what joined it.
 ORDERED = {
-    "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 50257, "dropout": 0.0,
-    "batch_size": 12, "learning_rate": 6e-4, "max_steps": 2000, "warmup_steps": 100, "grad_clip": 1.0,
-    "use_fp8": False, "use_shadow": False,
-    "checkpoint_interval": 100, "checkpoint_dir": "checkpoints/bf16_baseline", "max_checkpoints": 3,
-    "nan_patience": 10, "bit_stall_threshold": 0.5, "overflow_threshold": 0.01,
-    "dead_neuron_threshold": 1e-8, "dead_neuron_window": 100,
-    "log_interval": 1, "eval_interval": 100,
-    "project": "altgrad", "run_name": "bf16-baseline", "tags": ("baseline", "bf16", "eurlex"),
+    "n_layer": 6,
+    "n_head": 6,
+    "n_embd": 384,
+    "block_size": 256,
+    "vocab_size": 50257,
+    "dropout": 0.0,
+    "batch_size": 12,
+    "learning_rate": 6e-4,
+    "max_steps": 2000,
+    "warmup_steps": 100,
+    "grad_clip": 1.0,
+    "use_fp8": False,
+    "use_shadow": False,
+    "checkpoint_interval": 100,
+    "checkpoint_dir": "checkpoints/bf16_baseline",
+    "max_checkpoints": 3,
+    "nan_patience": 10,
+    "bit_stall_threshold": 0.5,
+    "overflow_threshold": 0.01,
+    "dead_neuron_threshold": 1e-8,
+    "dead_neuron_window": 100,
+    "log_interval": 1,
+    "eval_interval": 100,
+    "project": "altgrad",
+    "run_name": "bf16-baseline",
+    "tags": ("baseline", "bf16", "eurlex"),
     "seed": 42,
 }
 JOINED = {
-    "compute_dtype": "bfloat16", "attention": "auto", "grad_accum_steps": 1, "schedule": "constant",
-    "min_lr_ratio": 0.1, "decay_fraction": 0.2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
+    "compute_dtype": "bfloat16",
+    "attention": "auto",
+    "grad_accum_steps": 1,
+    "schedule": "constant",
+    "min_lr_ratio": 0.1,
+    "decay_fraction": 0.2,
+    "weight_decay": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.95,
     "adam_eps": 1e-8,
-    "tokenizer": "gpt2", "data_source": "auto", "data_seed": 1337, "data_placement": "auto",
-    "eval_windows": 128, "eval_batch_size": 16, "steps_per_dispatch": 0, "metrics": "all",
-    "spike_window": 100, "spike_threshold": 8.0, "stall_window": 100, "val_patience": 3,
-    "deterministic": False, "wandb_mode": "auto", "wandb_entity": "", "alert_interval": 100,
+    "tokenizer": "gpt2",
+    "data_source": "auto",
+    "data_seed": 1337,
+    "data_placement": "auto",
+    "eval_windows": 128,
+    "eval_batch_size": 16,
+    "steps_per_dispatch": 0,
+    "metrics": "all",
+    "spike_window": 100,
+    "spike_threshold": 8.0,
+    "stall_window": 100,
+    "val_patience": 3,
+    "deterministic": False,
+    "wandb_mode": "auto",
+    "wandb_entity": "",
+    "alert_interval": 100,
     "console": "auto",
 }
 # What joined with the number formats: records of schema version 1 lack these.
 FORMAT_SETTINGS = {
-    "formats": (), "scaling": "delayed", "amax_history": 16, "scale_rounding": "power_of_two",
-    "operand_rounding": "nearest", "saturate": True, "products": "emulated", "weights_at_rest": "float32",
-    "range_clip": 0.0, "emergency_formats": (), "emergency_patience": 3, "optimizer": "adamw",
+    "formats": (),
+    "scaling": "delayed",
+    "amax_history": 16,
+    "scale_rounding": "power_of_two",
+    "operand_rounding": "nearest",
+    "saturate": True,
+    "products": "emulated",
+    "weights_at_rest": "float32",
+    "range_clip": 0.0,
+    "emergency_formats": (),
+    "emergency_patience": 3,
+    "optimizer": "adamw",
 }
 NEW = {
-    **FORMAT_SETTINGS, "shadow_interval": 1, "diagnostic_interval": 100, "rank_threshold": 0.1,
-    "rank_threshold_strict": 0.3, "layer_interval": 1, "wandb_group": "", "wandb_keys": (), "fsdp": 1,
+    **FORMAT_SETTINGS,
+    "shadow_interval": 1,
+    "diagnostic_interval": 100,
+    "rank_threshold": 0.1,
+    "rank_threshold_strict": 0.3,
+    "layer_interval": 1,
+    "wandb_group": "",
+    "wandb_keys": (),
+    "fsdp": 1,
     "checkpoint_seconds": 60.0,
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
@@ -119,30 +172,78 @@ def test_no_field_accepts_a_value_of_the_wrong_kind(name):
 
 
 OUT_OF_RANGE = [
-    *[(name, 0) for name in WHOLE if name not in
-      ("warmup_steps", "seed", "data_seed", "steps_per_dispatch")],
-    ("vocab_size", 1), ("vocab_size", 65537), ("n_layer", 10**6), ("n_embd", 10**9), ("block_size", 2**21),
-    ("spike_window", 19), ("steps_per_dispatch", 10**6),
-    ("dropout", 1.0), ("dropout", 1 - 1e-12), ("beta1", 1.0), ("beta2", 1 - 1e-12), ("beta2", 1.5),
-    ("learning_rate", 0.0), ("learning_rate", 1e-50), ("learning_rate", 101.0),
-    ("adam_eps", 0.0), ("adam_eps", 1e-50), ("adam_eps", 2.0), ("grad_clip", 1e-50), ("weight_decay", 1001.0),
-    ("min_lr_ratio", 1.1), ("decay_fraction", 0.0), ("decay_fraction", 1.1),
-    *[(name, value) for name in ("bit_stall_threshold", "overflow_threshold", "dead_neuron_threshold")
-      for value in (0.0, 1e-50, 1.0000001)],
-    ("spike_threshold", 0.0), ("spike_threshold", 1e9),
-    ("compute_dtype", "float16"), ("compute_dtype", "BFLOAT16"), ("attention", "flash"),
-    ("schedule", "linear"), ("tokenizer", "gpt4"), ("data_source", "wikipedia"),
-    ("data_placement", "gpu"), ("wandb_mode", "on"),
-    ("console", "loud"), ("compute_dtype", ""), ("run_name", ""), ("project", ""), ("checkpoint_dir", ""),
-    ("tags", ("a,b",)), ("tags", ("y" * 65,)),
-    ("project", "a/b"), ("project", "50%"), ("project", "y" * 129), ("run_name", "y" * 129),
-    ("checkpoint_dir", "gs://bucket/run"), ("wandb_entity", " "),
-    ("metrics", ""), ("metrics", "grads"), ("metrics", "grad,"), ("metrics", "grad,grad"),
-    ("metrics", "all,grad"), ("metrics", "grad, param"), ("metrics", "grad,formats"),
-    ("scaling", "block64"), ("scaling", "delayed,tensor"), ("scaling", "delayed,tensor,none,none"),
-    ("scaling", "delayed, tensor, none"), ("scaling", ""), ("scaling", ",,"),
-    ("operand_rounding", "up"), ("operand_rounding", "nearest,stochastic"), ("scale_rounding", "nearest"),
-    ("products", "float8"), ("weights_at_rest", "bfloat16"), ("optimizer", "sgd"), ("range_clip", 1e7),
+    *[(name, 0) for name in WHOLE if name not in ("warmup_steps", "seed", "data_seed", "steps_per_dispatch")],
+    ("vocab_size", 1),
+    ("vocab_size", 65537),
+    ("n_layer", 10**6),
+    ("n_embd", 10**9),
+    ("block_size", 2**21),
+    ("spike_window", 19),
+    ("steps_per_dispatch", 10**6),
+    ("dropout", 1.0),
+    ("dropout", 1 - 1e-12),
+    ("beta1", 1.0),
+    ("beta2", 1 - 1e-12),
+    ("beta2", 1.5),
+    ("learning_rate", 0.0),
+    ("learning_rate", 1e-50),
+    ("learning_rate", 101.0),
+    ("adam_eps", 0.0),
+    ("adam_eps", 1e-50),
+    ("adam_eps", 2.0),
+    ("grad_clip", 1e-50),
+    ("weight_decay", 1001.0),
+    ("min_lr_ratio", 1.1),
+    ("decay_fraction", 0.0),
+    ("decay_fraction", 1.1),
+    *[
+        (name, value)
+        for name in ("bit_stall_threshold", "overflow_threshold", "dead_neuron_threshold")
+        for value in (0.0, 1e-50, 1.0000001)
+    ],
+    ("spike_threshold", 0.0),
+    ("spike_threshold", 1e9),
+    ("compute_dtype", "float16"),
+    ("compute_dtype", "BFLOAT16"),
+    ("attention", "flash"),
+    ("schedule", "linear"),
+    ("tokenizer", "gpt4"),
+    ("data_source", "wikipedia"),
+    ("data_placement", "gpu"),
+    ("wandb_mode", "on"),
+    ("console", "loud"),
+    ("compute_dtype", ""),
+    ("run_name", ""),
+    ("project", ""),
+    ("checkpoint_dir", ""),
+    ("tags", ("a,b",)),
+    ("tags", ("y" * 65,)),
+    ("project", "a/b"),
+    ("project", "50%"),
+    ("project", "y" * 129),
+    ("run_name", "y" * 129),
+    ("checkpoint_dir", "gs://bucket/run"),
+    ("wandb_entity", " "),
+    ("metrics", ""),
+    ("metrics", "grads"),
+    ("metrics", "grad,"),
+    ("metrics", "grad,grad"),
+    ("metrics", "all,grad"),
+    ("metrics", "grad, param"),
+    ("metrics", "grad,formats"),
+    ("scaling", "block64"),
+    ("scaling", "delayed,tensor"),
+    ("scaling", "delayed,tensor,none,none"),
+    ("scaling", "delayed, tensor, none"),
+    ("scaling", ""),
+    ("scaling", ",,"),
+    ("operand_rounding", "up"),
+    ("operand_rounding", "nearest,stochastic"),
+    ("scale_rounding", "nearest"),
+    ("products", "float8"),
+    ("weights_at_rest", "bfloat16"),
+    ("optimizer", "sgd"),
+    ("range_clip", 1e7),
     *[(name, value) for name in ("rank_threshold", "rank_threshold_strict") for value in (-0.1, 1.0000001)],
 ]
 
@@ -156,21 +257,44 @@ def test_out_of_range(name, value):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("values", [
-    {"warmup_steps": 0}, {"warmup_steps": 2000}, {"grad_clip": 0.0}, {"weight_decay": 0.0},
-    {"dropout": 0.999}, {"beta1": 0.0}, {"bit_stall_threshold": 1.0}, {"dead_neuron_threshold": 1e-18},
-    {"seed": 0},
-    {"seed": 2**31 - 1}, {"vocab_size": 65536}, {"max_steps": 1, "warmup_steps": 0}, {"tags": ()},
-    {"max_steps": 2**31 - 1, "batch_size": 1}, {"max_checkpoints": 1}, {"wandb_entity": "team"},
-    {"batch_size": 12, "grad_accum_steps": 12}, {"eval_windows": 16}, {"metrics": "none"},
-    {"metrics": "update,grad"}, {"attention": "cudnn"}, {"compute_dtype": "float32"},
-    {"run_name": "Lauf ä #1"}, {"tokenizer": "bytes", "vocab_size": 256},
-    {"schedule": "cosine", "min_lr_ratio": 0.0},
-    {"schedule": "wsd", "decay_fraction": 0.95},
-    {"schedule": "wsd", "decay_fraction": 1.0, "warmup_steps": 0},
-    {"use_shadow": True}, {"use_shadow": True, "shadow_interval": 50}, {"rank_threshold": 1.0}, {"rank_threshold": 0.0},
-    {"diagnostic_interval": 1}, {"max_steps": 50, "warmup_steps": 50, "diagnostic_interval": 2**31 - 1},
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"warmup_steps": 0},
+        {"warmup_steps": 2000},
+        {"grad_clip": 0.0},
+        {"weight_decay": 0.0},
+        {"dropout": 0.999},
+        {"beta1": 0.0},
+        {"bit_stall_threshold": 1.0},
+        {"dead_neuron_threshold": 1e-18},
+        {"seed": 0},
+        {"seed": 2**31 - 1},
+        {"vocab_size": 65536},
+        {"max_steps": 1, "warmup_steps": 0},
+        {"tags": ()},
+        {"max_steps": 2**31 - 1, "batch_size": 1},
+        {"max_checkpoints": 1},
+        {"wandb_entity": "team"},
+        {"batch_size": 12, "grad_accum_steps": 12},
+        {"eval_windows": 16},
+        {"metrics": "none"},
+        {"metrics": "update,grad"},
+        {"attention": "cudnn"},
+        {"compute_dtype": "float32"},
+        {"run_name": "Lauf ä #1"},
+        {"tokenizer": "bytes", "vocab_size": 256},
+        {"schedule": "cosine", "min_lr_ratio": 0.0},
+        {"schedule": "wsd", "decay_fraction": 0.95},
+        {"schedule": "wsd", "decay_fraction": 1.0, "warmup_steps": 0},
+        {"use_shadow": True},
+        {"use_shadow": True, "shadow_interval": 50},
+        {"rank_threshold": 1.0},
+        {"rank_threshold": 0.0},
+        {"diagnostic_interval": 1},
+        {"max_steps": 50, "warmup_steps": 50, "diagnostic_interval": 2**31 - 1},
+    ],
+)
 def test_the_edges_of_what_is_allowed(values):
     validate(changed(**values))
 
@@ -190,35 +314,49 @@ def test_the_spike_window_holds_as_many_losses_as_the_monitor_needs():
 # --- values that do not fit each other ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"use_shadow": True, "compute_dtype": "float32"},
-     ["use_shadow=True has nothing to compare", "use_fp8=False", "compute_dtype='float32'", "set use_shadow=False"]),
-    ({"shadow_interval": 10}, ["shadow_interval=10 has no effect with use_shadow=False: set use_shadow=True"]),
-    ({"metrics": "grad,format,ledger"}, ["metrics='grad,format,ledger' names format, ledger", "use_fp8=False",
-                                         "set use_fp8=True, or leave it out"]),
-    ({"n_head": 5}, ["n_embd=384", "n_head=5", "n_embd=385"]),
-    ({"n_embd": 4}, ["n_embd=4", "n_head=6", "n_embd=6"]),
-    ({"vocab_size": 50256}, ["vocab_size=50256", "'gpt2'", "50257"]),
-    ({"vocab_size": 255, "tokenizer": "bytes"}, ["vocab_size=255", "'bytes'", "256"]),
-    ({"attention": "cudnn", "compute_dtype": "float32"}, ["attention='cudnn'", "compute_dtype='float32'"]),
-    ({"attention": "cudnn", "n_embd": 390, "n_head": 6}, ["attention='cudnn'", "65", "multiples of 8"]),
-    ({"grad_accum_steps": 5}, ["batch_size=12", "grad_accum_steps=5"]),
-    ({"grad_accum_steps": 24}, ["batch_size=12", "grad_accum_steps=24"]),
-    ({"eval_batch_size": 24}, ["eval_windows=128", "eval_batch_size=24"]),
-    ({"eval_windows": 8}, ["eval_windows=8", "eval_batch_size=16"]),
-    ({"max_steps": 2**30}, ["max_steps=1073741824", "batch_size=12", "32 bits"]),
-    ({"batch_size": 2**20, "block_size": 2**11}, ["batch_size=1048576", "block_size=2048"]),
-    ({"eval_batch_size": 2**20, "eval_windows": 2**20, "block_size": 2**11},
-     ["eval_batch_size=1048576", "block_size=2048"]),
-    ({"warmup_steps": 2001}, ["warmup_steps=2001", "max_steps=2000"]),
-    ({"max_steps": 50}, ["warmup_steps=100", "max_steps=50"]),
-    ({"max_steps": 100, "schedule": "cosine"}, ["schedule='cosine'", "warmup_steps=100"]),
-    ({"schedule": "wsd", "decay_fraction": 0.96}, ["decay_fraction=0.96", "1900", "warmup_steps=100"]),
-    ({"schedule": "wsd", "decay_fraction": 1e-4}, ["decay_fraction=0.0001", "at least 1"]),
-    ({"min_lr_ratio": 0.0}, ["min_lr_ratio=0.0 has no effect", "schedule='constant'"]),
-    ({"decay_fraction": 0.5}, ["decay_fraction=0.5 has no effect", "schedule='constant'"]),
-    ({"decay_fraction": 0.5, "schedule": "cosine"}, ["decay_fraction=0.5 has no", "schedule='cosine'"]),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (
+            {"use_shadow": True, "compute_dtype": "float32"},
+            [
+                "use_shadow=True has nothing to compare",
+                "use_fp8=False",
+                "compute_dtype='float32'",
+                "set use_shadow=False",
+            ],
+        ),
+        ({"shadow_interval": 10}, ["shadow_interval=10 has no effect with use_shadow=False: set use_shadow=True"]),
+        (
+            {"metrics": "grad,format,ledger"},
+            ["metrics='grad,format,ledger' names format, ledger", "use_fp8=False", "set use_fp8=True, or leave it out"],
+        ),
+        ({"n_head": 5}, ["n_embd=384", "n_head=5", "n_embd=385"]),
+        ({"n_embd": 4}, ["n_embd=4", "n_head=6", "n_embd=6"]),
+        ({"vocab_size": 50256}, ["vocab_size=50256", "'gpt2'", "50257"]),
+        ({"vocab_size": 255, "tokenizer": "bytes"}, ["vocab_size=255", "'bytes'", "256"]),
+        ({"attention": "cudnn", "compute_dtype": "float32"}, ["attention='cudnn'", "compute_dtype='float32'"]),
+        ({"attention": "cudnn", "n_embd": 390, "n_head": 6}, ["attention='cudnn'", "65", "multiples of 8"]),
+        ({"grad_accum_steps": 5}, ["batch_size=12", "grad_accum_steps=5"]),
+        ({"grad_accum_steps": 24}, ["batch_size=12", "grad_accum_steps=24"]),
+        ({"eval_batch_size": 24}, ["eval_windows=128", "eval_batch_size=24"]),
+        ({"eval_windows": 8}, ["eval_windows=8", "eval_batch_size=16"]),
+        ({"max_steps": 2**30}, ["max_steps=1073741824", "batch_size=12", "32 bits"]),
+        ({"batch_size": 2**20, "block_size": 2**11}, ["batch_size=1048576", "block_size=2048"]),
+        (
+            {"eval_batch_size": 2**20, "eval_windows": 2**20, "block_size": 2**11},
+            ["eval_batch_size=1048576", "block_size=2048"],
+        ),
+        ({"warmup_steps": 2001}, ["warmup_steps=2001", "max_steps=2000"]),
+        ({"max_steps": 50}, ["warmup_steps=100", "max_steps=50"]),
+        ({"max_steps": 100, "schedule": "cosine"}, ["schedule='cosine'", "warmup_steps=100"]),
+        ({"schedule": "wsd", "decay_fraction": 0.96}, ["decay_fraction=0.96", "1900", "warmup_steps=100"]),
+        ({"schedule": "wsd", "decay_fraction": 1e-4}, ["decay_fraction=0.0001", "at least 1"]),
+        ({"min_lr_ratio": 0.0}, ["min_lr_ratio=0.0 has no effect", "schedule='constant'"]),
+        ({"decay_fraction": 0.5}, ["decay_fraction=0.5 has no effect", "schedule='constant'"]),
+        ({"decay_fraction": 0.5, "schedule": "cosine"}, ["decay_fraction=0.5 has no", "schedule='cosine'"]),
+    ],
+)
 def test_settings_that_do_not_fit_each_other(values, words):
     message = refusal(**values)
     assert "\n" not in message
@@ -227,9 +365,18 @@ def test_settings_that_do_not_fit_each_other(values, words):
 
 
 OTHER = {
-    "formats": ("E4M3",), "scaling": "tensor", "amax_history": 8, "scale_rounding": "float32",
-    "operand_rounding": "stochastic", "saturate": False, "products": "native", "weights_at_rest": "nearest",
-    "range_clip": 1.0, "emergency_formats": ("E3M4",), "emergency_patience": 5, "optimizer": "grid",
+    "formats": ("E4M3",),
+    "scaling": "tensor",
+    "amax_history": 8,
+    "scale_rounding": "float32",
+    "operand_rounding": "stochastic",
+    "saturate": False,
+    "products": "native",
+    "weights_at_rest": "nearest",
+    "range_clip": 1.0,
+    "emergency_formats": ("E3M4",),
+    "emergency_patience": 5,
+    "optimizer": "grid",
 }
 
 
@@ -244,80 +391,154 @@ def test_nothing_about_formats_is_ignored_without_formats(name):
 SPLIT = ("E4M3", "block_*:G=E5M2")  # what native products can compute with
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"formats": ()}, ["use_fp8=True needs to know the formats: set formats, for example --config.formats=E4M3"]),
-    ({"formats": ("E4M9",)}, ["formats has a rule 'E4M9'", "give one of E4M3"]),
-    ({"formats": ("block_6/*=E4M3",)}, ["pattern 'block_6/*' fits no layer", "block_5/mlp_down"]),
-    ({"formats": ("E4M3", "*=none")}, ["formats=('E4M3', '*=none') gives no layer a format", "set use_fp8=False"]),
-    # Blocks along the axes that the products contract.
-    ({"scaling": "block32", "n_embd": 400, "n_head": 8},
-     ["scaling='block32'", "operand W of block_0/attn_qkv", "400 numbers", "blocks of 32", "or another scaling"]),
-    ({"scaling": "delayed,block128,delayed", "n_embd": 64, "n_head": 4},
-     ["operand A of block_0/attn_qkv", "64 numbers", "blocks of 128"]),
-    ({"scaling": "delayed,delayed,block128", "n_embd": 64, "n_head": 4},
-     ["operand G of block_0/attn_qkv", "192 numbers"]),  # N, the outputs
-    ({"scaling": "delayed,delayed,block32", "formats": ("head=E4M3",)}, ["operand G of head", "50257 numbers"]),
-    # What nobody would read.
-    ({"amax_history": 8, "scaling": "tensor"}, ["amax_history=8 has no effect", "scaling='tensor'",
-                                                "set scaling=delayed"]),
-    ({"amax_history": 8, "scaling": "tensor,delayed,delayed", "formats": ("block_*:W=E4M3",)},
-     ["amax_history=8 has no effect"]),
-    ({"amax_history": 8, "formats": ("block_*:W=E4M3",), "weights_at_rest": "nearest"},
-     ["amax_history=8 has no effect"]),
-    ({"scaling": "delayed,delayed,tensor", "formats": ("block_*:WA=E4M3",)},
-     ["scaling='delayed,delayed,tensor' asks for tensor of G", "give G a format, or delayed in this place"]),
-    ({"operand_rounding": "stochastic,nearest,nearest", "formats": ("block_*:AG=E4M3",)},
-     ["asks for stochastic of W", "give W a format, or nearest in this place"]),
-    ({"operand_rounding": "stochastic,nearest,nearest", "weights_at_rest": "nearest"},
-     ["operand_rounding='stochastic,nearest,nearest' has no effect on W", "weights_at_rest='nearest'",
-      "give nearest for W"]),
-    ({"metrics": "grad,ledger", "formats": ("block_*:AG=E4M3",)},
-     ["metrics='grad,ledger' names ledger", "none to W", "leave ledger out"]),
-    ({"emergency_patience": 5}, ["emergency_patience=5 has no effect without emergency_formats", "name the formats"]),
-    ({"weights_at_rest": "nearest", "formats": ("block_*:AG=E4M3",)},
-     ["weights_at_rest='nearest' is about weights", "none to W", "give W a format too"]),
-    ({"optimizer": "ulp_adamw", "formats": ("block_*:A=E4M3",)}, ["optimizer='ulp_adamw' is about weights",
-                                                                 "give W a format too"]),
-    ({"range_clip": 1.0, "scaling": "tensor"}, ["range_clip=1.0 acts on the delayed scale", "set range_clip=0"]),
-    ({"range_clip": 1.0, "formats": ("block_*:WA=E4M3",)}, ["range_clip=1.0", "give G a format"]),
-    # What cannot be done.
-    ({"scale_rounding": "float32", "scaling": "delayed,channel,delayed"},
-     ["scale_rounding='float32' needs one scale", "scaling='delayed,channel,delayed' has many",
-      "delayed, tensor or none", "scale_rounding='power_of_two'"]),
-    ({"saturate": False, "formats": ("E4M3", "head=E1M6")}, ["E1M6 cannot be used with saturate=False",
-                                                             "set saturate=True"]),
-    ({"saturate": False, "formats": ("E5M2",), "emergency_formats": ("E2M5",)},
-     ["E2M5 cannot be used with saturate=False"]),
-    ({"weights_at_rest": "nearest", "scaling": "tensor"}, ["weights_at_rest='nearest'", "scaling='tensor' of W",
-                                                           "give W scaling delayed"]),
-    ({"weights_at_rest": "stochastic", "scaling": "channel,delayed,delayed"}, ["scaling='channel' of W"]),
-    ({"weights_at_rest": "error_feedback", "scale_rounding": "float32"},
-     ["weights_at_rest='error_feedback' needs scales that are powers of two", "set scale_rounding='power_of_two'"]),
-    ({"optimizer": "grid", "weights_at_rest": "stochastic"},
-     ["optimizer='grid'", "weights_at_rest='stochastic'", "give nearest or float32"]),
-    ({"optimizer": "grid", "weights_at_rest": "error_feedback"}, ["weights_at_rest='error_feedback'"]),
-    # Native products.
-    ({"products": "native", "formats": SPLIT, "emergency_formats": ("BF16",)},
-     ["products='native' computes in fixed formats", "leave emergency_formats out", "products='emulated'"]),
-    ({"products": "native", "formats": SPLIT, "scaling": "block32"},
-     ["products='native' takes one scale", "scaling='block32' has many", "delayed, tensor or none"]),
-    ({"products": "native", "formats": ("E3M4",)},
-     ["products='native' can compute with E4M3 and E5M2", "not with E3M4 in block_0/attn_qkv", "change formats",
-      "products='emulated'"]),
-    ({"products": "native", "formats": (*SPLIT, "block_3/mlp_up:A=none")},
-     ["an operand that has no format in block_3/mlp_up"]),
-    ({"products": "native", "formats": ("E5M2",)},
-     ["products='native' cannot multiply two E5M2 operands", "block_0/attn_qkv",
-      "--config.formats=E4M3,block_*:G=E5M2", "products='emulated'"]),
-    ({"products": "native", "formats": ("E4M3", "block_1/*:WG=E5M2")},
-     ["two E5M2 operands, which block_1/attn_qkv has"]),
-    # Emergency formats.
-    ({"emergency_formats": ("E4M9",)}, ["emergency_formats: there is no number format 'E4M9': give one of E4M3"]),
-    ({"emergency_formats": ("E5M2",)},
-     ["emergency_formats=('E5M2',) must have more mantissa bits", "than E4M3", "they have 2 after 3"]),
-    ({"emergency_formats": ("E3M4", "P3109_P5")}, ["they have 4, 4 after 3"]),
-    ({"formats": SPLIT, "emergency_formats": ("E4M3_IEEE",)}, ["than E4M3, E5M2", "they have 3 after 3"]),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"formats": ()}, ["use_fp8=True needs to know the formats: set formats, for example --config.formats=E4M3"]),
+        ({"formats": ("E4M9",)}, ["formats has a rule 'E4M9'", "give one of E4M3"]),
+        ({"formats": ("block_6/*=E4M3",)}, ["pattern 'block_6/*' fits no layer", "block_5/mlp_down"]),
+        ({"formats": ("E4M3", "*=none")}, ["formats=('E4M3', '*=none') gives no layer a format", "set use_fp8=False"]),
+        # Blocks along the axes that the products contract.
+        (
+            {"scaling": "block32", "n_embd": 400, "n_head": 8},
+            ["scaling='block32'", "operand W of block_0/attn_qkv", "400 numbers", "blocks of 32", "or another scaling"],
+        ),
+        (
+            {"scaling": "delayed,block128,delayed", "n_embd": 64, "n_head": 4},
+            ["operand A of block_0/attn_qkv", "64 numbers", "blocks of 128"],
+        ),
+        (
+            {"scaling": "delayed,delayed,block128", "n_embd": 64, "n_head": 4},
+            ["operand G of block_0/attn_qkv", "192 numbers"],
+        ),  # N, the outputs
+        ({"scaling": "delayed,delayed,block32", "formats": ("head=E4M3",)}, ["operand G of head", "50257 numbers"]),
+        # What nobody would read.
+        (
+            {"amax_history": 8, "scaling": "tensor"},
+            ["amax_history=8 has no effect", "scaling='tensor'", "set scaling=delayed"],
+        ),
+        (
+            {"amax_history": 8, "scaling": "tensor,delayed,delayed", "formats": ("block_*:W=E4M3",)},
+            ["amax_history=8 has no effect"],
+        ),
+        (
+            {"amax_history": 8, "formats": ("block_*:W=E4M3",), "weights_at_rest": "nearest"},
+            ["amax_history=8 has no effect"],
+        ),
+        (
+            {"scaling": "delayed,delayed,tensor", "formats": ("block_*:WA=E4M3",)},
+            ["scaling='delayed,delayed,tensor' asks for tensor of G", "give G a format, or delayed in this place"],
+        ),
+        (
+            {"operand_rounding": "stochastic,nearest,nearest", "formats": ("block_*:AG=E4M3",)},
+            ["asks for stochastic of W", "give W a format, or nearest in this place"],
+        ),
+        (
+            {"operand_rounding": "stochastic,nearest,nearest", "weights_at_rest": "nearest"},
+            [
+                "operand_rounding='stochastic,nearest,nearest' has no effect on W",
+                "weights_at_rest='nearest'",
+                "give nearest for W",
+            ],
+        ),
+        (
+            {"metrics": "grad,ledger", "formats": ("block_*:AG=E4M3",)},
+            ["metrics='grad,ledger' names ledger", "none to W", "leave ledger out"],
+        ),
+        (
+            {"emergency_patience": 5},
+            ["emergency_patience=5 has no effect without emergency_formats", "name the formats"],
+        ),
+        (
+            {"weights_at_rest": "nearest", "formats": ("block_*:AG=E4M3",)},
+            ["weights_at_rest='nearest' is about weights", "none to W", "give W a format too"],
+        ),
+        (
+            {"optimizer": "ulp_adamw", "formats": ("block_*:A=E4M3",)},
+            ["optimizer='ulp_adamw' is about weights", "give W a format too"],
+        ),
+        ({"range_clip": 1.0, "scaling": "tensor"}, ["range_clip=1.0 acts on the delayed scale", "set range_clip=0"]),
+        ({"range_clip": 1.0, "formats": ("block_*:WA=E4M3",)}, ["range_clip=1.0", "give G a format"]),
+        # What cannot be done.
+        (
+            {"scale_rounding": "float32", "scaling": "delayed,channel,delayed"},
+            [
+                "scale_rounding='float32' needs one scale",
+                "scaling='delayed,channel,delayed' has many",
+                "delayed, tensor or none",
+                "scale_rounding='power_of_two'",
+            ],
+        ),
+        (
+            {"saturate": False, "formats": ("E4M3", "head=E1M6")},
+            ["E1M6 cannot be used with saturate=False", "set saturate=True"],
+        ),
+        (
+            {"saturate": False, "formats": ("E5M2",), "emergency_formats": ("E2M5",)},
+            ["E2M5 cannot be used with saturate=False"],
+        ),
+        (
+            {"weights_at_rest": "nearest", "scaling": "tensor"},
+            ["weights_at_rest='nearest'", "scaling='tensor' of W", "give W scaling delayed"],
+        ),
+        ({"weights_at_rest": "stochastic", "scaling": "channel,delayed,delayed"}, ["scaling='channel' of W"]),
+        (
+            {"weights_at_rest": "error_feedback", "scale_rounding": "float32"},
+            [
+                "weights_at_rest='error_feedback' needs scales that are powers of two",
+                "set scale_rounding='power_of_two'",
+            ],
+        ),
+        (
+            {"optimizer": "grid", "weights_at_rest": "stochastic"},
+            ["optimizer='grid'", "weights_at_rest='stochastic'", "give nearest or float32"],
+        ),
+        ({"optimizer": "grid", "weights_at_rest": "error_feedback"}, ["weights_at_rest='error_feedback'"]),
+        # Native products.
+        (
+            {"products": "native", "formats": SPLIT, "emergency_formats": ("BF16",)},
+            ["products='native' computes in fixed formats", "leave emergency_formats out", "products='emulated'"],
+        ),
+        (
+            {"products": "native", "formats": SPLIT, "scaling": "block32"},
+            ["products='native' takes one scale", "scaling='block32' has many", "delayed, tensor or none"],
+        ),
+        (
+            {"products": "native", "formats": ("E3M4",)},
+            [
+                "products='native' can compute with E4M3 and E5M2",
+                "not with E3M4 in block_0/attn_qkv",
+                "change formats",
+                "products='emulated'",
+            ],
+        ),
+        (
+            {"products": "native", "formats": (*SPLIT, "block_3/mlp_up:A=none")},
+            ["an operand that has no format in block_3/mlp_up"],
+        ),
+        (
+            {"products": "native", "formats": ("E5M2",)},
+            [
+                "products='native' cannot multiply two E5M2 operands",
+                "block_0/attn_qkv",
+                "--config.formats=E4M3,block_*:G=E5M2",
+                "products='emulated'",
+            ],
+        ),
+        (
+            {"products": "native", "formats": ("E4M3", "block_1/*:WG=E5M2")},
+            ["two E5M2 operands, which block_1/attn_qkv has"],
+        ),
+        # Emergency formats.
+        ({"emergency_formats": ("E4M9",)}, ["emergency_formats: there is no number format 'E4M9': give one of E4M3"]),
+        (
+            {"emergency_formats": ("E5M2",)},
+            ["emergency_formats=('E5M2',) must have more mantissa bits", "than E4M3", "they have 2 after 3"],
+        ),
+        ({"emergency_formats": ("E3M4", "P3109_P5")}, ["they have 4, 4 after 3"]),
+        ({"formats": SPLIT, "emergency_formats": ("E4M3_IEEE",)}, ["than E4M3, E5M2", "they have 3 after 3"]),
+    ],
+)
 def test_format_settings_that_do_not_fit_each_other(values, words):
     message = refusal(**{"use_fp8": True, "formats": ("E4M3",), **values})
     assert "\n" not in message
@@ -325,23 +546,37 @@ def test_format_settings_that_do_not_fit_each_other(values, words):
         assert word in message
 
 
-@pytest.mark.parametrize("values", [
-    {}, {"formats": ("E4M3", "head=E3M4")}, {"formats": ("block_*:W=E4M3",), "weights_at_rest": "error_feedback"},
-    {"scaling": "block32"}, {"scaling": "block128"}, {"scaling": "tensor,channel,block32"},
-    {"scaling": "block32", "vocab_size": 50272, "formats": ("head=E4M3",)},
-    {"scaling": "block32,block32,delayed", "formats": ("head=E4M3",)},
-    {"scaling": "block32", "formats": ("head:WA=E4M3",)},  # the 50257 outputs of the head are blocks of G alone
-    {"scaling": "tensor", "operand_rounding": "stochastic", "formats": ("block_*:WA=E4M3",)},
-    {"amax_history": 1, "scaling": "tensor,delayed,tensor"}, {"scale_rounding": "float32", "scaling": "none"},
-    {"operand_rounding": "stochastic", "weights_at_rest": "stochastic"},
-    {"operand_rounding": "nearest,nearest,stochastic"}, {"saturate": False},
-    {"saturate": False, "formats": ("P3109_P4",)}, {"products": "native", "formats": SPLIT},
-    {"products": "native", "formats": ("E4M3",), "scale_rounding": "float32", "scaling": "tensor"},
-    {"products": "native", "formats": SPLIT, "weights_at_rest": "stochastic", "optimizer": "ulp_adamw"},
-    {"optimizer": "grid", "weights_at_rest": "nearest"}, {"optimizer": "grid"}, {"range_clip": 2.0},
-    {"emergency_formats": ("E3M4", "BF16", "FP16"), "emergency_patience": 1}, {"metrics": "format,ledger"},
-    {"use_shadow": True, "shadow_interval": 7, "compute_dtype": "float32"}, {"formats": ("FP16",)},
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"formats": ("E4M3", "head=E3M4")},
+        {"formats": ("block_*:W=E4M3",), "weights_at_rest": "error_feedback"},
+        {"scaling": "block32"},
+        {"scaling": "block128"},
+        {"scaling": "tensor,channel,block32"},
+        {"scaling": "block32", "vocab_size": 50272, "formats": ("head=E4M3",)},
+        {"scaling": "block32,block32,delayed", "formats": ("head=E4M3",)},
+        {"scaling": "block32", "formats": ("head:WA=E4M3",)},  # the 50257 outputs of the head are blocks of G alone
+        {"scaling": "tensor", "operand_rounding": "stochastic", "formats": ("block_*:WA=E4M3",)},
+        {"amax_history": 1, "scaling": "tensor,delayed,tensor"},
+        {"scale_rounding": "float32", "scaling": "none"},
+        {"operand_rounding": "stochastic", "weights_at_rest": "stochastic"},
+        {"operand_rounding": "nearest,nearest,stochastic"},
+        {"saturate": False},
+        {"saturate": False, "formats": ("P3109_P4",)},
+        {"products": "native", "formats": SPLIT},
+        {"products": "native", "formats": ("E4M3",), "scale_rounding": "float32", "scaling": "tensor"},
+        {"products": "native", "formats": SPLIT, "weights_at_rest": "stochastic", "optimizer": "ulp_adamw"},
+        {"optimizer": "grid", "weights_at_rest": "nearest"},
+        {"optimizer": "grid"},
+        {"range_clip": 2.0},
+        {"emergency_formats": ("E3M4", "BF16", "FP16"), "emergency_patience": 1},
+        {"metrics": "format,ledger"},
+        {"use_shadow": True, "shadow_interval": 7, "compute_dtype": "float32"},
+        {"formats": ("FP16",)},
+    ],
+)
 def test_format_settings_that_fit(values):
     validate(changed(**{"use_fp8": True, "formats": ("E4M3",), **values}))
 
@@ -379,10 +614,18 @@ def test_missing_and_unknown_fields():
         validate(changed(zzz=8))
 
 
-@pytest.mark.parametrize("typo, name", [
-    ("lr", "learning_rate"), ("batchsize", "batch_size"), ("batch-size", "batch_size"),
-    ("N_LAYER", "n_layer"), ("model.n_head", "n_head"), ("wd", "weight_decay"), ("qqq", None),
-])
+@pytest.mark.parametrize(
+    "typo, name",
+    [
+        ("lr", "learning_rate"),
+        ("batchsize", "batch_size"),
+        ("batch-size", "batch_size"),
+        ("N_LAYER", "n_layer"),
+        ("model.n_head", "n_head"),
+        ("wd", "weight_decay"),
+        ("qqq", None),
+    ],
+)
 def test_nearest_field(typo, name):
     assert settings.nearest_field(typo) == name
 
@@ -410,9 +653,15 @@ def test_json_round_trip_is_exact():
     assert back.is_locked
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"zzz": 1}, "zzz"), ({"seed": "42"}, "seed"), ({"tags": "a"}, "tags"), ({"n_head": 5}, "n_head"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"zzz": 1}, "zzz"),
+        ({"seed": "42"}, "seed"),
+        ({"tags": "a"}, "tags"),
+        ({"n_head": 5}, "n_head"),
+    ],
+)
 def test_from_dict_refuses_what_cannot_be_run(change, word):
     with pytest.raises(UserError, match=word):
         from_dict({**to_dict(default_config()), **change})
@@ -420,10 +669,28 @@ def test_from_dict_refuses_what_cannot_be_run(change, word):
 
 def test_what_may_differ_on_resume():
     assert RESUMABLE_FIELDS == {
-        "max_steps", "checkpoint_interval", "eval_interval", "log_interval", "project", "run_name", "tags",
-        "wandb_mode", "wandb_entity", "alert_interval", "console", "checkpoint_dir", "max_checkpoints",
-        "steps_per_dispatch", "fsdp", "diagnostic_interval", "rank_threshold", "rank_threshold_strict",
-        "layer_interval", "wandb_group", "wandb_keys", "checkpoint_seconds",
+        "max_steps",
+        "checkpoint_interval",
+        "eval_interval",
+        "log_interval",
+        "project",
+        "run_name",
+        "tags",
+        "wandb_mode",
+        "wandb_entity",
+        "alert_interval",
+        "console",
+        "checkpoint_dir",
+        "max_checkpoints",
+        "steps_per_dispatch",
+        "fsdp",
+        "diagnostic_interval",
+        "rank_threshold",
+        "rank_threshold_strict",
+        "layer_interval",
+        "wandb_group",
+        "wandb_keys",
+        "checkpoint_seconds",
     }
     old = to_dict(default_config())
     for name, field in FIELDS.items():
@@ -465,7 +732,9 @@ def test_a_record_of_version_1_is_one_with_the_defaults():
     assert settings.upgraded(old) == new
     assert settings.config_difference(old, new) == []
     assert settings.config_difference(old, {**new, "use_fp8": True, "formats": ["E4M3"], "diagnostic_interval": 5}) == [
-        "use_fp8: False in the run, True now", "formats: [] in the run, ['E4M3'] now"]
+        "use_fp8: False in the run, True now",
+        "formats: [] in the run, ['E4M3'] now",
+    ]
     # What version 1 had must be there, and what a newer record says counts.
     for name in (*ORDERED, *JOINED):
         damaged = {other: value for other, value in old.items() if other != name}
@@ -522,10 +791,22 @@ def test_help_says_that_no_overflow_is_watched_without_8_bits():
 DIFFERS_FROM_THE_BASELINE = {
     "bf16_baseline": {},
     "smoke": {
-        "tokenizer": "bytes", "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64,
-        "batch_size": 8, "max_steps": 200, "warmup_steps": 20, "checkpoint_interval": 50, "eval_interval": 50,
-        "eval_windows": 32, "dead_neuron_window": 20, "run_name": "smoke",
-        "checkpoint_dir": "checkpoints/smoke", "tags": ("smoke", "bf16", "bytes"),
+        "tokenizer": "bytes",
+        "vocab_size": 256,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 64,
+        "block_size": 64,
+        "batch_size": 8,
+        "max_steps": 200,
+        "warmup_steps": 20,
+        "checkpoint_interval": 50,
+        "eval_interval": 50,
+        "eval_windows": 32,
+        "dead_neuron_window": 20,
+        "run_name": "smoke",
+        "checkpoint_dir": "checkpoints/smoke",
+        "tags": ("smoke", "bf16", "bytes"),
     },
 }
 

@@ -36,27 +36,39 @@ def load(spec):
 def test_a_format_changes_nothing_but_the_format(name):
     config, differs = load(f"fp8.py:{name}")
     shown = name.lower()
-    assert differs == {"use_fp8": True, "formats": (name,), "run_name": shown, "checkpoint_dir": f"checkpoints/{shown}",
-                       "tags": (shown, "eurlex")}
+    assert differs == {
+        "use_fp8": True,
+        "formats": (name,),
+        "run_name": shown,
+        "checkpoint_dir": f"checkpoints/{shown}",
+        "tags": (shown, "eurlex"),
+    }
     layers = resolve_rules(config.formats, config.n_layer)
     assert len(layers) == 4 * config.n_layer and {layer.wag for layer in layers} == {(name,) * 3}
     assert "head" not in {layer.layer for layer in layers}
 
 
-@pytest.mark.parametrize("choices, settings", [
-    ((optimizer,), {"optimizer": optimizer}) for optimizer in OPTIMIZERS
-] + [
-    ((at_rest,), {"weights_at_rest": at_rest}) for at_rest in AT_REST
-] + [
-    (("ulp_adamw", "stochastic"), {"optimizer": "ulp_adamw", "weights_at_rest": "stochastic"}),
-    (("nearest", "grid"), {"optimizer": "grid", "weights_at_rest": "nearest"}),
-])
+@pytest.mark.parametrize(
+    "choices, settings",
+    [((optimizer,), {"optimizer": optimizer}) for optimizer in OPTIMIZERS]
+    + [((at_rest,), {"weights_at_rest": at_rest}) for at_rest in AT_REST]
+    + [
+        (("ulp_adamw", "stochastic"), {"optimizer": "ulp_adamw", "weights_at_rest": "stochastic"}),
+        (("nearest", "grid"), {"optimizer": "grid", "weights_at_rest": "nearest"}),
+    ],
+)
 def test_an_optimizer_and_weights_change_nothing_else(choices, settings):
     config, differs = load(":".join(["fp8.py", ",".join(["E5M2", *choices])]))
     run_name = "-".join(["e5m2", *choices])
     settings = {name: value for name, value in settings.items() if value != default_config()[name]}
-    assert differs == {"use_fp8": True, "formats": ("E5M2",), "run_name": run_name,
-                       "checkpoint_dir": f"checkpoints/{run_name}", "tags": ("e5m2", "eurlex", *choices), **settings}
+    assert differs == {
+        "use_fp8": True,
+        "formats": ("E5M2",),
+        "run_name": run_name,
+        "checkpoint_dir": f"checkpoints/{run_name}",
+        "tags": ("e5m2", "eurlex", *choices),
+        **settings,
+    }
 
 
 def test_an_alias_is_the_format_it_stands_for():
@@ -64,45 +76,66 @@ def test_an_alias_is_the_format_it_stands_for():
         assert load(f"fp8.py:{alias}")[1] == load(f"fp8.py:{name}")[1]
 
 
-@pytest.mark.parametrize("spec, expected", [
-    ("mixed.py", {"attn": "BF16", "mlp": "E3M4", "head": "BF16"}),
-    ("mixed.py:E4M3,E5M2,none", {"attn": "E4M3", "mlp": "E5M2"}),
-    ("mixed.py:None,E8M7,E1M6", {"mlp": "BF16", "head": "E1M6"}),
-])
+@pytest.mark.parametrize(
+    "spec, expected",
+    [
+        ("mixed.py", {"attn": "BF16", "mlp": "E3M4", "head": "BF16"}),
+        ("mixed.py:E4M3,E5M2,none", {"attn": "E4M3", "mlp": "E5M2"}),
+        ("mixed.py:None,E8M7,E1M6", {"mlp": "BF16", "head": "E1M6"}),
+    ],
+)
 def test_parts_change_nothing_but_their_formats(spec, expected):
     config, differs = load(spec)
     assert set(differs) == {"use_fp8", "formats"} | NAMES and config.use_fp8
     found = {layer.layer: set(layer.wag) for layer in resolve_rules(config.formats, config.n_layer)}
     parts = {"attn": ("attn_qkv", "attn_out"), "mlp": ("mlp_up", "mlp_down")}
-    layers = {f"block_{i}/{part}": {expected[kind]} for kind in parts if kind in expected for part in parts[kind]
-              for i in range(config.n_layer)}
+    layers = {
+        f"block_{i}/{part}": {expected[kind]}
+        for kind in parts
+        if kind in expected
+        for part in parts[kind]
+        for i in range(config.n_layer)
+    }
     assert found == layers | ({"head": {expected["head"]}} if "head" in expected else {})
     assert config.checkpoint_dir == f"checkpoints/{config.run_name}"
 
 
 def test_no_two_runs_share_a_folder():
-    specs = ["bf16_baseline.py", "mixed.py", "mixed.py:E4M3,E5M2,none", "fp8.py:E4M3,grid", "fp8.py:E4M3,nearest",
-             "fp8.py:E4M3,grid,nearest", *(f"fp8.py:{name}" for name in FORMATS)]
+    specs = [
+        "bf16_baseline.py",
+        "mixed.py",
+        "mixed.py:E4M3,E5M2,none",
+        "fp8.py:E4M3,grid",
+        "fp8.py:E4M3,nearest",
+        "fp8.py:E4M3,grid,nearest",
+        *(f"fp8.py:{name}" for name in FORMATS),
+    ]
     configs = [load(spec)[0] for spec in specs]
     for name in ("run_name", "checkpoint_dir"):
         assert len({config[name] for config in configs}) == len(specs)
 
 
-@pytest.mark.parametrize("spec, words", [
-    ("fp8.py", ["needs an argument", "configs/fp8.py:ARGUMENT"]),
-    ("fp8.py:", ["no number format ''", "E4M3"]),
-    ("fp8.py:e4m3", ["no number format 'e4m3': give one of E4M3"]),
-    ("fp8.py:E4M3,adam", ["configs/fp8.py:E4M3,adam asks for 'adam'", *OPTIMIZERS, *AT_REST]),
-    ("fp8.py:E4M3,", ["asks for ''"]),
-    ("fp8.py:E4M3,grid,ulp_adamw", ["configs/fp8.py:E4M3,grid,ulp_adamw gives optimizer twice"]),
-    ("fp8.py:E4M3,adamw,grid", ["gives optimizer twice"]),
-    ("fp8.py:E4M3,float32,nearest", ["gives weights_at_rest twice"]),
-    ("fp8.py:E4M3,grid,stochastic", ["optimizer='grid'", "weights_at_rest='stochastic'", "give nearest or float32"]),
-    ("mixed.py:E4M3", ["configs/mixed.py:E4M3 names 1 formats: give three", "BF16,E3M4,none"]),
-    ("mixed.py:E4M3,E4M3,E4M3,E4M3", ["names 4 formats"]),
-    ("mixed.py:E4M3,E9M9,none", ["no number format 'E9M9'"]),
-    ("mixed.py:none,none,none", ["gives no layer a format", "set use_fp8=False"]),
-])
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("fp8.py", ["needs an argument", "configs/fp8.py:ARGUMENT"]),
+        ("fp8.py:", ["no number format ''", "E4M3"]),
+        ("fp8.py:e4m3", ["no number format 'e4m3': give one of E4M3"]),
+        ("fp8.py:E4M3,adam", ["configs/fp8.py:E4M3,adam asks for 'adam'", *OPTIMIZERS, *AT_REST]),
+        ("fp8.py:E4M3,", ["asks for ''"]),
+        ("fp8.py:E4M3,grid,ulp_adamw", ["configs/fp8.py:E4M3,grid,ulp_adamw gives optimizer twice"]),
+        ("fp8.py:E4M3,adamw,grid", ["gives optimizer twice"]),
+        ("fp8.py:E4M3,float32,nearest", ["gives weights_at_rest twice"]),
+        (
+            "fp8.py:E4M3,grid,stochastic",
+            ["optimizer='grid'", "weights_at_rest='stochastic'", "give nearest or float32"],
+        ),
+        ("mixed.py:E4M3", ["configs/mixed.py:E4M3 names 1 formats: give three", "BF16,E3M4,none"]),
+        ("mixed.py:E4M3,E4M3,E4M3,E4M3", ["names 4 formats"]),
+        ("mixed.py:E4M3,E9M9,none", ["no number format 'E9M9'"]),
+        ("mixed.py:none,none,none", ["gives no layer a format", "set use_fp8=False"]),
+    ],
+)
 def test_refused(spec, words):
     with pytest.raises(UserError) as caught:
         load(spec)
@@ -115,19 +148,33 @@ def test_refused(spec, words):
 # From the command line, where an import of jax would be an error: a mistake is told at once.
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["configs/fp8.py:E4M9"], ["no number format 'E4M9': give one of E4M3", *DEFAULT_8BIT, "BF16"]),
-    (["configs/fp8.py:E3M4", "--config.products=native"],
-     ["products='native' can compute with E4M3 and E5M2", "not with E3M4 in block_0/attn_qkv", "products='emulated'"]),
-    (["configs/fp8.py:E4M3", "--config.scaling=block128", "--config.n_embd=192"],
-     ["scaling='block128'", "block_0/attn_qkv", "192 numbers", "blocks of 128", "another scaling"]),
-    (["configs/mixed.py:E4M3,E4M3,E4M3", "--config.scaling=block32"], ["operand G of head", "50257 numbers"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["configs/fp8.py:E4M9"], ["no number format 'E4M9': give one of E4M3", *DEFAULT_8BIT, "BF16"]),
+        (
+            ["configs/fp8.py:E3M4", "--config.products=native"],
+            [
+                "products='native' can compute with E4M3 and E5M2",
+                "not with E3M4 in block_0/attn_qkv",
+                "products='emulated'",
+            ],
+        ),
+        (
+            ["configs/fp8.py:E4M3", "--config.scaling=block128", "--config.n_embd=192"],
+            ["scaling='block128'", "block_0/attn_qkv", "192 numbers", "blocks of 128", "another scaling"],
+        ),
+        (["configs/mixed.py:E4M3,E4M3,E4M3", "--config.scaling=block32"], ["operand G of head", "50257 numbers"]),
+    ],
+)
 def test_the_command_line_refuses_in_one_line_without_jax(tmp_path, arguments, words):
     (tmp_path / "jax.py").write_text("raise ImportError('jax was imported')\n")
     process = subprocess.run(
-        [sys.executable, "scripts/train.py", "--config", *arguments], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+        [sys.executable, "scripts/train.py", "--config", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
     for word in words:
@@ -139,7 +186,10 @@ def test_jax_would_be_missed(tmp_path):
     (tmp_path / "jax.py").write_text("raise ImportError('jax was imported')\n")
     process = subprocess.run(
         [sys.executable, "scripts/train.py", "--config", "configs/fp8.py:E4M3", f"--workdir={tmp_path}"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )
     assert process.returncode == 1 and "jax was imported" in process.stderr
 
 

@@ -68,7 +68,7 @@ def test_the_live_line_and_what_scrolls_above_it(monkeypatch):
     # Shown as written: brackets are no markup, a long path is one line to be copied.
     assert "[/red] is no markup" in text
     assert "step 3: [bold]loss_spike[/bold], value 9" in text and "/that/is/long" + "/x" * 80 in text
-    last = text[text.rindex("/that/is/long"):]
+    last = text[text.rindex("/that/is/long") :]
     assert "2000/2000" in last and "loss 8.0000" in last and "val 9.5000" in last and "1.2M tok/s" in last
     assert "1 alert" in last and "\x1b[?25h" in last  # the cursor is back
 
@@ -132,9 +132,15 @@ def test_eta_leaves_the_first_dispatch_out():
 
 def test_numbers_for_people():
     assert [show_rate(x) for x in (None, 7.0, 999.0, 1536.0, 123456.0, 1.234e6, 2.5e9)] == [
-        "- tok/s", "7 tok/s", "999 tok/s", "1.54k tok/s", "123k tok/s", "1.23M tok/s", "2500M tok/s"]
-    assert [show_duration(x) for x in (None, math.nan, 0, 59.6, 3725)] == [
-        "-", "-", "0:00:00", "0:01:00", "1:02:05"]
+        "- tok/s",
+        "7 tok/s",
+        "999 tok/s",
+        "1.54k tok/s",
+        "123k tok/s",
+        "1.23M tok/s",
+        "2500M tok/s",
+    ]
+    assert [show_duration(x) for x in (None, math.nan, 0, 59.6, 3725)] == ["-", "-", "0:00:00", "0:01:00", "1:02:05"]
 
 
 def test_an_unknown_mode_is_named():

@@ -14,8 +14,11 @@ B, L, D = 3, 32, 24
 
 def batch(vocab_size, seed=0):
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(B, L, D)).astype(np.float32), rng.normal(size=(vocab_size, D)).astype(np.float32),
-            rng.integers(0, vocab_size, (B, L)).astype(np.int32))
+    return (
+        rng.normal(size=(B, L, D)).astype(np.float32),
+        rng.normal(size=(vocab_size, D)).astype(np.float32),
+        rng.integers(0, vocab_size, (B, L)).astype(np.int32),
+    )
 
 
 def in_tiles(n, vocab_size, compute_dtype):
@@ -43,10 +46,13 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(vocab_size, n, compu
         logits_BLV = quant_dot(x_BLD, table_VD, w_is_NK=True, compute_dtype=compute_dtype)
         return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL).mean()
 
-    for got, want in zip(with_gradients(in_tiles(n, vocab_size, compute_dtype), *arguments),
-                         with_gradients(plain, *arguments), strict=True):
+    for got, want in zip(
+        with_gradients(in_tiles(n, vocab_size, compute_dtype), *arguments),
+        with_gradients(plain, *arguments),
+        strict=True,
+    ):
         # Sums round in another order; an operand of the backward products may round to the next bfloat16 number.
-        worst = 2 ** -8 if compute_dtype == "bfloat16" else 2e-6
+        worst = 2**-8 if compute_dtype == "bfloat16" else 2e-6
         assert np.abs(got - want).max() <= worst * np.abs(want).max()
         assert np.linalg.norm(got - want) <= 1e-6 * max(np.linalg.norm(want), 1)
 
@@ -80,8 +86,9 @@ def test_all_logits_at_once_round_as_a_single_tile_does(vocab_size):
     def whole(x_BLD, table_VD, targets_BL):
         return cross_entropy(quant_dot(x_BLD, table_VD, w_is_NK=True), targets_BL)
 
-    for got, want in zip(with_gradients(whole, *arguments),
-                         with_gradients(in_tiles(1, vocab_size, "bfloat16"), *arguments), strict=True):
+    for got, want in zip(
+        with_gradients(whole, *arguments), with_gradients(in_tiles(1, vocab_size, "bfloat16"), *arguments), strict=True
+    ):
         np.testing.assert_array_equal(got, want)
 
 

@@ -166,9 +166,7 @@ def test_load(data_dir):
 
 def test_exactly_one_window_fits_and_one_token_less_does_not(data_dir):
     assert load(data_dir, block_size=27).n_val_windows == 1
-    with pytest.raises(
-        UserError, match="val.bin holds 28 tokens, fewer than one window of block_size . 1 = 29"
-    ):
+    with pytest.raises(UserError, match="val.bin holds 28 tokens, fewer than one window of block_size . 1 = 29"):
         load(data_dir, block_size=28)
 
 
@@ -273,9 +271,18 @@ def test_host_stream_hands_on_the_readers_error():
             stream.get(0, 1)
 
 
-@pytest.mark.parametrize("key, value", [("n_tokens", {"train": 5, "val": 5}), ("n_tokens", 5), ("sha256", []),
-                                        ("sha256", {"train.bin": None}), ("tokenizer", ["bytes"]), ("source", None),
-                                        ("schema_version", True)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("n_tokens", {"train": 5, "val": 5}),
+        ("n_tokens", 5),
+        ("sha256", []),
+        ("sha256", {"train.bin": None}),
+        ("tokenizer", ["bytes"]),
+        ("source", None),
+        ("schema_version", True),
+    ],
+)
 def test_meta_that_lies_or_is_of_another_type_is_refused(data_dir, key, value):
     meta = json.loads((data_dir / "meta.json").read_text())
     (data_dir / "meta.json").write_text(json.dumps({**meta, key: value}))

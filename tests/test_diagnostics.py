@@ -18,8 +18,11 @@ code_histogram = jax.jit(histograms.code_histogram)
 
 def by_svd(w):
     s = np.linalg.svd(w.astype(np.float64), compute_uv=False)
-    return {"stable_rank": (s**2).sum() / s[0] ** 2, "participation_ratio": (s**2).sum() ** 2 / (s**4).sum(),
-            "spectral_norm": s[0]}
+    return {
+        "stable_rank": (s**2).sum() / s[0] ** 2,
+        "participation_ratio": (s**2).sum() ** 2 / (s**4).sum(),
+        "spectral_norm": s[0],
+    }
 
 
 def floats(values):
@@ -34,10 +37,17 @@ def with_spectrum(s):
 
 
 # Close values at every distance at which a number of squarings could be too small: one, some, and all but the first.
-SPECTRA = {f"{k} at 1 - {gap:g}": np.concatenate([[1], np.full(k, 1 - gap), np.linspace(0.9, 0, 63 - k)])
-           for k in (1, 10, 63) for gap in (1e-6, 1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 1e-3, 3e-3, 1e-2, 1e-1)}
-SPECTRA |= {"equal": np.ones(64), "even": np.linspace(1, 0.99, 64), "power": np.arange(1, 65) ** -1.0,
-            "rank one": np.eye(64)[0]}
+SPECTRA = {
+    f"{k} at 1 - {gap:g}": np.concatenate([[1], np.full(k, 1 - gap), np.linspace(0.9, 0, 63 - k)])
+    for k in (1, 10, 63)
+    for gap in (1e-6, 1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 1e-3, 3e-3, 1e-2, 1e-1)
+}
+SPECTRA |= {
+    "equal": np.ones(64),
+    "even": np.linspace(1, 0.99, 64),
+    "power": np.arange(1, 65) ** -1.0,
+    "rank one": np.eye(64)[0],
+}
 
 
 @pytest.mark.parametrize("s", SPECTRA.values(), ids=SPECTRA)
@@ -89,15 +99,21 @@ def test_rank_of_nothing_and_of_what_is_broken():
 def test_rank_metrics_cover_kernels_and_the_token_table():
     config = gpt2.GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=40)
     rng = np.random.default_rng(8)
-    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
-                          jax.eval_shape(lambda: gpt2.init_params(config, 0)))
+    params = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
+        jax.eval_shape(lambda: gpt2.init_params(config, 0)),
+    )
     got = floats(jax.jit(metrics.rank_metrics)(params))
-    layers = ["embed"] + [f"block_{i}/{part}" for i in range(2) for part in
-                          ("attn_qkv", "attn_out", "mlp_up", "mlp_down")]
-    assert set(got) == {f"{name}/{layer}" for layer in layers for name in
-                        ("stable_rank", "participation_ratio", "spectral_norm")}
-    for layer, w in (("embed", params["embed"]["embedding"]),
-                     ("block_1/mlp_down", params["block_1"]["mlp_down"]["kernel"])):
+    layers = ["embed"] + [
+        f"block_{i}/{part}" for i in range(2) for part in ("attn_qkv", "attn_out", "mlp_up", "mlp_down")
+    ]
+    assert set(got) == {
+        f"{name}/{layer}" for layer in layers for name in ("stable_rank", "participation_ratio", "spectral_norm")
+    }
+    for layer, w in (
+        ("embed", params["embed"]["embedding"]),
+        ("block_1/mlp_down", params["block_1"]["mlp_down"]["kernel"]),
+    ):
         expected = by_svd(np.asarray(w))
         assert {name: got[f"{name}/{layer}"] for name in expected} == pytest.approx(expected, rel=1e-5)
 
@@ -160,8 +176,16 @@ def test_magnitudes():
     rng = np.random.default_rng(6)
     edges = np.float32([2.0**e * (2 - 2.0**-b) for e in (-137, -126, -125, -3, 0, 9, 127) for b in range(9)])
     powers = np.ldexp(np.float32(1), np.arange(-149, -120))
-    v = np.concatenate([values(), edges, np.nextafter(edges, np.float32(0)), powers, np.float32([1e-42, -1e-45]),
-                        rng.integers(0, 0x7F800000, 3000, dtype=np.uint32).view(np.float32)]).reshape(1, -1, 1)
+    v = np.concatenate(
+        [
+            values(),
+            edges,
+            np.nextafter(edges, np.float32(0)),
+            powers,
+            np.float32([1e-42, -1e-45]),
+            rng.integers(0, 0x7F800000, 3000, dtype=np.uint32).view(np.float32),
+        ]
+    ).reshape(1, -1, 1)
     expected = np.zeros(whatif.N_BINS, int)
     for size in np.abs(v.ravel().astype(np.float64)):
         if np.isnan(size):
@@ -207,8 +231,16 @@ def test_rank_falling_passes_over_what_is_not_a_number():
 def test_rank_falling_decides_the_same_after_a_resume():
     """Live values are float32, the record holds their shortest decimals; a value may equal the threshold exactly."""
     rng = np.random.default_rng(7)
-    rows = [(step, {layer: np.float32(rng.choice([0.3, 0.15, 0.21, 0.149999, 0.2100001, np.nan, rng.random()]))
-                    for layer in ("embed", "block_0/mlp_up")}) for step in range(60)]
+    rows = [
+        (
+            step,
+            {
+                layer: np.float32(rng.choice([0.3, 0.15, 0.21, 0.149999, 0.2100001, np.nan, rng.random()]))
+                for layer in ("embed", "block_0/mlp_up")
+            },
+        )
+        for step in range(60)
+    ]
     record = [(step, {layer: float(str(value)) for layer, value in values.items()}) for step, values in rows]
     whole = RankFalling(0.5, 0.7)
     decided = [whole.begins({layer: float(value) for layer, value in values.items()}) for _, values in rows]

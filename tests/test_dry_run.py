@@ -29,15 +29,23 @@ def test_it_says_what_a_run_takes_and_makes_no_folder(data_dir, tmp_path, capsys
     groups = dict(re.findall(r"([A-Za-z_ ]+?) ([\d,]+)[,)]", re.search(r"parameters: [\d,]+ \((.*)", said)[1]))
     counts = {name.strip(): int(count.replace(",", "")) for name, count in groups.items()}
     # GPT-2 by hand: 16 wide, one block, a position for each of 16 tokens, 256 token ids.
-    assert counts == {"embed": 4096, "pos_embed": 256, "attention": 16 * 48 + 48 + 16 * 16 + 16,
-                      "MLP": 16 * 64 + 64 + 64 * 16 + 16, "layer norms": 3 * 2 * 16}
+    assert counts == {
+        "embed": 4096,
+        "pos_embed": 256,
+        "attention": 16 * 48 + 48 + 16 * 16 + 16,
+        "MLP": 16 * 64 + 64 + 64 * 16 + 16,
+        "layer norms": 3 * 2 * 16,
+    }
     assert f"parameters: {sum(counts.values()):,} (" in said
-    table = {line.split("  ")[0]: [float(word) for word in line.split()[-5:]] for line in said.splitlines()
-             if line.startswith(("training step", "evaluation", "diagnosis"))}
+    table = {
+        line.split("  ")[0]: [float(word) for word in line.split()[-5:]]
+        for line in said.splitlines()
+        if line.startswith(("training step", "evaluation", "diagnosis"))
+    }
     assert len(table) == 3
     for arguments, outputs, temporaries, aliased, together in table.values():
         assert together == pytest.approx(arguments + outputs + temporaries - aliased, abs=0.2)
-    per_token = 6 * (12 * 16 ** 2 + 256 * 16) + 12 * 16 * 16
+    per_token = 6 * (12 * 16**2 + 256 * 16) + 12 * 16 * 16
     assert f"operations of a step: {4 * 16 * per_token / 1e9:,.4g} GFLOP by formula" in said
     assert re.search(r"predicted: .* ms a step", said) and "as just measured here" in said
     assert "there is room" in said and f"next: a new run of 40 steps in {run_dir}" in said
@@ -48,7 +56,7 @@ def test_a_known_device_is_predicted_from_its_peak_and_the_assumption_is_named(d
 
     monkeypatch.setattr(training.flops, "peak_flops", lambda *_: 1e12)
     dry_run(tiny(), data_dir=data_dir, workdir=tmp_path / "x")
-    flops = 4 * 16 * (6 * (12 * 16 ** 2 + 256 * 16) + 12 * 16 * 16)
+    flops = 4 * 16 * (6 * (12 * 16**2 + 256 * 16) + 12 * 16 * 16)
     said = capsys.readouterr().out
     assert f"predicted: {1e3 * flops / 0.3e12:.3g} ms a step" in said and "MFU 30%: supposing" in said
 
@@ -73,8 +81,9 @@ def test_it_says_where_a_run_would_go_on_and_touches_nothing(data_dir, tmp_path,
     with pytest.raises(UserError, match="other data"):
         dry_run(tiny(), data_dir=make_data(tmp_path, seed=1), workdir=run_dir)
     assert tree_of(run_dir) == before
-    victim = max((path for path in (run_dir / "20" / "state").rglob("*") if path.is_file()),
-                 key=lambda path: path.stat().st_size)
+    victim = max(
+        (path for path in (run_dir / "20" / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     content = np.frombuffer(victim.read_bytes(), np.uint8).copy()
     content[len(content) // 2] ^= 1
     victim.write_bytes(content.tobytes())

@@ -80,8 +80,9 @@ def test_the_flags_stand_in_the_manifest_and_another_device_is_told(gpu_is_expec
     (run_dir / "manifest.json").write_text(json.dumps(manifest))
     device.keep_autotune_results(run_dir)
     first, second = (start["xla_flags"] for start in start()["starts"])
-    assert first == (f"--xla_gpu_enable_triton_gemm=false {device.DETERMINISTIC_FLAG} "
-                     f"{DUMP}={run_dir / '.autotune.part'}")
+    assert first == (
+        f"--xla_gpu_enable_triton_gemm=false {device.DETERMINISTIC_FLAG} {DUMP}={run_dir / '.autotune.part'}"
+    )
     assert second == f"{device.DETERMINISTIC_FLAG} {LOAD}={run_dir / device.AUTOTUNE}"
     assert capsys.readouterr().out.count("was begun on NVIDIA H100 80GB HBM3 and goes on on cpu") == 1
 
@@ -96,9 +97,9 @@ def stands_at_step_0(self):
 def test_a_cpu_takes_the_flags_without_harm(tmp_path):
     folder = tmp_path / "with a blank"
     folder.mkdir()
-    flags = (f"{device.DETERMINISTIC_FLAG} {DUMP}={device._quoted(folder / 'x')} "
-             f"{LOAD}={device._quoted(folder / 'y')}")
+    flags = f"{device.DETERMINISTIC_FLAG} {DUMP}={device._quoted(folder / 'x')} {LOAD}={device._quoted(folder / 'y')}"
     script = "import jax, jax.numpy as jnp; print(jax.jit(lambda x: x @ x)(jnp.ones((4, 4)))[0, 0])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          env={**os.environ, "XLA_FLAGS": flags})
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags}
+    )
     assert done.returncode == 0 and done.stdout == "4.0\n" and not list(folder.iterdir()), done.stderr

@@ -47,8 +47,15 @@ def test_damage_is_found_and_recovered_from(tokens, tmp_path, monkeypatch):
 
 
 def test_what_the_machine_does_is_answered(tokens, tmp_path):
-    part = environment.run(tmp_path, tokens, seed=0, deadline=ENDLESS, say=quiet, with_signals=False,
-                           scenarios=(environment.full_for_a_while, environment.read_only))
+    part = environment.run(
+        tmp_path,
+        tokens,
+        seed=0,
+        deadline=ENDLESS,
+        say=quiet,
+        with_signals=False,
+        scenarios=(environment.full_for_a_while, environment.read_only),
+    )
     assert part.failures == [] and part.done == 2
 
 
@@ -62,8 +69,9 @@ def test_signals_that_the_budget_leaves_no_time_for_are_missing_from_the_count(m
 
 def test_a_signal_during_compilation_is_answered_at_once(tokens, tmp_path):
     run_dir = tmp_path / "run"
-    process = runs.start(runs.command(tokens, run_dir, n_layer=12), tmp_path / "log",
-                         JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cold"))
+    process = runs.start(
+        runs.command(tokens, run_dir, n_layer=12), tmp_path / "log", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cold")
+    )
     kills._Moment("compile", run_dir, tmp_path / "log", random.Random(0)).wait(process, 0)
     time.sleep(3)  # traced, and in the compiler's hands
     process.terminate()
@@ -95,9 +103,20 @@ def test_growth_would_be_seen():
 
 def test_the_budget_ends_the_campaign_and_it_says_so(tokens, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "fault_campaign.py"), "--parts=kills", "--budget_minutes=0",
-         f"--data_dir={tokens}", f"--folder={tmp_path}", f"--out={tmp_path / 'report.md'}"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+        [
+            sys.executable,
+            str(ROOT / "scripts" / "fault_campaign.py"),
+            "--parts=kills",
+            "--budget_minutes=0",
+            f"--data_dir={tokens}",
+            f"--folder={tmp_path}",
+            f"--out={tmp_path / 'report.md'}",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
     assert done.returncode == 1, done.stderr
     report = (tmp_path / "report.md").read_text()
     assert "| kill -9 | 0 of 1 | 0 |" in report and report.strip() == done.stdout.strip()

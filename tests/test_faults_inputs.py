@@ -36,6 +36,7 @@ def test_every_setting_has_an_oracle():
 def refuse(message):
     def call():
         raise UserError(message)
+
     return call
 
 
@@ -43,6 +44,7 @@ def leave(folder, name):
     def call():
         (folder / name).write_text("half")
         raise UserError("x=1 cannot be used: give 2")
+
     return call
 
 
@@ -69,8 +71,12 @@ def test_the_campaign_tells_a_wrong_answer(tmp_path, make, expected, wrong):
 
 
 def test_the_table_adds_up(tmp_path, monkeypatch):
-    cases = [Case("a", "1", lambda folder: refuse("x: give 2")), Case("a", "1", lambda folder: refuse("x: give 2")),
-             Case("b", "2", lambda folder: lambda: None), Case("b", "3", lambda folder: lambda: 1 / 0)]
+    cases = [
+        Case("a", "1", lambda folder: refuse("x: give 2")),
+        Case("a", "1", lambda folder: refuse("x: give 2")),
+        Case("b", "2", lambda folder: lambda: None),
+        Case("b", "3", lambda folder: lambda: 1 / 0),
+    ]
     monkeypatch.setattr(inputs, "all_cases", lambda *_, **__: cases)
     outcome = inputs.run(tmp_path, seed=0, n=1, say=lambda text: None)
     assert [cells[:5] for cells in outcome.table()[1:]] == [("a", 1, 1, 0, 0), ("b", 2, 0, 1, 0), ("all", 3, 1, 1, 0)]
@@ -108,21 +114,38 @@ def dangers(source):
             if name in FORBIDDEN_CALLS or name.rpartition(".")[2] in FORBIDDEN_ATTRIBUTES:
                 yield node.lineno, name
             for keyword in node.keywords:
-                if keyword.arg in FORBIDDEN_KEYWORDS and not (isinstance(keyword.value, ast.Constant)
-                                                              and keyword.value.value is False):
+                if keyword.arg in FORBIDDEN_KEYWORDS and not (
+                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                ):
                     yield node.lineno, keyword.arg
 
 
 def test_nothing_runs_code_that_came_with_data():
-    found = {(path.relative_to(ROOT).as_posix(), what) for folder in ("altgrad_jax", "scripts")
-             for path in Path(ROOT / folder).rglob("*.py") for _, what in dangers(path.read_text())}
+    found = {
+        (path.relative_to(ROOT).as_posix(), what)
+        for folder in ("altgrad_jax", "scripts")
+        for path in Path(ROOT / folder).rglob("*.py")
+        for _, what in dangers(path.read_text())
+    }
     assert found == {("altgrad_jax/cli.py", "exec")}
 
 
-@pytest.mark.parametrize("source", [
-    "import pickle", "from pickle import loads", "import joblib as j", "eval(x)", "exec(x)", "os.system(x)",
-    "archive.extractall(x)", "np.load(x, allow_pickle=True)", "f(trust_remote_code=flag)",
-    "subprocess.run(x, shell=True)",
-    "shutil.unpack_archive(x)", "torch.load(x)"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import joblib as j",
+        "eval(x)",
+        "exec(x)",
+        "os.system(x)",
+        "archive.extractall(x)",
+        "np.load(x, allow_pickle=True)",
+        "f(trust_remote_code=flag)",
+        "subprocess.run(x, shell=True)",
+        "shutil.unpack_archive(x)",
+        "torch.load(x)",
+    ],
+)
 def test_the_scan_finds_what_it_looks_for(source):
     assert list(dangers(source))

@@ -8,9 +8,21 @@ def test_every_fault_is_found_at_its_step_named_and_harms_nothing_else(tmp_path)
     rows = numerics.run(tmp_path, seed=0, quick=True, say=said.append)
     assert [row for row in rows if row.wrong] == [] and "0 answered wrongly" in said[-1]
     places = {row.place for row in rows}
-    assert places >= {"loss", "gradient", "output", "output's gradient", "loss, one micro-batch of 4", "mu", "nu",
-                      "parameter (kernel)", "parameter (bias)", "amax history of A", "amax history of G",
-                      "scale of stored weights", "residual"}
+    assert places >= {
+        "loss",
+        "gradient",
+        "output",
+        "output's gradient",
+        "loss, one micro-batch of 4",
+        "mu",
+        "nu",
+        "parameter (kernel)",
+        "parameter (bias)",
+        "amax history of A",
+        "amax history of G",
+        "scale of stored weights",
+        "residual",
+    }
     layers = {row.layer for row in rows if row.place == "gradient"}
     assert len(layers) == 15 and layers == {row.layer for row in rows if row.place == "nu"}
     lines = numerics.table(rows)

@@ -22,29 +22,36 @@ def in_blocks(shown, parts=PARTS, n_layer=2):
     return {f"block_{i}/{part}": shown for i in range(n_layer) for part in parts}
 
 
-@pytest.mark.parametrize("rules, expected", [
-    (["E5M2"], in_blocks("E5M2/E5M2/E5M2")),
-    (["block_*=E5M2"], in_blocks("E5M2/E5M2/E5M2")),
-    (["*=E3M4"], in_blocks("E3M4/E3M4/E3M4") | {"head": "E3M4/E3M4/E3M4"}),
-    (["head=E4M3"], {"head": "E4M3/E4M3/E4M3"}),
-    (["block_*:W=E4M3"], in_blocks("E4M3/-/-")),
-    (["block_*:GA=E4M3"], in_blocks("-/E4M3/E4M3")),
-    (["block_*/mlp_*:A=E2M5"], in_blocks("-/E2M5/-", PARTS[2:])),
-    (["block_1/attn_out=E6M1"], {"block_1/attn_out": "E6M1/E6M1/E6M1"}),
-    (["block_?/attn_qk[vw]=E6M1"], in_blocks("E6M1/E6M1/E6M1", PARTS[:1])),
-    (["*_up=E7M0"], in_blocks("E7M0/E7M0/E7M0", ["mlp_up"])),
-    # Later rules win, operand by operand.
-    (["E4M3", "E5M2"], in_blocks("E5M2/E5M2/E5M2")),
-    (["E4M3", "block_*:G=E5M2"], in_blocks("E4M3/E4M3/E5M2")),
-    (["block_*:G=E5M2", "E4M3"], in_blocks("E4M3/E4M3/E4M3")),
-    (["E4M3", "head:WA=E5M2"], in_blocks("E4M3/E4M3/E4M3") | {"head": "E5M2/E5M2/-"}),
-    (["E4M3", "block_0/*=none"], {k: v for k, v in in_blocks("E4M3/E4M3/E4M3").items() if k.startswith("block_1")}),
-    (["E4M3", "block_*:W=None", "block_*/mlp_*:G=none"],
-     in_blocks("-/E4M3/E4M3") | in_blocks("-/E4M3/-", PARTS[2:])),
-    (["block_*/attn_*=BF16", "block_*/mlp_*=E3M4"],
-     in_blocks("BF16/BF16/BF16", PARTS[:2]) | in_blocks("E3M4/E3M4/E3M4", PARTS[2:])),
-    (["E8M7", "block_*:G=E5M10"], in_blocks("BF16/BF16/FP16")),  # by the names that FORMATS has
-])
+@pytest.mark.parametrize(
+    "rules, expected",
+    [
+        (["E5M2"], in_blocks("E5M2/E5M2/E5M2")),
+        (["block_*=E5M2"], in_blocks("E5M2/E5M2/E5M2")),
+        (["*=E3M4"], in_blocks("E3M4/E3M4/E3M4") | {"head": "E3M4/E3M4/E3M4"}),
+        (["head=E4M3"], {"head": "E4M3/E4M3/E4M3"}),
+        (["block_*:W=E4M3"], in_blocks("E4M3/-/-")),
+        (["block_*:GA=E4M3"], in_blocks("-/E4M3/E4M3")),
+        (["block_*/mlp_*:A=E2M5"], in_blocks("-/E2M5/-", PARTS[2:])),
+        (["block_1/attn_out=E6M1"], {"block_1/attn_out": "E6M1/E6M1/E6M1"}),
+        (["block_?/attn_qk[vw]=E6M1"], in_blocks("E6M1/E6M1/E6M1", PARTS[:1])),
+        (["*_up=E7M0"], in_blocks("E7M0/E7M0/E7M0", ["mlp_up"])),
+        # Later rules win, operand by operand.
+        (["E4M3", "E5M2"], in_blocks("E5M2/E5M2/E5M2")),
+        (["E4M3", "block_*:G=E5M2"], in_blocks("E4M3/E4M3/E5M2")),
+        (["block_*:G=E5M2", "E4M3"], in_blocks("E4M3/E4M3/E4M3")),
+        (["E4M3", "head:WA=E5M2"], in_blocks("E4M3/E4M3/E4M3") | {"head": "E5M2/E5M2/-"}),
+        (["E4M3", "block_0/*=none"], {k: v for k, v in in_blocks("E4M3/E4M3/E4M3").items() if k.startswith("block_1")}),
+        (
+            ["E4M3", "block_*:W=None", "block_*/mlp_*:G=none"],
+            in_blocks("-/E4M3/E4M3") | in_blocks("-/E4M3/-", PARTS[2:]),
+        ),
+        (
+            ["block_*/attn_*=BF16", "block_*/mlp_*=E3M4"],
+            in_blocks("BF16/BF16/BF16", PARTS[:2]) | in_blocks("E3M4/E3M4/E3M4", PARTS[2:]),
+        ),
+        (["E8M7", "block_*:G=E5M10"], in_blocks("BF16/BF16/FP16")),  # by the names that FORMATS has
+    ],
+)
 def test_which_operands_get_which_format(rules, expected):
     assert resolved(*rules) == expected
 
@@ -79,28 +86,31 @@ RULE = ["cannot be read: write FORMAT, PATTERN=FORMAT or PATTERN:OPERANDS=FORMAT
 OPERANDS = ["give some of W (weights), A (activations) and G (output gradients), each once"]
 
 
-@pytest.mark.parametrize("rules, words", [
-    (["E4M9"], ["a rule 'E4M9'", "no number format 'E4M9': give one of E4M3", "or none"]),
-    (["head=e4m3"], ["a rule 'head=e4m3'", "'e4m3': give one of E4M3"]),
-    (["E4M3", "block_*:G="], ["a rule 'block_*:G='", "no number format '': give one of"]),
-    ([""], ["a rule ''", "no number format ''"]),
-    (["a=b=E4M3"], ["a rule 'a=b=E4M3'", *RULE]),
-    (["block_*:W:A=E4M3"], ["a rule 'block_*:W:A=E4M3'", *RULE]),
-    (["block_*:W"], ["a rule 'block_*:W'", *RULE]),
-    (["=E4M3"], ["a rule '=E4M3'", *RULE]),
-    ([":W=E4M3"], ["a rule ':W=E4M3'", *RULE]),
-    (["block_*:=E4M3"], ["for the operands ''", *OPERANDS]),
-    (["block_*:X=E4M3"], ["for the operands 'X'", *OPERANDS]),
-    (["block_*:wa=E4M3"], ["for the operands 'wa'", *OPERANDS]),
-    (["block_*:WW=E4M3"], ["for the operands 'WW'", *OPERANDS]),
-    (["block_2/*=E4M3"], ["a rule 'block_2/*=E4M3'", "pattern 'block_2/*' fits no layer", *LAYERS]),
-    (["block_0=E4M3"], ["pattern 'block_0' fits no layer", *LAYERS]),
-    (["Head=E4M3"], ["pattern 'Head' fits no layer", *LAYERS]),
-    (["block_*/ln_1=E4M3"], ["pattern 'block_*/ln_1' fits no layer", *LAYERS]),
-    (["none"], ["formats=('none',) gives no layer a format: set use_fp8=False, or name a format such as E4M3"]),
-    (["head=E4M3", "*=none"], ["gives no layer a format"]),
-    ([], ["formats=() gives no layer a format"]),
-])
+@pytest.mark.parametrize(
+    "rules, words",
+    [
+        (["E4M9"], ["a rule 'E4M9'", "no number format 'E4M9': give one of E4M3", "or none"]),
+        (["head=e4m3"], ["a rule 'head=e4m3'", "'e4m3': give one of E4M3"]),
+        (["E4M3", "block_*:G="], ["a rule 'block_*:G='", "no number format '': give one of"]),
+        ([""], ["a rule ''", "no number format ''"]),
+        (["a=b=E4M3"], ["a rule 'a=b=E4M3'", *RULE]),
+        (["block_*:W:A=E4M3"], ["a rule 'block_*:W:A=E4M3'", *RULE]),
+        (["block_*:W"], ["a rule 'block_*:W'", *RULE]),
+        (["=E4M3"], ["a rule '=E4M3'", *RULE]),
+        ([":W=E4M3"], ["a rule ':W=E4M3'", *RULE]),
+        (["block_*:=E4M3"], ["for the operands ''", *OPERANDS]),
+        (["block_*:X=E4M3"], ["for the operands 'X'", *OPERANDS]),
+        (["block_*:wa=E4M3"], ["for the operands 'wa'", *OPERANDS]),
+        (["block_*:WW=E4M3"], ["for the operands 'WW'", *OPERANDS]),
+        (["block_2/*=E4M3"], ["a rule 'block_2/*=E4M3'", "pattern 'block_2/*' fits no layer", *LAYERS]),
+        (["block_0=E4M3"], ["pattern 'block_0' fits no layer", *LAYERS]),
+        (["Head=E4M3"], ["pattern 'Head' fits no layer", *LAYERS]),
+        (["block_*/ln_1=E4M3"], ["pattern 'block_*/ln_1' fits no layer", *LAYERS]),
+        (["none"], ["formats=('none',) gives no layer a format: set use_fp8=False, or name a format such as E4M3"]),
+        (["head=E4M3", "*=none"], ["gives no layer a format"]),
+        ([], ["formats=() gives no layer a format"]),
+    ],
+)
 def test_refused_in_one_sentence(rules, words):
     with pytest.raises(UserError) as caught:
         resolve_rules(tuple(rules), 2)

@@ -121,9 +121,7 @@ def test_samples_follow_the_distribution(temperature, top_k):
     n = 40_000
     frequency_V = np.bincount(draw(jax.random.split(jax.random.key(0), n)), minlength=5) / n
     # five standard deviations of a frequency
-    np.testing.assert_array_less(
-        np.abs(frequency_V - wanted_V), 5 * np.sqrt(wanted_V * (1 - wanted_V) / n) + 1e-9
-    )
+    np.testing.assert_array_less(np.abs(frequency_V - wanted_V), 5 * np.sqrt(wanted_V * (1 - wanted_V) / n) + 1e-9)
 
 
 def test_a_tiny_temperature_does_not_overflow():
@@ -148,10 +146,7 @@ def test_generated_tokens_follow_the_models_distribution(params, logits_after):
     probability_V = np.exp(logits_V - logits_V.max())
     probability_V /= probability_V.sum()
     n = 400
-    tokens = [
-        int(generate(params, TINY, PROMPT, max_new_tokens=1, temperature=3.0, seed=seed)[0])
-        for seed in range(n)
-    ]
+    tokens = [int(generate(params, TINY, PROMPT, max_new_tokens=1, temperature=3.0, seed=seed)[0]) for seed in range(n)]
     # surprise of the samples against the entropy: a normalised sum with known mean and variance
     surprise = -np.log(probability_V)
     mean = (probability_V * surprise).sum()
@@ -241,10 +236,15 @@ def test_a_checkpoint_without_settings_is_refused(params, tmp_path):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("change, message",
-                         [({"n_head": 0}, "n_head=0 cannot be used"), ({"n_head": 7}, "a multiple of n_head=7"),
-                                             ({"tokenizer": ["bytes"]}, "tokenizer=\\['bytes'\\]"),
-                                             ({"compute_dtype": "float7"}, "compute_dtype='float7'")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n_head": 0}, "n_head=0 cannot be used"),
+        ({"n_head": 7}, "a multiple of n_head=7"),
+        ({"tokenizer": ["bytes"]}, "tokenizer=\\['bytes'\\]"),
+        ({"compute_dtype": "float7"}, "compute_dtype='float7'"),
+    ],
+)
 def test_a_checkpoint_whose_settings_describe_no_model_is_refused(run_dir, tmp_path, monkeypatch, change, message):
     arrays, meta = generate_module.load_arrays(run_dir, None, ("params/",))
     monkeypatch.setattr(generate_module, "load_arrays", lambda *_: (arrays, {"config": {**meta["config"], **change}}))
@@ -320,8 +320,13 @@ def test_script_is_silent_when_its_reader_leaves(run_dir):
 # --- models in number formats ---------------------------------------------------------------------
 
 # Coarse, so that it shows: weights and activations of the block have one mantissa bit.
-FORMATS = {"use_fp8": True, "formats": ["E6M1", "head:A=E4M3"], "weights_at_rest": "nearest",
-           "operand_rounding": "stochastic", "emergency_formats": ["E3M4"]}
+FORMATS = {
+    "use_fp8": True,
+    "formats": ["E6M1", "head:A=E4M3"],
+    "weights_at_rest": "nearest",
+    "operand_rounding": "stochastic",
+    "emergency_formats": ["E3M4"],
+}
 AMAX = {"block_0/mlp_up": 3.0, "head": 5.0}
 
 
@@ -335,8 +340,11 @@ def quantized_run(params, tmp_path_factory):
     small = {name: leaf for name, leaf in params.items() if name != "block_1"}
     weights = {layer: weights_of(small, layer) for layer in options.weight_layers}
     table = quantization.format_table(options)
-    init = jax.jit(lambda level: quantization.init_state(
-        options, weights, quantization.formats_at(jax.device_put(table), level), ages=False)[0])
+    init = jax.jit(
+        lambda level: quantization.init_state(
+            options, weights, quantization.formats_at(jax.device_put(table), level), ages=False
+        )[0]
+    )
     checkpoints = checkpoint.open_checkpoints(folder, max_checkpoints=2)
     for step, level in ((2, 0), (4, 1)):
         state = init(level)
@@ -352,6 +360,7 @@ def quantized_run(params, tmp_path_factory):
 
 def greedy(config, params, operands, n_new):
     """Greedy tokens by full forward passes, without a cache."""
+
     @jax.jit
     def next_token(tokens_BL, length):
         out = GPT(config).apply({"params": params}, tokens_BL, quantized=Quantized(operands, {}))

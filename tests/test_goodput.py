@@ -37,18 +37,42 @@ def test_every_second_is_booked_once_also_in_nested_contexts():
         raise KeyError
     clock.move("step", "replayed", 7.5)
     now[0] += 0.5
-    assert clock.account() == {"wall_s": 20.75, "step_s": 2.5, "start_up_s": 5.0, "compile_s": 0.0, "evaluation_s": 0.0,
-                               "save_blocked_s": 2.25, "logging_blocked_s": 3.0, "replayed_s": 7.5, "other_s": 0.5}
+    assert clock.account() == {
+        "wall_s": 20.75,
+        "step_s": 2.5,
+        "start_up_s": 5.0,
+        "compile_s": 0.0,
+        "evaluation_s": 0.0,
+        "save_blocked_s": 2.25,
+        "logging_blocked_s": 3.0,
+        "replayed_s": 7.5,
+        "other_s": 0.5,
+    }
 
 
 def test_the_line_and_the_sum_over_starts():
-    account = {"wall_s": 10.0, "step_s": 8.25, "start_up_s": 1.0, "compile_s": 0.5, "evaluation_s": 0.25,
-               "save_blocked_s": 0.0, "logging_blocked_s": 0.0, "replayed_s": 0.0, "other_s": 0.0}
+    account = {
+        "wall_s": 10.0,
+        "step_s": 8.25,
+        "start_up_s": 1.0,
+        "compile_s": 0.5,
+        "evaluation_s": 0.25,
+        "save_blocked_s": 0.0,
+        "logging_blocked_s": 0.0,
+        "replayed_s": 0.0,
+        "other_s": 0.0,
+    }
     assert goodput.describe(account) == (
         "goodput: 82% of 10.0 s in steps; start-up 1.0 s, compile 0.5 s, evaluation 0.2 s, save-blocked 0.0 s, "
-        "logging-blocked 0.0 s, replayed 0.0 s, other 0.0 s")
-    events = [{"event": "start"}, {"event": "goodput", **account}, {"event": "resume"}, {"event": "resume"},
-              {"event": "goodput", **account}]
+        "logging-blocked 0.0 s, replayed 0.0 s, other 0.0 s"
+    )
+    events = [
+        {"event": "start"},
+        {"event": "goodput", **account},
+        {"event": "resume"},
+        {"event": "resume"},
+        {"event": "goodput", **account},
+    ]
     summed = goodput.total(events)
     assert summed["wall_s"] == 20.0 and summed["step_s"] == 16.5
     assert (summed["starts"], summed["starts_without"]) == (3, 1)
@@ -70,7 +94,9 @@ def test_a_run_accounts_for_its_time_and_for_steps_made_twice(data_dir, tmp_path
     assert goodput.describe(first) in capsys.readouterr().out
     assert result.verdict["goodput"] == json.loads((run_dir / "verdict.json").read_text())["goodput"]
     assert result.verdict["goodput"] == {key: first[key] for key in first if key.endswith("_s")} | {
-        "starts": 1, "starts_without": 0}
+        "starts": 1,
+        "starts_without": 0,
+    }
 
     # Back to step 10: the ten steps behind it are made again; then ten new ones.
     config.max_steps = 30

@@ -15,9 +15,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.inference import hf
 from altgrad_jax.models.gpt2 import GPTConfig, init_params
 
-TINY = GPTConfig(
-    n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=31, dropout=0.25, compute_dtype="float32"
-)
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=31, dropout=0.25, compute_dtype="float32")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export_hf.py"
 
 
@@ -26,9 +24,7 @@ def params():
     tree = jax.jit(init_params, static_argnums=0)(TINY, 0)
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(0)  # so that no two arrays, biases and scales included, are alike
-    return jax.tree.unflatten(
-        structure, [rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    )
+    return jax.tree.unflatten(structure, [rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
 
 
 @pytest.fixture
@@ -149,15 +145,11 @@ def test_missing_config_fields_stand_for_transformers_defaults(params, exported)
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_float_types_become_float32(exported, tmp_path, dtype):
-    hf.write_folder(
-        tmp_path / "out", {name: array.astype(dtype) for name, array in exported[0].items()}, exported[1]
-    )
+    hf.write_folder(tmp_path / "out", {name: array.astype(dtype) for name, array in exported[0].items()}, exported[1])
     got, _ = hf.from_hf(*hf.read_folder(tmp_path / "out"))
     table = got["embed"]["embedding"]
     assert table.dtype == np.float32
-    np.testing.assert_array_equal(
-        table, exported[0]["transformer.wte.weight"].astype(dtype).astype(np.float32)
-    )
+    np.testing.assert_array_equal(table, exported[0]["transformer.wte.weight"].astype(dtype).astype(np.float32))
 
 
 def test_shards_are_read(params, exported, tmp_path):
@@ -175,9 +167,7 @@ def test_shards_are_read(params, exported, tmp_path):
     (tmp_path / "out" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="model-00002-of-00002.safetensors is missing"):
         hf.read_folder(tmp_path / "out")
-    (tmp_path / "out" / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"x": "../secret.safetensors"}}'
-    )
+    (tmp_path / "out" / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../secret.safetensors"}}')
     with pytest.raises(UserError, match="weight_map"):
         hf.read_folder(tmp_path / "out")
 
@@ -247,9 +237,7 @@ def test_a_folder_that_cannot_be_read_is_refused(exported, tmp_path):
         (folder / "model.safetensors").write_bytes(content)
         with pytest.raises(UserError, match="damaged"):
             hf.read_folder(folder)
-    safetensors.numpy.save_file(
-        {"transformer.wte.weight": np.ones((3, 2), np.int8)}, folder / "model.safetensors"
-    )
+    safetensors.numpy.save_file({"transformer.wte.weight": np.ones((3, 2), np.int8)}, folder / "model.safetensors")
     with pytest.raises(UserError, match="I8"):
         hf.read_folder(folder)
     (folder / "model.safetensors").unlink()
@@ -269,9 +257,7 @@ def test_a_folder_that_cannot_be_read_is_refused(exported, tmp_path):
 def test_a_pickle_is_never_opened(exported, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(exported[1]))
     # A pickle that would create a file if it were loaded.
-    (tmp_path / "pytorch_model.bin").write_bytes(
-        b"cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/ran'\ntR."
-    )
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/ran'\ntR.")
     with pytest.raises(UserError, match="convert it with transformers' save_pretrained"):
         hf.read_folder(tmp_path)
     assert not (tmp_path / "ran").exists()
@@ -307,9 +293,7 @@ def test_script_imports_a_folder_and_exports_the_same(params, exported, tmp_path
     assert not (tmp_path / "run").exists()
 
     config = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=256, compute_dtype="float32")
-    params = params | {
-        "embed": {"embedding": np.random.default_rng(1).standard_normal((256, 8)).astype(np.float32)}
-    }
+    params = params | {"embed": {"embedding": np.random.default_rng(1).standard_normal((256, 8)).astype(np.float32)}}
     hf.write_folder(tmp_path / "in256", *hf.to_hf(params, config))
     script.main(script.parse_args(["--import", str(tmp_path / "in256"), str(tmp_path / "run")]))
     assert "step 0" in capsys.readouterr().out
@@ -326,9 +310,7 @@ def test_script_imports_a_folder_and_exports_the_same(params, exported, tmp_path
         script.main(script.parse_args([str(tmp_path / "run"), str(tmp_path / "other"), "--step", "7"]))
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--import", "a", "b", "--step", "1"], ["a", "b", "--tokenizer", "gpt2"]]
-)
+@pytest.mark.parametrize("arguments", [["--import", "a", "b", "--step", "1"], ["a", "b", "--tokenizer", "gpt2"]])
 def test_script_refuses_flags_that_it_would_ignore(script, arguments):
     with pytest.raises(UserError, match="cannot be used|only for"):
         script.main(script.parse_args(arguments))

@@ -45,9 +45,7 @@ def far_from_uniform(leaf, rng):
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: far_from_uniform(leaf, rng), jax.eval_shape(lambda: init_params(CONFIG, 0))
-    )
+    return jax.tree.map(lambda leaf: far_from_uniform(leaf, rng), jax.eval_shape(lambda: init_params(CONFIG, 0)))
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +73,7 @@ def assert_equal_logits(ours, theirs):
     assert np.abs(ours - theirs).max() < 1e-4
 
 
-def test_transformers_computes_our_logits_from_an_exported_folder(
-    transformers, torch, params, tokens_BL, tmp_path
-):
+def test_transformers_computes_our_logits_from_an_exported_folder(transformers, torch, params, tokens_BL, tmp_path):
     hf.write_folder(tmp_path / "out", *hf.to_hf(params, CONFIG))
     model, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
@@ -93,9 +89,7 @@ def test_loss_and_every_gradient_are_transformers(transformers, torch, params, t
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
     # The last token is nobody's input here but would be theirs, so the loss is taken from the logits.
     logits = model(torch.from_numpy(tokens_BL[:, :-1])).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), torch.from_numpy(tokens_BL[:, 1:]).flatten()
-    )
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(tokens_BL[:, 1:]).flatten())
     loss.backward()
     got_loss, got = jax.value_and_grad(our_loss)(params, CONFIG, tokens_BL)
     assert abs(float(got_loss) - loss.item()) < 1e-5

@@ -20,8 +20,14 @@ from altgrad_jax.run import logger
 from altgrad_jax.run.logger import DispatchRecord, Record, ValRising, Writer, format_row, keep_row, parse_row
 from altgrad_jax.run.rank_alerts import RankFalling
 
-NAMES = ("loss", "grad_norm/block_0/mlp_up", "100%s", "alert/loss_spike", "alert/dead_layer/block_0/mlp_up",
-         "alert_value/dead_layer/block_0/mlp_up")
+NAMES = (
+    "loss",
+    "grad_norm/block_0/mlp_up",
+    "100%s",
+    "alert/loss_spike",
+    "alert/dead_layer/block_0/mlp_up",
+    "alert_value/dead_layer/block_0/mlp_up",
+)
 
 
 def _refuse_constant(name):
@@ -79,11 +85,18 @@ def test_numbers_are_the_shortest_float32():
 
 
 def test_nonfinite_numbers_are_strings_and_come_back():
-    row = {"step": 7, "a": math.nan, "b": math.inf, "c": -math.inf,
-           "alerts": [{"kind": "x", "layer": None, "value": math.inf}]}
+    row = {
+        "step": 7,
+        "a": math.nan,
+        "b": math.inf,
+        "c": -math.inf,
+        "alerts": [{"kind": "x", "layer": None, "value": math.inf}],
+    }
     line = format_row(row)
-    assert line == ('{"step": 7, "a": "NaN", "b": "Infinity", "c": "-Infinity", '
-                    '"alerts": [{"kind": "x", "layer": null, "value": "Infinity"}]}')
+    assert line == (
+        '{"step": 7, "a": "NaN", "b": "Infinity", "c": "-Infinity", '
+        '"alerts": [{"kind": "x", "layer": null, "value": "Infinity"}]}'
+    )
     strict_json(line)
     back = parse_row(line)
     assert math.isnan(back["a"]) and (back["b"], back["c"]) == (math.inf, -math.inf)
@@ -104,8 +117,10 @@ def test_the_fast_formatter_equals_format_row():
             values[1] = nonfinite
         values[3:] = 2.5, 1.0, 0.25
         alerts = formatter.alerts_of(values)
-        assert alerts == [{"kind": "loss_spike", "layer": None, "value": 2.5},
-                          {"kind": "dead_layer", "layer": "block_0/mlp_up", "value": 0.25}]
+        assert alerts == [
+            {"kind": "loss_spike", "layer": None, "value": 2.5},
+            {"kind": "dead_layer", "layer": "block_0/mlp_up", "value": 0.25},
+        ]
         evaluation = {"val_loss": 0.1, "val_perplexity": math.inf}
         row = {"step": 3, **dict(zip(NAMES[:3], values)), **evaluation, "alerts": alerts}
         assert formatter.line(3, values, evaluation, alerts) == format_row(row)
@@ -121,11 +136,18 @@ def sparse_row(step, values, alerts=()):
     return {"step": step, **kept} | ({"alerts": list(alerts)} if alerts else {})
 
 
-@pytest.mark.parametrize("values", [
-    [1.5, 0.25, 2.0, 0.1, 0], [1.5, math.nan, 2.0, 0.1, 0], [1.5, 0.25, 2.0, math.nan, 0],
-    [1.5, math.nan, 2.0, math.nan, 0], [math.nan, math.nan, math.inf, math.nan, 0],
-    [math.nan, math.inf, math.nan, -math.inf, 0], [1.5, math.nan, 2.0, 0.1, 0.5],
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.5, 0.25, 2.0, 0.1, 0],
+        [1.5, math.nan, 2.0, 0.1, 0],
+        [1.5, 0.25, 2.0, math.nan, 0],
+        [1.5, math.nan, 2.0, math.nan, 0],
+        [math.nan, math.nan, math.inf, math.nan, 0],
+        [math.nan, math.inf, math.nan, -math.inf, 0],
+        [1.5, math.nan, 2.0, 0.1, 0.5],
+    ],
+)
 def test_a_sparse_metric_is_left_out_where_it_is_nan_and_nowhere_else(values):
     formatter = logger._Formatter(SPARSE_NAMES)
     values = np.array(values, np.float32)
@@ -189,8 +211,7 @@ def test_a_resumed_record_has_the_bytes_of_an_uninterrupted_one(tmp_path):
     assert [(row["event"], row["step"]) for row in timing if "event" in row] == [("start", 0), ("resume", 9)]
 
 
-@pytest.mark.parametrize("torn", [b"", b"\0" * 300, b'{"step": 6, "loss": 0.1}', b"\xff\xfe\n",
-                                  b'{"st\n{"step": 7}\n'])
+@pytest.mark.parametrize("torn", [b"", b"\0" * 300, b'{"step": 6, "loss": 0.1}', b"\xff\xfe\n", b'{"st\n{"step": 7}\n'])
 def test_any_tail_behind_the_checkpoint_is_cut(tmp_path, torn):
     fill(tmp_path, 5)
     whole = (tmp_path / "metrics.jsonl").read_bytes()
@@ -199,13 +220,16 @@ def test_any_tail_behind_the_checkpoint_is_cut(tmp_path, torn):
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
-@pytest.mark.parametrize("damage", [
-    lambda lines: lines[:4] + lines[5:],
-    lambda lines: lines[:4] + [b'{"step": 4, "lo\n'] + lines[5:],
-    lambda lines: lines[:4] + [b"\0" * len(lines[4][:-1]) + b"\n"] + lines[5:],
-    lambda lines: lines[:4] + [lines[4].replace(b"loss", b"\0\0\0\0")] + lines[5:],
-    lambda lines: lines[:4],
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: lines[:4] + lines[5:],
+        lambda lines: lines[:4] + [b'{"step": 4, "lo\n'] + lines[5:],
+        lambda lines: lines[:4] + [b"\0" * len(lines[4][:-1]) + b"\n"] + lines[5:],
+        lambda lines: lines[:4] + [lines[4].replace(b"loss", b"\0\0\0\0")] + lines[5:],
+        lambda lines: lines[:4],
+    ],
+)
 def test_missing_rows_are_named(tmp_path, damage):
     fill(tmp_path, 8)
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -254,8 +278,9 @@ def diagnose(run_dir, steps, resume_step=None):
     first = 0 if resume_step is None else resume_step + 1
     for step in range(first, max(steps) + 1):
         if step in steps:
-            record.append_diagnostics([{"step": step, "layer": "head", "operand": operand, "amax": 0.1}
-                                       for operand in "WA"])
+            record.append_diagnostics(
+                [{"step": step, "layer": "head", "operand": operand, "amax": 0.1} for operand in "WA"]
+            )
         record.append([step], [format_row({"step": step, "loss": 1.0})])
     record.close()
 
@@ -278,7 +303,8 @@ def test_diagnostics_are_cut_back_to_the_step_that_is_resumed(tmp_path, torn):
     diagnose(tmp_path / "whole", (0, 4, 8, 12))
     whole = (tmp_path / "whole" / "diagnostics.jsonl").read_bytes()
     assert [(row["step"], row["operand"]) for row in diagnostics_of(tmp_path / "whole")] == [
-        (step, operand) for step in (0, 4, 8, 12) for operand in "WA"]
+        (step, operand) for step in (0, 4, 8, 12) for operand in "WA"
+    ]
     diagnose(tmp_path / "cut", (0, 4, 8))
     with open(tmp_path / "cut" / "diagnostics.jsonl", "ab") as file:
         file.write(torn)
@@ -314,8 +340,11 @@ for start in range(1, 10**9, 10):
 
 
 def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE,
-                             env={**os.environ, "PYTHONPATH": str(Path(logger.__file__).parent.parent)})
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(logger.__file__).parent.parent)},
+    )
     with child:
         flushed = [child.stdout.readline() for _ in range(40)]
         child.kill()
@@ -351,12 +380,18 @@ class NotReady:
         return np.asarray(self.array)
 
 
-def run_writer(run_dir, steps, *, resume_step=None, per_dispatch=4, eval_every=5, val=lambda step: 5.0,
-               alert_at=(), **settings):
+def run_writer(
+    run_dir, steps, *, resume_step=None, per_dispatch=4, eval_every=5, val=lambda step: 5.0, alert_at=(), **settings
+):
     first = 1 if resume_step is None else resume_step + 1
     record = Record.open(run_dir, resume_step, log_interval=settings.get("log_interval", 1))
-    writer = Writer(record, max_steps=settings.pop("max_steps", steps), tokens_per_step=100,
-                    val_rising=ValRising(2, record.val_losses), **settings)
+    writer = Writer(
+        record,
+        max_steps=settings.pop("max_steps", steps),
+        tokens_per_step=100,
+        val_rising=ValRising(2, record.val_losses),
+        **settings,
+    )
     if resume_step is None:
         writer.submit(DispatchRecord(0, evaluation={"val_loss": np.float32(val(0))}))
     while first <= steps:
@@ -397,8 +432,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     # Rises at 10 and, after the resume, at 15: the count must survive it, and begin once.
     val = {0: 5.0, 5: 4.0, 10: 4.1, 15: 4.2, 20: 4.3}.get
     run_writer(tmp_path / "whole", 20, val=val).close()
-    run_writer(tmp_path / "cut", 13, val=lambda step: val(step, 9.0), max_steps=20, per_dispatch=3,
-               alert_at=(12,)).close()
+    run_writer(
+        tmp_path / "cut", 13, val=lambda step: val(step, 9.0), max_steps=20, per_dispatch=3, alert_at=(12,)
+    ).close()
     run_writer(tmp_path / "cut", 20, val=val, resume_step=10).close()
     assert record_bytes(tmp_path / "cut") == record_bytes(tmp_path / "whole")
     alerts = {row["step"]: row["alerts"] for row in rows_of(tmp_path / "whole") if "alerts" in row}
@@ -428,10 +464,15 @@ def run_diagnosed(run_dir, steps, resume_step=None):
 def test_a_falling_rank_is_an_alert_of_the_row_that_diagnosed_it(tmp_path):
     run_diagnosed(tmp_path, 35)
     rows = rows_of(tmp_path)
-    assert {row["step"]: [(alert["kind"], alert["layer"], round(alert["value"], 5)) for alert in row["alerts"]]
-            for row in rows if "alerts" in row} == {
-        15: [("rank_falling", "embed", 0.6)], 20: [("rank_falling", "block_0/mlp_up", 0.4)],
-        25: [("rank_falling", "embed", 0.6)]}  # re-armed by 8 at step 20
+    assert {
+        row["step"]: [(alert["kind"], alert["layer"], round(alert["value"], 5)) for alert in row["alerts"]]
+        for row in rows
+        if "alerts" in row
+    } == {
+        15: [("rank_falling", "embed", 0.6)],
+        20: [("rank_falling", "block_0/mlp_up", 0.4)],
+        25: [("rank_falling", "embed", 0.6)],
+    }  # re-armed by 8 at step 20
     assert [row["step"] for row in diagnostics_of(tmp_path)] == list(RANKS)
     assert rows[10]["stable_rank/embed"] == 10.0 and "loss" in rows[10]
     # A row without a validation loss is timed as what it was.
@@ -470,14 +511,14 @@ def test_layer_interval_thins_the_layers_out_and_nothing_else(tmp_path):
         dropped = set() if before["step"] in (1, 5, 9, 10) else {"grad_l2/block_0", "sqnr_db/head/W"}
         assert after == {key: value for key, value in before.items() if key not in dropped}
     assert "stable_rank/head" in thin[-1] and thin[1]["alerts"] == [
-        {"kind": "dead_layer", "layer": "block_0", "value": 7.0}]
+        {"kind": "dead_layer", "layer": "block_0", "value": 7.0}
+    ]
 
 
 def test_an_interruption_is_not_the_last_step(tmp_path):
     run_writer(tmp_path, 7, log_interval=5, eval_every=100, max_steps=20, val=lambda step: 5.0).close()
     assert [row["step"] for row in rows_of(tmp_path)] == [0, 5, 7]  # 7: it was evaluated
-    writer = Writer(Record.open(tmp_path / "x", log_interval=5), max_steps=20, tokens_per_step=1,
-                    log_interval=5)
+    writer = Writer(Record.open(tmp_path / "x", log_interval=5), max_steps=20, tokens_per_step=1, log_interval=5)
     writer.submit(DispatchRecord(1, NAMES, packed(range(1, 8))))
     writer.close()
     assert [row["step"] for row in rows_of(tmp_path / "x")] == [5]
@@ -504,8 +545,14 @@ def test_waiting_for_the_device_happens_on_the_thread(tmp_path):
 
 def test_step_time_counts_from_the_dispatch_or_the_one_before(tmp_path):
     now = iter([12.0, 18.0, 19.0])
-    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=100, flops_per_step=50.0,
-                    peak_flops=100.0, clock=lambda: next(now))
+    writer = Writer(
+        Record.open(tmp_path),
+        max_steps=9,
+        tokens_per_step=100,
+        flops_per_step=50.0,
+        peak_flops=100.0,
+        clock=lambda: next(now),
+    )
     # Ready at 12, 18 and 19; the second was dispatched while the first ran, the third after a pause.
     for first, dispatched_at in ((1, 10.0), (3, 11.0), (5, 18.5)):
         writer.submit(DispatchRecord(first, NAMES, packed([first, first + 1]), dispatched_at=dispatched_at))
@@ -631,10 +678,12 @@ def test_alerts_are_limited_per_kind_and_say_what_was_held_back():
 
     assert gate.messages(5, alerts("dead_layer", "block_0/mlp_up", "ln_f") + alerts("loss_spike", None)) == [
         ("dead_layer", "step 5: dead_layer in block_0/mlp_up and 1 more, value 0.75"),
-        ("loss_spike", "step 5: loss_spike, value 0.75")]
+        ("loss_spike", "step 5: loss_spike, value 0.75"),
+    ]
     assert gate.messages(104, alerts("dead_layer", "a", "b")) == []
     assert gate.messages(105, alerts("dead_layer", "c")) == [
-        ("dead_layer", "step 105: dead_layer in c, value 0.75 (2 more since step 5)")]
+        ("dead_layer", "step 105: dead_layer in c, value 0.75 (2 more since step 5)")
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- manifest
@@ -647,14 +696,25 @@ def test_manifest_round_trip_and_its_errors(tmp_path):
     logger.write_manifest(tmp_path, manifest)
     assert logger.read_manifest(tmp_path) == {**manifest, "schema_version": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
-    for text, error in (('{"schema_version": 4}', "schema_version 4, this program reads 1, 2, 3: use the version"),
-                        ('{"schema_version": "2"}', "'2'"), ("{}", "None"), ("[1]", "None"),
-                        ('{"schema_version": true}', "True"), ('{"schema_version": 1', "cannot be read"),
-                        ("[" * 100_000, "nested too deeply"),
-                        *((json.dumps({**manifest, "schema_version": 2, key: value}), error) for key, value, error in (
-                            ("config", 5, "config 5 where an object"), ("data", None, "data None where an object"),
-                            ("starts", {}, "starts {} where a list"), ("data", {}, "the fingerprint of the data"),
-                            ("run_id", 5, "the run_id of the run")))):
+    for text, error in (
+        ('{"schema_version": 4}', "schema_version 4, this program reads 1, 2, 3: use the version"),
+        ('{"schema_version": "2"}', "'2'"),
+        ("{}", "None"),
+        ("[1]", "None"),
+        ('{"schema_version": true}', "True"),
+        ('{"schema_version": 1', "cannot be read"),
+        ("[" * 100_000, "nested too deeply"),
+        *(
+            (json.dumps({**manifest, "schema_version": 2, key: value}), error)
+            for key, value, error in (
+                ("config", 5, "config 5 where an object"),
+                ("data", None, "data None where an object"),
+                ("starts", {}, "starts {} where a list"),
+                ("data", {}, "the fingerprint of the data"),
+                ("run_id", 5, "the run_id of the run"),
+            )
+        ),
+    ):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=error):
             logger.read_manifest(tmp_path)
@@ -673,8 +733,15 @@ def test_a_manifest_of_version_1_is_read_as_it_is_and_written_as_the_present_one
     assert logger.read_manifest(tmp_path)["schema_version"] == logger.SCHEMA_VERSION == 3
 
 
-@pytest.mark.parametrize("row", ['{"step": 2, "val_loss": }', '{"step": 2, "val_loss": "x"}',
-                                 '{"step": 2, "stable_rank/embed": null}', '{"step": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"step": 2, "val_loss": }',
+        '{"step": 2, "val_loss": "x"}',
+        '{"step": 2, "stable_rank/embed": null}',
+        '{"step": ' + "9" * 5000 + "}",
+    ],
+)
 def test_a_damaged_row_is_refused_and_the_folder_left_as_it_was(tmp_path, row):
     record = logger.Record.open(tmp_path)
     record.write([{"step": 0, "val_loss": 5.5}, {"step": 1, "loss": 5.5}])
@@ -698,7 +765,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------- W&B
 
-FAKE = '''
+FAKE = """
 import json, os, time
 from types import SimpleNamespace
 
@@ -728,7 +795,7 @@ class Run:
 def init(**kw):
     {init}
     return Run(kw)
-'''
+"""
 
 
 @pytest.fixture
@@ -772,9 +839,16 @@ class Feed:
         self.writer = run_writer(run_dir, resume_step or 0, resume_step=resume_step, max_steps=steps)
         start = time.perf_counter()
         self.sink = logger.open_wandb(
-            run_dir, module=module, project="p", name="n", run_id="abc", config={"x": 1},
-            say=self.said.append, event=lambda kind, step, **fields: self.events.append((kind, step, fields)),
-            **{"mode": "online", "init_timeout": 20.0, **settings})
+            run_dir,
+            module=module,
+            project="p",
+            name="n",
+            run_id="abc",
+            config={"x": 1},
+            say=self.said.append,
+            event=lambda kind, step, **fields: self.events.append((kind, step, fields)),
+            **{"mode": "online", "init_timeout": 20.0, **settings},
+        )
         for step in range((resume_step or 0) + 1, steps + 1):
             values = packed([step])
             values[0, 3] = 9.5 if step == 3 else 0
@@ -796,13 +870,24 @@ def test_wandb_gets_every_key_of_every_row(tmp_path, fake):
     assert os.getsid(feed.sink._child.pid) == feed.sink._child.pid  # out of reach of the terminal's Ctrl-C
     assert feed.close() == 0
     first = received("init")[0]
-    assert first["init"] == {"id": "abc", "mode": "online", "resume": "allow", "dir": str(tmp_path / "run"),
-                             "project": "p", "group": "sweep"} and first["console"] == "off"
+    assert (
+        first["init"]
+        == {
+            "id": "abc",
+            "mode": "online",
+            "resume": "allow",
+            "dir": str(tmp_path / "run"),
+            "project": "p",
+            "group": "sweep",
+        }
+        and first["console"] == "off"
+    )
     sent = received("step")
     assert [message["step"] for message in sent] == list(range(13))
     for row, message in zip(rows_of(tmp_path / "run"), sent, strict=True):
-        assert {key: value for key, value in row.items() if key not in ("step", "alerts")}.items() \
-            <= message["row"].items()
+        assert {key: value for key, value in row.items() if key not in ("step", "alerts")}.items() <= message[
+            "row"
+        ].items()
         assert row["step"] == 0 or {"step_time_s", "tokens_per_s", "time"} <= message["row"].keys()
     assert [message["alert"] for message in received("alert")] == ["step 3: loss_spike, value 9.5"]
     assert received("finish")[0]["finish"] == {"best": 1.5}
@@ -830,11 +915,20 @@ def test_a_feed_that_lags_drains_at_the_end_and_says_how_far_it_is(tmp_path, fak
     assert [line for line in feed.said if "rows still to be sent; giving up in 29" in line]
 
 
-@pytest.mark.parametrize("fault", [
-    {"log": "time.sleep(0.3)"}, {"log": "time.sleep(999)"}, {"log": "raise RuntimeError('no route')"},
-    {"init": "time.sleep(999)"}, {"init": "raise RuntimeError('no\\nroute')"}, {"finish": "time.sleep(999)"},
-    {"log": "os._exit(3)"}, {"log": "print('noise', end='', flush=True)"},
-], ids=lambda fault: " ".join(map(" ".join, fault.items())))
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"log": "time.sleep(0.3)"},
+        {"log": "time.sleep(999)"},
+        {"log": "raise RuntimeError('no route')"},
+        {"init": "time.sleep(999)"},
+        {"init": "raise RuntimeError('no\\nroute')"},
+        {"finish": "time.sleep(999)"},
+        {"log": "os._exit(3)"},
+        {"log": "print('noise', end='', flush=True)"},
+    ],
+    ids=lambda fault: " ".join(map(" ".join, fault.items())),
+)
 def test_no_fault_of_wandb_holds_the_run_up(tmp_path, fake, fault):
     module, received = fake(**fault)
     feed = Feed(tmp_path / "run", module, steps=30)
@@ -860,8 +954,7 @@ def test_no_fault_of_wandb_holds_the_run_up(tmp_path, fake, fault):
         assert feed.events[0][0] == "wandb_failed"
 
 
-@pytest.mark.parametrize("init", ["kw['mode'] == 'online' and 1 / 0",
-                                  "kw['mode'] == 'online' and time.sleep(999)"])
+@pytest.mark.parametrize("init", ["kw['mode'] == 'online' and 1 / 0", "kw['mode'] == 'online' and time.sleep(999)"])
 def test_without_an_answer_the_run_is_kept_offline(tmp_path, fake, init):
     module, received = fake(init=init)
     feed = Feed(tmp_path / "run", module, init_timeout=1.0)
@@ -878,7 +971,8 @@ def test_a_run_that_cannot_be_kept_offline_either_is_told_once(tmp_path, fake):
     wait_for(lambda: feed.events)
     assert feed.close() == 13
     assert [text for text in feed.said if "warning" in text] == [
-        "warning: W&B: gave up (OSError: read-only); the run goes on, the local record is complete"]
+        "warning: W&B: gave up (OSError: read-only); the run goes on, the local record is complete"
+    ]
 
 
 def test_insisting_ends_with_the_last_failure():
@@ -895,16 +989,18 @@ def test_insisting_ends_with_the_last_failure():
 
 
 def test_a_failing_row_is_tried_again(tmp_path, fake):
-    module, received = fake(log="self.tries = getattr(self, 'tries', 0) + 1\n        "
-                                "if step == 4 and self.tries < 7: raise OSError('down')")
+    module, received = fake(
+        log="self.tries = getattr(self, 'tries', 0) + 1\n        if step == 4 and self.tries < 7: raise OSError('down')"
+    )
     feed = Feed(tmp_path / "run", module)
     assert feed.close() == 0
     assert [message["step"] for message in received("step")] == list(range(13))
     assert len([text for text in feed.said if "warning" in text]) == 1
 
 
-@pytest.mark.parametrize(("mode", "starting_step", "sent_from"),
-                         [("online", 9, 9), ("online", 14, 14), ("online", 0, 0), ("offline", 0, 11)])
+@pytest.mark.parametrize(
+    ("mode", "starting_step", "sent_from"), [("online", 9, 9), ("online", 14, 14), ("online", 0, 0), ("offline", 0, 11)]
+)
 def test_a_resumed_run_sends_what_wandb_lacks(tmp_path, fake, mode, starting_step, sent_from):
     run_writer(tmp_path / "run", 12).close()
     module, received = fake(starting_step=starting_step)
@@ -928,8 +1024,7 @@ def test_rows_recorded_before_kill_9_are_still_sent(tmp_path, fake):
     _, received = fake()
     root = str(Path(logger.__file__).parent.parent)
     path = os.pathsep.join([os.environ["PYTHONPATH"], root, str(Path(__file__).parent)])
-    died = subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path / "run")],
-                          env={**os.environ, "PYTHONPATH": path})
+    died = subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path / "run")], env={**os.environ, "PYTHONPATH": path})
     assert died.returncode == -signal.SIGKILL
     wait_for(lambda: received("finish"))
     assert [message["step"] for message in received("step")] == list(range(13)) and received("finish")

@@ -38,8 +38,15 @@ ROOT = Path(__file__).parent.parent
 MODEL = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=61)
 SPLIT_FROM = 256
 N_STEPS = 10
-THRESHOLDS = stability.Thresholds(nan_patience=3, bit_stall_threshold=0.5, dead_neuron_threshold=1e-8,
-                                  dead_neuron_window=5, spike_window=30, spike_threshold=8.0, stall_window=5)
+THRESHOLDS = stability.Thresholds(
+    nan_patience=3,
+    bit_stall_threshold=0.5,
+    dead_neuron_threshold=1e-8,
+    dead_neuron_window=5,
+    spike_window=30,
+    spike_threshold=8.0,
+    stall_window=5,
+)
 E4M3 = QuantOptions(resolve_rules(("block_0/mlp_up=E4M3",), 1), weights_at_rest="error_feedback")
 PROGRAMS = {
     "float32": dict(compute_dtype="float32"),
@@ -60,21 +67,40 @@ def on_eight_devices():
     for program, n_devices, fsdp in CASES:
         options = dict(PROGRAMS[program])
         config = GPTConfig(**MODEL, compute_dtype=options.pop("compute_dtype"))
-        options = StepOptions(**{"batch_size": 16, "steps_per_dispatch": N_STEPS, "learning_rate": 1e-2,
-                                 "max_steps": 100, "warmup_steps": 5, "thresholds": THRESHOLDS, "metric_groups": (),
-                                 **options})
+        options = StepOptions(
+            **{
+                "batch_size": 16,
+                "steps_per_dispatch": N_STEPS,
+                "learning_rate": 1e-2,
+                "max_steps": 100,
+                "warmup_steps": 5,
+                "thresholds": THRESHOLDS,
+                "metric_groups": (),
+                **options,
+            }
+        )
         where = data_mesh(jax.devices()[:n_devices], fsdp)
         functions = make_step_functions(config, options, where, n_train_windows=200, eval_batch_size=1, seed=3)
         tokens = place(tokens_T, replicated(where))
-        lowered.append((functions, tokens, functions.run.lower(
-            functions.abstract_state, jax.ShapeDtypeStruct(tokens.shape, tokens.dtype, sharding=tokens.sharding),
-            jax.ShapeDtypeStruct((), np.int32), functions.inputs)))
+        lowered.append(
+            (
+                functions,
+                tokens,
+                functions.run.lower(
+                    functions.abstract_state,
+                    jax.ShapeDtypeStruct(tokens.shape, tokens.dtype, sharding=tokens.sharding),
+                    jax.ShapeDtypeStruct((), np.int32),
+                    functions.inputs,
+                ),
+            )
+        )
         if program not in fresh:
             fresh[program] = jax.device_get(functions.init(42, functions.inputs.formats))
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(lambda case: case[-1].compile(), lowered))
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiles.append(event) if "backend_compile" in event else None)
+        lambda event, seconds, **_: compiles.append(event) if "backend_compile" in event else None
+    )
     for (program, n_devices, fsdp), (functions, tokens, _), run in zip(CASES, lowered, compiled, strict=True):
         abstract = functions.abstract_state
         state = jax.tree.map(lambda array, leaf: place(array, leaf.sharding), fresh[program], abstract)
@@ -82,16 +108,23 @@ def on_eight_devices():
         state, first = run(state, tokens, np.int32(4), functions.inputs)
         donated = [leaf.is_deleted() for leaf in jax.tree.leaves(before)]
         state, second = run(state, tokens, np.int32(N_STEPS - 4), functions.inputs)
-        rows = np.concatenate([np.asarray(first)[:4], np.asarray(second)[:N_STEPS - 4]])
+        rows = np.concatenate([np.asarray(first)[:4], np.asarray(second)[: N_STEPS - 4]])
         shards = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)]
         out[f"{program} {n_devices} {fsdp}"] = {
             "loss": rows[:, functions.metric_names.index("loss")].tolist(),
-            "compiles": len(compiles), "donated": all(donated),
-            "as_asked": all(leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim) for leaf, want in
-                            zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True)),
-            "specs": {jax.tree_util.keystr(path): [list(leaf.shape), list(leaf.sharding.spec)] for path, leaf in
-                      jax.tree_util.tree_flatten_with_path(state)[0]},
-            "bytes_on_a_device": sum(shards), "shard_bytes": shard_bytes(abstract), "program": run.as_text(),
+            "compiles": len(compiles),
+            "donated": all(donated),
+            "as_asked": all(
+                leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
+                for leaf, want in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True)
+            ),
+            "specs": {
+                jax.tree_util.keystr(path): [list(leaf.shape), list(leaf.sharding.spec)]
+                for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+            },
+            "bytes_on_a_device": sum(shards),
+            "shard_bytes": shard_bytes(abstract),
+            "program": run.as_text(),
         }
     print(json.dumps(out))
 
@@ -105,8 +138,12 @@ def environment(n_devices=1, **more):
 @pytest.fixture(scope="module")
 def trained():
     process = subprocess.run(
-        [sys.executable, "-c", "import test_mesh; test_mesh.on_eight_devices()"], capture_output=True, text=True,
-        timeout=600, env=environment(8, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", PYTHONWARNINGS="error::UserWarning"))
+        [sys.executable, "-c", "import test_mesh; test_mesh.on_eight_devices()"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment(8, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", PYTHONWARNINGS="error::UserWarning"),
+    )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -145,9 +182,12 @@ def test_bytes_on_a_device_fall_by_the_factor(trained):
 
 def test_a_step_gathers_the_parameters_once_and_no_moments(trained):
     """By the compiled program: what its collectives move, other than sums, of arrays as large as parameters."""
+
     def gathered(text):
-        sizes = [math.prod(map(int, shape.split(","))) for shape in
-                 re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text)]
+        sizes = [
+            math.prod(map(int, shape.split(",")))
+            for shape in re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text)
+        ]
         return sorted(size for size in sizes if size >= SPLIT_FROM)
 
     parameters = sorted([61 * 16, 16 * 48, 16 * 16, 16 * 64, 16 * 64])
@@ -174,12 +214,15 @@ def test_a_mesh_that_does_not_come_out_even_is_refused():
     assert over_fsdp(data_mesh(jax.devices()[:1]), (512, 512)).is_fully_replicated
 
 
-@pytest.mark.parametrize("flags, words", [
-    (("auto", "a:1", None, None), "--distributed=auto finds out by itself what --coordinator says"),
-    (("off", "a:1", 2, None), "--coordinator is given without --process_id"),
-    (("off", "a", 2, 0), "--coordinator=a cannot be used"),
-    (("off", "a:1", 2, 2), "--process_id=2 is not one of --num_processes=2"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("auto", "a:1", None, None), "--distributed=auto finds out by itself what --coordinator says"),
+        (("off", "a:1", 2, None), "--coordinator is given without --process_id"),
+        (("off", "a", 2, 0), "--coordinator=a cannot be used"),
+        (("off", "a:1", 2, 2), "--process_id=2 is not one of --num_processes=2"),
+    ],
+)
 def test_flags_that_do_not_say_which_process_this_is_are_refused(flags, words):
     with pytest.raises(UserError, match=words), distributed.joined(*flags):
         raise AssertionError
@@ -194,8 +237,17 @@ def test_one_process_decides_by_itself():
 
 # ---------------------------------------------------------------------------------------------------- two processes
 
-RUN = dict(n_embd=64, n_layer=1, max_steps=60, checkpoint_interval=20, eval_interval=30, diagnostic_interval=60,
-           steps_per_dispatch=1, metrics="none", learning_rate=1e-3)  # at 3e-3 this model spikes
+RUN = dict(
+    n_embd=64,
+    n_layer=1,
+    max_steps=60,
+    checkpoint_interval=20,
+    eval_interval=30,
+    diagnostic_interval=60,
+    steps_per_dispatch=1,
+    metrics="none",
+    learning_rate=1e-3,
+)  # at 3e-3 this model spikes
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +259,21 @@ def start_two(data_dirs, run_dir, n_devices=1, **changes):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    return [subprocess.Popen(
-        [*command(data_dir, run_dir, **RUN | changes), f"--coordinator=localhost:{port}", "--num_processes=2",
-         f"--process_id={i}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(n_devices))
-        for i, data_dir in enumerate(data_dirs)]
+    return [
+        subprocess.Popen(
+            [
+                *command(data_dir, run_dir, **RUN | changes),
+                f"--coordinator=localhost:{port}",
+                "--num_processes=2",
+                f"--process_id={i}",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(n_devices),
+        )
+        for i, data_dir in enumerate(data_dirs)
+    ]
 
 
 def outputs(processes):
@@ -221,8 +284,10 @@ def test_processes_with_different_data_or_a_locked_folder_all_end_with_a_sentenc
     other = make_data(tmp_path, seed=1)
     with contextlib.ExitStack() as resources:
         lock_folder(tmp_path / "locked", resources)
-        pairs = {"has data with the fingerprint": start_two([data_dir, other], tmp_path / "run"),
-                 "is being trained into by another process": start_two([data_dir] * 2, tmp_path / "locked")}
+        pairs = {
+            "has data with the fingerprint": start_two([data_dir, other], tmp_path / "run"),
+            "is being trained into by another process": start_two([data_dir] * 2, tmp_path / "locked"),
+        }
         for words, processes in pairs.items():
             told = outputs(processes)
             assert [process.returncode for process in processes] == [2, 2], told
@@ -250,12 +315,16 @@ def test_two_processes_stop_together_and_one_goes_on_after_a_kill(data_dir, tmp_
         process.communicate()
 
     for folder in (run_dir, alone):
-        finished = subprocess.run(command(data_dir, folder, **RUN), capture_output=True, text=True, timeout=240,
-                                  env=environment())
+        finished = subprocess.run(
+            command(data_dir, folder, **RUN), capture_output=True, text=True, timeout=240, env=environment()
+        )
         assert finished.returncode == 0, finished.stderr
     starts = json.loads((run_dir / "manifest.json").read_text())["starts"]
     assert [(start["mesh"], start["processes"]) for start in starts] == [
-        ({"data": 1, "fsdp": 2}, 2), ({"data": 1, "fsdp": 2}, 2), ({"data": 1, "fsdp": 1}, 1)]
+        ({"data": 1, "fsdp": 2}, 2),
+        ({"data": 1, "fsdp": 2}, 2),
+        ({"data": 1, "fsdp": 1}, 1),
+    ]
     losses = [[row["loss"] for row in rows_of(folder)[1:]] for folder in (run_dir, alone)]
     assert len(losses[0]) == 60
     np.testing.assert_allclose(*losses, rtol=1e-2)

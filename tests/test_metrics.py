@@ -13,10 +13,15 @@ def make_tree(seed, scale=1.0):
     """A tree shaped like the parameters of a model with eleven blocks (block_10 must not sort before block_2)."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    return {"embed": {"embedding": draw(9, 4)}, "ln_f": {"scale": draw(4), "bias": draw(4)},
-            "pos_embed": {"embedding": draw(3, 4)},
-            **{f"block_{i}": {"mlp_up": {"kernel": draw(4, 6), "bias": draw(6)}, "ln_1": {"scale": draw(4)}}
-               for i in (0, 2, 10)}}
+    return {
+        "embed": {"embedding": draw(9, 4)},
+        "ln_f": {"scale": draw(4), "bias": draw(4)},
+        "pos_embed": {"embedding": draw(3, 4)},
+        **{
+            f"block_{i}": {"mlp_up": {"kernel": draw(4, 6), "bias": draw(6)}, "ln_1": {"scale": draw(4)}}
+            for i in (0, 2, 10)
+        },
+    }
 
 
 def flat(arrays):
@@ -25,8 +30,16 @@ def flat(arrays):
 
 def test_layers_come_in_the_order_the_model_applies_them():
     assert list(metrics.by_layer(make_tree(0))) == [
-        "embed", "pos_embed", "block_0/ln_1", "block_0/mlp_up", "block_2/ln_1", "block_2/mlp_up",
-        "block_10/ln_1", "block_10/mlp_up", "ln_f"]
+        "embed",
+        "pos_embed",
+        "block_0/ln_1",
+        "block_0/mlp_up",
+        "block_2/ln_1",
+        "block_2/mlp_up",
+        "block_10/ln_1",
+        "block_10/mlp_up",
+        "ln_f",
+    ]
     assert metrics.neuron_layers(make_tree(0)) == {f"block_{i}/mlp_up": 6 for i in (0, 2, 10)}
 
 
@@ -42,7 +55,7 @@ def test_gradient_metrics():
     for layer, squares in stats.neuron_square_sum.items():
         arrays = metrics.by_layer(grads)[layer]
         columns = np.vstack([np.asarray(arrays["kernel"], np.float64), np.asarray(arrays["bias"], np.float64)])
-        np.testing.assert_allclose(squares, (columns ** 2).sum(0), rtol=1e-6)
+        np.testing.assert_allclose(squares, (columns**2).sum(0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -70,7 +83,7 @@ def test_gradient_snr_is_the_mean_ratio_of_bias_corrected_moments():
         for grads in stream:
             g = flat(metrics.by_layer(grads)[layer])
             m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
-        m, v = m / (1 - 0.9 ** 5), v / (1 - 0.95 ** 5)
+        m, v = m / (1 - 0.9**5), v / (1 - 0.95**5)
         expected = np.where(v > 0, np.abs(m) / np.sqrt(np.where(v > 0, v, 1)), 0).mean()
         assert got[f"grad_snr/{layer}"] == pytest.approx(expected, rel=1e-5)
 
@@ -107,13 +120,14 @@ def test_pack_keeps_names_and_values_together():
     np.testing.assert_array_equal(values, [1.0, 1.0])
 
 
-
 def fidelity(g, r):
     """By their formulas, in float64."""
     with np.errstate(divide="ignore"):
-        return {"grad_cosine": g @ r / (np.linalg.norm(g) * np.linalg.norm(r)),
-                "grad_sqnr_db": 10 * np.log10((r @ r) / ((g - r) @ (g - r))),
-                "grad_flushed": ((g == 0) & (r != 0)).mean()}
+        return {
+            "grad_cosine": g @ r / (np.linalg.norm(g) * np.linalg.norm(r)),
+            "grad_sqnr_db": 10 * np.log10((r @ r) / ((g - r) @ (g - r))),
+            "grad_flushed": ((g == 0) & (r != 0)).mean(),
+        }
 
 
 def test_gradient_fidelity_by_layer_and_over_all_elements():
@@ -125,10 +139,13 @@ def test_gradient_fidelity_by_layer_and_over_all_elements():
         g = np.where(rng.random(r.shape) < share, 0, r * (1 + share * rng.standard_normal(r.shape)))
         return jnp.float32(r), jnp.float32(g)
 
-    pairs = {group: jax.tree.map(lambda r: spoil(r * 10.0**-k, 0.1 * (k + 1)), arrays)
-             for k, (group, arrays) in enumerate(make_tree(1).items())}
-    reference, grads = (jax.tree.map(lambda pair: pair[i], pairs, is_leaf=lambda node: isinstance(node, tuple))
-                        for i in range(2))
+    pairs = {
+        group: jax.tree.map(lambda r: spoil(r * 10.0**-k, 0.1 * (k + 1)), arrays)
+        for k, (group, arrays) in enumerate(make_tree(1).items())
+    }
+    reference, grads = (
+        jax.tree.map(lambda pair: pair[i], pairs, is_leaf=lambda node: isinstance(node, tuple)) for i in range(2)
+    )
     found = metrics.gradient_fidelity(grads, reference)
     g_of, r_of = metrics.by_layer(grads), metrics.by_layer(reference)
     expected = fidelity(*(np.concatenate([flat(arrays) for arrays in of.values()]) for of in (g_of, r_of)))
@@ -141,7 +158,8 @@ def test_gradient_fidelity_by_layer_and_over_all_elements():
         mean_of_layers = np.mean([float(found[f"{name}/{layer}"]) for layer in g_of])
         assert float(found[name]) != pytest.approx(mean_of_layers, rel=1e-2)
     assert set(metrics.gradient_fidelity(grads, reference, "_x")) == {
-        name.replace(name.split("/")[0], name.split("/")[0] + "_x") for name in expected}
+        name.replace(name.split("/")[0], name.split("/")[0] + "_x") for name in expected
+    }
 
 
 def test_the_fidelity_of_a_gradient_to_itself_and_to_its_opposite():

@@ -71,9 +71,7 @@ def test_the_oracle_has_the_right_gradients():
             losses.append(numpy_gpt2.run(params, tokens_BL, TINY.n_head, targets_BL)[1])
             leaf -= sign * 1e-5 * direction
         slope = (losses[0] - losses[1]) / 2e-5
-        assert slope == pytest.approx(
-            np.sum(direction * numpy_gpt2.flat(gradients)[name]), rel=1e-5, abs=1e-9
-        ), name
+        assert slope == pytest.approx(np.sum(direction * numpy_gpt2.flat(gradients)[name]), rel=1e-5, abs=1e-9), name
 
 
 def test_float32_logits_loss_and_gradients_are_the_oracles():
@@ -94,9 +92,7 @@ def test_bfloat16_logits_loss_and_gradients_are_the_oracles_with_rounded_operand
     params = random_params(TINY_BF16)
     tokens_BL, targets_BL = random_batch(TINY_BF16)
     exact_BLV, _, _ = numpy_gpt2.run(params, tokens_BL, TINY_BF16.n_head)
-    logits_BLV, loss, gradients = numpy_gpt2.run(
-        params, tokens_BL, TINY_BF16.n_head, targets_BL, rounding=to_bfloat16
-    )
+    logits_BLV, loss, gradients = numpy_gpt2.run(params, tokens_BL, TINY_BF16.n_head, targets_BL, rounding=to_bfloat16)
     got_BLV = np.asarray(logits_of(params, TINY_BF16, tokens_BL))
     assert got_BLV.dtype == np.float32
 
@@ -133,9 +129,7 @@ def test_baseline_has_the_number_of_parameters_of_the_reference():
 
 def test_parameter_names_and_shapes():
     shapes = jax.eval_shape(partial(init_params, TINY, 0))
-    leaves = {
-        "/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes)
-    }
+    leaves = {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes)}
     D = TINY.n_embd
     want = {"embed/embedding": (31, D), "pos_embed/embedding": (12, D), "ln_f/scale": (D,), "ln_f/bias": (D,)}
     for i in range(2):
@@ -215,9 +209,7 @@ def test_cache_gives_the_logits_of_the_full_forward_pass(prefill):
     params, (tokens_BL, _) = random_params(TINY), random_batch(TINY)
     full_BLV = logits_of(params, TINY, tokens_BL)
     apply = jax.jit(
-        lambda tokens, cache, position: GPT(TINY).apply(
-            {"params": params}, tokens, cache=cache, position=position
-        )
+        lambda tokens, cache, position: GPT(TINY).apply({"params": params}, tokens, cache=cache, position=position)
     )
     out = apply(tokens_BL[:, :prefill], empty_cache(TINY, batch=3), 0)
     pieces = [out.logits]

@@ -53,15 +53,22 @@ def tree(seed, scale=1.0):
 def test_adamw_times_the_rate_is_optax_adamw():
     """Twenty updates, decay on matrices only, against optax's own AdamW with the same schedule and mask."""
     ours = optimizers.adamw(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
-    theirs = optax.adamw(lambda k: 1e-2 * jnp.minimum(1.0, (k + 1) / 5), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1,
-                         mask={"a": {"kernel": True, "bias": False}})
+    theirs = optax.adamw(
+        lambda k: 1e-2 * jnp.minimum(1.0, (k + 1) / 5),
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        weight_decay=0.1,
+        mask={"a": {"kernel": True, "bias": False}},
+    )
     params = reference = tree(0)
     state, their_state = ours.init(params), theirs.init(params)
     for k in range(20):
         grads = tree(k + 1)
         direction, state = ours.update(grads, state, params)
-        rate = optimizers.learning_rate(k, peak=1e-2, warmup_steps=5, max_steps=20, schedule="constant",
-                                       min_lr_ratio=0.1, decay_steps=20)
+        rate = optimizers.learning_rate(
+            k, peak=1e-2, warmup_steps=5, max_steps=20, schedule="constant", min_lr_ratio=0.1, decay_steps=20
+        )
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
         updates, their_state = theirs.update(grads, their_state, reference)
         reference = optax.apply_updates(reference, updates)
@@ -261,8 +268,9 @@ def test_adam_divides_a_scaling_of_the_gradient_out_again_but_not_one_of_its_ste
         out = {name: opt.update(grads, states[name], w, grids=grids) for name, opt in opts.items()}
         directions = {name: direction for name, (direction, _) in out.items()}
         plain = directions["adamw"]
-        cosine = {name: jnp.vdot(d, plain) / (jnp.linalg.norm(d) * jnp.linalg.norm(plain))
-                  for name, d in directions.items()}
+        cosine = {
+            name: jnp.vdot(d, plain) / (jnp.linalg.norm(d) * jnp.linalg.norm(plain)) for name, d in directions.items()
+        }
         return cosine, {name: state for name, (_, state) in out.items()}, w - RATE * plain
 
     start, cosines = w, []
@@ -285,17 +293,31 @@ def on_grid_tree(name, seed=0, scale=0.02):
     return params, NO_GRIDS | {"a": grid}
 
 
-@pytest.mark.parametrize("name, max_codes, rate, clips", [("E4M3", 1, 6e-4, True), ("E4M3", 5, 2e-2, True),
-                                                          ("E0M7", 1, 6e-4, True), ("E7M0", 1, 6e-4, False),
-                                                          ("BF16", 64, 6e-4, False)])
+@pytest.mark.parametrize(
+    "name, max_codes, rate, clips",
+    [
+        ("E4M3", 1, 6e-4, True),
+        ("E4M3", 5, 2e-2, True),
+        ("E0M7", 1, 6e-4, True),
+        ("E7M0", 1, 6e-4, False),
+        ("BF16", 64, 6e-4, False),
+    ],
+)
 def test_grid_moves_weights_by_whole_codes_with_the_mean_of_float64(name, max_codes, rate, clips):
     """Four updates from the momentum on, each drawn with 2000 seeds, one of which decides where the next starts."""
     opt = optimizers.grid(**ADAM, max_codes=max_codes, is_quantized=QUANTIZED)
     params, grids = on_grid_tree(name)
     grid, n_draws = grids["a"], 2000
     state, momentum, n_clipped = opt.init(params), 0.0, 0
-    draw = jax.jit(jax.vmap(lambda grads, state, params, seed: opt.update(
-        grads, state, params, grids=grids, learning_rate=rate, seed=seed), (None, None, None, 0), (0, None)))
+    draw = jax.jit(
+        jax.vmap(
+            lambda grads, state, params, seed: opt.update(
+                grads, state, params, grids=grids, learning_rate=rate, seed=seed
+            ),
+            (None, None, None, 0),
+            (0, None),
+        )
+    )
     for t in range(1, 5):
         grads, w = model_tree(t, 1e-3), params["a"]
         momentum = 0.9 * momentum + 0.1 * np.float64(grads["a"])
@@ -430,8 +452,9 @@ def test_in_an_ordinary_optax_loop_the_loss_falls(name):
     goal = model_tree(1, 0.02)
     params, grids = on_grid_tree("E4M3")
     rate = 2e-3
-    opt = optax.chain(getattr(optimizers, name)(**ADAM | {"weight_decay": 0.0}, grids=grids),
-                      optax.scale_by_learning_rate(rate))
+    opt = optax.chain(
+        getattr(optimizers, name)(**ADAM | {"weight_decay": 0.0}, grids=grids), optax.scale_by_learning_rate(rate)
+    )
 
     def loss(params):
         return sum(jnp.sum(jnp.square(params[k] - goal[k])) for k in params)

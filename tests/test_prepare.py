@@ -27,9 +27,7 @@ BYTES = get_tokenizer("bytes")
 
 
 def source(texts, splits=None, name="local", **kwargs):
-    documents = [
-        Document(s, f"#{i}", t) for i, (t, s) in enumerate(zip(texts, splits or [None] * len(texts)))
-    ]
+    documents = [Document(s, f"#{i}", t) for i, (t, s) in enumerate(zip(texts, splits or [None] * len(texts)))]
     return Source(name, "a corpus", "CC0", "", "a document", lambda: iter(documents), **kwargs)
 
 
@@ -182,9 +180,7 @@ def test_script(tmp_path):
     again = run_script(*args, cwd=tmp_path)
     assert again.returncode == 2 and again.stdout == ""
     assert again.stderr.startswith("error: the output directory") and again.stderr.count("\n") == 1
-    assert run_script(*args[:-2], "--out", "x", cwd=tmp_path).stderr.startswith(
-        "error: acts.jsonl:1 has no field"
-    )
+    assert run_script(*args[:-2], "--out", "x", cwd=tmp_path).stderr.startswith("error: acts.jsonl:1 has no field")
 
 
 @pytest.mark.parametrize("how, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
@@ -272,9 +268,7 @@ def test_force_never_replaces_data_by_the_sample(tmp_path, corpora):
 
 def test_auto_with_nothing_to_be_had(tmp_path, corpora):
     corpora[0].clear()
-    with pytest.raises(
-        UserError, match="no training data: eurlex57k cannot .*; and .* sample cannot be reached"
-    ):
+    with pytest.raises(UserError, match="no training data: eurlex57k cannot .*; and .* sample cannot be reached"):
         find(tmp_path, "auto")
     assert list(tmp_path.iterdir()) == []
 

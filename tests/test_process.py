@@ -39,8 +39,13 @@ LOOP = "with stop.deferred(): ready(); exec('while not stop.number: time.sleep(0
 def run(body, *signals, shared=False, hangup="SIG_DFL"):
     """(exit code, output) of a process that does `body` and is sent these signals, the next when it has told of one."""
     script = SCRIPT.format(body=body, shared=shared, hangup=hangup)
-    process = subprocess.Popen([sys.executable, "-c", script], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert process.stdout.readline() == "ready\n"
     for number in signals:
         time.sleep(0.1)
@@ -63,8 +68,11 @@ def test_within_the_loop_the_first_signal_asks_it_to_stop():
 
 
 def test_of_several_processes_none_stops_before_all_agree():
-    code, output = run("with stop.deferred(): ready(); time.sleep(0.5); assert stop.number is None; "
-                       "stop.agree([None, stop.received])", signal.SIGTERM, shared=True)
+    code, output = run(
+        "with stop.deferred(): ready(); time.sleep(0.5); assert stop.number is None; stop.agree([None, stop.received])",
+        signal.SIGTERM,
+        shared=True,
+    )
     assert code == 0 and output.endswith("left 15 15 15\n")
 
 
@@ -123,10 +131,17 @@ def test_what_else_cannot_be_raised_is_told_as_before(capfd):
 
 
 def test_a_signal_at_python_s_own_end_leaves_no_traceback():
-    script = ("import atexit, time\nfrom altgrad_jax import cli\n"
-              "atexit.register(lambda: (print('ready', flush=True), time.sleep(20)))\ncli.run_script(lambda: None)")
-    process = subprocess.Popen([sys.executable, "-c", script], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    script = (
+        "import atexit, time\nfrom altgrad_jax import cli\n"
+        "atexit.register(lambda: (print('ready', flush=True), time.sleep(20)))\ncli.run_script(lambda: None)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30) == ("", None) and process.returncode == -signal.SIGINT
@@ -149,7 +164,9 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
                 lock_folder(run_dir, second)
         assert re.fullmatch(
             rf"{re.escape(str(run_dir))} is being trained into by another process \({os.getpid()} on \S+, since "
-            r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\): wait for it, .*", str(refused.value))
+            r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\): wait for it, .*",
+            str(refused.value),
+        )
     assert not run_dir.exists()  # nothing was put into it
 
 

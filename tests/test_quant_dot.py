@@ -36,9 +36,7 @@ def operands(seed=0, rows=M):
 def products(x, w_KN, g, w_is_NK, compute_dtype):
     """(y, dx, dw [K, N]) from quant_dot and jax.vjp, with w laid out as w_is_NK says."""
     w = jnp.asarray(w_KN.T if w_is_NK else w_KN)
-    y, vjp = jax.vjp(
-        lambda x, w: quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=compute_dtype), jnp.asarray(x), w
-    )
+    y, vjp = jax.vjp(lambda x, w: quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=compute_dtype), jnp.asarray(x), w)
     dx, dw = vjp(jnp.asarray(g))
     return y, dx, dw.T if w_is_NK else dw
 

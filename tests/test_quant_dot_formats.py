@@ -78,7 +78,7 @@ def reference_quantize(v, fmt, scaling, axis, given=0.0):
         s = np.empty_like(lines)
         if size:
             for start in range(0, len(lines), size):
-                s[start:start + size] = [reference_scale(a, fmt) for a in lines[start:start + size].max(0)]
+                s[start : start + size] = [reference_scale(a, fmt) for a in lines[start : start + size].max(0)]
         else:
             s[:] = reference_scale(lines.max(), fmt)
         s = np.moveaxis(s, 0, axis)
@@ -436,8 +436,9 @@ def test_errors_name_the_fix():
 # every comparison may not move.
 def _product(a, b, contract_a, contract_b):
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision=precision,
-                           preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, (((contract_a,), (contract_b,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -509,8 +510,8 @@ def test_native_products_are_the_emulated_ones_bit_for_bit(shape, w_is_NK, scali
     m, k, n = shape
     x, w, g = (v[:rows, :columns] for v, rows, columns in zip(matrices(1), (m, k, m), (k, n, n)))
     rules = [Rule(*[scaling] * 3, native=native) for native in (None, NATIVE)]
-    exact = [exact_sums(v, i, 2.0 ** -i) for i, v in enumerate((x, w, g))]
-    operands = Operands(*(operand._replace(scale=np.float32(2.0 ** -i)) for i, operand in zip((1, 0, 2), mixed())))
+    exact = [exact_sums(v, i, 2.0**-i) for i, v in enumerate((x, w, g))]
+    operands = Operands(*(operand._replace(scale=np.float32(2.0**-i)) for i, operand in zip((1, 0, 2), mixed())))
     emulated, native = (compiled(*exact, operands, rule, w_is_NK) for rule in rules)
     for got, want in zip(native[:3], emulated[:3]):
         np.testing.assert_array_equal(np.asarray(got).view(np.int32), np.asarray(want).view(np.int32))
@@ -583,6 +584,7 @@ def test_a_float32_scale_brings_the_amax_to_the_largest_number():
 
 def test_a_scale_from_the_own_amax_clips_nothing_whatever_its_rounding():
     """The float32 quotient of largest number and amax, and that of largest number and scale, are rounded each."""
+
     @jax.jit
     def overflow(x):
         _, stats = quant_dot(x, jnp.ones((64, 8)), operands=Operands(a=mixed().g._replace(scale=0.0)),
@@ -604,6 +606,7 @@ def neighbours(fmt, x):
 @jax.jit
 def rounded_operands(w_KN, x, g, operands):
     """W, A and G as they enter the products: multiplied with an identity whose format is exact."""
+
     def product(x, w, w_and_a):
         return quant_dot(x, w, operands=w_and_a)[0]
 
@@ -705,8 +708,8 @@ def test_observations_are_appended_for_every_operand(scaling):
     probe = np.concatenate([empty_statistics(), np.zeros(2 * histograms.HISTOGRAMS, np.float32)])
     (w_vector, a_vector), g_vector = observed_products(layer, x, w, g, probe)
     for v, axis, vector in ((w, 0, w_vector), (x, 1, a_vector), (g, 1, g_vector)):
-        assert_statistics(vector[:len(FIELDS)], reference_quantize(v, fmt, scaling, axis)[1])
-        codes_C, magnitudes = histograms.observed(vector[len(FIELDS):])
+        assert_statistics(vector[: len(FIELDS)], reference_quantize(v, fmt, scaling, axis)[1])
+        codes_C, magnitudes = histograms.observed(vector[len(FIELDS) :])
         assert codes_C.sum() == magnitudes.sum() == v.size
         scale = module.weight_scale(v, same_for_all(fmt).w, Rule(w=scaling), w_is_NK=axis == 1)
         codes = encode(fmt, np.float64(v) * np.asarray(scale, np.float64))

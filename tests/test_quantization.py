@@ -87,13 +87,31 @@ def test_options_are_read_from_the_settings_of_a_run():
     assert quantization.options_of(config) is None
     config.use_fp8, config.formats, config.n_layer = True, RULES, 1
     assert quantization.options_of(config) == QuantOptions(LAYERS, emergency_patience=3)
-    config.update(scaling="tensor,delayed,block32", scale_rounding="float32", saturate=False, products="native",
-                  operand_rounding="nearest,stochastic,nearest", weights_at_rest="stochastic", range_clip=2.0,
-                  amax_history=7, emergency_formats=("E3M4",), emergency_patience=5)
+    config.update(
+        scaling="tensor,delayed,block32",
+        scale_rounding="float32",
+        saturate=False,
+        products="native",
+        operand_rounding="nearest,stochastic,nearest",
+        weights_at_rest="stochastic",
+        range_clip=2.0,
+        amax_history=7,
+        emergency_formats=("E3M4",),
+        emergency_patience=5,
+    )
     assert quantization.options_of(config) == QuantOptions(
-        LAYERS, scaling=("tensor", "delayed", "block32"), amax_history=7, power_of_two=False,
-        stochastic=(False, True, False), saturate=False, native=True, weights_at_rest="stochastic", range_clip=2.0,
-        emergency_formats=("E3M4",), emergency_patience=5)
+        LAYERS,
+        scaling=("tensor", "delayed", "block32"),
+        amax_history=7,
+        power_of_two=False,
+        stochastic=(False, True, False),
+        saturate=False,
+        native=True,
+        weights_at_rest="stochastic",
+        range_clip=2.0,
+        emergency_formats=("E3M4",),
+        emergency_patience=5,
+    )
 
 
 @pytest.mark.parametrize("at_rest", ["float32", "nearest", "stochastic", "error_feedback"])

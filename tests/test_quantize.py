@@ -260,6 +260,8 @@ def test_formats_with_one_grid_round_stochastically_alike():
     x = np.random.default_rng(5).normal(0, 0.3, 200_000).astype(np.float32)
     x[:1000] *= 2.0 ** np.random.default_rng(6).integers(-20, 0, 1000).astype(np.float32)
     seed = stochastic_seed(1, 2, 3)
-    a, b = (stochastic(x * scale, format_params(get_format(name)), seed) / scale
-            for name, scale in (("E0M7", 1), ("E1M6", 4)))
+    a, b = (
+        stochastic(x * scale, format_params(get_format(name)), seed) / scale
+        for name, scale in (("E0M7", 1), ("E1M6", 4))
+    )
     np.testing.assert_array_equal(a, b)

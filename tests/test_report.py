@@ -48,19 +48,44 @@ def jitter(key, seed, size):
     return size * (-1, 0.5, 0, -0.5, 1)[(seed + zlib.crc32(key.encode())) % 5]
 
 
-def write_run(folder, *, val, statistics=None, codes=None, steps=STEPS, ended=True, fingerprint="f" * 64,
-              layers=None, stopped=None, rise=False, alerts=None, **settings):
+def write_run(
+    folder,
+    *,
+    val,
+    statistics=None,
+    codes=None,
+    steps=STEPS,
+    ended=True,
+    fingerprint="f" * 64,
+    layers=None,
+    stopped=None,
+    rise=False,
+    alerts=None,
+    **settings,
+):
     """A run folder whose last validation loss is `val`.
 
     statistics: {key: {step: value}}, or {key: value} for every step. steps: rows written. ended: whether it has a
     verdict. layers: the manifest's list; by default what rules such as E4M3 or block_*:W=E4M3 give both LAYERS.
     """
-    config = dict(default_config()) | {
-        "max_steps": STEPS, "eval_interval": EVERY, "warmup_steps": 2, "run_name": folder.name,
-        "checkpoint_dir": str(folder)} | settings
-    manifest = {"config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
-                "data": {"fingerprint": fingerprint, "meta": {"tokenizer": config["tokenizer"]}},
-                "model": {"parameters": 1000}, "run_id": "r", "starts": [{"device": {"kind": "cpu"}}]}
+    config = (
+        dict(default_config())
+        | {
+            "max_steps": STEPS,
+            "eval_interval": EVERY,
+            "warmup_steps": 2,
+            "run_name": folder.name,
+            "checkpoint_dir": str(folder),
+        }
+        | settings
+    )
+    manifest = {
+        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
+        "data": {"fingerprint": fingerprint, "meta": {"tokenizer": config["tokenizer"]}},
+        "model": {"parameters": 1000},
+        "run_id": "r",
+        "starts": [{"device": {"kind": "cpu"}}],
+    }
     if config["use_fp8"]:
         have = dict.fromkeys("wag")
         for rule in config["formats"]:
@@ -72,8 +97,12 @@ def write_run(folder, *, val, statistics=None, codes=None, steps=STEPS, ended=Tr
     record = Record.open(folder)
     rows = [{"step": 0, "val_loss": 5.5}]
     for step in range(1, steps + 1):
-        row = {"step": step, "loss": 5.5 + 1.0 * step if rise else val + 3 * (1 - step / STEPS), "grad_norm": 1.0,
-               "nonfinite_loss": 0.0}
+        row = {
+            "step": step,
+            "loss": 5.5 + 1.0 * step if rise else val + 3 * (1 - step / STEPS),
+            "grad_norm": 1.0,
+            "nonfinite_loss": 0.0,
+        }
         for key, value in (statistics or {}).items():
             value = value.get(step) if isinstance(value, dict) else value
             if value is not None:
@@ -83,13 +112,30 @@ def write_run(folder, *, val, statistics=None, codes=None, steps=STEPS, ended=Tr
         if alerts and step in alerts:
             row["alerts"] = [{"kind": alerts[step], "layer": None, "value": 1.0}]
         rows.append(row)
-    record.write(rows, [{"step": step, "time": 100.0 + step, "step_time_s": 0.25, "tokens_per_s": 4000.0}
-                        for step in range(1, steps + 1)])
+    record.write(
+        rows,
+        [
+            {"step": step, "time": 100.0 + step, "step_time_s": 0.25, "tokens_per_s": 4000.0}
+            for step in range(1, steps + 1)
+        ],
+    )
     record.event("compiled", 0, seconds=3.0)
     record.event("eval", 5, seconds=0.5)
-    record.append_diagnostics([{"step": step, "layer": layer, "operand": operand, "format": fmt, "scale": 1.0,
-                                "amax": 1.0, "magnitudes": {}, "codes": sparse(counts)}
-                               for step, layer, operand, fmt, counts in codes or ()])
+    record.append_diagnostics(
+        [
+            {
+                "step": step,
+                "layer": layer,
+                "operand": operand,
+                "format": fmt,
+                "scale": 1.0,
+                "amax": 1.0,
+                "magnitudes": {},
+                "codes": sparse(counts),
+            }
+            for step, layer, operand, fmt, counts in codes or ()
+        ]
+    )
     record.close()
     if ended:
         write_verdict(folder, make_verdict(folder, stopped=stopped))
@@ -127,36 +173,64 @@ def matrix(tmp_path_factory):
         for seed in SEEDS:
             common = {"learning_rate": rate, "seed": seed}
             where = f"lr{rate:g}-seed{seed}"
-            write_run(root / "bf16" / where, val=bf16(seed, rate), **common,
-                      statistics={f"stable_rank/{LAYERS[0]}": {5: 8.0, 10: 4.0, 20: 2.0}})
+            write_run(
+                root / "bf16" / where,
+                val=bf16(seed, rate),
+                **common,
+                statistics={f"stable_rank/{LAYERS[0]}": {5: 8.0, 10: 4.0, 20: 2.0}},
+            )
             for name in EFFECTS:
                 extra = {}
                 if name == "E4M3":
-                    extra = {"statistics": {
-                        f"overflow/{LAYERS[0]}/G": {step: 0.5 if seed == 3 and step >= 7 else 0.001
-                                                    for step in range(1, 21)},
-                        f"underflow/{LAYERS[1]}/A": {step: 0.6 if step >= 12 else 0.1 for step in range(1, 21, 3)},
-                        f"sqnr_db/{LAYERS[1]}/W": 30.0, "sqnr_db/all/W": 5.0,
-                        f"effective_lr/{LAYERS[1]}": 0.1, f"grad_cosine/{LAYERS[0]}": {1: 0.999, 11: 0.9985},
-                        f"stable_rank/{LAYERS[0]}": {5: 8.0, 10: 2.0, 20: 1.0}}}
+                    extra = {
+                        "statistics": {
+                            f"overflow/{LAYERS[0]}/G": {
+                                step: 0.5 if seed == 3 and step >= 7 else 0.001 for step in range(1, 21)
+                            },
+                            f"underflow/{LAYERS[1]}/A": {step: 0.6 if step >= 12 else 0.1 for step in range(1, 21, 3)},
+                            f"sqnr_db/{LAYERS[1]}/W": 30.0,
+                            "sqnr_db/all/W": 5.0,
+                            f"effective_lr/{LAYERS[1]}": 0.1,
+                            f"grad_cosine/{LAYERS[0]}": {1: 0.999, 11: 0.9985},
+                            f"stable_rank/{LAYERS[0]}": {5: 8.0, 10: 2.0, 20: 1.0},
+                        }
+                    }
                     counts = np.zeros(256, int)
                     counts[[0, 1, 126, 129]] = 5, 10, 3, 7
-                    extra["codes"] = [(10, LAYERS[0], "W", name, counts), (20, LAYERS[0], "W", name, counts),
-                                      (20, LAYERS[1], "W", name, 2 * counts)]
+                    extra["codes"] = [
+                        (10, LAYERS[0], "W", name, counts),
+                        (20, LAYERS[0], "W", name, counts),
+                        (20, LAYERS[1], "W", name, 2 * counts),
+                    ]
                 write_run(root / name / where, val=loss_of(name, seed, rate), **common, **rules(name), **extra)
     for seed in SEEDS:
         common = {"learning_rate": 0.002, "seed": seed}
         lost = seed in (2, 4)
-        write_run(root / "E7M0" / f"seed{seed}", val=seed_loss(seed) - 0.1, **common, **rules("E7M0"), rise=lost,
-                  steps=12 if lost else STEPS, stopped="10 non-finite steps in a row" if lost else None)
+        write_run(
+            root / "E7M0" / f"seed{seed}",
+            val=seed_loss(seed) - 0.1,
+            **common,
+            **rules("E7M0"),
+            rise=lost,
+            steps=12 if lost else STEPS,
+            stopped="10 non-finite steps in a row" if lost else None,
+        )
         for operand, cost in {"W": 0.0, "A": 0.001, "G": 0.03}.items():
-            write_run(root / f"only{operand}" / f"seed{seed}", **common, **rules("E4M3", operand),
-                      val=bf16(seed, 0.002) + cost + jitter(operand, seed, size=0.003))
+            write_run(
+                root / f"only{operand}" / f"seed{seed}",
+                **common,
+                **rules("E4M3", operand),
+                val=bf16(seed, 0.002) + cost + jitter(operand, seed, size=0.003),
+            )
         for name, stored in (("E4M3", 0.012), ("E2M5", 0.3)):
             at_rest = {"weights_at_rest": "nearest", **rules(name), **common}
             value = loss_of(name, seed, 0.002, stored + jitter("s", seed, size=0.001))
-            write_run(root / f"{name}-nearest" / f"seed{seed}", val=value, **at_rest,
-                      statistics={f"lost/{LAYERS[0]}": {2: 0.4, 3: 0.9}, f"effective_lr/{LAYERS[1]}": {4: 0.2}})
+            write_run(
+                root / f"{name}-nearest" / f"seed{seed}",
+                val=value,
+                **at_rest,
+                statistics={f"lost/{LAYERS[0]}": {2: 0.4, 3: 0.9}, f"effective_lr/{LAYERS[1]}": {4: 0.2}},
+            )
             ulp = {"E4M3": -0.05 + jitter("u", seed, size=0.004), "E2M5": jitter("v", seed, size=0.05)}[name]
             write_run(root / f"{name}-ulp" / f"seed{seed}", val=value + ulp, optimizer="ulp_adamw", **at_rest)
     return root
@@ -205,8 +279,9 @@ def test_gap_is_the_paired_difference_with_its_t_interval_in_float64(compared):
     values = losses(compared, Arm("E5M2"), 0.001) - losses(compared, Arm("BF16"), 0.002)
     half = 2.7764451051977987 * values.std(ddof=1) / math.sqrt(5)
     assert d.seeds == SEEDS
-    np.testing.assert_allclose([d.mean, d.low, d.high], [values.mean(), values.mean() - half, values.mean() + half],
-                               rtol=1e-12)
+    np.testing.assert_allclose(
+        [d.mean, d.low, d.high], [values.mean(), values.mean() - half, values.mean() + half], rtol=1e-12
+    )
     np.testing.assert_allclose(values, [EFFECTS["E5M2"] + jitter("E5M2", s, size=0.002) for s in SEEDS], atol=1e-6)
 
 
@@ -251,10 +326,18 @@ def test_causes_that_are_not_separated_from_the_largest_are_named_with_it(tmp_pa
         write_run(tmp_path / f"b{seed}", val=seed_loss(seed), seed=seed)
         write_run(tmp_path / f"m{seed}", val=seed_loss(seed), seed=seed, **rules("E4M3"))
         for operand, cost in (("W", 0.05), ("A", 0.049), ("G", 0.02)):
-            write_run(tmp_path / f"{operand}{seed}", seed=seed, **rules("E4M3", operand),
-                      val=seed_loss(seed) + cost + jitter(operand, seed, size=0.004))
-        write_run(tmp_path / f"x{seed}", seed=seed, val=seed_loss(seed) + 0.001 + jitter("x", seed, size=0.004),
-                  **rules("E5M2", "W"))
+            write_run(
+                tmp_path / f"{operand}{seed}",
+                seed=seed,
+                **rules("E4M3", operand),
+                val=seed_loss(seed) + cost + jitter(operand, seed, size=0.004),
+            )
+        write_run(
+            tmp_path / f"x{seed}",
+            seed=seed,
+            val=seed_loss(seed) + 0.001 + jitter("x", seed, size=0.004),
+            **rules("E5M2", "W"),
+        )
     c = Comparison(Reader().runs([tmp_path]))
     assert c.first_failure("E4M3")[0] == "forward (W) or forward (A)"
     assert set(c.causes("E5M2")[1]) == {"forward (W)"} and c.first_failure("E5M2")[0] == "not separated"
@@ -281,9 +364,12 @@ def test_early_warning_names_step_layer_statistic_and_seed(compared, reader):
 
 
 def test_thresholds_are_those_of_the_runs_own_config():
-    history = {"step": np.arange(5), "overflow/a/W": np.array([0, 0.02, 0.2, 0.2, 0.2], np.float32),
-               "stable_rank/block_0/mlp_down": np.array([90, np.nan, 10, np.nan, 2.5], np.float32),
-               "nonfinite_grads": np.array([0, 0, 0, np.inf, 1], np.float32)}
+    history = {
+        "step": np.arange(5),
+        "overflow/a/W": np.array([0, 0.02, 0.2, 0.2, 0.2], np.float32),
+        "stable_rank/block_0/mlp_down": np.array([90, np.nan, 10, np.nan, 2.5], np.float32),
+        "nonfinite_grads": np.array([0, 0, 0, np.inf, 1], np.float32),
+    }
     config = {"overflow_threshold": 0.1, "rank_threshold": 0.1, "rank_threshold_strict": 0.3, "warmup_steps": 1}
     found = analysis.first_crossings(history, config, stored=False)
     assert found["overflow"][:2] == (2, "a/W") and found["overflow"][3] == 0.1
@@ -294,8 +380,11 @@ def test_thresholds_are_those_of_the_runs_own_config():
 
 def test_totals_warn_in_rows_without_layers_only():
     nan = math.nan
-    history = {"step": np.arange(4), "underflow/a/W": np.array([nan, 0.1, nan, 0.9], np.float32),
-               "underflow/all/W": np.array([0.1, 0.9, 0.7, 0.9], np.float32)}
+    history = {
+        "step": np.arange(4),
+        "underflow/a/W": np.array([nan, 0.1, nan, 0.9], np.float32),
+        "underflow/all/W": np.array([0.1, 0.9, 0.7, 0.9], np.float32),
+    }
     assert analysis.first_crossings(history, {}, False)["underflow"][:2] == (2, "all/W")
     history["underflow/all/W"][2] = 0.2
     assert analysis.first_crossings(history, {}, False)["underflow"][:2] == (3, "a/W")
@@ -351,8 +440,9 @@ def test_rates_compete_on_common_seeds_only(tmp_path):
 def test_a_rate_with_a_lost_run_is_not_the_best(tmp_path):
     for rate, val in zip(RATES, (2.2, 2.1, 1.0)):
         for seed in (1, 2):
-            write_run(tmp_path / f"{rate}-{seed}", val=val, learning_rate=rate, seed=seed,
-                      rise=rate == 0.004 and seed == 2)
+            write_run(
+                tmp_path / f"{rate}-{seed}", val=val, learning_rate=rate, seed=seed, rise=rate == 0.004 and seed == 2
+            )
     c = Comparison(Reader().runs([tmp_path]))
     assert c.choice(Arm("BF16")).rate == 0.002 and c.losses(Arm("BF16"), 0.004)[2] == math.inf
 
@@ -367,26 +457,43 @@ def test_without_bf16_the_report_says_so(tmp_path):
 # ------------------------------------------------------------------------------------------ which run is which
 
 
-@pytest.mark.parametrize("settings, layers, arm", [
-    ({}, None, Arm("BF16")),
-    ({"compute_dtype": "float32"}, None, Arm("float32")),
-    (rules("E4M3"), None, Arm("E4M3")),
-    (rules("E4M3", "A"), None, Arm("E4M3", "A")),
-    ({"use_fp8": True, "formats": ("block_*:W=E4M3", "block_*:A=BF16", "block_*:G=BF16")}, None, Arm("E4M3", "W")),
-    (rules("BF16"), None, Arm("BF16 as a format")),
-    ({**rules("E4M3"), "weights_at_rest": "stochastic", "optimizer": "ulp_adamw"}, None,
-     Arm("E4M3", at_rest="stochastic", optimizer="ulp_adamw")),
-    ({**rules("BF16"), "weights_at_rest": "nearest", "store_formats": ["block_*=E4M3"]}, None,
-     Arm("E4M3", "", at_rest="nearest")),
-    ({"use_fp8": True, "formats": ("E4M3", "block_*:G=E5M2")},
-     [{"layer": "a", "w": "E4M3", "a": "E4M3", "g": "E5M2"}], Arm("mixed: E4M3, block_*:G=E5M2")),
-    ({"use_fp8": True, "formats": ("block_0/*=E4M3",)},
-     [{"layer": "a", "w": "E4M3", "a": "E4M3", "g": "E4M3"}, {"layer": "b", "w": "E4M3", "a": "BF16", "g": "BF16"}],
-     Arm("mixed: block_0/*=E4M3")),
-])
+@pytest.mark.parametrize(
+    "settings, layers, arm",
+    [
+        ({}, None, Arm("BF16")),
+        ({"compute_dtype": "float32"}, None, Arm("float32")),
+        (rules("E4M3"), None, Arm("E4M3")),
+        (rules("E4M3", "A"), None, Arm("E4M3", "A")),
+        ({"use_fp8": True, "formats": ("block_*:W=E4M3", "block_*:A=BF16", "block_*:G=BF16")}, None, Arm("E4M3", "W")),
+        (rules("BF16"), None, Arm("BF16 as a format")),
+        (
+            {**rules("E4M3"), "weights_at_rest": "stochastic", "optimizer": "ulp_adamw"},
+            None,
+            Arm("E4M3", at_rest="stochastic", optimizer="ulp_adamw"),
+        ),
+        (
+            {**rules("BF16"), "weights_at_rest": "nearest", "store_formats": ["block_*=E4M3"]},
+            None,
+            Arm("E4M3", "", at_rest="nearest"),
+        ),
+        (
+            {"use_fp8": True, "formats": ("E4M3", "block_*:G=E5M2")},
+            [{"layer": "a", "w": "E4M3", "a": "E4M3", "g": "E5M2"}],
+            Arm("mixed: E4M3, block_*:G=E5M2"),
+        ),
+        (
+            {"use_fp8": True, "formats": ("block_0/*=E4M3",)},
+            [
+                {"layer": "a", "w": "E4M3", "a": "E4M3", "g": "E4M3"},
+                {"layer": "b", "w": "E4M3", "a": "BF16", "g": "BF16"},
+            ],
+            Arm("mixed: block_0/*=E4M3"),
+        ),
+    ],
+)
 def test_arms_are_read_from_the_manifest(tmp_path, settings, layers, arm):
     write_run(tmp_path / "r", val=2.0, layers=layers, **settings)
-    run, = Reader().runs([tmp_path])
+    (run,) = Reader().runs([tmp_path])
     assert run.arm == arm and run.state == FINISHED
 
 
@@ -400,13 +507,19 @@ def test_settings_of_the_formats_make_arms_of_their_own(tmp_path):
     assert c.reference == Arm("BF16")
 
 
-@pytest.mark.parametrize("field, value, shown", [
-    ("n_embd", 768, "n_embd is 384 in the one and 768 in the other"), ("max_steps", 40, "max_steps is 20"),
-    ("data_seed", 1, "data_seed is 1337"), ("schedule", "cosine", "schedule is constant in the one and cosine"),
-    ("weight_decay", 0.0, "weight_decay is 0.1 in the one and 0"), ("eval_windows", 64, "eval_windows is 128"),
-    ("fingerprint", "0" * 64, "the data's fingerprint is f"),
-    ("tokenizer", "bytes", "the data's tokenizer is gpt2 in the one and bytes"),
-])
+@pytest.mark.parametrize(
+    "field, value, shown",
+    [
+        ("n_embd", 768, "n_embd is 384 in the one and 768 in the other"),
+        ("max_steps", 40, "max_steps is 20"),
+        ("data_seed", 1, "data_seed is 1337"),
+        ("schedule", "cosine", "schedule is constant in the one and cosine"),
+        ("weight_decay", 0.0, "weight_decay is 0.1 in the one and 0"),
+        ("eval_windows", 64, "eval_windows is 128"),
+        ("fingerprint", "0" * 64, "the data's fingerprint is f"),
+        ("tokenizer", "bytes", "the data's tokenizer is gpt2 in the one and bytes"),
+    ],
+)
 def test_runs_that_cannot_be_compared_are_refused_by_name(tmp_path, field, value, shown):
     write_run(tmp_path / "a", val=2.0)
     write_run(tmp_path / "b", val=2.0, **{field: value})
@@ -419,8 +532,18 @@ def test_runs_that_cannot_be_compared_are_refused_by_name(tmp_path, field, value
 
 def test_what_only_watches_or_names_a_run_may_differ(tmp_path):
     write_run(tmp_path / "a", val=2.0)
-    write_run(tmp_path / "b", val=2.0, seed=7, metrics="none", log_interval=5, tags=("x",), wandb_mode="offline",
-              overflow_threshold=0.5, use_shadow=True, some_new_interval=3)
+    write_run(
+        tmp_path / "b",
+        val=2.0,
+        seed=7,
+        metrics="none",
+        log_interval=5,
+        tags=("x",),
+        wandb_mode="offline",
+        overflow_threshold=0.5,
+        use_shadow=True,
+        some_new_interval=3,
+    )
     assert len(report.build([tmp_path]).c.cell(Arm("BF16"), 6e-4)) == 2
 
 
@@ -434,11 +557,13 @@ def test_unfinished_and_damaged_runs_are_named_and_the_report_goes_on(tmp_path):
     write_run(tmp_path / "going", val=1.0, seed=3, steps=8, ended=False, **rules("E4M3"))
     for name in ("torn", "hole", "noise", "late", "manifest", "verdict", "back"):
         write_run(tmp_path / name, val=1.0, seed=4, **rules("E4M3"))
-    for name, edit in {"torn": lambda text: text + b'{"step": 21, "lo',  # a killed run's last line: no damage
-                       "hole": lambda text: text.replace(b'{"step": 9,', b'{"ste', 1),
-                       "noise": lambda text: text.replace(b'"loss": 2', b'"loss": \xff\0', 1),
-                       "back": lambda text: text.replace(b'{"step": 9,', b'{"step": 3,', 1),
-                       "late": lambda text: b"".join(text.splitlines(keepends=True)[:-4])}.items():
+    for name, edit in {
+        "torn": lambda text: text + b'{"step": 21, "lo',  # a killed run's last line: no damage
+        "hole": lambda text: text.replace(b'{"step": 9,', b'{"ste', 1),
+        "noise": lambda text: text.replace(b'"loss": 2', b'"loss": \xff\0', 1),
+        "back": lambda text: text.replace(b'{"step": 9,', b'{"step": 3,', 1),
+        "late": lambda text: b"".join(text.splitlines(keepends=True)[:-4]),
+    }.items():
         path = tmp_path / name / "metrics.jsonl"
         path.write_bytes(edit(path.read_bytes()))
     (tmp_path / "manifest" / "manifest.json").write_text("{")
@@ -459,14 +584,14 @@ def test_a_run_resumed_after_its_verdict_is_unfinished(tmp_path):
     write_run(tmp_path / "r", val=2.0)
     with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
         file.write('{"step": 21, "loss": 1.0}\n')
-    run, = Reader().runs([tmp_path])
+    (run,) = Reader().runs([tmp_path])
     assert run.state == UNFINISHED
 
 
 def test_a_finished_run_that_is_not_sound_keeps_its_loss_and_counts_as_failed(tmp_path):
     write_run(tmp_path / "r", val=2.0, alerts={9: "val_rising"})
     c = Comparison(Reader().runs([tmp_path]))
-    run, = c.all_runs
+    (run,) = c.all_runs
     assert run.state == FINISHED and not run.sound and run.val_loss == 2.0
     assert c.failures(Arm("BF16")) == (1, 1)
 
@@ -494,8 +619,11 @@ def test_folders_are_found_at_any_depth_but_not_below_a_run(tmp_path):
 
 
 def test_curves_cut_from_the_lines_equal_the_parsed_record(tmp_path):
-    write_run(tmp_path / "r", val=2.0,
-              statistics={"grad_loss": 9.0, "nonfinite_loss": 1.0, "loss": {3: math.nan, 4: math.inf}})
+    write_run(
+        tmp_path / "r",
+        val=2.0,
+        statistics={"grad_loss": 9.0, "nonfinite_loss": 1.0, "loss": {3: math.nan, 4: math.inf}},
+    )
     steps, values, val_steps, val_values, last = read_curves(tmp_path / "r" / "metrics.jsonl")
     history = read_history(tmp_path / "r", ["loss", "val_loss"])
     np.testing.assert_array_equal(steps, history["step"][1:])
@@ -542,7 +670,7 @@ def test_the_page_needs_nothing_but_itself(page):
 def test_the_page_opens_with_the_answer(page):
     text = page.html()
     assert text.index("<div class=answer>") < text.index("<table") < text.index("<svg")
-    before_table = text[:text.index("<table")]
+    before_table = text[: text.index("<table")]
     assert "not separated from BF16: E2M5" in before_table and "gradient (G) in E4M3" in before_table
     assert "E0M7 and E1M6, one grid, agree to the bit (15 pairs of runs): <span class=yes>yes</span>" in text
 
@@ -552,8 +680,18 @@ def test_every_table_and_figure_has_its_data_in_the_page(page):
     linked = dict(re.findall(r'download="([^"]+)" href="data:[^,]+;base64,([^"]+)"', text))
     for name, content in page.data():
         assert base64.b64decode(linked[name]) == content
-    assert {"ranking.csv", "losses.csv", "gap-validation.csv", "gap-training.csv", "gaps.csv", "codes.csv", "rank.csv",
-            "throughput.csv", "first-failure.csv", "heat-E4M3-float32.csv.gz"} <= set(linked)
+    assert {
+        "ranking.csv",
+        "losses.csv",
+        "gap-validation.csv",
+        "gap-training.csv",
+        "gaps.csv",
+        "codes.csv",
+        "rank.csv",
+        "throughput.csv",
+        "first-failure.csv",
+        "heat-E4M3-float32.csv.gz",
+    } <= set(linked)
 
 
 def test_data_of_the_curves_equals_the_records(page, matrix):
@@ -565,8 +703,13 @@ def test_data_of_the_curves_equals_the_records(page, matrix):
         np.testing.assert_allclose([float(row[name]) for row in rows], expected, rtol=1e-8)
     assert {row["seeds"] for row in rows} == {"5"}
     rows = [row for row in read_csv(data["gap-validation.csv"]) if row["arm"] == "E5M2"]
-    gap = [[read_history(matrix / "E5M2" / f"lr0.001-seed{s}", ["val_loss"])["val_loss"],
-            read_history(matrix / "bf16" / f"lr0.002-seed{s}", ["val_loss"])["val_loss"]] for s in SEEDS]
+    gap = [
+        [
+            read_history(matrix / "E5M2" / f"lr0.001-seed{s}", ["val_loss"])["val_loss"],
+            read_history(matrix / "bf16" / f"lr0.002-seed{s}", ["val_loss"])["val_loss"],
+        ]
+        for s in SEEDS
+    ]
     expected = (np.array(gap, float)[:, 0] - np.array(gap, float)[:, 1])[:, EVERY::EVERY].mean(0)
     assert [int(row["first_step"]) for row in rows] == [5, 10, 15, 20]
     np.testing.assert_allclose([float(row["mean"]) for row in rows], expected, rtol=1e-7)
@@ -576,10 +719,16 @@ def test_data_of_heat_maps_codes_and_rank_equal_the_records(page, matrix):
     data = dict(page.data())
     rows = read_csv(gzip.decompress(data["heat-E4M3-float32.csv.gz"]))
     history = read_history(matrix / "E4M3" / "lr0.002-seed1")
-    seen = {(row["statistic"], row["layer"], row["operand"], int(row["first_step"])): np.float32(row["mean"])
-            for row in rows}
-    for statistic, layer, operand in (("underflow", LAYERS[1], "A"), ("overflow", LAYERS[0], "G"),
-                                      ("effective_lr", LAYERS[1], ""), ("grad_cosine", LAYERS[0], "")):
+    seen = {
+        (row["statistic"], row["layer"], row["operand"], int(row["first_step"])): np.float32(row["mean"])
+        for row in rows
+    }
+    for statistic, layer, operand in (
+        ("underflow", LAYERS[1], "A"),
+        ("overflow", LAYERS[0], "G"),
+        ("effective_lr", LAYERS[1], ""),
+        ("grad_cosine", LAYERS[0], ""),
+    ):
         column = history["/".join(filter(None, (statistic, layer, operand)))]
         for step, value in zip(history["step"], column):
             shown = seen.get((statistic, layer, operand, int(step)), math.nan)
@@ -640,8 +789,12 @@ def test_png_and_ticks():
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-W", "error", str(ROOT / "scripts" / "report.py"), *map(str, arguments)],
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "scripts" / "report.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_command(tmp_path):
@@ -707,7 +860,7 @@ def test_manifest_of_a_later_version_is_named(tmp_path):
     write_run(tmp_path / "r", val=2.0)
     path = tmp_path / "r" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    run, = Reader().runs([tmp_path])
+    (run,) = Reader().runs([tmp_path])
     assert run.state == DAMAGED and "schema_version 99" in run.reason
 
 

@@ -19,11 +19,22 @@ from altgrad_jax.report.statistics import (
 
 
 # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2, to the digits printed there or more.
-@pytest.mark.parametrize("p, df, t", [
-    (0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 3, 3.18245), (0.975, 4, 2.77645), (0.975, 9, 2.26216),
-    (0.975, 30, 2.04227), (0.975, 100, 1.98397), (0.95, 5, 2.01505), (0.995, 4, 4.60409), (0.9, 10, 1.37218),
-    (0.999, 2, 22.3271),
-])
+@pytest.mark.parametrize(
+    "p, df, t",
+    [
+        (0.975, 1, 12.7062),
+        (0.975, 2, 4.30265),
+        (0.975, 3, 3.18245),
+        (0.975, 4, 2.77645),
+        (0.975, 9, 2.26216),
+        (0.975, 30, 2.04227),
+        (0.975, 100, 1.98397),
+        (0.95, 5, 2.01505),
+        (0.995, 4, 4.60409),
+        (0.9, 10, 1.37218),
+        (0.999, 2, 22.3271),
+    ],
+)
 def test_quantiles_equal_printed_tables(p, df, t):
     assert t_quantile(p, df) == pytest.approx(t, rel=3e-6)
 
@@ -68,8 +79,9 @@ def test_paired_interval_equals_numpy_in_float64():
     values = np.array([first[s] - second[s] for s in (1, 3, 4, 7, 9)])
     half = 2.7764451051977987 * values.std(ddof=1) / np.sqrt(5)
     assert d.seeds == (1, 3, 4, 7, 9) and d.n == d.n_pairs == 5
-    np.testing.assert_allclose([d.mean, d.low, d.high], [values.mean(), values.mean() - half, values.mean() + half],
-                               rtol=1e-12)
+    np.testing.assert_allclose(
+        [d.mean, d.low, d.high], [values.mean(), values.mean() - half, values.mean() + half], rtol=1e-12
+    )
     assert d.sign == 1 and paired(second, first).sign == -1
 
 

@@ -206,9 +206,7 @@ def test_a_document_has_a_size_limit(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name, module", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
 def test_a_missing_optional_package_is_named(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        UserError, match=rf"needs the package '{module}' .*pip install \"altgrad-jax\[hub\]\""
-    ):
+    with pytest.raises(UserError, match=rf"needs the package '{module}' .*pip install \"altgrad-jax\[hub\]\""):
         texts(write(tmp_path / name, b"x"))
 
 
@@ -255,9 +253,7 @@ def test_damaged_archive_member(tmp_path):
 def wheel(path, rows):
     db = path.with_suffix(".db")
     with sqlite3.connect(db) as connection:
-        connection.execute(
-            "CREATE TABLE articles (id INTEGER, celex TEXT, article_number INTEGER, content TEXT)"
-        )
+        connection.execute("CREATE TABLE articles (id INTEGER, celex TEXT, article_number INTEGER, content TEXT)")
         connection.executemany("INSERT INTO articles VALUES (?, ?, ?, ?)", rows)
     connection.close()
     return archive(path, {sources.SAMPLE_DB: db.read_bytes(), "server.py": "raise SystemExit('never run')"})
@@ -384,9 +380,7 @@ def server(monkeypatch):
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield types.SimpleNamespace(
-        url=f"http://127.0.0.1:{httpd.server_port}/f.zip", replies=replies, release=release
-    )
+    yield types.SimpleNamespace(url=f"http://127.0.0.1:{httpd.server_port}/f.zip", replies=replies, release=release)
     release.set()
     httpd.shutdown()
     thread.join()

@@ -7,8 +7,15 @@ import pytest
 from altgrad_jax.step import stability
 
 LAYERS = ("embed", "block_0/mlp_up")
-THRESHOLDS = stability.Thresholds(nan_patience=3, bit_stall_threshold=0.5, dead_neuron_threshold=1e-3,
-                                  dead_neuron_window=4, spike_window=30, spike_threshold=8.0, stall_window=5)
+THRESHOLDS = stability.Thresholds(
+    nan_patience=3,
+    bit_stall_threshold=0.5,
+    dead_neuron_threshold=1e-3,
+    dead_neuron_window=4,
+    spike_window=30,
+    spike_threshold=8.0,
+    stall_window=5,
+)
 
 
 def run_monitor(losses, *, bad=None, neuron_norms=None, zero_update=None):
@@ -22,11 +29,19 @@ def run_monitor(losses, *, bad=None, neuron_norms=None, zero_update=None):
     for k in range(n):
         is_bad = jnp.asarray(bad[k])
         streak, dead = stability.update_dead_streaks(
-            monitor, {"block_0/mlp_up": jnp.float32(neuron_norms[k] ** 2)}, THRESHOLDS, ok=~is_bad)
+            monitor, {"block_0/mlp_up": jnp.float32(neuron_norms[k] ** 2)}, THRESHOLDS, ok=~is_bad
+        )
         share = jnp.stack(list(dead.values()))
         monitor, z, begins = stability.update_monitor(
-            monitor, row_number=k + 1, loss=jnp.float32(losses[k]), bad=is_bad, dead_streak=streak, dead_shares=share,
-            zero_update_S=jnp.float32(zero_update[k]), thresholds=THRESHOLDS)
+            monitor,
+            row_number=k + 1,
+            loss=jnp.float32(losses[k]),
+            bad=is_bad,
+            dead_streak=streak,
+            dead_shares=share,
+            zero_update_S=jnp.float32(zero_update[k]),
+            thresholds=THRESHOLDS,
+        )
         begun.append({kind: np.asarray(value) for kind, value in begins.items() if np.any(value)})
         shares.append(float(share[0]))
         scores.append(float(z))
@@ -56,7 +71,7 @@ def test_robust_z_is_the_textbook_formula():
     losses[45] = 9.0
     _, begun, _, scores = run_monitor(losses)
     for k in range(60):
-        past = np.float32(losses[max(0, k - 30):k])
+        past = np.float32(losses[max(0, k - 30) : k])
         expected = 0.0
         if len(past) >= stability.MIN_LOSSES:
             median = np.median(past)
@@ -76,7 +91,7 @@ def test_a_spike_that_lasts_begins_once():
 def test_divergence_begins_when_the_median_rises_above_the_first_loss():
     losses = np.r_[np.full(25, 4.0) - np.arange(25) * 0.01, np.full(40, 6.0)]
     _, begun, _, _ = run_monitor(losses)
-    expected = [k for k in range(20, 65) if np.median(losses[max(0, k - 29):k + 1]) > 4.0][:1]
+    expected = [k for k in range(20, 65) if np.median(losses[max(0, k - 29) : k + 1]) > 4.0][:1]
     assert [k for k, alerts in enumerate(begun) if "divergence" in alerts] == expected
 
 
@@ -88,7 +103,7 @@ def test_stalled_updates_are_averaged_over_the_window_and_re_armed():
     expected = []
     above = False
     for k in range(24):
-        now = k >= 4 and shares[k - 4:k + 1, 1].mean() > 0.5
+        now = k >= 4 and shares[k - 4 : k + 1, 1].mean() > 0.5
         if now and not above:
             expected.append(k)
         above = now
@@ -119,9 +134,17 @@ def run_format_monitor(lost=None, overflow=None, bad=None):
     begun = {"bit_stall": [], "overflow": []}
     for k in range(n):
         monitor, _, begins = stability.update_monitor(
-            monitor, row_number=k + 1, loss=jnp.float32(3 - 0.01 * k), bad=jnp.asarray(bad[k]), dead_streak=(),
-            dead_shares=jnp.zeros(0), zero_update_S=jnp.zeros(2), thresholds=THRESHOLDS, lost_S=jnp.float32(lost[k]),
-            overflow_O=jnp.float32(overflow[k]))
+            monitor,
+            row_number=k + 1,
+            loss=jnp.float32(3 - 0.01 * k),
+            bad=jnp.asarray(bad[k]),
+            dead_streak=(),
+            dead_shares=jnp.zeros(0),
+            zero_update_S=jnp.zeros(2),
+            thresholds=THRESHOLDS,
+            lost_S=jnp.float32(lost[k]),
+            overflow_O=jnp.float32(overflow[k]),
+        )
         for kind, values in begun.items():
             values.append(np.asarray(begins[kind]))
     return {kind: np.stack(values) for kind, values in begun.items()}
@@ -136,7 +159,7 @@ def test_bit_stall_begins_when_the_mean_lost_share_exceeds_the_threshold_and_is_
     begun = run_format_monitor(lost=lost, bad=bad)["bit_stall"]
     expected, above = np.zeros((30, 2)), np.zeros(2, bool)
     for k in range(30):
-        past = lost[:k + 1][~bad[:k + 1]][-THRESHOLDS.stall_window:]
+        past = lost[: k + 1][~bad[: k + 1]][-THRESHOLDS.stall_window :]
         if bad[k]:
             continue
         mean = past.mean(0)
@@ -173,36 +196,69 @@ def test_without_formats_there_is_nothing_to_watch():
 # The first cause.
 
 
-HEALTHY = {"loss": 5.0, "act_amax/block_0": 1.0, "act_amax/block_1": 2.0, "alert/nonfinite_loss": 0.0,
-           "alert/nonfinite_grad_norm": 0.0,
-           **{f"alert/{kind}/{layer}": 0.0 for kind in ("nonfinite_grads", "nonfinite_params", "nonfinite_moments",
-                                                        "nonfinite_updates", "nonfinite_scale", "nonfinite_residual")
-              for layer in ("embed", "block_0/mlp_up", "block_1/mlp_up", "block_1/mlp_down", "ln_f")},
-           **{f"alert/nonfinite_amax/block_1/mlp_up/{operand}": 0.0 for operand in "WAG"}}
+HEALTHY = {
+    "loss": 5.0,
+    "act_amax/block_0": 1.0,
+    "act_amax/block_1": 2.0,
+    "alert/nonfinite_loss": 0.0,
+    "alert/nonfinite_grad_norm": 0.0,
+    **{
+        f"alert/{kind}/{layer}": 0.0
+        for kind in (
+            "nonfinite_grads",
+            "nonfinite_params",
+            "nonfinite_moments",
+            "nonfinite_updates",
+            "nonfinite_scale",
+            "nonfinite_residual",
+        )
+        for layer in ("embed", "block_0/mlp_up", "block_1/mlp_up", "block_1/mlp_down", "ln_f")
+    },
+    **{f"alert/nonfinite_amax/block_1/mlp_up/{operand}": 0.0 for operand in "WAG"},
+}
 ALL_GRADS = {name: 4.0 for name in HEALTHY if name.startswith("alert/nonfinite_grads")}
 NO_LOSS = {"loss": np.nan, "alert/nonfinite_loss": 1.0}
 NO_FORWARD = {**NO_LOSS, "act_amax/block_0": np.nan, "act_amax/block_1": np.nan, **ALL_GRADS}
 CAUSES = [
     ({}, None),
-    ({"alert/nonfinite_params/block_1/mlp_up": 1.0, "alert/nonfinite_moments/embed": 1.0, **NO_FORWARD},
-     "1 non-finite parameter in block_1/mlp_up"),
-    ({f"alert/nonfinite_params/{layer}": 2.0 for layer in ("embed", "block_0/mlp_up", "block_1/mlp_up", "ln_f")},
-     "8 non-finite parameters in embed, block_0/mlp_up, block_1/mlp_up and 1 more"),
-    ({"alert/nonfinite_moments/block_0/mlp_up": 2.0, "alert/nonfinite_updates/block_0/mlp_up": 2.0, **NO_LOSS},
-     "2 unusable moments of the optimizer in block_0/mlp_up"),
-    ({"alert/nonfinite_amax/block_1/mlp_up/A": 2.0, **NO_FORWARD},
-     "2 non-finite amaxes in the history of block_1/mlp_up/A"),
-    ({"alert/nonfinite_scale/block_1/mlp_up": 1.0, **NO_FORWARD},
-     "1 unusable scale of the stored weights of block_1/mlp_up"),
+    (
+        {"alert/nonfinite_params/block_1/mlp_up": 1.0, "alert/nonfinite_moments/embed": 1.0, **NO_FORWARD},
+        "1 non-finite parameter in block_1/mlp_up",
+    ),
+    (
+        {f"alert/nonfinite_params/{layer}": 2.0 for layer in ("embed", "block_0/mlp_up", "block_1/mlp_up", "ln_f")},
+        "8 non-finite parameters in embed, block_0/mlp_up, block_1/mlp_up and 1 more",
+    ),
+    (
+        {"alert/nonfinite_moments/block_0/mlp_up": 2.0, "alert/nonfinite_updates/block_0/mlp_up": 2.0, **NO_LOSS},
+        "2 unusable moments of the optimizer in block_0/mlp_up",
+    ),
+    (
+        {"alert/nonfinite_amax/block_1/mlp_up/A": 2.0, **NO_FORWARD},
+        "2 non-finite amaxes in the history of block_1/mlp_up/A",
+    ),
+    (
+        {"alert/nonfinite_scale/block_1/mlp_up": 1.0, **NO_FORWARD},
+        "1 unusable scale of the stored weights of block_1/mlp_up",
+    ),
     ({"alert/nonfinite_residual/block_0/mlp_up": 1.0}, "1 non-finite residual of the stored weights of block_0/mlp_up"),
     (NO_FORWARD, "activations that are not finite, from block_0 on"),
-    ({**NO_FORWARD, "act_amax/block_0": 7.0, "act_amax/block_1": np.inf},
-     "activations that are not finite, from block_1 on"),
-    ({**NO_LOSS, **ALL_GRADS},
-     "a loss that is not finite while the activations of every block are: the head or the batch"),
-    ({"alert/nonfinite_grads/block_1/mlp_up": 3.0, "alert/nonfinite_grads/block_0/mlp_up": 16.0,
-      "alert/nonfinite_grads/embed": 16.0},
-     "3 non-finite gradient elements in block_1/mlp_up, and backward from there in 2 more layers"),
+    (
+        {**NO_FORWARD, "act_amax/block_0": 7.0, "act_amax/block_1": np.inf},
+        "activations that are not finite, from block_1 on",
+    ),
+    (
+        {**NO_LOSS, **ALL_GRADS},
+        "a loss that is not finite while the activations of every block are: the head or the batch",
+    ),
+    (
+        {
+            "alert/nonfinite_grads/block_1/mlp_up": 3.0,
+            "alert/nonfinite_grads/block_0/mlp_up": 16.0,
+            "alert/nonfinite_grads/embed": 16.0,
+        },
+        "3 non-finite gradient elements in block_1/mlp_up, and backward from there in 2 more layers",
+    ),
     ({"alert/nonfinite_grads/block_1/mlp_down": 1.0}, "1 non-finite gradient element in block_1/mlp_down"),
     ({"alert/nonfinite_grad_norm": 1.0}, "a gradient norm that overflows while every element is finite"),
     ({"alert/nonfinite_updates/ln_f": 1.0}, "non-finite updates in ln_f while loss, gradient and moments are finite"),
@@ -216,4 +272,5 @@ def test_the_first_cause_is_named(row, cause):
     bare = {name: value for name, value in (HEALTHY | row).items() if not name.startswith("act_")}
     in_forward = cause and ("activations" in cause)
     assert stability.locate(bare) == (
-        "a loss that is not finite (activations were not recorded)" if in_forward else cause)
+        "a loss that is not finite (activations were not recorded)" if in_forward else cause
+    )

@@ -14,19 +14,39 @@ from altgrad_jax.step.program import make_step_functions
 from altgrad_jax.step.update import StepOptions
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=61)
-THRESHOLDS = stability.Thresholds(nan_patience=3, bit_stall_threshold=0.5, dead_neuron_threshold=1e-8,
-                                  dead_neuron_window=5, spike_window=30, spike_threshold=8.0, stall_window=5)
+THRESHOLDS = stability.Thresholds(
+    nan_patience=3,
+    bit_stall_threshold=0.5,
+    dead_neuron_threshold=1e-8,
+    dead_neuron_window=5,
+    spike_window=30,
+    spike_threshold=8.0,
+    stall_window=5,
+)
 TOKENS_T = np.random.default_rng(0).integers(0, 61, 2000).astype(np.uint16)
 N_WINDOWS = (len(TOKENS_T) - 1) // MODEL.block_size
 N_STEPS = 12
 
 
 def make(model=MODEL, eval_batch_size=4, **overrides):
-    options = dict(batch_size=4, steps_per_dispatch=N_STEPS, learning_rate=1e-2, max_steps=100, warmup_steps=5,
-                   thresholds=THRESHOLDS, data_seed=7)
+    options = dict(
+        batch_size=4,
+        steps_per_dispatch=N_STEPS,
+        learning_rate=1e-2,
+        max_steps=100,
+        warmup_steps=5,
+        thresholds=THRESHOLDS,
+        data_seed=7,
+    )
     options |= overrides
-    return make_step_functions(model, StepOptions(**options), data_mesh(jax.devices()[:1]), n_train_windows=N_WINDOWS,
-                               eval_batch_size=eval_batch_size, seed=3)
+    return make_step_functions(
+        model,
+        StepOptions(**options),
+        data_mesh(jax.devices()[:1]),
+        n_train_windows=N_WINDOWS,
+        eval_batch_size=eval_batch_size,
+        seed=3,
+    )
 
 
 def train(functions, dispatches, data=TOKENS_T, state=None):
@@ -74,8 +94,15 @@ def test_the_step_is_a_plain_optax_loop_in_float32():
 
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(lambda k: 1e-2 * jnp.minimum(1.0, (k + 1) / 5), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1,
-                    mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)))
+        optax.adamw(
+            lambda k: 1e-2 * jnp.minimum(1.0, (k + 1) / 5),
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+        ),
+    )
     params = functions.init(42).params
     opt_state = optimizer.init(params)
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
@@ -85,7 +112,8 @@ def test_the_step_is_a_plain_optax_loop_in_float32():
         assert column(functions, rows, "grad_norm")[k] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         assert column(functions, rows, "update_norm/embed")[k] == pytest.approx(
-            float(optax.tree.norm(updates["embed"])), rel=1e-4)
+            float(optax.tree.norm(updates["embed"])), rel=1e-4
+        )
         params = optax.apply_updates(params, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, params)
     assert int(state.step) == int(state.opt_state[0].count) == N_STEPS
@@ -130,8 +158,9 @@ def test_gradient_accumulation_is_the_same_update(functions, trained):
     accumulated = make(grad_accum_steps=2)
     _, rows = train(accumulated, [N_STEPS])
     for name in ("loss", "grad_norm", "grad_norm/block_1/mlp_down", "act_amax/block_0", "act_rms/block_1"):
-        np.testing.assert_allclose(column(accumulated, rows, name)[:4], column(functions, trained[1], name)[:4],
-                                   rtol=2e-2, err_msg=name)
+        np.testing.assert_allclose(
+            column(accumulated, rows, name)[:4], column(functions, trained[1], name)[:4], rtol=2e-2, err_msg=name
+        )
     # In float32 rounding is out of the way and the first loss and gradient agree closely.
     model = GPTConfig(**{**MODEL.__dict__, "compute_dtype": "float32"})
     one, four = (train(make(model, grad_accum_steps=n), [1])[1] for n in (1, 4))
@@ -139,12 +168,30 @@ def test_gradient_accumulation_is_the_same_update(functions, trained):
 
 
 def test_every_layer_has_every_metric(functions, trained):
-    layers = ["embed", "pos_embed", *(f"block_{i}/{part}" for i in range(2) for part in
-                                      ("ln_1", "attn_qkv", "attn_out", "ln_2", "mlp_up", "mlp_down")), "ln_f"]
-    for statistic in ("grad_norm", "grad_max", "grad_snr", "nonfinite_grads", "param_norm", "nonfinite_params",
-                      "update_norm", "update_ratio", "zero_update"):
+    layers = [
+        "embed",
+        "pos_embed",
+        *(
+            f"block_{i}/{part}"
+            for i in range(2)
+            for part in ("ln_1", "attn_qkv", "attn_out", "ln_2", "mlp_up", "mlp_down")
+        ),
+        "ln_f",
+    ]
+    for statistic in (
+        "grad_norm",
+        "grad_max",
+        "grad_snr",
+        "nonfinite_grads",
+        "param_norm",
+        "nonfinite_params",
+        "update_norm",
+        "update_ratio",
+        "zero_update",
+    ):
         assert [name for name in functions.metric_names if name.startswith(statistic + "/")] == [
-            f"{statistic}/{layer}" for layer in layers]
+            f"{statistic}/{layer}" for layer in layers
+        ]
     assert np.isfinite(trained[1]).all()
 
 

@@ -47,9 +47,12 @@ def build(model=MODEL, **options):
 
 def named(options, *names, **choices):
     """The table with one format, or one per level, for every operand that has any."""
+
     def renamed(name):
-        return tuple(dataclasses.replace(layer, **{op: name for op, own in zip("wag", layer.wag) if own})
-                     for layer in options.layers)
+        return tuple(
+            dataclasses.replace(layer, **{op: name for op, own in zip("wag", layer.wag) if own})
+            for layer in options.layers
+        )
 
     return format_table(dataclasses.replace(options, layers=renamed(names[0]), emergency_formats=names[1:], **choices))
 
@@ -134,8 +137,9 @@ def test_e0m7_and_e1m6_train_alike_to_the_bit(master, runs):
     assert_same(one.opt_state, other.opt_state)
     for name in ("loss", "sparse/sqnr_db/all/G", "sparse/flip", "sparse/effective_lr"):
         np.testing.assert_array_equal(column(master, one_rows, name), column(master, other_rows, name))
-    np.testing.assert_array_equal(column(master, one_rows, "sparse/scale/head/W") * 4,
-                                  column(master, other_rows, "sparse/scale/head/W"))
+    np.testing.assert_array_equal(
+        column(master, one_rows, "sparse/scale/head/W") * 4, column(master, other_rows, "sparse/scale/head/W")
+    )
 
 
 def bfloat16(v):
@@ -186,7 +190,8 @@ def gradient_of():
             return loss_fn(params, windows, None, Quantized(operands, probes))
 
         (loss, _), (grads, of_g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-            params, quantization.g_probes(EVERYWHERE))
+            params, quantization.g_probes(EVERYWHERE)
+        )
         return loss, grads, of_g
 
     return gradient
@@ -283,8 +288,9 @@ def test_the_ledger_of_a_float32_master(master):
         moved_everywhere = []
         for q, layer in enumerate(MASTER_LAYERS):
             w, new_w = (weights_of(s.params, layer) for s in (before, state))
-            scale, next_scale = (reference_scale(float(s.quant.amax_history_Q3H[q, 0].max()), fmt)
-                                 for s in (before, state))
+            scale, next_scale = (
+                reference_scale(float(s.quant.amax_history_Q3H[q, 0].max()), fmt) for s in (before, state)
+            )
             assert state.quant.amax_history_Q3H[q, 0, -1] == np.abs(w).max()
             moved = codes(name, scale, w) != codes(name, scale, new_w)
             ages[layer] = np.where(moved, 0, ages[layer] + 1)
@@ -294,8 +300,12 @@ def test_the_ledger_of_a_float32_master(master):
             scale_flips += jumped.sum()
             moved_everywhere.append(moved.ravel())
             np.testing.assert_array_equal(state.quant.age[key_of(layer)], ages[layer])
-            for statistic, value in {"flip": moved.mean(), "scale_flip": jumped.mean(), "code_age": ages[layer].mean(),
-                                     "effective_lr": (u * arrived).sum() / (u * u).sum()}.items():
+            for statistic, value in {
+                "flip": moved.mean(),
+                "scale_flip": jumped.mean(),
+                "code_age": ages[layer].mean(),
+                "effective_lr": (u * arrived).sum() / (u * u).sum(),
+            }.items():
                 got = column(master, rows, f"sparse/{statistic}/{layer}")[0]
                 assert got == pytest.approx(value, rel=1e-4, abs=1e-6), (statistic, layer)
         assert column(master, rows, "sparse/flip")[0] == pytest.approx(np.concatenate(moved_everywhere).mean())
@@ -375,8 +385,10 @@ def test_the_shadow_compares_with_the_float64_gradient(plain, master, runs):
     reference = numpy_gpt2.run(start.params, tokens, 2, targets)[2]
     for suffix, found in (("", gradient), ("_bfloat16", baseline)):
         parts = [("", found, reference)]
-        parts += [(f"/{layer}", arrays, metrics.by_layer(reference)[layer])
-                  for layer, arrays in metrics.by_layer(found).items()]
+        parts += [
+            (f"/{layer}", arrays, metrics.by_layer(reference)[layer])
+            for layer, arrays in metrics.by_layer(found).items()
+        ]
         for layer, g, r in parts:
             for statistic, value in fidelity(elements(g), elements(r)).items():
                 got = column(master, rows, f"sparse/{statistic}{suffix}{layer}")[0]
@@ -634,15 +646,21 @@ def test_without_saturation_a_history_that_is_too_small_costs_one_update():
 
 
 def with_losses(state, losses, initial_loss):
-    return state._replace(monitor=state.monitor._replace(
-        losses_W=np.float32(losses), seen=np.int32(len(losses)), initial_loss=np.float32(initial_loss)))
+    return state._replace(
+        monitor=state.monitor._replace(
+            losses_W=np.float32(losses), seen=np.int32(len(losses)), initial_loss=np.float32(initial_loss)
+        )
+    )
 
 
 def bad_states(state):
     """States whose next updates are bad, by what makes them so, and at which of them the level rises."""
     low = 1e-3 * np.random.default_rng(0).uniform(1, 1.1, 30)
-    return {"non-finite": (spoilt(state), 2), "spike": (with_losses(state, low, 9.0), 2),
-            "divergence": (with_losses(state, np.full(30, 4.2), 0.5), 3)}  # by the alarms of the update before
+    return {
+        "non-finite": (spoilt(state), 2),
+        "spike": (with_losses(state, low, 9.0), 2),
+        "divergence": (with_losses(state, np.full(30, 4.2), 0.5), 3),
+    }  # by the alarms of the update before
 
 
 @pytest.fixture(scope="module")
@@ -689,8 +707,12 @@ def test_the_ledger_of_stored_weights_whose_scale_moves(shifted, warm, factor):
         assert 0 < moved.mean() < 1 and jumped.any() == (factor > 1)
         ages = np.where(moved, 0, before.quant.age[key] + 1)
         np.testing.assert_array_equal(after.quant.age[key], ages)
-        for statistic, value in {"flip": moved.mean(), "lost": 1 - moved.mean(), "scale_flip": jumped.mean(),
-                                 "code_age": ages.mean()}.items():
+        for statistic, value in {
+            "flip": moved.mean(),
+            "lost": 1 - moved.mean(),
+            "scale_flip": jumped.mean(),
+            "code_age": ages.mean(),
+        }.items():
             got = column(shifted, rows, f"sparse/{statistic}/{layer}")[0]
             assert got == pytest.approx(value, rel=1e-5, abs=1e-6), (statistic, layer)
 

@@ -144,6 +144,7 @@ def test_a_killed_sweep_goes_on_to_the_bit(swept, data_dir, tmp_path, monkeypatc
             if self.step == step and self.config.run_name == name:
                 raise Killed
             save(self)
+
         return watched
 
     for step, name in ((10, "E5M2-G"), (20, "E4M3")):
@@ -186,8 +187,9 @@ def test_an_interrupted_sweep_saves_and_says_how_to_go_on(swept, data_dir, tmp_p
 
 
 @pytest.mark.parametrize("member_loop", ["map", "vmap"])
-def test_a_member_that_is_not_finite_freezes_and_the_others_go_on(swept, data_dir, tmp_path, monkeypatch, capsys,
-                                                                  member_loop):
+def test_a_member_that_is_not_finite_freezes_and_the_others_go_on(
+    swept, data_dir, tmp_path, monkeypatch, capsys, member_loop
+):
     out = tmp_path / "out"
     start = training.Run._restore_or_start
 
@@ -201,8 +203,9 @@ def test_a_member_that_is_not_finite_freezes_and_the_others_go_on(swept, data_di
     points = [POINTS[0], POINTS[2]]
     with monkeypatch.context() as patch:
         patch.setattr(training.Run, "_restore_or_start", spoiled)
-        assert sweep.sweep(make_members(tiny(**SHORT), points, out), out, data_dir=data_dir,
-                           member_loop=member_loop) == 0
+        assert (
+            sweep.sweep(make_members(tiny(**SHORT), points, out), out, data_dir=data_dir, member_loop=member_loop) == 0
+        )
     assert [row["step"] for row in rows_of(out / "bf16-a")] == [0, 1, 2, 3]
     assert "3 non-finite steps in a row" in capsys.readouterr().out
     if member_loop == "map":
@@ -240,19 +243,24 @@ def test_two_devices_train_two_members_at_a_time(swept, data_dir, tmp_path):
 from altgrad_jax.config import default_config
 def get_config():
     config = default_config()
-    config.update({ {name: value for name, value in tiny(**SHORT).to_dict().items()} !r})
+    config.update({ {name: value for name, value in tiny(**SHORT).to_dict().items()}!r})
     return config
 def get_sweep(config):
     return {[POINTS[i] for i in (1, 3, 4)]!r}
 """)
-    command = [sys.executable, ROOT / "scripts" / "sweep.py", f"--config={tmp_path / 'config.py'}",
-               f"--out={tmp_path / 'out'}", f"--data_dir={data_dir}", "--cpu_devices=2"]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "sweep.py",
+        f"--config={tmp_path / 'config.py'}",
+        f"--out={tmp_path / 'out'}",
+        f"--data_dir={data_dir}",
+        "--cpu_devices=2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "4 side by side in 1 chunk" in done.stdout
     for name in ("E4M3", "E5M2-G", "E7M0"):
-        losses, exact = ([row["loss"] for row in rows_of(folder / name)[1:]]
-                         for folder in (tmp_path / "out", swept[0]))
+        losses, exact = ([row["loss"] for row in rows_of(folder / name)[1:]] for folder in (tmp_path / "out", swept[0]))
         np.testing.assert_allclose(losses, exact, rtol=1e-3)
         manifest = json.loads((tmp_path / "out" / name / "manifest.json").read_text())
         assert manifest["starts"][0]["device"]["count"] == 2
@@ -265,12 +273,21 @@ def get_sweep(config):
 
 
 def test_a_grid_is_every_combination_with_a_name_of_its_parts():
-    points = grid([{"run_name": "bf16"}, {"use_fp8": True, "formats": ("E4M3",), "run_name": "E4M3"}],
-                  axis("learning_rate", (1e-3, 2e-3), lambda lr: f"lr{lr:g}"), axis("seed", (0, 1)))
+    points = grid(
+        [{"run_name": "bf16"}, {"use_fp8": True, "formats": ("E4M3",), "run_name": "E4M3"}],
+        axis("learning_rate", (1e-3, 2e-3), lambda lr: f"lr{lr:g}"),
+        axis("seed", (0, 1)),
+    )
     assert [point["run_name"] for point in points] == [
-        f"{arm}-lr{lr}-seed{seed}" for arm, lr, seed in itertools.product(("bf16", "E4M3"), ("0.001", "0.002"), (0, 1))]
-    assert points[-1] == {"use_fp8": True, "formats": ("E4M3",), "learning_rate": 2e-3, "seed": 1,
-                          "run_name": "E4M3-lr0.002-seed1"}
+        f"{arm}-lr{lr}-seed{seed}" for arm, lr, seed in itertools.product(("bf16", "E4M3"), ("0.001", "0.002"), (0, 1))
+    ]
+    assert points[-1] == {
+        "use_fp8": True,
+        "formats": ("E4M3",),
+        "learning_rate": 2e-3,
+        "seed": 1,
+        "run_name": "E4M3-lr0.002-seed1",
+    }
     with pytest.raises(UserError, match="two axes of a grid set seed"):
         grid(axis("seed", (0, 1)), axis("seed", (2,)))
 
@@ -278,43 +295,52 @@ def test_a_grid_is_every_combination_with_a_name_of_its_parts():
 def test_axes_from_text():
     points = sweep.parse_axes("formats=E4M3,block_*:W=E4M3+block_*:G=E5M2; seed=0,1")
     assert [(point["formats"], point["seed"]) for point in points] == [
-        (("E4M3",), 0), (("E4M3",), 1), (("block_*:W=E4M3", "block_*:G=E5M2"), 0),
-        (("block_*:W=E4M3", "block_*:G=E5M2"), 1)]
+        (("E4M3",), 0),
+        (("E4M3",), 1),
+        (("block_*:W=E4M3", "block_*:G=E5M2"), 0),
+        (("block_*:W=E4M3", "block_*:G=E5M2"), 1),
+    ]
     for text, words in (("seed", "give SETTING=VALUE"), ("sed=1", "did you mean seed"), ("seed=x", "seed=x cannot be")):
         with pytest.raises(UserError, match=words):
             sweep.parse_axes(text)
 
 
-@pytest.mark.parametrize("points, words", [
-    ([], "has no members"),
-    ([{"seed": 1}], "has no name"),
-    ([{"run_name": "a/b"}], "cannot name a folder"),
-    ([{"run_name": "a", "seed": 1}, {"run_name": "a", "seed": 2}], "'a' is the name of two members"),
-    ([{"run_name": "a", "seed": 1}, {"run_name": "b", "seed": 1}], "members a and b have the same settings"),
-    ([{"run_name": "a", "learning_rat": 1.0}], "member a: there is no setting 'learning_rat'; did you mean"),
-    ([{"run_name": "a", "learning_rate": -1.0}], "member a: learning_rate=-1.0 cannot be used"),
-    ([{"run_name": "a", "formats": ("E4M3",)}], "member a: formats=.* has no effect with use_fp8=False"),
-])
+@pytest.mark.parametrize(
+    "points, words",
+    [
+        ([], "has no members"),
+        ([{"seed": 1}], "has no name"),
+        ([{"run_name": "a/b"}], "cannot name a folder"),
+        ([{"run_name": "a", "seed": 1}, {"run_name": "a", "seed": 2}], "'a' is the name of two members"),
+        ([{"run_name": "a", "seed": 1}, {"run_name": "b", "seed": 1}], "members a and b have the same settings"),
+        ([{"run_name": "a", "learning_rat": 1.0}], "member a: there is no setting 'learning_rat'; did you mean"),
+        ([{"run_name": "a", "learning_rate": -1.0}], "member a: learning_rate=-1.0 cannot be used"),
+        ([{"run_name": "a", "formats": ("E4M3",)}], "member a: formats=.* has no effect with use_fp8=False"),
+    ],
+)
 def test_wrong_points_are_refused_by_name(tmp_path, points, words):
     with pytest.raises(UserError, match=words):
         make_members(tiny(), points, tmp_path)
 
 
-@pytest.mark.parametrize("changes, same", [
-    ({"seed": 9, "learning_rate": 1.0, "run_name": "x", "tags": ("y",)}, True),
-    ({"formats": ("E0M7",)}, True),
-    ({"formats": only("A", "E5M2")}, True),
-    ({"formats": ("BF16",)}, True),
-    ({"formats": ("block_*:W=E4M3",)}, False),
-    ({"formats": ("FP16",)}, False),
-    ({"weights_at_rest": "nearest"}, False),
-    ({"optimizer": "ulp_adamw"}, False),
-    ({"max_steps": 41}, False),
-    ({"eval_interval": 10}, False),
-    ({"data_seed": 1}, False),
-    ({"emergency_formats": ("E2M5",), "emergency_patience": 2}, False),
-    ({"products": "native"}, False),
-])
+@pytest.mark.parametrize(
+    "changes, same",
+    [
+        ({"seed": 9, "learning_rate": 1.0, "run_name": "x", "tags": ("y",)}, True),
+        ({"formats": ("E0M7",)}, True),
+        ({"formats": only("A", "E5M2")}, True),
+        ({"formats": ("BF16",)}, True),
+        ({"formats": ("block_*:W=E4M3",)}, False),
+        ({"formats": ("FP16",)}, False),
+        ({"weights_at_rest": "nearest"}, False),
+        ({"optimizer": "ulp_adamw"}, False),
+        ({"max_steps": 41}, False),
+        ({"eval_interval": 10}, False),
+        ({"data_seed": 1}, False),
+        ({"emergency_formats": ("E2M5",), "emergency_patience": 2}, False),
+        ({"products": "native"}, False),
+    ],
+)
 def test_which_members_share_a_program(changes, same):
     base = dict(use_fp8=True, formats=("E4M3",))
     assert (program_key(tiny(**base)) == program_key(tiny(**base | changes))) is same
@@ -328,8 +354,9 @@ def test_an_ablation_names_all_operands():
 
 
 def test_slices_are_disjoint_whole_and_keep_programs_together(tmp_path):
-    points = grid([{"run_name": "bf16"}, {"run_name": "E4M3", "formats": ("E4M3",), "use_fp8": True}],
-                  axis("seed", range(7)))
+    points = grid(
+        [{"run_name": "bf16"}, {"run_name": "E4M3", "formats": ("E4M3",), "use_fp8": True}], axis("seed", range(7))
+    )
     points = points[::2] + points[1::2]  # the groups interleaved
     members = make_members(tiny(), points, tmp_path)
     for n in (1, 2, 3, 5, 20):
@@ -340,21 +367,42 @@ def test_slices_are_disjoint_whole_and_keep_programs_together(tmp_path):
         assert sum(len(sweep.make_groups(part)) for part in slices) <= 2 + n - 1
 
 
-@pytest.mark.parametrize("text, environ, expected", [
-    ("2/8", {}, (1, 8)), ("1/1", {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (0, 1)),
-    ("auto", {}, (0, 1)), ("auto", {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (3, 4)),
-    ("auto", {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3",
-              "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (2, 4)),
-    ("auto", {"JAX_PROCESS_ID": "1", "JAX_NUM_PROCESSES": "2"}, (1, 2)),
-])
+@pytest.mark.parametrize(
+    "text, environ, expected",
+    [
+        ("2/8", {}, (1, 8)),
+        ("1/1", {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (0, 1)),
+        ("auto", {}, (0, 1)),
+        ("auto", {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (3, 4)),
+        (
+            "auto",
+            {
+                "SLURM_ARRAY_TASK_ID": "5",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_ARRAY_TASK_MIN": "3",
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "1",
+            },
+            (2, 4),
+        ),
+        ("auto", {"JAX_PROCESS_ID": "1", "JAX_NUM_PROCESSES": "2"}, (1, 2)),
+    ],
+)
 def test_slices_from_flags_and_clusters(text, environ, expected):
     assert sweep.shard_of(text, environ) == expected
 
 
-@pytest.mark.parametrize("text, environ", [
-    ("0/2", {}), ("3/2", {}), ("2", {}), ("a/b", {}), ("auto", {"SLURM_PROCID": "x", "SLURM_NTASKS": "4"}),
-    ("auto", {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "2"}),
-])
+@pytest.mark.parametrize(
+    "text, environ",
+    [
+        ("0/2", {}),
+        ("3/2", {}),
+        ("2", {}),
+        ("a/b", {}),
+        ("auto", {"SLURM_PROCID": "x", "SLURM_NTASKS": "4"}),
+        ("auto", {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "2"}),
+    ],
+)
 def test_slices_that_are_none_are_refused(text, environ):
     with pytest.raises(UserError, match="give.*i/n"):
         sweep.shard_of(text, environ)
@@ -366,7 +414,7 @@ def test_two_slices_make_one_sweep(swept, data_dir, tmp_path):
     members = make_members(tiny(**SHORT), points, out)
     for i in range(2):
         assert sweep.sweep(members, out, data_dir=data_dir, shard=(i, 2)) == 0
-        assert sorted(path.name for path in out.iterdir()) == [*["bf16-a", "bf16-b"][:i + 1], "sweep.json"]
+        assert sorted(path.name for path in out.iterdir()) == [*["bf16-a", "bf16-b"][: i + 1], "sweep.json"]
     for name in ("bf16-a", "bf16-b"):
         assert (out / name / "metrics.jsonl").read_bytes() == (swept[0] / name / "metrics.jsonl").read_bytes()
 
@@ -374,10 +422,19 @@ def test_two_slices_make_one_sweep(swept, data_dir, tmp_path):
 # ------------------------------------------------------------------------------------------------- memory and plan
 
 
-@pytest.mark.parametrize("n_members, n_devices, per_lane, once, limit, asked, width", [
-    (10, 1, 10, 5, 105, 0, 10), (10, 1, 10, 5, 85, 0, 5), (10, 1, 10, 5, 34, 0, 2), (3, 2, 10, 0, 1000, 0, 4),
-    (300, 1, 1, 0, 1e6, 0, 60), (10, 1, 10, 5, 20, 4, 4), (2, 1, 10, 5, 1000, 8, 2), (10, 4, 10, 0, 20, 0, 8),
-])
+@pytest.mark.parametrize(
+    "n_members, n_devices, per_lane, once, limit, asked, width",
+    [
+        (10, 1, 10, 5, 105, 0, 10),
+        (10, 1, 10, 5, 85, 0, 5),
+        (10, 1, 10, 5, 34, 0, 2),
+        (3, 2, 10, 0, 1000, 0, 4),
+        (300, 1, 1, 0, 1e6, 0, 60),
+        (10, 1, 10, 5, 20, 4, 4),
+        (2, 1, 10, 5, 1000, 8, 2),
+        (10, 4, 10, 0, 20, 0, 8),
+    ],
+)
 def test_how_many_run_side_by_side(n_members, n_devices, per_lane, once, limit, asked, width):
     assert sweep.choose_width(n_members, n_devices, per_lane, once, limit, asked) == width
 
@@ -390,16 +447,23 @@ def test_a_member_that_does_not_fit_is_refused():
 @pytest.mark.parametrize("member_loop", ["map", "vmap"])
 @pytest.mark.parametrize("changes", [{}, dict(FORMAT, formats=("E4M3",)), dict(batch_size=8, block_size=64)])
 def test_the_estimate_of_memory_is_near_what_is_compiled(data_dir, changes, member_loop):
-    config = tiny(n_embd=64, n_layer=2, batch_size=16, **changes) if "batch_size" not in changes else \
-        tiny(n_embd=64, n_layer=2, **changes)
+    config = (
+        tiny(n_embd=64, n_layer=2, batch_size=16, **changes)
+        if "batch_size" not in changes
+        else tiny(n_embd=64, n_layer=2, **changes)
+    )
     with contextlib.ExitStack() as resources:
         program = training.Program(config, data_dir, None, resources, width=4, member_loop=member_loop)
         per_lane, once = sweep.lane_bytes(program, member_loop=member_loop)
         # Memory is planned before LLVM gets to see anything: its optimisations change no byte of it, and take time.
         quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         analysis = next(program.lower()).compile(quick).memory_analysis()
-    n_bytes = (analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-               - analysis.alias_size_in_bytes)
+    n_bytes = (
+        analysis.temp_size_in_bytes
+        + analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
     assert 1 / 3 < (4 * per_lane + once) / n_bytes < 3
 
 
@@ -412,14 +476,17 @@ def test_a_dry_run_tells_the_plan_and_makes_nothing(data_dir, tmp_path, capsys):
     flops = 2 * 20 * training.model_flops_per_step(tiny())
     assert "group 1 of 2: 2 members (bf16-a, bf16-b), 2 side by side in 1 chunk, " in said
     assert f"{flops / 1e12:,.3g} TFLOP; 20 steps of 4 x 16 tokens" in said
-    assert re.search(r"group 2 of 2: compiled in 0:0\d:\d\d; \d+ MiB as compiled; \S+ s for a step of 2, so about 0:",
-                     said)
+    assert re.search(
+        r"group 2 of 2: compiled in 0:0\d:\d\d; \d+ MiB as compiled; \S+ s for a step of 2, so about 0:", said
+    )
 
 
 def test_the_config_file_s_sweep_is_found(tmp_path):
     file = tmp_path / "config.py"
-    file.write_text("from altgrad_jax.config import default_config\ndef get_config():\n    return default_config()\n"
-                    "def get_sweep(config):\n    return [{'run_name': 'a', 'seed': config.seed + 1}]\n")
+    file.write_text(
+        "from altgrad_jax.config import default_config\ndef get_config():\n    return default_config()\n"
+        "def get_sweep(config):\n    return [{'run_name': 'a', 'seed': config.seed + 1}]\n"
+    )
     config = cli.load_config(str(file))
     assert cli.sweep_of(config) == [{"run_name": "a", "seed": 43}]
     for text, words in (("    return {}\n", "must return a list"), ("    1 / 0\n", "line 5 of .* ZeroDivisionError")):

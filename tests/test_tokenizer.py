@@ -114,9 +114,7 @@ def test_altered_rank_file_is_refused(tmp_path):
         shutil.copy(tokenizer.rank_files_dir() / name, tmp_path / name)
     with open(tmp_path / "vocab.bpe", "a") as f:
         f.write("x y\n")
-    with pytest.raises(
-        UserError, match=f"vocab.bpe has sha256 .* where {tokenizer.VOCAB_BPE_SHA256} is expected"
-    ):
+    with pytest.raises(UserError, match=f"vocab.bpe has sha256 .* where {tokenizer.VOCAB_BPE_SHA256} is expected"):
         tokenizer.gpt2_ranks(tmp_path)
 
 

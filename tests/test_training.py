@@ -22,10 +22,29 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.run.checkpoint import list_steps, load_params, open_checkpoints, restore_path
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(tokenizer="bytes", vocab_size=256, n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4,
-            max_steps=40, warmup_steps=5, learning_rate=3e-3, checkpoint_interval=10, eval_interval=20, eval_windows=8,
-            eval_batch_size=4, diagnostic_interval=20, dead_neuron_window=5, nan_patience=3, run_name="tiny",
-            tags=("tiny",), wandb_mode="disabled", console="quiet")
+TINY = dict(
+    tokenizer="bytes",
+    vocab_size=256,
+    n_layer=1,
+    n_head=2,
+    n_embd=16,
+    block_size=16,
+    batch_size=4,
+    max_steps=40,
+    warmup_steps=5,
+    learning_rate=3e-3,
+    checkpoint_interval=10,
+    eval_interval=20,
+    eval_windows=8,
+    eval_batch_size=4,
+    diagnostic_interval=20,
+    dead_neuron_window=5,
+    nan_patience=3,
+    run_name="tiny",
+    tags=("tiny",),
+    wandb_mode="disabled",
+    console="quiet",
+)
 
 
 def make_data(folder, seed=0):
@@ -94,8 +113,17 @@ def test_a_run_leaves_its_record_checkpoints_plot_and_verdict(whole):
 def test_the_rows_hold_every_layer(whole):
     row = rows_of(whole.run_dir)[10]
     for layer in ("embed", "block_0/attn_qkv", "ln_f"):
-        for statistic in ("grad_norm", "grad_max", "grad_snr", "param_norm", "update_norm", "update_ratio",
-                          "zero_update", "nonfinite_grads", "nonfinite_params"):
+        for statistic in (
+            "grad_norm",
+            "grad_max",
+            "grad_snr",
+            "param_norm",
+            "update_norm",
+            "update_ratio",
+            "zero_update",
+            "nonfinite_grads",
+            "nonfinite_params",
+        ):
             assert isinstance(row[f"{statistic}/{layer}"], float)
     assert {"dead_neurons/block_0/mlp_up", "act_amax/block_0", "act_rms/block_0", "loss_zscore"} <= set(row)
     assert not [name for name in row if name.startswith("alert")]
@@ -121,8 +149,9 @@ def test_a_run_continued_in_pieces_equals_the_whole(whole, data_dir, tmp_path):
 def test_a_damaged_newest_checkpoint_is_named_and_the_older_one_used(whole, data_dir, tmp_path, capsys):
     run_dir = tmp_path / "damaged"
     train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
-    victim = max((path for path in (run_dir / "20" / "state").rglob("*") if path.is_file()),
-                 key=lambda path: path.stat().st_size)
+    victim = max(
+        (path for path in (run_dir / "20" / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
@@ -239,8 +268,11 @@ def test_a_warning_about_the_data_is_shown_whole(data_dir, tmp_path, monkeypatch
     from altgrad_jax.data.prepare import PreparedData, read_meta
     from altgrad_jax.run import training
 
-    monkeypatch.setattr(training, "resolve", lambda *_: PreparedData(
-        data_dir, read_meta(data_dir), True, ("This is the small sample, not the corpus.",)))
+    monkeypatch.setattr(
+        training,
+        "resolve",
+        lambda *_: PreparedData(data_dir, read_meta(data_dir), True, ("This is the small sample, not the corpus.",)),
+    )
     result = train(tiny(max_steps=2, warmup_steps=1), workdir=tmp_path / "sample")
     assert "This is the small sample, not the corpus." in capsys.readouterr().out
     manifest = json.loads((result.run_dir / "manifest.json").read_text())
@@ -261,8 +293,15 @@ def test_settings_that_the_device_or_data_cannot_honour_are_refused(data_dir, tm
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("pattern, guess", [("val_los", "val_loss"), ("grad_nrm/*", "grad_norm/*"),
-                                            ("stable_rank/embd", "stable_rank/embed"), ("zzz", "metrics.jsonl")])
+@pytest.mark.parametrize(
+    "pattern, guess",
+    [
+        ("val_los", "val_loss"),
+        ("grad_nrm/*", "grad_norm/*"),
+        ("stable_rank/embd", "stable_rank/embed"),
+        ("zzz", "metrics.jsonl"),
+    ],
+)
 def test_a_wandb_key_that_no_metric_has_is_refused_before_the_first_step(data_dir, tmp_path, pattern, guess):
     with pytest.raises(UserError, match="wandb_keys=.* matches no metric of this run") as error:
         train(tiny(wandb_keys=("loss", pattern)), data_dir=data_dir, workdir=tmp_path / "keys")
@@ -271,8 +310,11 @@ def test_a_wandb_key_that_no_metric_has_is_refused_before_the_first_step(data_di
 
 
 def test_short_validation_data_is_used_whole_and_said(data_dir, tmp_path, capsys):
-    result = train(tiny(max_steps=2, eval_windows=4096, eval_batch_size=64, warmup_steps=1), data_dir=data_dir,
-                   workdir=tmp_path / "short")
+    result = train(
+        tiny(max_steps=2, eval_windows=4096, eval_batch_size=64, warmup_steps=1),
+        data_dir=data_dir,
+        workdir=tmp_path / "short",
+    )
     assert "eval_windows=4096, but the validation data holds" in capsys.readouterr().out
     assert np.isfinite(result.history["val_loss"][-1])
 
@@ -319,15 +361,29 @@ def test_non_finite_steps_are_located_kept_and_end_the_run(data_dir, tmp_path, m
 
 
 def command(data_dir, run_dir, **changes):
-    flags = [f"--config.{name}={','.join(value) if isinstance(value, tuple) else value}"
-             for name, value in {**TINY, "console": "plain", **changes}.items()]
-    return [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(ROOT / "configs" / "smoke.py"),
-            f"--data_dir={data_dir}", f"--workdir={run_dir}", *flags]
+    flags = [
+        f"--config.{name}={','.join(value) if isinstance(value, tuple) else value}"
+        for name, value in {**TINY, "console": "plain", **changes}.items()
+    ]
+    return [
+        sys.executable,
+        str(ROOT / "scripts" / "train.py"),
+        "--config",
+        str(ROOT / "configs" / "smoke.py"),
+        f"--data_dir={data_dir}",
+        f"--workdir={run_dir}",
+        *flags,
+    ]
 
 
 def start(*args, **changes):
-    return subprocess.Popen(command(*args, **changes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.Popen(
+        command(*args, **changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 def wait_for_rows(process, run_dir, n):
@@ -366,8 +422,14 @@ def test_sigterm_saves_says_how_to_go_on_and_nothing_is_lost(long_run, data_dir,
 
 def test_a_second_signal_leaves_at_once_even_while_the_device_computes(data_dir, tmp_path):
     """One dispatch of this run takes minutes; both signals are answered while it computes."""
-    endless = {**LONG, "max_steps": 10 ** 6, "checkpoint_interval": 10 ** 6, "eval_interval": 10 ** 6,
-               "diagnostic_interval": 10 ** 6, "steps_per_dispatch": 60000}
+    endless = {
+        **LONG,
+        "max_steps": 10**6,
+        "checkpoint_interval": 10**6,
+        "eval_interval": 10**6,
+        "diagnostic_interval": 10**6,
+        "steps_per_dispatch": 60000,
+    }
     process = start(data_dir, tmp_path / "run", **endless)
     wait_for_rows(process, tmp_path / "run", 1)  # the evaluation before the first dispatch
     time.sleep(0.5)
@@ -383,8 +445,12 @@ def test_a_second_signal_leaves_at_once_even_while_the_device_computes(data_dir,
 def test_two_devices_train_as_one(whole, data_dir, tmp_path):
     """The batch split over a mesh of two: the same losses but for the order of the sums."""
     process = subprocess.Popen(
-        command(data_dir, tmp_path / "two"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
+        command(data_dir, tmp_path / "two"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    )
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0 and "device: 2 x cpu" in output, output
     losses = [row["loss"] for row in rows_of(tmp_path / "two")[1:]]
@@ -403,8 +469,14 @@ def test_the_checkpoint_restores_as_the_state_that_made_it(whole):
     from altgrad_jax.step.mesh import data_mesh
     from altgrad_jax.step.program import make_step_functions
 
-    functions = make_step_functions(model_config(tiny(), jax.devices()[0]), step_options(tiny(), steps_per_dispatch=1),
-                                    data_mesh(), n_train_windows=100, eval_batch_size=4, seed=42)
+    functions = make_step_functions(
+        model_config(tiny(), jax.devices()[0]),
+        step_options(tiny(), steps_per_dispatch=1),
+        data_mesh(),
+        n_train_windows=100,
+        eval_batch_size=4,
+        seed=42,
+    )
     state, meta = restore_path(whole.run_dir / "40", functions.abstract_state)
     assert int(state.step) == meta["step"] == 40
     params, _ = load_params(whole.run_dir)

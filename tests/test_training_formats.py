@@ -32,9 +32,19 @@ from altgrad_jax.step.program import Observed
 from altgrad_jax.step.quantization import QuantOptions
 
 LAYERS = ("block_0/attn_qkv", "block_0/attn_out", "block_0/mlp_up", "block_0/mlp_down")
-STORED = dict(use_fp8=True, formats=("E4M3", "block_*:G=E5M2"), weights_at_rest="stochastic", use_shadow=True,
-              shadow_interval=3, diagnostic_interval=10, rank_threshold=0.6, rank_threshold_strict=0.7,
-              metrics="format,ledger", checkpoint_interval=20, steps_per_dispatch=4)
+STORED = dict(
+    use_fp8=True,
+    formats=("E4M3", "block_*:G=E5M2"),
+    weights_at_rest="stochastic",
+    use_shadow=True,
+    shadow_interval=3,
+    diagnostic_interval=10,
+    rank_threshold=0.6,
+    rank_threshold_strict=0.7,
+    metrics="format,ledger",
+    checkpoint_interval=20,
+    steps_per_dispatch=4,
+)
 OPERAND = {"overflow", "underflow", "clipped_energy", "sqnr_db", "amax", "scale", "dynamic_range"}
 OF_STORED = {"amax", "scale", "dynamic_range"}  # weights on their grid are not rounded again
 FROM_OWN_AMAX = OPERAND - {"overflow", "clipped_energy"}  # nothing can be clipped
@@ -56,9 +66,15 @@ def whole(data_dir, tmp_path_factory):
     return train(tiny(**STORED), data_dir=data_dir, workdir=tmp_path_factory.mktemp("whole") / "run")
 
 
-MIXED = dict(use_fp8=True, formats=("block_*/mlp_up=E3M4", "block_*/attn_out:WA=BF16", "head:G=E5M2"),
-             scaling="tensor,delayed,channel", metrics="format,ledger", max_steps=2, warmup_steps=1,
-             diagnostic_interval=1)
+MIXED = dict(
+    use_fp8=True,
+    formats=("block_*/mlp_up=E3M4", "block_*/attn_out:WA=BF16", "head:G=E5M2"),
+    scaling="tensor,delayed,channel",
+    metrics="format,ledger",
+    max_steps=2,
+    warmup_steps=1,
+    diagnostic_interval=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +135,7 @@ def test_scales_come_from_the_largest_of_earlier_amaxes(whole):
     for name in (f"{layer}/{operand}" for layer in LAYERS for operand in "AG"):
         largest = {"A": 448.0, "G": 57344.0}[name[-1]]
         amax, scale = (whole.history[f"{statistic}/{name}"][1:] for statistic in ("amax", "scale"))
-        expected = [2.0 ** np.floor(np.log2(largest / max(amax[max(0, i - 16):i]))) for i in range(1, 40)]
+        expected = [2.0 ** np.floor(np.log2(largest / max(amax[max(0, i - 16) : i]))) for i in range(1, 40)]
         np.testing.assert_array_equal(scale[1:], expected)
 
 
@@ -127,7 +143,8 @@ def test_the_manifest_certifies_the_formats(whole):
     found = json.loads((whole.run_dir / "manifest.json").read_text())
     assert found["schema_version"] == 3 and found["config"]["formats"] == ["E4M3", "block_*:G=E5M2"]
     assert [(layer["layer"], layer["w"], layer["a"], layer["g"]) for layer in found["formats"]["layers"]] == [
-        (layer, "E4M3", "E4M3", "E5M2") for layer in LAYERS]
+        (layer, "E4M3", "E4M3", "E5M2") for layer in LAYERS
+    ]
     certificates = found["formats"]["certificates"]
     assert list(certificates) == ["E4M3", "E5M2"]
     x = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)
@@ -144,7 +161,8 @@ def test_the_manifest_certifies_the_formats(whole):
 def test_there_is_a_line_for_every_operand_of_every_diagnosis(whole):
     lines, rows = lines_of(whole.run_dir), rows_of(whole.run_dir)
     assert [(line["step"], line["layer"], line["operand"]) for line in lines] == [
-        (step, layer, operand) for step in (0, 10, 20, 30, 40) for layer in LAYERS for operand in "WAG"]
+        (step, layer, operand) for step in (0, 10, 20, 30, 40) for layer in LAYERS for operand in "WAG"
+    ]
     tokens, width = 4 * 16, 16  # of one batch of the evaluation
     n_outputs = dict(zip(LAYERS, (3 * width, width, 4 * width, width)))
     n_inputs = dict(zip(LAYERS, (width, width, width, 4 * width)))
@@ -156,7 +174,7 @@ def test_there_is_a_line_for_every_operand_of_every_diagnosis(whole):
         assert (len(codes), len(magnitudes)) == (256, whatif.N_BINS)
         assert codes.sum() == magnitudes.sum() == {"W": K * N, "A": tokens * K, "G": tokens * N}[operand]
         assert line["format"] == fmt.name and np.log2(line["scale"]) % 1 == 0 and line["amax"] > 0
-        assert codes[fmt.max_code + 1:128].sum() == codes[fmt.max_code + 129:].sum() == codes[128] == 0
+        assert codes[fmt.max_code + 1 : 128].sum() == codes[fmt.max_code + 129 :].sum() == codes[128] == 0
         row = rows[line["step"]]
         name = f"{layer}/{operand}"
         used = np.count_nonzero(codes)
@@ -193,10 +211,17 @@ def test_a_falling_rank_is_told_once_and_judged_after_the_warm_up(whole):
         threshold = 0.7 if layer in ("block_0/attn_out", "block_0/mlp_down", "embed") else 0.6
         rank = {step: rows[step][f"stable_rank/{layer}"] for step in (10, 20, 30, 40)}
         below = {step: rank[step] / rank[10] < threshold for step in rank}
-        expected += [(step, layer, pytest.approx(rank[step] / rank[10], rel=1e-6)) for step in (20, 30, 40)
-                     if below[step] and not below[step - 10]]
-    found = [(row["step"], alert["layer"], alert["value"]) for row in rows for alert in row.get("alerts", ())
-             if alert["kind"] == "rank_falling"]
+        expected += [
+            (step, layer, pytest.approx(rank[step] / rank[10], rel=1e-6))
+            for step in (20, 30, 40)
+            if below[step] and not below[step - 10]
+        ]
+    found = [
+        (row["step"], alert["layer"], alert["value"])
+        for row in rows
+        for alert in row.get("alerts", ())
+        if alert["kind"] == "rank_falling"
+    ]
     assert sorted(found, key=lambda alert: alert[:2]) == sorted(expected, key=lambda alert: alert[:2])
     assert len({step for step, *_ in found}) > 1  # the interrupted run must know what it had told before
 
@@ -210,7 +235,8 @@ def test_what_does_not_apply_is_not_recorded(mixed):
         assert found == dict.fromkeys(LAYERS, [set()] * 3) | {
             "block_0/mlp_up": [FROM_OWN_AMAX | CODES, later | CODES, FROM_OWN_AMAX | CODES],
             "block_0/attn_out": [FROM_OWN_AMAX, later, set()],  # BF16 has more codes than a histogram holds
-            "head": [set(), set(), FROM_OWN_AMAX | CODES]}
+            "head": [set(), set(), FROM_OWN_AMAX | CODES],
+        }
         for layer in (*LAYERS, "head"):
             of_weights = LEDGER - {"lost"} | {"not_flipped"} if found[layer][0] else set()
             assert statistics_of(row, layer) & (LEDGER | {"not_flipped"}) == of_weights
@@ -219,7 +245,9 @@ def test_what_does_not_apply_is_not_recorded(mixed):
     lines = lines_of(mixed.run_dir)
     assert {(line["layer"], line["operand"], line["format"], "codes" in line) for line in lines} == {
         *(("block_0/mlp_up", operand, "E3M4", True) for operand in "WAG"),
-        *(("block_0/attn_out", operand, "BF16", False) for operand in "WA"), ("head", "G", "E5M2", True)}
+        *(("block_0/attn_out", operand, "BF16", False) for operand in "WA"),
+        ("head", "G", "E5M2", True),
+    }
     assert len(lines) == 3 * 6
     manifest = json.loads((mixed.run_dir / "manifest.json").read_text())
     assert list(manifest["formats"]["certificates"]) == ["BF16", "E3M4", "E5M2"]
@@ -229,8 +257,10 @@ def test_what_does_not_apply_is_not_recorded(mixed):
 @pytest.mark.parametrize("level, expected", [(0, ["E4M3", "E5M2"]), (1, ["E3M4"] * 2), (2, ["E2M5"] * 2)])
 def test_a_diagnosis_names_the_format_in_use(level, expected):
     """After an emergency shift an operand has another format than the settings say."""
-    quant = QuantOptions(tuple(training.format_rules.resolve_rules(("head:W=E4M3", "head:G=E5M2"), 1)),
-                         emergency_formats=("E3M4", "E2M5"))
+    quant = QuantOptions(
+        tuple(training.format_rules.resolve_rules(("head:W=E4M3", "head:G=E5M2"), 1)),
+        emergency_formats=("E3M4", "E2M5"),
+    )
     observed = Observed(np.ones((1, 3, 256)), np.ones((1, 3, whatif.N_BINS)), np.ones((1, 3)), np.ones((1, 3)))
     found, lines = training.diagnosis(quant, level, 7, observed)
     assert [(line["step"], line["layer"], line["operand"]) for line in lines] == [(7, "head", "W"), (7, "head", "G")]
@@ -283,18 +313,25 @@ def test_an_interrupted_run_equals_the_whole(whole, data_dir, tmp_path, monkeypa
     for name in ("metrics.jsonl", "diagnostics.jsonl"):
         assert (run_dir / name).read_bytes() == (whole.run_dir / name).read_bytes()
     assert state_bytes(run_dir, 40) == state_bytes(whole.run_dir, 40)
-    assert {"quant/amax_history_Q3H", "quant/rest_scale/block_0.mlp_up", "quant/age/block_0.mlp_up",
-            "monitor/lost_WS"} <= set(state_bytes(run_dir, 40))
+    assert {
+        "quant/amax_history_Q3H",
+        "quant/rest_scale/block_0.mlp_up",
+        "quant/age/block_0.mlp_up",
+        "monitor/lost_WS",
+    } <= set(state_bytes(run_dir, 40))
     starts = json.loads((run_dir / "manifest.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 14, 20]
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"formats": ("E5M2",)}, r"formats: \['E4M3', 'block_\*:G=E5M2'\] in the run, \['E5M2'\] now"),
-    ({"weights_at_rest": "nearest"}, "weights_at_rest: 'stochastic' in the run, 'nearest' now"),
-    ({"shadow_interval": 4, "amax_history": 4}, "amax_history: 16 .*, 4 now; shadow_interval: 3 .*, 4 now"),
-    (dict.fromkeys(STORED), "use_fp8: True in the run, False now; formats: .* now"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"formats": ("E5M2",)}, r"formats: \['E4M3', 'block_\*:G=E5M2'\] in the run, \['E5M2'\] now"),
+        ({"weights_at_rest": "nearest"}, "weights_at_rest: 'stochastic' in the run, 'nearest' now"),
+        ({"shadow_interval": 4, "amax_history": 4}, "amax_history: 16 .*, 4 now; shadow_interval: 3 .*, 4 now"),
+        (dict.fromkeys(STORED), "use_fp8: True in the run, False now; formats: .* now"),
+    ],
+)
 def test_resume_refuses_other_formats_by_name(whole, data_dir, changes, words):
     before = (whole.run_dir / "manifest.json").read_bytes()
     settings = {name: value for name, value in {**STORED, **changes, "max_steps": 60}.items() if value is not None}
@@ -331,11 +368,15 @@ def test_a_run_of_schema_version_1_goes_on(data_dir, tmp_path):
 # ------------------------------------------------------------------------------------------------ before the first step
 
 
-@pytest.mark.parametrize("round_fn", [
-    lambda x, params: x,
-    lambda x, params: x.astype(jnp.bfloat16).astype(jnp.float32),
-    lambda x, params: rounding.round_to_format(x, params) * jnp.where(jnp.abs(x) == 1.5, 2, 1),
-], ids=["nothing", "bfloat16", "one number wrong"])
+@pytest.mark.parametrize(
+    "round_fn",
+    [
+        lambda x, params: x,
+        lambda x, params: x.astype(jnp.bfloat16).astype(jnp.float32),
+        lambda x, params: rounding.round_to_format(x, params) * jnp.where(jnp.abs(x) == 1.5, 2, 1),
+    ],
+    ids=["nothing", "bfloat16", "one number wrong"],
+)
 def test_nothing_is_trained_with_a_rounding_that_fails_its_canary(data_dir, tmp_path, monkeypatch, round_fn):
     monkeypatch.setattr(training, "canary", functools.partial(rounding.canary, round_fn=round_fn))
     with pytest.raises(UserError, match="rounding to E4M3 is wrong on .*: run with another version of jax"):
@@ -354,8 +395,17 @@ def test_every_format_that_may_be_used_passes_the_canary(data_dir, tmp_path, mon
 
     monkeypatch.setattr(training, "canary", canary)
     with pytest.raises(UserError, match="enough"):
-        train(tiny(use_fp8=True, formats=("E4M3", "block_*:G=E5M2"), saturate=False, metrics="none",
-                   emergency_formats=("E3M4", "FP16")), data_dir=data_dir, workdir=tmp_path / "run")
+        train(
+            tiny(
+                use_fp8=True,
+                formats=("E4M3", "block_*:G=E5M2"),
+                saturate=False,
+                metrics="none",
+                emergency_formats=("E3M4", "FP16"),
+            ),
+            data_dir=data_dir,
+            workdir=tmp_path / "run",
+        )
     assert asked == [(name, False) for name in ("E4M3", "E5M2", "E3M4", "FP16")]
 
 
@@ -387,8 +437,9 @@ def test_a_model_is_loaded_in_the_formats_that_it_was_trained_in(whole):
     tokens = jnp.asarray([list(b"the council")])
     plain = GPT(dataclasses.replace(config, rules=()))
     plain_BLV = jax.jit(lambda: plain.apply({"params": params}, tokens).logits)()
-    quantized_BLV = jax.jit(lambda operands: GPT(config).apply(
-        {"params": params}, tokens, quantized=Quantized(operands, {})).logits)(operands)
+    quantized_BLV = jax.jit(
+        lambda operands: GPT(config).apply({"params": params}, tokens, quantized=Quantized(operands, {})).logits
+    )(operands)
     difference = np.abs(np.asarray(quantized_BLV - plain_BLV)).max()
     assert 0.001 < difference < 0.5
     text = generate(params, config, list(b"the council"), max_new_tokens=4, temperature=0.0, operands=operands)

@@ -22,8 +22,12 @@ WINDOWS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (4, MODEL.block
 
 
 def step_of(**options):
-    options = StepOptions(**dict(batch_size=4, steps_per_dispatch=1, learning_rate=1e-2, max_steps=10, warmup_steps=1,
-                                 thresholds=THRESHOLDS) | options)
+    options = StepOptions(
+        **dict(
+            batch_size=4, steps_per_dispatch=1, learning_rate=1e-2, max_steps=10, warmup_steps=1, thresholds=THRESHOLDS
+        )
+        | options
+    )
     return Step(FLOAT32, options, data_mesh(jax.devices()[:1]), n_train_windows=10, eval_batch_size=4)
 
 
@@ -41,8 +45,10 @@ def test_step_is_a_static_argument():
 def test_micro_batches_give_the_gradient_of_the_batch():
     step = step_of()
     state, _ = state_and_inputs(step)
-    whole, parts = (update.gradients(choices, choices.model, state.params, WINDOWS, 0, 0)
-                    for choices in (step, step_of(grad_accum_steps=2)))
+    whole, parts = (
+        update.gradients(choices, choices.model, state.params, WINDOWS, 0, 0)
+        for choices in (step, step_of(grad_accum_steps=2))
+    )
     np.testing.assert_allclose(whole.loss, parts.loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole.grads, parts.grads)
 

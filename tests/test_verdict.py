@@ -24,9 +24,15 @@ def make_run(run_dir, losses, max_steps=None, validation=None, alerts=None, extr
     if 0 in validation:
         record.write([{"step": 0, "val_loss": validation[0], "val_perplexity": math.exp(validation[0])}])
     for step, loss in enumerate(losses, 1):
-        row = {"step": step, "loss": loss, "learning_rate": 1e-3 * step,
-               "grad_norm": 2.0 if step < 5 else 0.5, "grad_norm_clipped": 1.0 if step < 5 else 0.5,
-               "nonfinite_loss": float(not math.isfinite(loss)), **(extra or {}).get(step, {})}
+        row = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": 1e-3 * step,
+            "grad_norm": 2.0 if step < 5 else 0.5,
+            "grad_norm_clipped": 1.0 if step < 5 else 0.5,
+            "nonfinite_loss": float(not math.isfinite(loss)),
+            **(extra or {}).get(step, {}),
+        }
         row |= {"val_loss": validation[step]} if step in validation else {}
         row |= {"alerts": alerts[step]} if step in (alerts or {}) else {}
         record.write([row])
@@ -42,15 +48,20 @@ FALLING = [10.0 - 0.05 * i for i in range(100)]
 
 
 def test_a_sound_run(tmp_path):
-    run = make_run(tmp_path / "run", FALLING, validation={0: 10.5, 50: 8.0, 100: 8.5},
-                   alerts={40: [alert("loss_spike"), alert("dead_layer", "ln_f")], 41: [alert("loss_spike")]})
+    run = make_run(
+        tmp_path / "run",
+        FALLING,
+        validation={0: 10.5, 50: 8.0, 100: 8.5},
+        alerts={40: [alert("loss_spike"), alert("dead_layer", "ln_f")], 41: [alert("loss_spike")]},
+    )
     for folder in ("100", "50", "anomaly/40", "wandb", "7.tmp"):
         (run / folder).mkdir(parents=True)
     (run / "60").touch()
     v = make_verdict(run)
     assert v["sound"] and v["finished"] and v["loss_fell"] and v["stopped"] is None
-    assert v["verdict"] == ("sound: 100 steps, loss fell from 9.9000 to 5.1500, every step finite, "
-                            "with alerts: dead_layer 1, loss_spike 2")
+    assert v["verdict"] == (
+        "sound: 100 steps, loss fell from 9.9000 to 5.1500, every step finite, with alerts: dead_layer 1, loss_spike 2"
+    )
     assert (v["loss_first"], v["loss_last"]) == (pytest.approx(9.9), pytest.approx(5.15))  # means of five
     assert (v["initial_loss"], v["final_loss"]) == (10.0, 5.05)
     assert v["final_perplexity"] == pytest.approx(math.exp(5.05))
@@ -60,18 +71,25 @@ def test_a_sound_run(tmp_path):
     assert (v["checkpoints"], v["anomalies"]) == ([50, 100], [40])
 
 
-@pytest.mark.parametrize(("losses", "settings", "reason"), [
-    (FALLING[::-1], {}, "the loss did not fall (first 5% of the steps 5.1500, last 5% 9.9000)"),
-    ([5.0] * 10, {}, "the loss did not fall"),
-    (FALLING, {"max_steps": 120}, "stopped after 100 of 120 steps"),
-    ([*FALLING[:50], math.nan, *FALLING[51:]], {}, "1 non-finite step, the first at step 51"),
-    (FALLING, {"extra": {7: {"nonfinite_grads/block_0/mlp_up": 3.0}, 9: {"grad_norm": math.inf}}},
-     "2 non-finite steps, the first at step 7"),
-    (FALLING, {"alerts": {9: [alert("divergence")]}}, "the loss rose above where it began"),
-    (FALLING, {"alerts": {9: [alert("val_rising")]}}, "the validation loss kept rising"),
-    ([7.0], {}, "too few finite losses"), ([], {}, "too few finite losses"),
-    ([math.nan] * 9, {}, "too few finite losses"),
-])
+@pytest.mark.parametrize(
+    ("losses", "settings", "reason"),
+    [
+        (FALLING[::-1], {}, "the loss did not fall (first 5% of the steps 5.1500, last 5% 9.9000)"),
+        ([5.0] * 10, {}, "the loss did not fall"),
+        (FALLING, {"max_steps": 120}, "stopped after 100 of 120 steps"),
+        ([*FALLING[:50], math.nan, *FALLING[51:]], {}, "1 non-finite step, the first at step 51"),
+        (
+            FALLING,
+            {"extra": {7: {"nonfinite_grads/block_0/mlp_up": 3.0}, 9: {"grad_norm": math.inf}}},
+            "2 non-finite steps, the first at step 7",
+        ),
+        (FALLING, {"alerts": {9: [alert("divergence")]}}, "the loss rose above where it began"),
+        (FALLING, {"alerts": {9: [alert("val_rising")]}}, "the validation loss kept rising"),
+        ([7.0], {}, "too few finite losses"),
+        ([], {}, "too few finite losses"),
+        ([math.nan] * 9, {}, "too few finite losses"),
+    ],
+)
 def test_what_makes_a_run_unsound(tmp_path, losses, settings, reason):
     v = make_verdict(make_run(tmp_path / "run", losses, **settings))
     assert not v["sound"] and v["verdict"].startswith("not sound: ") and reason in v["verdict"]
@@ -87,9 +105,17 @@ def test_speed_leaves_out_each_process_s_first_dispatch(tmp_path):
         return {"step": step, "time": time, "step_time_s": seconds, "tokens_per_s": 100 / seconds}
 
     run = make_run(tmp_path / "run", FALLING)
-    rows = [{"event": "start", "step": 0, "time": 0.0}, row(1, 60.0, 30.0), row(2, 60.0, 30.0),
-            row(3, 61.0, 1.0), row(4, 62.0, 0.75), row(5, 63.0, 0.5),
-            {"event": "resume", "step": 4, "time": 100.0}, row(5, 150.0, 50.0), row(6, 151.0, 0.25)]
+    rows = [
+        {"event": "start", "step": 0, "time": 0.0},
+        row(1, 60.0, 30.0),
+        row(2, 60.0, 30.0),
+        row(3, 61.0, 1.0),
+        row(4, 62.0, 0.75),
+        row(5, 63.0, 0.5),
+        {"event": "resume", "step": 4, "time": 100.0},
+        row(5, 150.0, 50.0),
+        row(6, 151.0, 0.25),
+    ]
     (run / "timing.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 7, "ti')
     v = make_verdict(run)
     # Of steps 3, 4, 5 (as the first process made it) and 6.
@@ -145,8 +171,13 @@ def test_smoothing_ignores_what_is_not_finite():
 
 
 def test_history_has_a_column_per_name_with_nan_where_a_row_lacks_it(tmp_path):
-    run = make_run(tmp_path / "run", [3.0, 2.0, math.nan], validation={0: 10.0, 2: 9.0},
-                   extra={3: {"late": 4.0}}, alerts={1: [alert("loss_spike")]})
+    run = make_run(
+        tmp_path / "run",
+        [3.0, 2.0, math.nan],
+        validation={0: 10.0, 2: 9.0},
+        extra={3: {"late": 4.0}},
+        alerts={1: [alert("loss_spike")]},
+    )
     history = read_history(run)
     assert history["step"].tolist() == [0, 1, 2, 3] and history["step"].dtype == np.int64
     np.testing.assert_array_equal(history["loss"], np.array([np.nan, 3, 2, np.nan], np.float32))
@@ -174,8 +205,13 @@ def test_reading_names_what_is_wrong(tmp_path):
 def test_the_cause_of_the_first_non_finite_step_is_told_as_the_record_has_it(tmp_path, first_bad_step, told):
     """An event of a step that a resume has since made anew, and found finite, says nothing."""
     run = make_run(tmp_path / "run", [*FALLING[:6], math.nan, *FALLING[7:]])
-    event = {"event": "anomaly", "step": 10, "time": 1.0, "first_bad_step": first_bad_step,
-             "cause": "1 bad thing in ln_f"}
+    event = {
+        "event": "anomaly",
+        "step": 10,
+        "time": 1.0,
+        "first_bad_step": first_bad_step,
+        "cause": "1 bad thing in ln_f",
+    }
     (run / "timing.jsonl").write_text(json.dumps(event) + "\n")
     v = make_verdict(run)
     assert v["first_nonfinite_cause"] == ("1 bad thing in ln_f" if told else None)

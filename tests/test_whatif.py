@@ -32,9 +32,14 @@ def tensors():
         heavy = (1e-3 * rng.standard_normal(20_000) / np.abs(rng.standard_normal(20_000)) ** 3).astype(np.float32)
         bits = rng.integers(0, 0x7F800000, 20_000, dtype=np.uint32).view(np.float32)
     gaussian = (0.02 * rng.standard_normal(20_000)).astype(np.float32)
-    return {"gaussian": gaussian, "heavy": heavy, "bits": bits, "thresholds": at_thresholds(),
-            "zeros": np.where(rng.random(20_000) < 0.4, np.float32(-0.0), heavy),
-            "broken": np.concatenate([gaussian, np.float32([np.inf, -np.inf, np.nan, 1e-42, -1e-45])])}
+    return {
+        "gaussian": gaussian,
+        "heavy": heavy,
+        "bits": bits,
+        "thresholds": at_thresholds(),
+        "zeros": np.where(rng.random(20_000) < 0.4, np.float32(-0.0), heavy),
+        "broken": np.concatenate([gaussian, np.float32([np.inf, -np.inf, np.nan, 1e-42, -1e-45])]),
+    }
 
 
 TENSORS = tensors()
@@ -80,8 +85,14 @@ def test_the_scale_is_that_of_the_product(name):
     rng = np.random.default_rng(1)
     edges = np.float32([0, 1e-42, 2.0**-126, 3e38, np.inf, np.nan, fmt.max, 2.0**16, *2.0 ** np.arange(-126.0, 128)])
     with np.errstate(invalid="ignore", over="ignore"):
-        amax = np.concatenate([edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, np.float32(np.inf)),
-                               rng.integers(0, 2**31, 2000, dtype=np.uint32).view(np.float32)])
+        amax = np.concatenate(
+            [
+                edges,
+                np.nextafter(edges, np.float32(0)),
+                np.nextafter(edges, np.float32(np.inf)),
+                rng.integers(0, 2**31, 2000, dtype=np.uint32).view(np.float32),
+            ]
+        )
         expected = np.asarray(scale_for(amax, format_params(fmt)))
         assert [whatif.scale_for(a, fmt) for a in amax] == expected.tolist()
 
@@ -138,15 +149,38 @@ def test_another_histogram_is_refused():
         whatif.what_if(np.zeros(256), get_format("E4M3"), 1.0)
 
 
-GOOD_LINE = {"step": 1, "layer": "block_0/mlp_up", "operand": "W", "format": "E4M3", "scale": 1.0, "amax": 1.0,
-             "magnitudes": {"bins": 2220, "first": [1000], "counts": [[5]]}}
+GOOD_LINE = {
+    "step": 1,
+    "layer": "block_0/mlp_up",
+    "operand": "W",
+    "format": "E4M3",
+    "scale": 1.0,
+    "amax": 1.0,
+    "magnitudes": {"bins": 2220, "first": [1000], "counts": [[5]]},
+}
 
 
-@pytest.mark.parametrize("line", [
-    "\xff", "[]", "{}", "[" * 100_000, *(json.dumps({**GOOD_LINE, **change}) for change in (
-        {"step": "x"}, {"operand": 5}, {"amax": -1.0}, {"magnitudes": 5}, {"magnitudes": {"bins": 10**15}},
-        {"magnitudes": {"bins": 2220, "first": [2219], "counts": [[1, 2]]}},
-        {"magnitudes": {"bins": 2220, "first": [-5], "counts": [[1]]}}))])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "\xff",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        *(
+            json.dumps({**GOOD_LINE, **change})
+            for change in (
+                {"step": "x"},
+                {"operand": 5},
+                {"amax": -1.0},
+                {"magnitudes": 5},
+                {"magnitudes": {"bins": 10**15}},
+                {"magnitudes": {"bins": 2220, "first": [2219], "counts": [[1, 2]]}},
+                {"magnitudes": {"bins": 2220, "first": [-5], "counts": [[1]]}},
+            )
+        ),
+    ],
+)
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "diagnostics.jsonl"
     path.write_bytes(f"{json.dumps(GOOD_LINE)}\n{line}\n".encode("latin-1"))

@@ -20,13 +20,23 @@ AT_REST = ("nearest", "stochastic", "error_feedback")
 LAST = 0.1  # of the steps: statistics are means over them
 # Column heading -> metric; {at_rest} is "lost" or "not_flipped".
 STATISTICS = {
-    **{f"{title} {operand}": f"{name}/all/{operand}"
-       for title, name in (("overflow", "overflow"), ("underflow", "underflow"), ("SQNR dB", "sqnr_db"))
-       for operand in ABLATIONS},
-    "shadow cosine": "grad_cosine", "shadow SQNR dB": "grad_sqnr_db", "flushed": "grad_flushed",
-    "bf16's cosine": "grad_cosine_bfloat16", "bf16's SQNR dB": "grad_sqnr_db_bfloat16",
-    "lost": "lost", "not flipped": "not_flipped", "effective lr": "effective_lr", "lost energy": "lost_energy",
-    "ULPs moved": "ulps_moved", "code age": "code_age"}
+    **{
+        f"{title} {operand}": f"{name}/all/{operand}"
+        for title, name in (("overflow", "overflow"), ("underflow", "underflow"), ("SQNR dB", "sqnr_db"))
+        for operand in ABLATIONS
+    },
+    "shadow cosine": "grad_cosine",
+    "shadow SQNR dB": "grad_sqnr_db",
+    "flushed": "grad_flushed",
+    "bf16's cosine": "grad_cosine_bfloat16",
+    "bf16's SQNR dB": "grad_sqnr_db_bfloat16",
+    "lost": "lost",
+    "not flipped": "not_flipped",
+    "effective lr": "effective_lr",
+    "lost energy": "lost_energy",
+    "ULPs moved": "ulps_moved",
+    "code age": "code_age",
+}
 
 
 def plan(formats=DEFAULT_8BIT, *, shadow_interval, seeds):
@@ -40,8 +50,11 @@ def plan(formats=DEFAULT_8BIT, *, shadow_interval, seeds):
             runs[f"{name}-{at_rest}"] = runs[name] | {"weights_at_rest": at_rest}
         runs[f"{name}-nearest-ulp_adamw"] = runs[f"{name}-nearest"] | {"optimizer": "ulp_adamw"}
         for operand in ABLATIONS:
-            runs[f"{name}-only{operand}"] = {"use_fp8": True, "formats": (f"block_*:{operand}={name}",),
-                                             "metrics": "grad,format"}
+            runs[f"{name}-only{operand}"] = {
+                "use_fp8": True,
+                "formats": (f"block_*:{operand}={name}",),
+                "metrics": "grad,format",
+            }
     return runs
 
 
@@ -70,9 +83,13 @@ def summarize(out, name):
         return float(finite.mean()) if finite.size else math.nan
 
     # The mean over the last 5% of the steps; a run that ended early or was not finite has no such number.
-    return {"steps": result["steps"], "train": _number(result["loss_last"]), "val": _number(result["final_val_loss"]),
-            "nonfinite": result["nonfinite_steps"],
-            **{column: mean(history[metric]) for column, metric in STATISTICS.items()}}
+    return {
+        "steps": result["steps"],
+        "train": _number(result["loss_last"]),
+        "val": _number(result["final_val_loss"]),
+        "nonfinite": result["nonfinite_steps"],
+        **{column: mean(history[metric]) for column, metric in STATISTICS.items()},
+    }
 
 
 def _number(value):
@@ -94,14 +111,24 @@ def _show(value, column):
         return value
     if column.startswith(("overflow", "underflow", "flushed", "lost", "not flipped")) and column != "lost energy":
         return f"{100 * value:.3g}%"
-    return f"{value:.5f}" if "cosine" in column else f"{value:.1f}" if "dB" in column or column == "code age" \
-        else f"{value:+.4f}" if column.startswith("gap") else f"{value:.4f}"
+    return (
+        f"{value:.5f}"
+        if "cosine" in column
+        else f"{value:.1f}"
+        if "dB" in column or column == "code age"
+        else f"{value:+.4f}"
+        if column.startswith("gap")
+        else f"{value:.4f}"
+    )
 
 
 def costs_most(gaps, noise):
     """Which of forward pass (W, A), gradient (G) and update the gaps of one format blame; see `report`."""
-    causes = {"forward, weights": gaps["gap only W"], "forward, activations": gaps["gap only A"],
-              "gradient": gaps["gap only G"]}
+    causes = {
+        "forward, weights": gaps["gap only W"],
+        "forward, activations": gaps["gap only A"],
+        "gradient": gaps["gap only G"],
+    }
     if gaps["gap stored, nearest"] is not None and gaps["gap all"] is not None:
         causes["update"] = gaps["gap stored, nearest"] - gaps["gap all"]
     # A run that did not end has no loss: worse than any number.
@@ -117,9 +144,12 @@ def report(out, formats, seeds):
     for row in found.values():
         row["gap"] = row["val"] - bf16["val"]
     noise = [found[f"bf16-seed{seed}"]["gap"] for seed in seeds if f"bf16-seed{seed}" in found]
-    parts = ["### Loss: nats per token, training (mean of the last 5% of the steps) and validation at the end\n",
-             "The gap is to bfloat16 with the same seed and batches. Between seeds, bfloat16 itself differs by "
-             + (", ".join(f"{gap:+.4f}" for gap in noise) or "(not measured)") + ".\n"]
+    parts = [
+        "### Loss: nats per token, training (mean of the last 5% of the steps) and validation at the end\n",
+        "The gap is to bfloat16 with the same seed and batches. Between seeds, bfloat16 itself differs by "
+        + (", ".join(f"{gap:+.4f}" for gap in noise) or "(not measured)")
+        + ".\n",
+    ]
     losses = {name: found[name] for name in ("bf16", "float32") if name in found}
     kinds = ["", *(f"-{at_rest}" for at_rest in AT_REST), "-nearest-ulp_adamw"]
     losses |= {name + kind: found[name + kind] for name in formats for kind in kinds if name + kind in found}
@@ -127,23 +157,32 @@ def report(out, formats, seeds):
     parts.append("\n### Where each format costs: gap of the validation loss with one operand in the format\n")
     ablations = {}
     for name in formats:
-        ablations[name] = {f"only {operand}": found.get(f"{name}-only{operand}", {}).get("gap")
-                           for operand in ABLATIONS}
+        ablations[name] = {
+            f"only {operand}": found.get(f"{name}-only{operand}", {}).get("gap") for operand in ABLATIONS
+        }
         ablations[name] |= {"all": found.get(name, {}).get("gap")}
         ablations[name] |= {f"stored, {at_rest}": found.get(f"{name}-{at_rest}", {}).get("gap") for at_rest in AT_REST}
         ablations[name] = {f"gap {key}": value for key, value in ablations[name].items()}
         ablations[name]["costs most"] = costs_most(ablations[name], max(map(abs, noise), default=0.0))
     columns = [f"only {operand}" for operand in ABLATIONS] + ["all"] + [f"stored, {at_rest}" for at_rest in AT_REST]
-    parts.append("`costs most`: the largest of the three operands' gaps and of what storing the weights to nearest "
-                 "adds to the gap of all three, where it exceeds the largest difference between two seeds of bfloat16; "
-                 "`not separated` where none does. Above 0 is worse than bfloat16.\n")
+    parts.append(
+        "`costs most`: the largest of the three operands' gaps and of what storing the weights to nearest "
+        "adds to the gap of all three, where it exceeds the largest difference between two seeds of bfloat16; "
+        "`not separated` where none does. Above 0 is worse than bfloat16.\n"
+    )
     parts.append(table([*(f"gap {column}" for column in columns), "costs most"], ablations))
     for title, kind, columns in (
-            ("Operands and gradients, float32 master", "", list(STATISTICS)[:14]),
-            ("The update, float32 master", "", list(STATISTICS)[15:]),
-            *((f"The update, weights stored, {at_rest}", f"-{at_rest}", [*list(STATISTICS)[9:12], "lost",
-                                                                           *list(STATISTICS)[16:]])
-              for at_rest in AT_REST)):
+        ("Operands and gradients, float32 master", "", list(STATISTICS)[:14]),
+        ("The update, float32 master", "", list(STATISTICS)[15:]),
+        *(
+            (
+                f"The update, weights stored, {at_rest}",
+                f"-{at_rest}",
+                [*list(STATISTICS)[9:12], "lost", *list(STATISTICS)[16:]],
+            )
+            for at_rest in AT_REST
+        ),
+    ):
         parts.append(f"\n### {title}\n")
         parts.append(table(columns, {name: found[name + kind] for name in formats if name + kind in found}))
     return "\n".join(parts) + "\n"

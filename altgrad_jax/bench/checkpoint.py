@@ -51,6 +51,7 @@ def part_variants(state, arrays):
         def run(path):
             with ThreadPoolExecutor(n_threads) as pool:
                 list(pool.map(checkpoint._digest, arrays.values()))
+
         return run
 
     def plain_file(path, sync=True):
@@ -61,9 +62,13 @@ def part_variants(state, arrays):
             if sync:
                 os.fsync(file.fileno())
 
-    return {"copy on the device, then to the host": copy, "sha256, one thread": digest(1),
-            "sha256, two threads": digest(2), "one plain file, fsync": plain_file,
-            "one plain file, no fsync": lambda path: plain_file(path, sync=False)}
+    return {
+        "copy on the device, then to the host": copy,
+        "sha256, one thread": digest(1),
+        "sha256, two threads": digest(2),
+        "one plain file, fsync": plain_file,
+        "one plain file, no fsync": lambda path: plain_file(path, sync=False),
+    }
 
 
 def layout_variants(arrays):
@@ -77,8 +82,11 @@ def layout_variants(arrays):
 
         def run(path):
             save_args = {name: ocp.SaveArgs(chunk_byte_size=args.get("chunk")) for name in arrays}
-            item = ocp.args.PyTreeSave(checkpoint._nest(arrays), save_args=checkpoint._nest(save_args),
-                                       ocdbt_target_data_file_size=args.get("file_size"))
+            item = ocp.args.PyTreeSave(
+                checkpoint._nest(arrays),
+                save_args=checkpoint._nest(save_args),
+                ocdbt_target_data_file_size=args.get("file_size"),
+            )
             defaults = (tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT, tensorstore_utils._BASE_TS_CONTEXT)
             with contextlib.ExitStack() as patches:
                 for default in defaults:
@@ -87,6 +95,7 @@ def layout_variants(arrays):
                 state.mkdir(parents=True)
                 handler.save(state, args=item)
                 handler.finalize(state)
+
         return run
 
     return {
@@ -118,6 +127,7 @@ def save_variants(state, told):
                 checkpoints.close()
                 for outcome in checkpoints.check():
                     told(name, outcome.blocked_s, outcome.background_s, outcome.error)
+
         return run
 
     to_host = checkpoint._to_host
@@ -130,8 +140,9 @@ def save_variants(state, told):
 
     variants = {PRESENT: saves(PRESENT, checkpoint.SAVES_AT_ONCE)}
     variants |= {f"{n} at once": saves(f"{n} at once", n) for n in (1, 2, 3, 4, 6)}
-    variants["1 at once, sha256 before the writing"] = saves("1 at once, sha256 before the writing", 1,
-                                                             _to_host=digest_first)
+    variants["1 at once, sha256 before the writing"] = saves(
+        "1 at once, sha256 before the writing", 1, _to_host=digest_first
+    )
     return variants
 
 
@@ -174,8 +185,10 @@ def bench_checkpoint(config, *, folder, rounds):
     state = make_state(config)
     arrays = {name: np.array(leaf) for name, leaf in checkpoint._flatten(state).items()}
     n_bytes = sum(array.nbytes for array in arrays.values())
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {n_bytes / 1e6:.0f} MB in {len(arrays)} arrays, "
-          f"{rounds} rounds\n\n| one save | median s | range | to Orbax's writing |\n|---|---|---|---|")
+    print(
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {n_bytes / 1e6:.0f} MB in {len(arrays)} arrays, "
+        f"{rounds} rounds\n\n| one save | median s | range | to Orbax's writing |\n|---|---|---|---|"
+    )
     layouts, parts = layout_variants(arrays), part_variants(state, arrays)
     seconds, failed, deletions = time_variants(parts | layouts, folder, rounds)
     reference = seconds[PRESENT]
@@ -194,5 +207,7 @@ def bench_checkpoint(config, *, folder, rounds):
     seconds, failed, _ = time_variants(save_variants(state, told), folder, rounds)
     table(seconds, failed, seconds[PRESENT], scale=SAVES)
     for name in blocked:
-        print(f"{name}: the caller was held {statistics.mean(blocked[name]):.3f} s a save, one save took "
-              f"{statistics.median(background[name]):.3f} s")
+        print(
+            f"{name}: the caller was held {statistics.mean(blocked[name]):.3f} s a save, one save took "
+            f"{statistics.median(background[name]):.3f} s"
+        )

@@ -24,9 +24,12 @@ from altgrad_jax.errors import UserError
 INSTALL = 'pip install -e ".[bench]"'
 CHILD = (sys.executable, "-m", "altgrad_jax.bench.torch_peer")
 # kind of model, compiled, dtype
-VARIANTS = {f"{label}, {how}, {dtype}": (kind, how == "torch.compile", dtype)
-            for kind, label in (("gpt2", "transformers GPT-2"), ("nanogpt", "nanoGPT"))
-            for how in ("eager", "torch.compile") for dtype in ("float32", "bfloat16")}
+VARIANTS = {
+    f"{label}, {how}, {dtype}": (kind, how == "torch.compile", dtype)
+    for kind, label in (("gpt2", "transformers GPT-2"), ("nanogpt", "nanoGPT"))
+    for how in ("eager", "torch.compile")
+    for dtype in ("float32", "bfloat16")
+}
 
 
 def torch_importable():
@@ -55,8 +58,15 @@ class Peer:
         self._lock, self._errors = threading.Lock(), tempfile.TemporaryFile("w+")
         # Threads that spin at OpenMP's barriers lose their cores to whatever else runs, and with them whole time slices
         # (measured on two busy cores: four times the time of threads that sleep).
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-                                       text=True, bufsize=1, env={"OMP_WAIT_POLICY": "passive"} | os.environ)
+        self._child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            bufsize=1,
+            env={"OMP_WAIT_POLICY": "passive"} | os.environ,
+        )
         try:
             self.facts = self.request(do="facts")
         except BaseException:
@@ -88,8 +98,10 @@ class Peer:
 
     def idleness(self):
         """{idle_share, own_idle_share}: see the module."""
-        return {"idle_share": self.idle_cpu_s / self.idle_s if self.idle_s else None,
-                "own_idle_share": self.own_cpu_s / self.busy_s if self.busy_s else None}
+        return {
+            "idle_share": self.idle_cpu_s / self.idle_s if self.idle_s else None,
+            "own_idle_share": self.own_cpu_s / self.busy_s if self.busy_s else None,
+        }
 
     def variants(self):
         """Names of all it can be asked for."""
@@ -105,17 +117,33 @@ class Peer:
         """
         kind, compiled, dtype = VARIANTS[name]
         roofline.require_memory(least_memory(shape, batch_size), free_bytes)
-        answer = self.request(do="build", name=name, kind=kind, compile=compiled, dtype=dtype, shape=shape,
-                              batch_size=batch_size, optimizer=optimizer, path=self.nanogpt)
-        return Entry(name, lambda: self.request(do="steps", name=name, n=steps)["seconds"], steps,
-                     facts={name: value for name, value in answer.items() if not name.startswith("idle")}
-                     | {"peer": True, "dtype": dtype})
+        answer = self.request(
+            do="build",
+            name=name,
+            kind=kind,
+            compile=compiled,
+            dtype=dtype,
+            shape=shape,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            path=self.nanogpt,
+        )
+        return Entry(
+            name,
+            lambda: self.request(do="steps", name=name, n=steps)["seconds"],
+            steps,
+            facts={name: value for name, value in answer.items() if not name.startswith("idle")}
+            | {"peer": True, "dtype": dtype},
+        )
 
     def product(self, dtype, n, repeats):
         """An Entry: a product of two [n, n] arrays, `repeats` times."""
-        return Entry(f"torch product, {dtype}",
-                     lambda: self.request(do="product", dtype=dtype, n=n, repeats=repeats)["seconds"], repeats,
-                     facts={"dtype": dtype, "flops": 2 * n ** 3})
+        return Entry(
+            f"torch product, {dtype}",
+            lambda: self.request(do="product", dtype=dtype, n=n, repeats=repeats)["seconds"],
+            repeats,
+            facts={"dtype": dtype, "flops": 2 * n**3},
+        )
 
     def close(self):
         """Ends the process."""
@@ -134,5 +162,6 @@ def least_memory(shape, batch_size):
     """Bytes a peer's step needs at the least: state and gradients, logits with their gradient, what blocks save."""
     sizes = {name: size for name, size in shape.items() if name != "n_head"}
     tokens = batch_size * shape["block_size"]
-    return (16 * roofline.parameters_of(**sizes)
-            + tokens * (8 * shape["vocab_size"] + 2 * 34 * shape["n_layer"] * shape["n_embd"]))
+    return 16 * roofline.parameters_of(**sizes) + tokens * (
+        8 * shape["vocab_size"] + 2 * 34 * shape["n_layer"] * shape["n_embd"]
+    )

@@ -66,12 +66,15 @@ def memory_errors(clear=lambda: None):
 def require_plain(config):
     """UserError for configs whose ratios to the bare step would mislead."""
     if config.use_fp8:
-        raise UserError("the benchmark sets the number formats itself: give it a config without, and name one with "
-                        "--format")
+        raise UserError(
+            "the benchmark sets the number formats itself: give it a config without, and name one with --format"
+        )
     if config.dropout or config.grad_accum_steps > 1 or config.deterministic:
-        raise UserError("the benchmark's bare step has no dropout, gradient accumulation or deterministic operations, "
-                        "so ratios to it would mislead: leave dropout=0, grad_accum_steps=1, deterministic=False (the "
-                        "flag --deterministic asks for such operations in every row)")
+        raise UserError(
+            "the benchmark's bare step has no dropout, gradient accumulation or deterministic operations, "
+            "so ratios to it would mislead: leave dropout=0, grad_accum_steps=1, deterministic=False (the "
+            "flag --deterministic asks for such operations in every row)"
+        )
 
 
 def bare_run(config, device):
@@ -84,7 +87,8 @@ def bare_run(config, device):
         # 0 means off, where optax would scale everything to 0.
         optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
         optimizers.adamw(beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay),
-        optax.scale(-config.learning_rate))
+        optax.scale(-config.learning_rate),
+    )
 
     def init(seed):
         params = init_params(model_config(config, device), seed)
@@ -128,8 +132,11 @@ class Bench:
         key = config.vocab_size, config.block_size
         with self._lock:
             if key not in self._tokens:
-                self._tokens[key] = jax.device_put(np.random.default_rng(0).integers(
-                    0, min(config.vocab_size, 2 ** 16), (N_WINDOWS + 1) * config.block_size).astype(np.uint16))
+                self._tokens[key] = jax.device_put(
+                    np.random.default_rng(0)
+                    .integers(0, min(config.vocab_size, 2**16), (N_WINDOWS + 1) * config.block_size)
+                    .astype(np.uint16)
+                )
             return self._tokens[key]
 
     def holder(self, key, init):
@@ -163,22 +170,34 @@ class Step:
         else:
             options = step_options(config, steps_per_dispatch=buffer_steps)
             functions = make_step_functions(
-                model_config(config, own), options, data_mesh([own]), n_train_windows=N_WINDOWS, eval_batch_size=1,
-                seed=config.seed)
+                model_config(config, own),
+                options,
+                data_mesh([own]),
+                n_train_windows=N_WINDOWS,
+                eval_batch_size=1,
+                seed=config.seed,
+            )
             run, abstract, arguments = functions.run, functions.abstract_state, (functions.inputs,)
-            self._init = lambda: functions.init(config.seed, *(() if functions.inputs.formats is None
-                                                               else (functions.inputs.formats,)))
+            self._init = lambda: functions.init(
+                config.seed, *(() if functions.inputs.formats is None else (functions.inputs.formats,))
+            )
             self.names = functions.metric_names
         self._arguments = arguments
-        self._key = (bare, str(jax.tree.structure(abstract)),
-                     tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(abstract)))
+        self._key = (
+            bare,
+            str(jax.tree.structure(abstract)),
+            tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(abstract)),
+        )
         self._state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
         tokens_T = bench.tokens(config)
         started = time.perf_counter()
         lowered = run.lower(abstract, tokens_T, np.int32(1), *arguments)
         self.compiled = lowered.compile()
-        self.facts = {"compile_s": time.perf_counter() - started, "n_metrics": len(self.names),
-                      **roofline.program_facts(lowered, self.compiled)}
+        self.facts = {
+            "compile_s": time.perf_counter() - started,
+            "n_metrics": len(self.names),
+            **roofline.program_facts(lowered, self.compiled),
+        }
         if not bare and options.quant is not None and options.quant.native:
             require_float8_kernels(self.compiled, own, len(options.quant.layers))
 
@@ -227,12 +246,16 @@ class Step:
         config = self.config
         folder = resources.enter_context(tempfile.TemporaryDirectory())
         writer = Writer(
-            Record.open(os.path.join(folder, "run")), max_steps=10 ** 9,
-            tokens_per_step=config.batch_size * config.block_size, log_interval=config.log_interval,
-            layer_interval=config.layer_interval, alert_interval=config.alert_interval,
+            Record.open(os.path.join(folder, "run")),
+            max_steps=10**9,
+            tokens_per_step=config.batch_size * config.block_size,
+            log_interval=config.log_interval,
+            layer_interval=config.layer_interval,
+            alert_interval=config.alert_interval,
             val_rising=ValRising(config.val_patience),
             rank_falling=RankFalling(config.rank_threshold, config.rank_threshold_strict, after=config.warmup_steps),
-            flops_per_step=model_flops_per_step(config))
+            flops_per_step=model_flops_per_step(config),
+        )
         resources.callback(writer.close)
         waiting, made = [], 0
 
@@ -244,16 +267,30 @@ class Step:
             rows_KM = self.dispatch(n)
             monitor = self.monitor()
             jax.device_get((monitor.bad_streak, monitor.first_bad_step))
-            waiting.append(DispatchRecord(made + 1, self.names, rows_KM, len(rows_KM), dispatched_at=started,
-                                          seconds=time.perf_counter() - started))
+            waiting.append(
+                DispatchRecord(
+                    made + 1,
+                    self.names,
+                    rows_KM,
+                    len(rows_KM),
+                    dispatched_at=started,
+                    seconds=time.perf_counter() - started,
+                )
+            )
             made += len(rows_KM)
 
         def run():
             for done in range(0, steps, steps_per_dispatch):
                 dispatch(min(steps_per_dispatch, steps - done))
 
-        return Entry(name, run, steps, self.prepare, lambda: writer.flush(fsync=False),
-                     dict(self.facts, steps_per_dispatch=steps_per_dispatch))
+        return Entry(
+            name,
+            run,
+            steps,
+            self.prepare,
+            lambda: writer.flush(fsync=False),
+            dict(self.facts, steps_per_dispatch=steps_per_dispatch),
+        )
 
 
 # ------------------------------------------------------------------------------------------------- the device's limits
@@ -275,8 +312,8 @@ def _product_program(dtype):
 def probe_sizes(quick=False):
     """(n of the square products, products a timing, bytes of the copied array, copies a timing) for the device."""
     if device().platform == "cpu":
-        return (1024, 4, 2 ** 26, 2) if quick else (2048, 3, 2 ** 28, 2)
-    return 8192, 10, 2 ** 30, 10
+        return (1024, 4, 2**26, 2) if quick else (2048, 3, 2**28, 2)
+    return 8192, 10, 2**30, 10
 
 
 def probes(sizes):
@@ -300,14 +337,27 @@ def probes(sizes):
     entries = []
     for dtype in ("bfloat16", "float32"):
         a, b = (jnp.asarray(np.random.default_rng(i).normal(size=(n, n)), dtype) for i in range(2))
-        entries.append(entry(f"product, {dtype}", functools.partial(_product_program(dtype), a, b), repeats,
-                             dtype=dtype, flops=2 * n ** 3))
+        entries.append(
+            entry(
+                f"product, {dtype}",
+                functools.partial(_product_program(dtype), a, b),
+                repeats,
+                dtype=dtype,
+                flops=2 * n**3,
+            )
+        )
     entries.append(entry("copy", copy, copies, bytes=2 * size))
     if device().platform == "cpu":
         # The C library's copy goes around the caches, which a compiled loop does not.
         source, target = np.zeros(size // 4, np.float32), np.ones(size // 4, np.float32)
-        entries.append(Entry("copy, numpy", lambda: [np.copyto(target, source) for _ in range(copies)] and None, copies,
-                             facts={"bytes": 2 * size}))
+        entries.append(
+            Entry(
+                "copy, numpy",
+                lambda: [np.copyto(target, source) for _ in range(copies)] and None,
+                copies,
+                facts={"bytes": 2 * size},
+            )
+        )
     return entries
 
 
@@ -328,8 +378,15 @@ def bench_members(config, widths, member_loops, *, data_dir, rounds, steps_per_r
     with contextlib.ExitStack() as resources:
         for loop, width in [(None, None), *((loop, width) for loop in member_loops for width in widths)]:
             name = "one run alone" if width is None else f"{width} runs, {loop}"
-            program = Program(config, data_dir, make_console("quiet", 1), resources, width=width,
-                              member_loop=loop or "map", devices=jax.devices()[:1])
+            program = Program(
+                config,
+                data_dir,
+                make_console("quiet", 1),
+                resources,
+                width=width,
+                member_loop=loop or "map",
+                devices=jax.devices()[:1],
+            )
             compile_s = program.compile()
             state = program.functions.init(config.seed, program.functions.inputs.formats)
             inputs = program.functions.inputs
@@ -341,8 +398,11 @@ def bench_members(config, widths, member_loops, *, data_dir, rounds, steps_per_r
         for number in range(rounds + 1):  # round 0 warms up
             for row, entry in zip(rows, programs, strict=True):
                 program, state, inputs, data = entry
-                n = np.int32(steps_per_round) if program.width is None else np.full(program.width, steps_per_round,
-                                                                                    np.int32)
+                n = (
+                    np.int32(steps_per_round)
+                    if program.width is None
+                    else np.full(program.width, steps_per_round, np.int32)
+                )
                 started = time.perf_counter()
                 entry[1], out = program.compiled[0](state, data, n, inputs)
                 np.asarray(out)
@@ -371,8 +431,9 @@ def bench_rounding(n_elements, *, rounds, repeats=3):
         "multiply again (noise of this table)": lambda x, params, seed: x * params.max_finite,
         "nearest": lambda x, params, seed: round_to_format(x, params),
         "stochastic": lambda x, params, seed: round_to_format(x, params, seed=seed),
-        "clip, cast to float8_e4m3fn and back": lambda x, params, seed: jnp.clip(x, -448, 448)
-        .astype(jnp.float8_e4m3fn).astype(jnp.float32),
+        "clip, cast to float8_e4m3fn and back": lambda x, params, seed: (
+            jnp.clip(x, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+        ),
     }
     compiled = {name: jax.jit(function).lower(x, params, seed).compile() for name, function in variants.items()}
     seconds = {name: [] for name in compiled}
@@ -389,6 +450,14 @@ def bench_rounding(n_elements, *, rounds, repeats=3):
     for name, own in seconds.items():
         ratios = [a / b for a, b in zip(own, seconds["multiply"], strict=True)]
         low, middle, high = quartiles(ratios)
-        rows.append({"name": name, "elements": n_elements, "ms": 1e3 * statistics.median(own), "ratio": middle,
-                     "ratio_low": low, "ratio_high": high})
+        rows.append(
+            {
+                "name": name,
+                "elements": n_elements,
+                "ms": 1e3 * statistics.median(own),
+                "ratio": middle,
+                "ratio_low": low,
+                "ratio_high": high,
+            }
+        )
     return rows

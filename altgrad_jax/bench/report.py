@@ -36,12 +36,19 @@ def run(config, flags, resources):
     rounds = flags["rounds"] or ((5 if gpu else 3) if quick else (9 if gpu else 5))
     steps = flags["steps_per_round"] or ((10 if quick else 25) if gpu else 1)
     facts = suites.machine_facts() | {
-        "python": platform.python_version(), "deterministic": flags["deterministic"],
-        "xla_flags": os.environ.get("XLA_FLAGS", ""), "cuts": cuts, "config": dict(config.items()), "rounds": rounds,
-        "steps_per_round": steps}
-    say(f"{facts['device']}, {facts['cpus']} CPUs, jax {facts['jax']}, {config.batch_size} x {config.block_size} "
+        "python": platform.python_version(),
+        "deterministic": flags["deterministic"],
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "cuts": cuts,
+        "config": dict(config.items()),
+        "rounds": rounds,
+        "steps_per_round": steps,
+    }
+    say(
+        f"{facts['device']}, {facts['cpus']} CPUs, jax {facts['jax']}, {config.batch_size} x {config.block_size} "
         f"tokens a step, {rounds} rounds of {steps} steps"
-        + (", deterministic operations" if flags["deterministic"] else ""))
+        + (", deterministic operations" if flags["deterministic"] else "")
+    )
     for cut in cuts:
         say(cut)
     peer = _open_peer(flags, resources, facts)
@@ -58,8 +65,11 @@ def run(config, flags, resources):
             others = [{name: value for name, value in section.items() if name != "rows"} for section in measured]
             file.seek(0)
             file.truncate()
-            json.dump(facts | {"rows": rows, "sections": others, "rounding": rounding, "operations": operations}, file,
-                      indent=1)
+            json.dump(
+                facts | {"rows": rows, "sections": others, "rounding": rounding, "operations": operations},
+                file,
+                indent=1,
+            )
             file.flush()
 
     for number, section in enumerate(sections):
@@ -85,8 +95,10 @@ def run(config, flags, resources):
     if peer is not None:
         facts["peer"] |= peer.idleness()
     facts["seconds"] = time.perf_counter() - started
-    say(f"\n{facts['seconds']:.0f} s in all" + (", deterministic operations in every row of ours"
-                                               if flags["deterministic"] else ""))
+    say(
+        f"\n{facts['seconds']:.0f} s in all"
+        + (", deterministic operations in every row of ours" if flags["deterministic"] else "")
+    )
     if file:
         write()
         say(f"written to {flags['json']}")
@@ -134,5 +146,6 @@ def profile(plan, folder, steps=3):
     except OSError as error:
         raise UserError(f"--profile={folder} cannot be written ({error.strerror}): give another folder") from None
     plan.bench.free()
-    return trace.top_operations(trace.read_operations(trace.newest_trace(folder)), steps,
-                                trace.sources_of(step.compiled.as_text()))
+    return trace.top_operations(
+        trace.read_operations(trace.newest_trace(folder)), steps, trace.sources_of(step.compiled.as_text())
+    )

@@ -31,12 +31,12 @@ import os
 from altgrad_jax.bench.timing import Unavailable, quartiles
 
 BYTES_LEAST_PER_PARAMETER = 40
-GIB = 2 ** 30
+GIB = 2**30
 
 
 def parameters_of(*, n_layer, n_embd, block_size, vocab_size):
     """Scalars in a GPT-2 with a tied head, biases and LayerNorms included."""
-    per_block = 12 * n_embd ** 2 + 13 * n_embd
+    per_block = 12 * n_embd**2 + 13 * n_embd
     return n_layer * per_block + (vocab_size + block_size + 2) * n_embd
 
 
@@ -48,10 +48,18 @@ def program_facts(lowered, compiled):
     before, after, memory = lowered.cost_analysis() or {}, compiled.cost_analysis() or {}, compiled.memory_analysis()
     total = None
     if memory is not None:
-        total = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-                 - memory.alias_size_in_bytes)
-    return {"flops_xla": after.get("flops"), "flops_lowered": before.get("flops"),
-            "bytes_xla": after.get("bytes accessed"), "memory_bytes": total}
+        total = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+    return {
+        "flops_xla": after.get("flops"),
+        "flops_lowered": before.get("flops"),
+        "bytes_xla": after.get("bytes accessed"),
+        "memory_bytes": total,
+    }
 
 
 def free_memory(memory_stats):
@@ -94,9 +102,15 @@ def roofline_facts(seconds, *, flops, bytes_least, peaks, bandwidths, stated=Non
     by_flops = sum(flops / peak > bytes_least / band for peak, band in zip(peaks, bandwidths, strict=True))
     low, gap, high = quartiles([own / floor for own, floor in zip(seconds, floors, strict=True)])
     mfu = quartiles([flops / own / (stated or peak) for own, peak in zip(seconds, peaks, strict=True)])[1]
-    return {"mfu": mfu, "mfu_of": "stated" if stated else "measured", "floor_ms": 1e3 * quartiles(floors)[1],
-            "floor_by": "flops" if 2 * by_flops >= len(floors) else "bytes", "gap": gap, "gap_low": low,
-            "gap_high": high}
+    return {
+        "mfu": mfu,
+        "mfu_of": "stated" if stated else "measured",
+        "floor_ms": 1e3 * quartiles(floors)[1],
+        "floor_by": "flops" if 2 * by_flops >= len(floors) else "bytes",
+        "gap": gap,
+        "gap_low": low,
+        "gap_high": high,
+    }
 
 
 def cpu_count():

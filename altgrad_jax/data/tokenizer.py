@@ -195,7 +195,5 @@ def _read_pinned(path: Path, sha256: str) -> bytes:
         raise UserError(f"cannot read GPT-2's rank file {path} ({e.strerror}); run: {_REINSTALL}") from None
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise UserError(
-            f"GPT-2's rank file {path} has sha256 {found} where {sha256} is expected; run: {_REINSTALL}"
-        )
+        raise UserError(f"GPT-2's rank file {path} has sha256 {found} where {sha256} is expected; run: {_REINSTALL}")
     return data

@@ -42,11 +42,16 @@ def evaluate_checkpoint(path, *, step=None, data_dir=None, token_file=None, all_
         file = token_file
         tokens_T = open_token_file(file, vocab_size=config.vocab_size, block_size=config.block_size)
     else:
-        data = load_token_data(data_dir or _data_dir_of(Path(path)), vocab_size=config.vocab_size,
-                               block_size=config.block_size, tokenizer=settings["tokenizer"])
+        data = load_token_data(
+            data_dir or _data_dir_of(Path(path)),
+            vocab_size=config.vocab_size,
+            block_size=config.block_size,
+            tokenizer=settings["tokenizer"],
+        )
         tokens_T, file = data.val_T, data.dir / "val.bin"
-    windows, batch_size = choose_windows(tokens_T, config.block_size, None if all_windows else settings["eval_windows"],
-                                         settings["eval_batch_size"])
+    windows, batch_size = choose_windows(
+        tokens_T, config.block_size, None if all_windows else settings["eval_windows"], settings["eval_batch_size"]
+    )
     loss = float(make_evaluate(config, batch_size, data_mesh(jax.devices()[:1]))(params, windows, operands))
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(np.float32(loss)))
@@ -59,8 +64,12 @@ def _data_dir_of(path):
         if (folder / MANIFEST).exists():
             found = read_manifest(folder)["data"].get("dir")
             if not isinstance(found, str):
-                raise UserError(f"{folder / MANIFEST} has dir {found!r} for its data where a path is expected: name "
-                                "the data with --data_dir, or a token file with --tokens")
+                raise UserError(
+                    f"{folder / MANIFEST} has dir {found!r} for its data where a path is expected: name "
+                    "the data with --data_dir, or a token file with --tokens"
+                )
             return found
-    raise UserError(f"{path} belongs to no run that says what it was trained on: name the data with --data_dir, or a "
-                    "token file with --tokens")
+    raise UserError(
+        f"{path} belongs to no run that says what it was trained on: name the data with --data_dir, or a "
+        "token file with --tokens"
+    )

@@ -59,8 +59,11 @@ def load_model(path, step=None) -> Model:
         raise UserError(f"the checkpoint {path} holds no parameters: give one that the training wrote")
     settings = meta.get("config", {})
     # Kernel and tiles are choices of the machine it trained on; the defaults compute the same everywhere.
-    names = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("attention", "rules",
-                                                                                         "loss_tile_bytes")]
+    names = [
+        field.name
+        for field in dataclasses.fields(GPTConfig)
+        if field.name not in ("attention", "rules", "loss_tile_bytes")
+    ]
     missing = [name for name in (*names, "tokenizer") if name not in settings]
     if missing:
         raise UserError(
@@ -70,14 +73,22 @@ def load_model(path, step=None) -> Model:
     if wrong := wrong_values(settings):
         raise UserError(f"the checkpoint in {path} describes no model: {wrong[0]}")
     if settings["n_embd"] % settings["n_head"]:
-        raise UserError(f"the checkpoint in {path} describes no model: n_embd={settings['n_embd']} must be a multiple "
-                        f"of n_head={settings['n_head']}")
+        raise UserError(
+            f"the checkpoint in {path} describes no model: n_embd={settings['n_embd']} must be a multiple "
+            f"of n_head={settings['n_head']}"
+        )
     config, operands = GPTConfig(**{name: settings[name] for name in names}), {}
     options = quantization.options_of(upgraded(settings) | {"use_fp8": settings.get("use_fp8", False)})
     if options is not None:
         quant = arrays["quant"]
-        state = quantization.QuantState(quant["amax_history_Q3H"], quant["level"], bad_streak=0,
-                                        rest_scale=quant.get("rest_scale", {}), residual={}, age={})
+        state = quantization.QuantState(
+            quant["amax_history_Q3H"],
+            quant["level"],
+            bad_streak=0,
+            rest_scale=quant.get("rest_scale", {}),
+            residual={},
+            age={},
+        )
         formats_Q3 = quantization.formats_at(quantization.format_table(options), state.level)
         operands = jax.device_get(quantization.operands(options, state, formats_Q3))
         config = dataclasses.replace(config, rules=quantization.rules(options))
@@ -115,16 +126,18 @@ def _continue(params, operands, context_T, n_context, n_new, first, key, tempera
 
     def next_token(carry):
         n_done, token, cache, new_T, _ = carry
-        out = model.apply({"params": params}, token[None, None], cache=cache, position=n_context - 1 + n_done,
-                          quantized=quantized)
+        out = model.apply(
+            {"params": params}, token[None, None], cache=cache, position=n_context - 1 + n_done, quantized=quantized
+        )
         logits_V = out.logits[0, 0]
         token = sample_token(logits_V, jax.random.fold_in(key, first + n_done), temperature, top_k)
         finite = jnp.all(jnp.isfinite(logits_V))
         return n_done + 1, token, out.cache, new_T.at[n_done].set(token), finite
 
     # Only the cache of this pass is used, so XLA drops its logits, the largest product of all.
-    cache = model.apply({"params": params}, context_T[None], cache=empty_cache(config, batch=1),
-                        quantized=quantized).cache
+    cache = model.apply(
+        {"params": params}, context_T[None], cache=empty_cache(config, batch=1), quantized=quantized
+    ).cache
     start = (jnp.int32(0), context_T[n_context - 1], cache, jnp.zeros_like(context_T), jnp.bool_(True))
     n_done, _, _, new_T, finite = jax.lax.while_loop(more, next_token, start)
     return new_T, n_done, finite
@@ -191,9 +204,7 @@ def generate(
             top_k=top_k or None,
         )
         if not finite:
-            raise UserError(
-                "the model's logits are not finite, so no token can be chosen; use an earlier checkpoint."
-            )
+            raise UserError("the model's logits are not finite, so no token can be chosen; use an earlier checkpoint.")
         new_ids = np.concatenate([new_ids, np.asarray(new_T)[: int(n_done)]])
         if n_done < n_new or new_ids[-1] == end_id:
             break
@@ -213,12 +224,8 @@ def _check(prompt_ids_L, config, max_new_tokens, temperature, top_k, seed):
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens} cannot be used; give 1 or more.")
     if not 0 <= temperature < math.inf:
-        raise UserError(
-            f"temperature = {temperature} cannot be used; give 0 (the most likely token) or more."
-        )
+        raise UserError(f"temperature = {temperature} cannot be used; give 0 (the most likely token) or more.")
     if top_k is not None and not 0 <= top_k <= config.vocab_size:
-        raise UserError(
-            f"top_k = {top_k} cannot be used; give 0 (off) to {config.vocab_size}, the model's vocabulary."
-        )
+        raise UserError(f"top_k = {top_k} cannot be used; give 0 (off) to {config.vocab_size}, the model's vocabulary.")
     if not 0 <= seed <= SEED_MAX:
         raise UserError(f"seed = {seed} cannot be used; give a whole number from 0 to {SEED_MAX}.")

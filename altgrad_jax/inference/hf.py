@@ -161,9 +161,7 @@ def from_hf(tensors, config_json):
             f"the weights hold {len(unknown)} arrays that GPT-2 does not have, the first being {unknown[0]}; "
             "only a plain GPT2LMHeadModel (without adapters) can be imported."
         )
-    if head is not None and not np.array_equal(
-        np.asarray(head).astype(np.float32), params["embed"]["embedding"]
-    ):
+    if head is not None and not np.array_equal(np.asarray(head).astype(np.float32), params["embed"]["embedding"]):
         raise UserError(
             "the weights hold an lm_head.weight that differs from wte.weight, but the output head here is "
             "the embedding table; only models with tied embeddings can be imported."
@@ -215,9 +213,7 @@ def _sizes_of(config_json):
             "one dropout here; make them equal."
         )
     if type(dropouts[0]) not in (int, float) or not 0 <= dropouts[0] < 1:
-        raise UserError(
-            f"config.json has resid_pdrop = {dropouts[0]!r}, but it must be a number from 0 to below 1."
-        )
+        raise UserError(f"config.json has resid_pdrop = {dropouts[0]!r}, but it must be a number from 0 to below 1.")
     return sizes | {"dropout": float(dropouts[0])}
 
 
@@ -255,9 +251,7 @@ def refuse_occupied(folder) -> Path:
     """`folder` made absolute, if nothing is overwritten by writing there; else UserError."""
     folder = Path(folder).absolute()
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(
-            f"{folder} exists and is not an empty folder; nothing is overwritten, so give another path."
-        )
+        raise UserError(f"{folder} exists and is not an empty folder; nothing is overwritten, so give another path.")
     return folder
 
 
@@ -279,8 +273,9 @@ def read_folder(folder):
     elif (folder / INDEX_FILE).is_file():
         weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not files or not all(isinstance(file, str) and file == Path(file).name and file not in ("", "..")
-                                for file in files):
+        if not files or not all(
+            isinstance(file, str) and file == Path(file).name and file not in ("", "..") for file in files
+        ):
             raise UserError(
                 f"{folder / INDEX_FILE} has a weight_map that does not name files of the folder; download "
                 "the folder again."
@@ -291,9 +286,7 @@ def read_folder(folder):
             "when it is opened; convert it with transformers' save_pretrained(..., safe_serialization=True)."
         )
     else:
-        raise UserError(
-            f"{folder} has no {WEIGHTS_FILE}; give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}."
-        )
+        raise UserError(f"{folder} has no {WEIGHTS_FILE}; give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
     tensors = {}
     for file in sorted(set(files)):
         tensors |= _read_safetensors(folder / file)

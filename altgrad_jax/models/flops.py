@@ -24,7 +24,7 @@ def training_flops_per_token(*, n_layer, n_embd, block_size, vocab_size):
     """Floating-point operations of forward and backward for one token, counted as PaLM does (Chowdhery et al. 2022,
     appendix B): 6 per weight of every matrix product, the tied head included, and 12 n_layer n_embd block_size for the
     two attention products over the full, unmasked square."""
-    weights = 12 * n_layer * n_embd ** 2 + vocab_size * n_embd
+    weights = 12 * n_layer * n_embd**2 + vocab_size * n_embd
     return 6 * weights + 12 * n_layer * n_embd * block_size
 
 

@@ -93,8 +93,15 @@ def _product(config, layer, x, w, quantized, statistics, w_is_NK=False):
     rule = dict(config.rules).get(layer)
     if rule is None:
         return quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=config.compute_dtype)
-    y, statistics[layer] = quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=config.compute_dtype, rule=rule,
-                                     operands=quantized.operands[layer], g_probe=quantized.g_probes.get(layer))
+    y, statistics[layer] = quant_dot(
+        x,
+        w,
+        w_is_NK=w_is_NK,
+        compute_dtype=config.compute_dtype,
+        rule=rule,
+        operands=quantized.operands[layer],
+        g_probe=quantized.g_probes.get(layer),
+    )
     return y
 
 
@@ -165,8 +172,10 @@ class Block(nn.Module):
         if cache is None:
             a_BLHC = causal_attention(q_BLHC, k_BLHC, v_BLHC, kernel=config.attention)
         else:
-            k_BTHC, v_BTHC = (jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
-                              for old, new in zip(cache, (k_BLHC, v_BLHC)))
+            k_BTHC, v_BTHC = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
+                for old, new in zip(cache, (k_BLHC, v_BLHC))
+            )
             may_attend_LT = jnp.arange(k_BTHC.shape[1])[None, :] <= position + jnp.arange(L)[:, None]
             a_BLHC = causal_attention(q_BLHC, k_BTHC, v_BTHC, kernel="xla", mask_LT=may_attend_LT)
             cache = (k_BTHC, v_BTHC)
@@ -183,8 +192,16 @@ class GPT(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, tokens_BL, *, train=False, cache: KVCache | None = None, position=0,
-                 quantized: Quantized | None = None, head=True):
+    def __call__(
+        self,
+        tokens_BL,
+        *,
+        train=False,
+        cache: KVCache | None = None,
+        position=0,
+        quantized: Quantized | None = None,
+        head=True,
+    ):
         """Logits of the next token at every position.
 
         Args:

@@ -37,8 +37,11 @@ def padded(vocab_size):
 def tiles(batch, length, vocab_size, tile_bytes):
     """How many tiles the sequences are cut into: the least divisor of `length` with which the float32 logits of a tile
     take at most tile_bytes, or `length` where none does."""
-    return next(n for n in range(1, length + 1) if length % n == 0
-                and (batch * (length // n) * padded(vocab_size) * 4 <= tile_bytes or n == length))
+    return next(
+        n
+        for n in range(1, length + 1)
+        if length % n == 0 and (batch * (length // n) * padded(vocab_size) * 4 <= tile_bytes or n == length)
+    )
 
 
 @jax.custom_vjp
@@ -127,8 +130,10 @@ def _tiled(x_BLD, targets_BL, n):
     B, L, D = x_BLD.shape
     if n == 1:
         return x_BLD.reshape(B * L, D), targets_BL.reshape(B * L)
-    return (x_BLD.reshape(B, n, L // n, D).swapaxes(0, 1).reshape(n, B * L // n, D),
-            targets_BL.reshape(B, n, L // n).swapaxes(0, 1).reshape(n, B * L // n))
+    return (
+        x_BLD.reshape(B, n, L // n, D).swapaxes(0, 1).reshape(n, B * L // n, D),
+        targets_BL.reshape(B, n, L // n).swapaxes(0, 1).reshape(n, B * L // n),
+    )
 
 
 def _tile_losses(x_MD, table_PD, targets_M, vocab_size):

@@ -124,9 +124,7 @@ class FloatFormat:
 def _ieee(name: str, exponent_bits: int, mantissa_bits: int) -> FloatFormat:
     """Top exponent field kept for infinity and NaN, as in IEEE 754."""
     bias = 2 ** (exponent_bits - 1) - 1
-    return FloatFormat(
-        name, exponent_bits, mantissa_bits, bias, (2 - 2.0**-mantissa_bits) * 2.0**bias, has_inf=True
-    )
+    return FloatFormat(name, exponent_bits, mantissa_bits, bias, (2 - 2.0**-mantissa_bits) * 2.0**bias, has_inf=True)
 
 
 def _finite(name: str, exponent_bits: int, mantissa_bits: int) -> FloatFormat:

@@ -58,8 +58,11 @@ def rank_health(w_KN) -> dict:
 
     B = lax.fori_loop(0, SQUARINGS, square, G)
     top = jnp.sum(jnp.matmul(G, B, precision=lax.Precision.HIGHEST) * B) / jnp.sum(jnp.square(B))
-    values = {"stable_rank": 1 / top, "participation_ratio": 1 / jnp.sum(jnp.square(G)),
-              "spectral_norm": amax * jnp.sqrt(energy * top)}
+    values = {
+        "stable_rank": 1 / top,
+        "participation_ratio": 1 / jnp.sum(jnp.square(G)),
+        "spectral_norm": amax * jnp.sqrt(energy * top),
+    }
     return {name: jnp.where(amax == 0, 0, value) for name, value in values.items()}
 
 

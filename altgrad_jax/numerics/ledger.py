@@ -96,11 +96,18 @@ def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None):
     new_age = None
     if age is not None:
         new_age = jnp.where(moved, 0, jnp.minimum(age, MAX_AGE - 1) + 1).astype(jnp.uint16)
-    sums = {"elements": jnp.float32(w.size), "updates": _count(updated), "flips": _count(moved), "lost": _count(lost),
-            "dot": jnp.sum(update * arrived), "energy": jnp.sum(jnp.square(update)),
-            "missed": jnp.sum(jnp.square(update - arrived)),
-            "codes": jnp.sum(jnp.abs(new_code - code).astype(jnp.float32)), "scale_flips": jnp.float32(0),
-            "age": jnp.float32(0) if new_age is None else jnp.sum(new_age.astype(jnp.float32))}
+    sums = {
+        "elements": jnp.float32(w.size),
+        "updates": _count(updated),
+        "flips": _count(moved),
+        "lost": _count(lost),
+        "dot": jnp.sum(update * arrived),
+        "energy": jnp.sum(jnp.square(update)),
+        "missed": jnp.sum(jnp.square(update - arrived)),
+        "codes": jnp.sum(jnp.abs(new_code - code).astype(jnp.float32)),
+        "scale_flips": jnp.float32(0),
+        "age": jnp.float32(0) if new_age is None else jnp.sum(new_age.astype(jnp.float32)),
+    }
     return jnp.stack([sums[field] for field in _FIELDS]), new_age
 
 

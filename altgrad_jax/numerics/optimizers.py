@@ -81,8 +81,7 @@ def adamw(*, beta1, beta2, eps, weight_decay):
 
 
 def _adam_and_decay(beta1, beta2, eps, weight_decay):
-    return (optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps),
-            optax.add_decayed_weights(weight_decay, mask=is_decayed))
+    return (optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps), optax.add_decayed_weights(weight_decay, mask=is_decayed))
 
 
 def ulp_precondition_before_adam(*, beta1, beta2, eps, weight_decay, clamp=(2.0**-16, 1.0), grids=None):
@@ -114,8 +113,9 @@ def ulp_precondition_before_adam(*, beta1, beta2, eps, weight_decay, clamp=(2.0*
         power = lax.bitcast_convert_type(jnp.maximum(field - grid.format.mantissa_bits, 1) << 23, jnp.float32)
         return g * jnp.clip(power, low, high)
 
-    return optax.chain(_where_gridded(scale, "ulp_precondition_before_adam", grids),
-                       *_adam_and_decay(beta1, beta2, eps, weight_decay))
+    return optax.chain(
+        _where_gridded(scale, "ulp_precondition_before_adam", grids), *_adam_and_decay(beta1, beta2, eps, weight_decay)
+    )
 
 
 def ulp_adamw(*, beta1, beta2, eps, weight_decay, floor=2.0**-8, grids=None):
@@ -203,8 +203,9 @@ def grid(*, beta1, beta2, eps, weight_decay, max_codes=1, is_quantized=None, gri
       UserError: from here for unusable settings, from update for missing or unfit arguments.
     """
     if is_quantized is None and grids is None:
-        raise UserError("the optimizer grid must know which tensors have a grid to make its state: give is_quantized "
-                        "or grids")
+        raise UserError(
+            "the optimizer grid must know which tensors have a grid to make its state: give is_quantized or grids"
+        )
     if not (1 <= max_codes <= _MOST_CODES and max_codes == int(max_codes)):
         raise UserError(f"max_codes={max_codes!r} cannot be used: give a whole number from 1 to {_MOST_CODES}")
     for_others = adamw(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
@@ -228,11 +229,14 @@ def grid(*, beta1, beta2, eps, weight_decay, max_codes=1, is_quantized=None, gri
         quantized = quantized_leaves(params)
         for wanted, given in zip(quantized, leaves, strict=True):
             if wanted != (given is not None):
-                raise UserError("grids does not fit is_quantized: give a Grid for the tensors it names and None for "
-                                "the others")
+                raise UserError(
+                    "grids does not fit is_quantized: give a Grid for the tensors it names and None for the others"
+                )
         if learning_rate is None or seed is None:
-            raise UserError("the optimizer grid needs learning_rate and seed: call update(updates, state, params, "
-                            "grids=..., learning_rate=..., seed=...)")
+            raise UserError(
+                "the optimizer grid needs learning_rate and seed: call update(updates, state, params, "
+                "grids=..., learning_rate=..., seed=...)"
+            )
         lr = jnp.asarray(learning_rate, jnp.float32)
         others = [not q for q in quantized]
         directions, adamw_state = for_others.update(_masked(updates, others), state.adamw, _masked(params, others))
@@ -253,10 +257,12 @@ def grid(*, beta1, beta2, eps, weight_decay, max_codes=1, is_quantized=None, gri
             moved = jnp.where(jnp.isnan(n), n, _moved(w, n, grid))
             return -(moved - w) / jnp.where(lr == 0, 1.0, lr)
 
-        out = [direction(m, w, grid, stochastic_seed(seed[0], seed[1], i)) if grid is not None else adamw_direction
-               for i, (adamw_direction, m, w, grid)
-               in enumerate(zip(*(_leaves_like(params, tree) for tree in (directions, momentum, params)), leaves,
-                                strict=True))]
+        out = [
+            direction(m, w, grid, stochastic_seed(seed[0], seed[1], i)) if grid is not None else adamw_direction
+            for i, (adamw_direction, m, w, grid) in enumerate(
+                zip(*(_leaves_like(params, tree) for tree in (directions, momentum, params)), leaves, strict=True)
+            )
+        ]
         return jax.tree.structure(params).unflatten(out), GridState(momentum, adamw_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -269,8 +275,14 @@ def _whole_numbers(largest):
     Stochastic rounding then resolves 2^(M - 30) of a code.
     """
     bits = (largest - 1).bit_length()
-    return FormatParams(mantissa_bits=np.int32(bits), min_exponent=np.int32(bits), max_finite=np.float32(2**bits),
-                        overflow=np.float32(2**bits), flip_parity=np.int32(0), zero_sign=np.int32(0))
+    return FormatParams(
+        mantissa_bits=np.int32(bits),
+        min_exponent=np.int32(bits),
+        max_finite=np.float32(2**bits),
+        overflow=np.float32(2**bits),
+        flip_parity=np.int32(0),
+        zero_sign=np.int32(0),
+    )
 
 
 def _moved(w, n, grid):
@@ -285,10 +297,13 @@ def _where_gridded(transform, name, default_grids):
 
     `name`: the optimizer's, for its messages.
     """
+
     def update(updates, state, params=None, *, grids=None, **_):
         leaves = _grid_leaves(name, params, default_grids if grids is None else grids)
-        out = [g if grid is None else transform(g, w, grid)
-               for g, w, grid in zip(_leaves_like(params, updates), jax.tree.leaves(params), leaves, strict=True)]
+        out = [
+            g if grid is None else transform(g, w, grid)
+            for g, w, grid in zip(_leaves_like(params, updates), jax.tree.leaves(params), leaves, strict=True)
+        ]
         return jax.tree.structure(params).unflatten(out), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
@@ -299,8 +314,10 @@ def _grid_leaves(name, params, grids):
     if params is None:
         raise UserError(f"the optimizer {name} needs the parameters: call update(updates, state, params)")
     if grids is None:
-        raise UserError(f"the optimizer {name} needs the grids of the weights: give grids, a tree of the params' "
-                        "structure with a quantize.Grid or None for each array, at construction or to update")
+        raise UserError(
+            f"the optimizer {name} needs the grids of the weights: give grids, a tree of the params' "
+            "structure with a quantize.Grid or None for each array, at construction or to update"
+        )
     leaves = _leaves_like(params, grids, "grids")
     for w, leaf in zip(jax.tree.leaves(params), leaves, strict=True):
         if not (leaf is None or isinstance(leaf, Grid)):
@@ -315,8 +332,9 @@ def _leaves_like(params, tree, what="tree"):
     try:
         return jax.tree.structure(params).flatten_up_to(tree)
     except ValueError as error:
-        raise UserError(f"{what} has another structure than the params: give one entry for each array ({error})"
-                        ) from None
+        raise UserError(
+            f"{what} has another structure than the params: give one entry for each array ({error})"
+        ) from None
 
 
 def _masked(tree, keep):
@@ -356,8 +374,12 @@ def adam_moments(opt_state) -> optax.ScaleByAdamState:
         adam = adam_moments(opt_state.adamw)
 
         def of_all(with_grid, without):
-            return jax.tree.map(lambda m, a: a if isinstance(m, optax.MaskedNode) else m, with_grid, without,
-                                is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+            return jax.tree.map(
+                lambda m, a: a if isinstance(m, optax.MaskedNode) else m,
+                with_grid,
+                without,
+                is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+            )
 
         zeros = jax.tree.map(jnp.zeros_like, opt_state.momentum)
         return optax.ScaleByAdamState(adam.count, of_all(opt_state.momentum, adam.mu), of_all(zeros, adam.nu))

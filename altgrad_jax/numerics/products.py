@@ -123,12 +123,15 @@ class Rule:
         for operand in "wag":
             scaling = getattr(self, operand)
             if scaling not in SCALINGS:
-                raise UserError(f"there is no scaling {scaling!r} for {operand.upper()}: give one of "
-                                f"{', '.join(SCALINGS)}")
+                raise UserError(
+                    f"there is no scaling {scaling!r} for {operand.upper()}: give one of {', '.join(SCALINGS)}"
+                )
             if self.on_results and scaling not in PER_TENSOR:
-                raise UserError(f"scaling {scaling!r} of {operand.upper()} has many scales, but "
-                                f"{'native products take' if self.native else 'scales that are no powers of two need'} "
-                                f"one for each operand: give one of {', '.join(PER_TENSOR)}")
+                raise UserError(
+                    f"scaling {scaling!r} of {operand.upper()} has many scales, but "
+                    f"{'native products take' if self.native else 'scales that are no powers of two need'} "
+                    f"one for each operand: give one of {', '.join(PER_TENSOR)}"
+                )
 
     @property
     def on_results(self) -> bool:
@@ -216,9 +219,11 @@ def _groups(v, scaling, axis, name):
         return v, (axis,) if scaling == "channel" else (0, 1)
     size, block = v.shape[axis], int(scaling.removeprefix("block"))
     if size % block:
-        raise UserError(f"{scaling} cannot scale operand {name}, whose contracted axis has {size} elements: give a "
-                        f"model whose dimensions are multiples of {block}, or another scaling")
-    return v.reshape(*v.shape[:axis], size // block, block, *v.shape[axis + 1:]), (axis + 1,)
+        raise UserError(
+            f"{scaling} cannot scale operand {name}, whose contracted axis has {size} elements: give a "
+            f"model whose dimensions are multiples of {block}, or another scaling"
+        )
+    return v.reshape(*v.shape[:axis], size // block, block, *v.shape[axis + 1 :]), (axis + 1,)
 
 
 def _scale_of(size, operand, scaling, along, power_of_two):
@@ -289,8 +294,9 @@ def product(a, b, contract_a, contract_b, descales=()):
     """a . b over one axis of each, accumulated in float32, times `descales` (None: 1). float32 operands stay float32
     (never TF32)."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    y = lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision=precision,
-                        preferred_element_type=jnp.float32)
+    y = lax.dot_general(
+        a, b, (((contract_a,), (contract_b,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
     for descale in descales:
         # One after the other: the product of two scales may lie beyond float32.
         y = y if descale is None else y * descale
@@ -380,16 +386,26 @@ def _check(operands, g_probe, rule, compute_dtype):
         bits = None if operand is None else operand.format.mantissa_bits
         narrow = compute_dtype != jnp.float32 and not rule.float32_operands
         if narrow and isinstance(bits, (int, np.ndarray, np.generic)) and np.max(bits) > 7:
-            raise UserError(f"a format with {np.max(bits)} mantissa bits, given for {name}, is not exact in "
-                            f"{compute_dtype}: set float32_operands=True")
+            raise UserError(
+                f"a format with {np.max(bits)} mantissa bits, given for {name}, is not exact in "
+                f"{compute_dtype}: set float32_operands=True"
+            )
     if rule.native and None in operands:
         raise UserError("native products take float8 operands: give W, A and G a format each, or compute emulated")
     if g_probe is not None and operands.g is None:
         raise UserError("g_probe asks for statistics of an output gradient that has no format: give none")
 
 
-def quant_dot(x, w, *, w_is_NK=False, compute_dtype=jnp.bfloat16, operands: Operands | None = None,
-              rule: Rule | None = None, g_probe=None):
+def quant_dot(
+    x,
+    w,
+    *,
+    w_is_NK=False,
+    compute_dtype=jnp.bfloat16,
+    operands: Operands | None = None,
+    rule: Rule | None = None,
+    g_probe=None,
+):
     """Product of activations and a weight matrix, with float32 result and float32 gradients.
 
     Args:

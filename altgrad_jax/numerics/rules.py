@@ -63,13 +63,17 @@ def resolve_rules(rules: tuple[str, ...], n_layer: int) -> tuple[LayerFormats, .
     for rule in rules:
         match = _RULE.fullmatch(rule)
         if not match:
-            raise UserError(f"formats has a rule {rule!r} that cannot be read: write FORMAT, PATTERN=FORMAT or "
-                            "PATTERN:OPERANDS=FORMAT, for example E4M3 or block_*/mlp_*:G=E5M2")
+            raise UserError(
+                f"formats has a rule {rule!r} that cannot be read: write FORMAT, PATTERN=FORMAT or "
+                "PATTERN:OPERANDS=FORMAT, for example E4M3 or block_*/mlp_*:G=E5M2"
+            )
         pattern, operands = match["pattern"] or "block_*", match["operands"]
         operands = "WAG" if operands is None else operands
         if not operands or set(operands) - set(OPERANDS) or len(set(operands)) < len(operands):
-            raise UserError(f"formats has a rule {rule!r} for the operands {operands!r}: give some of W (weights), A "
-                            "(activations) and G (output gradients), each once, such as block_*:WA=E4M3")
+            raise UserError(
+                f"formats has a rule {rule!r} for the operands {operands!r}: give some of W (weights), A "
+                "(activations) and G (output gradients), each once, such as block_*:WA=E4M3"
+            )
         name = match["format"]
         if name.lower() == NONE:
             fmt = None
@@ -80,12 +84,13 @@ def resolve_rules(rules: tuple[str, ...], n_layer: int) -> tuple[LayerFormats, .
                 raise UserError(f"formats has a rule {rule!r}, but {error}, or {NONE}") from None
         hit = [layer for layer in layers if fnmatch.fnmatchcase(layer, pattern)]
         if not hit:
-            raise UserError(f"formats has a rule {rule!r} whose pattern {pattern!r} fits no layer: give one that does, "
-                            f"the layers are {', '.join(layers[:4])}, ... {layers[-2]}, {HEAD}")
+            raise UserError(
+                f"formats has a rule {rule!r} whose pattern {pattern!r} fits no layer: give one that does, "
+                f"the layers are {', '.join(layers[:4])}, ... {layers[-2]}, {HEAD}"
+            )
         for layer in hit:
             chosen[layer].update(dict.fromkeys(operands, fmt))
-    found = tuple(LayerFormats(layer, *formats.values()) for layer, formats in chosen.items()
-                  if any(formats.values()))
+    found = tuple(LayerFormats(layer, *formats.values()) for layer, formats in chosen.items() if any(formats.values()))
     if not found:
         raise UserError(f"formats={rules!r} gives no layer a format: set use_fp8=False, or name a format such as E4M3")
     return found
@@ -99,5 +104,10 @@ def names_used(layers: tuple[LayerFormats, ...]) -> list[str]:
 def contracted_sizes(layer: str, n_embd: int, vocab_size: int) -> tuple[int, int]:
     """(K, N): the axes that blocks of W and A, and of G, run along."""
     part = layer.rpartition("/")[2]
-    return {"attn_qkv": (n_embd, 3 * n_embd), "attn_out": (n_embd, n_embd), "mlp_up": (n_embd, 4 * n_embd),
-            "mlp_down": (4 * n_embd, n_embd), HEAD: (n_embd, vocab_size)}[part]
+    return {
+        "attn_qkv": (n_embd, 3 * n_embd),
+        "attn_out": (n_embd, n_embd),
+        "mlp_up": (n_embd, 4 * n_embd),
+        "mlp_down": (4 * n_embd, n_embd),
+        HEAD: (n_embd, vocab_size),
+    }[part]

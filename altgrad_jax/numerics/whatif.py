@@ -64,8 +64,11 @@ def sparse(counts) -> dict:
     counts = np.asarray(counts)
     used = np.flatnonzero(counts)
     runs = np.split(used, np.flatnonzero(np.diff(used) > _SHORTEST_GAP) + 1) if len(used) else []
-    return {"bins": len(counts), "first": [int(run[0]) for run in runs],
-            "counts": [counts[run[0] : run[-1] + 1].tolist() for run in runs]}
+    return {
+        "bins": len(counts),
+        "first": [int(run[0]) for run in runs],
+        "counts": [counts[run[0] : run[-1] + 1].tolist() for run in runs],
+    }
 
 
 def dense(stored: dict) -> np.ndarray:
@@ -99,8 +102,10 @@ def _shares(counts, fmt, scales):
     """Shares of underflow and overflow (float64, of the shape of scales) by a histogram, dense or as stored."""
     counts = dense(counts) if isinstance(counts, dict) else np.asarray(counts).astype(np.int64)
     if counts.shape != (N_BINS,):
-        raise UserError(f"a histogram of shape {counts.shape} cannot be read: give the {N_BINS} bins of "
-                        "diagnostics.magnitude_histogram")
+        raise UserError(
+            f"a histogram of shape {counts.shape} cannot be read: give the {N_BINS} bins of "
+            "diagnostics.magnitude_histogram"
+        )
     up_to = np.cumsum(counts)
     small = np.searchsorted(_EDGES, fmt.smallest_subnormal / 2 / scales, side="right")  # bins at or below the threshold
     fitting = 1 + np.searchsorted(_EDGES, fmt.max_finite / scales, side="left")  # bins below it, or cut by it
@@ -151,9 +156,16 @@ def what_if_table(counts, amax: float) -> list[dict]:
         scale = scale_for(amax, fmt)
         underflow, overflow = _shares(counts, fmt, 2.0**exponents)
         best = np.lexsort((np.abs(exponents - math.log2(scale)), underflow + overflow))[0]
-        rows.append({"name": fmt.name, "scale": scale, **what_if(counts, fmt, scale),
-                     "best_scale": float(2.0 ** exponents[best]), "best_underflow": float(underflow[best]),
-                     "best_overflow": float(overflow[best])})
+        rows.append(
+            {
+                "name": fmt.name,
+                "scale": scale,
+                **what_if(counts, fmt, scale),
+                "best_scale": float(2.0 ** exponents[best]),
+                "best_underflow": float(underflow[best]),
+                "best_overflow": float(overflow[best]),
+            }
+        )
     return rows
 
 
@@ -170,17 +182,22 @@ def operand_row(codes, magnitudes, scale, amax, fmt: FloatFormat):
       `codes_used_share` (of the format's finite numbers) and `code_entropy` (Shannon entropy in bits); else empty.
     """
     amax = float(amax)
-    line = {"format": fmt.name, "scale": float(scale),
-            "amax": amax if math.isfinite(amax) else "NaN" if math.isnan(amax) else "Infinity",
-            "magnitudes": sparse(magnitudes)}
+    line = {
+        "format": fmt.name,
+        "scale": float(scale),
+        "amax": amax if math.isfinite(amax) else "NaN" if math.isnan(amax) else "Infinity",
+        "magnitudes": sparse(magnitudes),
+    }
     if fmt.bits != 8:
         return line, {}
     codes = np.asarray(codes).astype(np.int64)
     share = codes[codes > 0] / max(1, codes.sum())
     used = int(np.count_nonzero(codes))
     return line | {"codes": sparse(codes)}, {
-        "codes_used": used, "codes_used_share": used / fmt.n_finite,
-        "code_entropy": float(-np.sum(share * np.log2(share)))}
+        "codes_used": used,
+        "codes_used_share": used / fmt.n_finite,
+        "code_entropy": float(-np.sum(share * np.log2(share))),
+    }
 
 
 def _read_lines(path):
@@ -195,8 +212,14 @@ def _read_lines(path):
                 line = json.loads(text)
                 line["layer"], line["format"]
                 stored, amax = line["magnitudes"], line["amax"]
-                if type(line["step"]) is not int or line["operand"] not in ("W", "A", "G") or stored["bins"] != N_BINS \
-                        or any(first < 0 for first in stored["first"]) or isinstance(amax, float) and amax < 0:
+                if (
+                    type(line["step"]) is not int
+                    or line["operand"] not in ("W", "A", "G")
+                    or stored["bins"] != N_BINS
+                    or any(first < 0 for first in stored["first"])
+                    or isinstance(amax, float)
+                    and amax < 0
+                ):
                     raise ValueError
                 lines.append({**line, "magnitudes": dense(stored)})
             except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
@@ -219,8 +242,10 @@ def of_run(path, step=None):
     """
     path = Path(path)
     if not os.path.lexists(path):
-        raise UserError(f"{path} does not exist: only a run in number formats keeps histograms (formats=BF16 trains as "
-                        "the baseline does, and keeps them); give such a run's folder")
+        raise UserError(
+            f"{path} does not exist: only a run in number formats keeps histograms (formats=BF16 trains as "
+            "the baseline does, and keeps them); give such a run's folder"
+        )
     lines = _read_lines(path)
     steps = sorted({line["step"] for line in lines})
     wanted = steps[-1] if step is None and steps else step
@@ -241,6 +266,12 @@ def of_run(path, step=None):
             lost += np.array([found["underflow"] * counts.sum(), found["overflow"] * counts.sum(), counts.sum()])
         rows.append(row)
     for operand, total in totals.items():
-        rows.append({"layer": "all", "operand": operand, "format": "",
-                     **{name: (float(u / n), float(o / n)) for name, (u, o, n) in total.items()}})
+        rows.append(
+            {
+                "layer": "all",
+                "operand": operand,
+                "format": "",
+                **{name: (float(u / n), float(o / n)) for name, (u, o, n) in total.items()},
+            }
+        )
     return wanted, rows

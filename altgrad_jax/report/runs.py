@@ -213,8 +213,13 @@ def read_curves(path):
             if not line.endswith(b"\n"):
                 break
             match = _STEP.match(line)
-            if not match or not line.endswith(b"}\n") or not line.isascii() or b"\0" in line \
-                    or not last < int(match[1]) < 2**63:
+            if (
+                not match
+                or not line.endswith(b"}\n")
+                or not line.isascii()
+                or b"\0" in line
+                or not last < int(match[1]) < 2**63
+            ):
                 raise _damaged_line(path, number)
             last = int(match[1])
             try:

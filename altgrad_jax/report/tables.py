@@ -232,9 +232,7 @@ def caveats(c):
         )
     at_edge = [_short(arm, c) for _, arm in c.ranking() if c.choice(arm).at_edge]
     if at_edge:
-        parts.append(
-            f"At the edge of the rates tried, so that a better one may lie beyond: {', '.join(at_edge)}."
-        )
+        parts.append(f"At the edge of the rates tried, so that a better one may lie beyond: {', '.join(at_edge)}.")
     return parts
 
 

@@ -536,8 +536,11 @@ def _damage_in_files(folder: Path, described: Mapping[str, Mapping[str, Any]]) -
             wrong.append(f"{name} has {size} bytes in place of {description['bytes']}")
         else:
             present[name] = _HASHERS.submit(_file_digest, path)
-    return wrong + [f"{name} does not match its sha256" for name, digest in present.items()
-                    if digest.result() != described[name]["sha256"]]
+    return wrong + [
+        f"{name} does not match its sha256"
+        for name, digest in present.items()
+        if digest.result() != described[name]["sha256"]
+    ]
 
 
 def _finite_or_none(val_loss: float | None) -> float | None:
@@ -628,9 +631,7 @@ class _Checked:
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
     """How arrays are written and read; see the module's docstring for the choice of layout."""
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, _AllOrAnError()), (_Part, _PiecesOfEach())
-    )
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _AllOrAnError()), (_Part, _PiecesOfEach()))
     return ocp.PyTreeCheckpointHandler(
         use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry
     )
@@ -921,9 +922,7 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[dict[str, An
     return arrays["params"], meta
 
 
-def load_arrays(
-    path: str | Path, step: int | None, prefixes: tuple[str, ...]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_arrays(path: str | Path, step: int | None, prefixes: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(nested dict of the arrays whose paths begin with one of `prefixes`, meta); else as `load_params`."""
     path = _existing(path)
     if not (path / _META).is_dir():
@@ -1019,9 +1018,7 @@ def open_checkpoints(run_dir: str | Path, max_checkpoints: int) -> Checkpoints:
 
     problem = agreement.do(_in_process_0(prepare))[0]
     if problem is not None:
-        raise UserError(
-            f"the run folder {run_dir} cannot be written to ({problem}): choose another with --workdir"
-        )
+        raise UserError(f"the run folder {run_dir} cannot be written to ({problem}): choose another with --workdir")
     seen = agreement.do(lambda: (run_dir / DELETED).is_dir())
     if not all(seen):
         raise UserError(

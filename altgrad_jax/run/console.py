@@ -38,8 +38,12 @@ def make_console(mode, max_steps, stream=None, clock=time.monotonic):
     stream = Lasting(sys.stdout if stream is None else stream)
     if mode == "quiet":
         return PlainConsole(max_steps, stream, clock, progress=False)
-    if mode == "live" or (mode == "auto" and stream.isatty() and Console(file=stream).is_terminal
-                          and not Console(file=stream).is_dumb_terminal):
+    if mode == "live" or (
+        mode == "auto"
+        and stream.isatty()
+        and Console(file=stream).is_terminal
+        and not Console(file=stream).is_dumb_terminal
+    ):
         return LiveConsole(max_steps, stream, clock)
     return PlainConsole(max_steps, stream, clock)
 
@@ -73,8 +77,11 @@ def show_rate(tokens_per_s):
         return "- tok/s"
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if tokens_per_s >= size:
-            return f"{tokens_per_s / size:.3g}{unit} tok/s" if tokens_per_s < 1000 * size else \
-                f"{tokens_per_s / size:.0f}{unit} tok/s"
+            return (
+                f"{tokens_per_s / size:.3g}{unit} tok/s"
+                if tokens_per_s < 1000 * size
+                else f"{tokens_per_s / size:.0f}{unit} tok/s"
+            )
     return f"{tokens_per_s:.3g} tok/s"
 
 
@@ -135,8 +142,7 @@ class PlainConsole:
             # Steps of a sweep come by the dozen: what counts is whether a multiple was passed.
             passed = step // self._every > (step - 1 if first else self._progress.step) // self._every
             self._progress.update(step, loss, val_loss, tokens_per_s)
-            if self._shows_progress and (first or val_loss is not None or passed
-                                         or step == self._progress.max_steps):
+            if self._shows_progress and (first or val_loss is not None or passed or step == self._progress.max_steps):
                 # Only what this step measured: an old validation loss on a new line reads as a new one.
                 parts = [] if loss is None else [f"loss {loss:.4f}"]
                 parts += [] if val_loss is None else [f"val_loss {val_loss:.4f}"]
@@ -178,8 +184,9 @@ class LiveConsole:
         with self._lock:
             p = self._progress
             width = len(str(p.max_steps))
-            text = Text(f" {p.step:>{width}}/{p.max_steps}  " + "  ".join(p.fields()), no_wrap=True,
-                        overflow="ellipsis")
+            text = Text(
+                f" {p.step:>{width}}/{p.max_steps}  " + "  ".join(p.fields()), no_wrap=True, overflow="ellipsis"
+            )
             if p.alerts:
                 text.append(f"  {p.alerts} alert{'s' if p.alerts > 1 else ''}", style="bold yellow")
             if self._console.width < 90:

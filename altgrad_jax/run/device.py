@@ -17,8 +17,18 @@ DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 AUTOTUNE = "autotune.textproto"  # in the run folder: which kernel XLA chose for each product
 _AUTOTUNE_PART = ".autotune.part"
 _DUMP_FLAG, _LOAD_FLAG = "--xla_gpu_dump_autotune_results_to", "--xla_gpu_load_autotune_results_from"
-PACKAGES = ("altgrad-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "wandb",
-            "tiktoken")
+PACKAGES = (
+    "altgrad-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "ml-collections",
+    "wandb",
+    "tiktoken",
+)
 
 
 def _backend_is_started():
@@ -34,8 +44,10 @@ def use_deterministic_operations():
     if DETERMINISTIC_FLAG in flags:
         return
     if _backend_is_started() and jax.default_backend() != "cpu":
-        raise UserError("deterministic=True came too late: jax has already started on this device; set it before the "
-                        f"first jax computation of the process, or start with XLA_FLAGS={DETERMINISTIC_FLAG}")
+        raise UserError(
+            "deterministic=True came too late: jax has already started on this device; set it before the "
+            f"first jax computation of the process, or start with XLA_FLAGS={DETERMINISTIC_FLAG}"
+        )
     os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC_FLAG}".strip()
 
 
@@ -76,8 +88,10 @@ def use_autotune_results(run_dir, made_on, say):
     if not expects_nvidia_gpu() or any(flag in flags for flag in (_DUMP_FLAG, _LOAD_FLAG)):
         return  # flags given by hand come first
     if _backend_is_started():
-        say("which kernels XLA chooses is not kept with this run, for jax had already started: another start may "
-            "choose others, which round otherwise")
+        say(
+            "which kernels XLA chooses is not kept with this run, for jax had already started: another start may "
+            "choose others, which round otherwise"
+        )
         return
     path, model = run_dir / AUTOTUNE, nvidia_model()
     (run_dir / _AUTOTUNE_PART).unlink(missing_ok=True)  # of a killed start, or of compilations after all programs
@@ -114,15 +128,20 @@ def use_compilation_cache():
 def has_cudnn_attention(device, *, head_width, compute_dtype):
     """Whether cuDNN's attention runs on this device: NVIDIA, Ampere or newer, bfloat16, heads of at most 128 numbers in
     multiples of 8."""
-    return (device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
-            and float(getattr(device, "compute_capability", 0)) >= 8.0 and compute_dtype == "bfloat16"
-            and head_width % 8 == 0 and head_width <= 128)
+    return (
+        device.platform == "gpu"
+        and "cuda" in device.client.platform_version.lower()
+        and float(getattr(device, "compute_capability", 0)) >= 8.0
+        and compute_dtype == "bfloat16"
+        and head_width % 8 == 0
+        and head_width <= 128
+    )
 
 
 def fits_on_device(n_tokens, device):
     """Whether the token file may lie on the device: positions are 32-bit, and it may take a quarter of its memory."""
-    limit = (device.memory_stats() or {}).get("bytes_limit", 2 ** 33)
-    return n_tokens < 2 ** 31 and 2 * n_tokens <= limit // 4
+    limit = (device.memory_stats() or {}).get("bytes_limit", 2**33)
+    return n_tokens < 2**31 and 2 * n_tokens <= limit // 4
 
 
 def git_commit():

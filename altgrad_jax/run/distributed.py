@@ -64,8 +64,10 @@ def gather(value) -> list:
         return _exchange({"value": value}, _PATIENCE_S)
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise _Lost(f"process {process_index()} has lost the others ({reason}): see what they said, and start all of "
-                    "them again with the same command") from error
+        raise _Lost(
+            f"process {process_index()} has lost the others ({reason}): see what they said, and start all of "
+            "them again with the same command"
+        ) from error
 
 
 def everywhere(function):
@@ -109,19 +111,26 @@ def check_flags(distributed, coordinator, num_processes, process_id):
     by_hand = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     given = [name for name, value in by_hand.items() if value is not None]
     if distributed != "off" and given:
-        raise UserError(f"--distributed={distributed} finds out by itself what --{given[0]} says: leave one of them "
-                        "out")
+        raise UserError(
+            f"--distributed={distributed} finds out by itself what --{given[0]} says: leave one of them out"
+        )
     if given and len(given) < 3:
         missing = next(name for name in by_hand if name not in given)
-        raise UserError(f"--{given[0]} is given without --{missing}: processes that are started by hand each need "
-                        "--coordinator=HOST:PORT, --num_processes=N and --process_id=0 ... N-1")
+        raise UserError(
+            f"--{given[0]} is given without --{missing}: processes that are started by hand each need "
+            "--coordinator=HOST:PORT, --num_processes=N and --process_id=0 ... N-1"
+        )
     match = re.fullmatch(r"\S+:([0-9]{1,5})", coordinator) if given else None
     if given and not (match and 1 <= int(match[1]) <= 65535):
-        raise UserError(f"--coordinator={coordinator} cannot be used: give the host of process 0 and a free port on "
-                        "it, such as node1:8476")
+        raise UserError(
+            f"--coordinator={coordinator} cannot be used: give the host of process 0 and a free port on "
+            "it, such as node1:8476"
+        )
     if given and process_id >= num_processes:
-        raise UserError(f"--process_id={process_id} is not one of --num_processes={num_processes} processes: count "
-                        f"from 0 to {num_processes - 1}")
+        raise UserError(
+            f"--process_id={process_id} is not one of --num_processes={num_processes} processes: count "
+            f"from 0 to {num_processes - 1}"
+        )
 
 
 @contextlib.contextmanager
@@ -180,9 +189,13 @@ def _initialize(distributed, coordinator, num_processes, process_id):
             # All visible devices, also within a SLURM step, where the detection would take one a process.
             jax.distributed.initialize(coordinator, num_processes, process_id, cluster_detection_method="deactivate")
     except ValueError as error:
-        raise UserError(f"--distributed={distributed} found no job that says which processes there are ({error}) start "
-                        "it with srun or mpirun or as an indexed Kubernetes job, or give --coordinator, "
-                        "--num_processes and --process_id") from None
+        raise UserError(
+            f"--distributed={distributed} found no job that says which processes there are ({error}) start "
+            "it with srun or mpirun or as an indexed Kubernetes job, or give --coordinator, "
+            "--num_processes and --process_id"
+        ) from None
     except RuntimeError as error:
-        raise UserError("the processes did not find each other: start all of them within five minutes, with one "
-                        f"--coordinator that each can reach ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(
+            "the processes did not find each other: start all of them within five minutes, with one "
+            f"--coordinator that each can reach ({' '.join(str(error).split())[:200]})"
+        ) from None

@@ -51,8 +51,13 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
         say(f"device: {len(program.devices)} x {program.device.device_kind} ({program.device.platform})")
         say("compiling ...")
         say(f"compiled in {program.compile():.1f} s")
-        for line in (*describe_parameters(program), *describe_memory(program), *describe_speed(program),
-                     describe_disk(program, run_dir, exists), f"next: {_next(program, run, say)}"):
+        for line in (
+            *describe_parameters(program),
+            *describe_memory(program),
+            *describe_speed(program),
+            describe_disk(program, run_dir, exists),
+            f"next: {_next(program, run, say)}",
+        ):
             say(line)
     say("nothing was trained or written; leave --dry_run out to begin")
     return 0
@@ -80,19 +85,33 @@ def describe_parameters(program):
         parts = [key.key for key in path]
         layer = next(part for part in parts if not part.startswith("block_"))
         sizes[layer if layer in sizes else layer.partition("_")[0]] += math.prod(leaf.shape)
-    yield (f"parameters: {sum(sizes.values()):,} ("
-           + ", ".join(f"{_GROUP_NAMES.get(name, name)} {size:,}" for name, size in sizes.items()) + ")")
-    parts = {"parameters": state.params, "optimizer": state.opt_state, "number formats": state.quant,
-             "monitor": (state.step, state.monitor)}
-    yield (f"state: {_mebibytes(_bytes_of(state))} (" + ", ".join(
-        f"{name} {_mebibytes(_bytes_of(tree))}" for name, tree in parts.items() if _bytes_of(tree)) + ")")
+    yield (
+        f"parameters: {sum(sizes.values()):,} ("
+        + ", ".join(f"{_GROUP_NAMES.get(name, name)} {size:,}" for name, size in sizes.items())
+        + ")"
+    )
+    parts = {
+        "parameters": state.params,
+        "optimizer": state.opt_state,
+        "number formats": state.quant,
+        "monitor": (state.step, state.monitor),
+    }
+    yield (
+        f"state: {_mebibytes(_bytes_of(state))} ("
+        + ", ".join(f"{name} {_mebibytes(_bytes_of(tree))}" for name, tree in parts.items() if _bytes_of(tree))
+        + ")"
+    )
 
 
 def program_bytes(compiled):
     """Bytes that a compiled program takes on each device while it runs."""
     analysis = compiled.memory_analysis()
-    return (analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-            - analysis.alias_size_in_bytes)
+    return (
+        analysis.temp_size_in_bytes
+        + analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
 
 
 def describe_memory(program):
@@ -101,8 +120,13 @@ def describe_memory(program):
     yield f"{'MiB on each device':<20}" + "".join(f"{name:>13}" for name in columns)
     for name, compiled in zip(("training step", "evaluation", "diagnosis"), program.compiled, strict=True):
         m = compiled.memory_analysis()
-        sizes = (m.argument_size_in_bytes, m.output_size_in_bytes, m.temp_size_in_bytes, m.alias_size_in_bytes,
-                 program_bytes(compiled))
+        sizes = (
+            m.argument_size_in_bytes,
+            m.output_size_in_bytes,
+            m.temp_size_in_bytes,
+            m.alias_size_in_bytes,
+            program_bytes(compiled),
+        )
         yield f"{name:<20}" + "".join(f"{size / 2**20:>13,.1f}" for size in sizes)
 
 
@@ -110,15 +134,22 @@ def describe_speed(program):
     """Lines: operations of a step, and how long it may take."""
     cost = program.compiled[0].cost_analysis() or {}
     formula, counted = program.flops_per_step, cost.get("flops", 0.0) * program.mesh.size
-    yield (f"operations of a step: {formula / 1e9:,.4g} GFLOP by formula"
-           + (f", {counted / 1e9:,.4g} in the compiled program (every operation, the body of a loop once)"
-              if counted else ""))
+    yield (
+        f"operations of a step: {formula / 1e9:,.4g} GFLOP by formula"
+        + (
+            f", {counted / 1e9:,.4g} in the compiled program (every operation, the body of a loop once)"
+            if counted
+            else ""
+        )
+    )
     tokens = program.tokens_per_step
     if program.peak_flops:
         seconds = formula / (ASSUMED_EFFICIENCY * program.peak_flops)
-        yield (f"predicted: {_duration(seconds)} a step, {tokens / seconds:,.0f} tokens/s, MFU "
-               f"{ASSUMED_EFFICIENCY:.0%}: supposing that share of the stated peak of "
-               f"{program.peak_flops / 1e12:,.0f} TFLOP/s, which is an assumption and not a measurement")
+        yield (
+            f"predicted: {_duration(seconds)} a step, {tokens / seconds:,.0f} tokens/s, MFU "
+            f"{ASSUMED_EFFICIENCY:.0%}: supposing that share of the stated peak of "
+            f"{program.peak_flops / 1e12:,.0f} TFLOP/s, which is an assumption and not a measurement"
+        )
         return
     n_bytes = cost.get("bytes accessed", 0.0)
     if program.on_device:
@@ -126,11 +157,15 @@ def describe_speed(program):
     rate, copy = measure_product(program), measure_copy(program)
     in_products = formula / program.mesh.size / rate
     seconds = in_products + max(0.0, n_bytes) / copy
-    yield (f"predicted: {_duration(seconds)} a step, {tokens / seconds:,.0f} tokens/s, {in_products / seconds:.0%} of "
-           "the time in products")
-    yield (f"  supposing, as the peak of this device is not known, products at {rate / 1e9:,.0f} GFLOP/s and memory at "
-           f"{copy / 1e9:.3g} GB/s, as just measured here, one after the other, and {n_bytes / 2**20:,.0f} MiB a step, "
-           "as the compiler counts")
+    yield (
+        f"predicted: {_duration(seconds)} a step, {tokens / seconds:,.0f} tokens/s, {in_products / seconds:.0%} of "
+        "the time in products"
+    )
+    yield (
+        f"  supposing, as the peak of this device is not known, products at {rate / 1e9:,.0f} GFLOP/s and memory at "
+        f"{copy / 1e9:.3g} GB/s, as just measured here, one after the other, and {n_bytes / 2**20:,.0f} MiB a step, "
+        "as the compiler counts"
+    )
 
 
 def measure_product(program, repeats=5):
@@ -142,8 +177,9 @@ def measure_product(program, repeats=5):
     for width, weight in ((4 * c.n_embd, 3 * c.n_layer), (c.vocab_size, 2)):
         a_TC = jax.device_put(jnp.ones((tokens, c.n_embd), c.compute_dtype), program.device)
         b_CN = jax.device_put(jnp.ones((c.n_embd, width), c.compute_dtype), program.device)
-        seconds += weight * _time(lambda a_TC=a_TC, b_CN=b_CN: jnp.matmul(
-            a_TC, b_CN, preferred_element_type=jnp.float32), repeats)
+        seconds += weight * _time(
+            lambda a_TC=a_TC, b_CN=b_CN: jnp.matmul(a_TC, b_CN, preferred_element_type=jnp.float32), repeats
+        )
         n_flops += weight * 2 * tokens * c.n_embd * width
     return n_flops / seconds
 
@@ -175,10 +211,12 @@ def describe_disk(program, run_dir, exists):
     # Those being written are there before older ones go.
     needed = n_bytes * max(0, kept + interim + writing - len(list_steps(run_dir)))
     free = shutil.disk_usage(exists).free
-    return (f"checkpoints: {_mebibytes(n_bytes)} each at most, {kept} kept{', one interim' * interim} and up to "
-            f"{writing} being written; "
-            f"{_mebibytes(needed)} more are needed in {run_dir}, and {_mebibytes(free)} are free: "
-            + ("there is room" if needed <= free else "NOT ENOUGH ROOM"))
+    return (
+        f"checkpoints: {_mebibytes(n_bytes)} each at most, {kept} kept{', one interim' * interim} and up to "
+        f"{writing} being written; "
+        f"{_mebibytes(needed)} more are needed in {run_dir}, and {_mebibytes(free)} are free: "
+        + ("there is room" if needed <= free else "NOT ENOUGH ROOM")
+    )
 
 
 def _next(program, run, say):

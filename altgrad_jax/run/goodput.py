@@ -61,13 +61,17 @@ def total(events):
     starts = sum(event["event"] in ("start", "resume") for event in events)
     names = ("wall_s", *(f"{name}_s" for name in CATEGORIES))
     return {name: round(sum(account.get(name, 0.0) for account in accounts), 3) for name in names} | {
-        "starts": starts, "starts_without": max(0, starts - len(accounts))}
+        "starts": starts,
+        "starts_without": max(0, starts - len(accounts)),
+    }
 
 
 def describe(account):
     """An account as one line."""
     wall = account["wall_s"]
     share = f"{100 * account['step_s'] / wall:.0f}%" if wall else "-"
-    rest = ", ".join(f"{name.replace('start_up', 'start-up').replace('_', '-')} {account[f'{name}_s']:.1f} s"
-                     for name in CATEGORIES[1:])
+    rest = ", ".join(
+        f"{name.replace('start_up', 'start-up').replace('_', '-')} {account[f'{name}_s']:.1f} s"
+        for name in CATEGORIES[1:]
+    )
     return f"goodput: {share} of {wall:.1f} s in steps; {rest}"

@@ -78,8 +78,10 @@ def _number(value):
 
 
 def _alert_text(alert):
-    return (f'{{"kind": {json.dumps(alert["kind"])}, "layer": {json.dumps(alert["layer"])}, '
-            f'"value": {_number(alert["value"])}}}')
+    return (
+        f'{{"kind": {json.dumps(alert["kind"])}, "layer": {json.dumps(alert["layer"])}, '
+        f'"value": {_number(alert["value"])}}}'
+    )
 
 
 def _fields(row):
@@ -128,8 +130,8 @@ class _Formatter:
         self.alerts = []  # (column, kind, layer, column of the value)
         for i, name in enumerate(names):
             if name.startswith(ALERT):
-                kind, _, layer = name[len(ALERT):].partition("/")
-                value = column.get(ALERT_VALUE + name[len(ALERT):], i)
+                kind, _, layer = name[len(ALERT) :].partition("/")
+                value = column.get(ALERT_VALUE + name[len(ALERT) :], i)
                 self.alerts.append((i, kind, layer or None, value))
         self.alert_columns = np.array([i for i, *_ in self.alerts], int)
         self.fields = [", " + json.dumps(key).replace("%", "%%") + ": %s" for key in self.keys]
@@ -140,8 +142,11 @@ class _Formatter:
         begins = values_M[self.alert_columns] != 0
         if not begins.any():
             return []
-        return [{"kind": kind, "layer": layer, "value": float(values_M[value])}
-                for (_, kind, layer, value), now in zip(self.alerts, begins, strict=True) if now]
+        return [
+            {"kind": kind, "layer": layer, "value": float(values_M[value])}
+            for (_, kind, layer, value), now in zip(self.alerts, begins, strict=True)
+            if now
+        ]
 
     def line(self, step, values_M, evaluation, alerts, of_layers=True):
         """What format_row gives for the same row, faster; without the statistics of layers unless of_layers."""
@@ -235,8 +240,10 @@ def _scan(path, resume_step):
             if step > resume_step:
                 break
             if steps and step <= steps[-1]:
-                raise UserError(f"{path} is damaged: line {len(steps) + 1} holds step {step} after step "
-                                f"{steps[-1]}; restore it from a copy, or start over in a new folder")
+                raise UserError(
+                    f"{path} is damaged: line {len(steps) + 1} holds step {step} after step "
+                    f"{steps[-1]}; restore it from a copy, or start over in a new folder"
+                )
             if b'"val_loss"' in line or b'"stable_rank/' in line:
                 try:
                     row = parse_row(line)
@@ -308,16 +315,20 @@ class Record:
         if resume_step is None:
             for path in (metrics, timing, run_dir / DIAGNOSTICS):
                 if path.exists() and path.stat().st_size:
-                    raise UserError(f"{path} already holds a run: continue it with --resume=auto, or choose "
-                                    "another folder with --workdir")
+                    raise UserError(
+                        f"{path} already holds a run: continue it with --resume=auto, or choose "
+                        "another folder with --workdir"
+                    )
             run_dir.mkdir(parents=True, exist_ok=True)
             metrics.touch()
             timing.touch()
             last_step, validation, ranks = -1, [], []
         else:
             if not metrics.exists() and resume_step >= 0:
-                raise UserError(f"{metrics} is missing, so the run cannot be continued at step {resume_step} "
-                                "with a whole record: restore the file, or start over in a new folder")
+                raise UserError(
+                    f"{metrics} is missing, so the run cannot be continued at step {resume_step} "
+                    "with a whole record: restore the file, or start over in a new folder"
+                )
             timing.touch()
             metrics.touch()
             keep, steps, validation, ranks = _scan(metrics, resume_step)
@@ -354,7 +365,7 @@ class Record:
         while data:
             try:
                 # What a disk that fills up took of it stays; the rest goes behind it.
-                data = data[os.write(fd, data):]
+                data = data[os.write(fd, data) :]
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 if not (full and self.wait_for_space and self.wait_for_space()):
@@ -402,13 +413,16 @@ def _require_rows(path, steps, resume_step, segments):
     present[np.array(steps, int)] = True
     missing = []
     for (start, interval), (end, _) in zip(segments, segments[1:] + [(resume_step + 1, None)], strict=True):
-        due = [step for step in range(max(start, 1), min(end, resume_step + 1))
-               if keep_row(step, log_interval=interval)]
+        due = [
+            step for step in range(max(start, 1), min(end, resume_step + 1)) if keep_row(step, log_interval=interval)
+        ]
         missing += [step for step in due if not present[step]]
     if missing:
-        raise UserError(f"{path} lacks {len(missing)} of the rows up to step {resume_step}, the first at "
-                        f"step {missing[0]}: resume from a checkpoint before it, or start over in a new "
-                        "folder")
+        raise UserError(
+            f"{path} lacks {len(missing)} of the rows up to step {resume_step}, the first at "
+            f"step {missing[0]}: resume from a checkpoint before it, or start over in a new "
+            "folder"
+        )
 
 
 # --------------------------------------------------------------------------------------------------- manifest
@@ -451,8 +465,10 @@ def read_manifest(run_dir):
     manifest = read_json(path, fix)
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if type(version) is not int or version not in READABLE_VERSIONS:
-        raise UserError(f"{path} has schema_version {version!r}, this program reads "
-                        f"{', '.join(map(str, READABLE_VERSIONS))}: use the version of altgrad_jax that wrote it")
+        raise UserError(
+            f"{path} has schema_version {version!r}, this program reads "
+            f"{', '.join(map(str, READABLE_VERSIONS))}: use the version of altgrad_jax that wrote it"
+        )
     for key, kind, what in (("config", dict, "an object"), ("data", dict, "an object"), ("starts", list, "a list")):
         if not isinstance(manifest.get(key), kind):
             found = f"{key} {repr(manifest[key])[:80]}" if key in manifest else f"no {key}"
@@ -560,9 +576,25 @@ class Writer:
     it once the queue is full.
     """
 
-    def __init__(self, record, *, max_steps, tokens_per_step, log_interval=1, layer_interval=1, console=None,
-                 alert_interval=100, val_rising=None, rank_falling=None, flops_per_step=None, peak_flops=None,
-                 on_row=None, queue_size=8, clock=time.perf_counter, hurried=lambda: False):
+    def __init__(
+        self,
+        record,
+        *,
+        max_steps,
+        tokens_per_step,
+        log_interval=1,
+        layer_interval=1,
+        console=None,
+        alert_interval=100,
+        val_rising=None,
+        rank_falling=None,
+        flops_per_step=None,
+        peak_flops=None,
+        on_row=None,
+        queue_size=8,
+        clock=time.perf_counter,
+        hurried=lambda: False,
+    ):
         """Start the thread.
 
         Args:
@@ -637,8 +669,10 @@ class Writer:
         if self._full_since is None:
             self._full_since = now
             if self._console is not None:
-                self._console.alert(f"the disk of {self._record.run_dir} is full: the run waits up to "
-                                    f"{SPACE_PATIENCE_S / 60:g} minutes for space for its record, then it ends")
+                self._console.alert(
+                    f"the disk of {self._record.run_dir} is full: the run waits up to "
+                    f"{SPACE_PATIENCE_S / 60:g} minutes for space for its record, then it ends"
+                )
         if self._hurried() or now - self._full_since > SPACE_PATIENCE_S:
             return False
         time.sleep(0.5)
@@ -675,8 +709,10 @@ class Writer:
             return
         fits = values_KM.shape[1:] == (len(item.names),) and len(values_KM) >= n_rows
         if values_KM.dtype != np.float32 or not fits:
-            raise ValueError(f"packed metrics are {values_KM.dtype}{list(values_KM.shape)}, expected float32 "
-                             f"[>= {n_rows}, {len(item.names)}]")
+            raise ValueError(
+                f"packed metrics are {values_KM.dtype}{list(values_KM.shape)}, expected float32 "
+                f"[>= {n_rows}, {len(item.names)}]"
+            )
         if self._formatter.names != item.names:
             self._formatter = _Formatter(item.names)
         timing = self._timing((ready - started if item.seconds is None else item.seconds) / n_rows)
@@ -714,10 +750,13 @@ class Writer:
                 alerts.append({"kind": "val_rising", "layer": None, "value": val_loss})
             ranks = stable_ranks(own_evaluation or {})
             if ranks and self._rank_falling is not None:
-                alerts += [{"kind": "rank_falling", "layer": layer, "value": share}
-                           for layer, share in self._rank_falling.begins(ranks, step)]
-            if keep_row(step, log_interval=self._log_interval, max_steps=self._max_steps,
-                        notable=bool(alerts or own_evaluation)):
+                alerts += [
+                    {"kind": "rank_falling", "layer": layer, "value": share}
+                    for layer, share in self._rank_falling.begins(ranks, step)
+                ]
+            if keep_row(
+                step, log_interval=self._log_interval, max_steps=self._max_steps, notable=bool(alerts or own_evaluation)
+            ):
                 steps.append(step)
                 # Rows 1, 1 + interval, ..., as those of a shadow of this interval; and the last.
                 of_layers = (step - 1) % self._layer_interval == 0 or step == self._max_steps
@@ -779,13 +818,32 @@ def resolve_wandb_mode(mode, environ=os.environ):
     if mode not in allowed:
         raise UserError(f"wandb_mode is {mode!r}; allowed are auto, online, offline and disabled")
     if mode == "online" and not has_wandb_credentials(environ):
-        raise UserError("wandb_mode is online but there is no W&B login on this machine: run `wandb login`, "
-                        "set WANDB_API_KEY, or set wandb_mode to auto or offline")
+        raise UserError(
+            "wandb_mode is online but there is no W&B login on this machine: run `wandb login`, "
+            "set WANDB_API_KEY, or set wandb_mode to auto or offline"
+        )
     return mode
 
 
-def open_wandb(run_dir, *, mode, run_id, project, name, entity=None, group=None, tags=(), config=None, resume_step=None,
-               alert_interval=100, keys=(), say=print, event=None, module="wandb", init_timeout=90.0):
+def open_wandb(
+    run_dir,
+    *,
+    mode,
+    run_id,
+    project,
+    name,
+    entity=None,
+    group=None,
+    tags=(),
+    config=None,
+    resume_step=None,
+    alert_interval=100,
+    keys=(),
+    say=print,
+    event=None,
+    module="wandb",
+    init_timeout=90.0,
+):
     """Start feeding W&B from the record in run_dir. Returns a WandbSink, or None for disabled.
 
     Args:
@@ -809,11 +867,26 @@ def open_wandb(run_dir, *, mode, run_id, project, name, entity=None, group=None,
         unasked = mode == "auto" and not has_wandb_credentials()
         why = "no login was found on this machine" if unasked else "as asked"
         say(f"W&B is offline ({why}); to send the run later: {_sync_command(run_dir)}")
-    init = {"project": project, "entity": entity, "group": group, "name": name, "tags": list(tags), "config": config,
-            "id": run_id}
-    spec = {"run_dir": str(run_dir), "init": init, "module": module, "init_timeout": init_timeout,
-            "resume_step": resume_step, "alert_interval": alert_interval, "keys": list(keys), "pid": os.getpid(),
-            "program": str(Path(sys.argv[0]).absolute()) if sys.argv and sys.argv[0] else "python"}
+    init = {
+        "project": project,
+        "entity": entity,
+        "group": group,
+        "name": name,
+        "tags": list(tags),
+        "config": config,
+        "id": run_id,
+    }
+    spec = {
+        "run_dir": str(run_dir),
+        "init": init,
+        "module": module,
+        "init_timeout": init_timeout,
+        "resume_step": resume_step,
+        "alert_interval": alert_interval,
+        "keys": list(keys),
+        "pid": os.getpid(),
+        "program": str(Path(sys.argv[0]).absolute()) if sys.argv and sys.argv[0] else "python",
+    }
     return WandbSink(spec, resolved, say, event or (lambda kind, step, **fields: None))
 
 
@@ -846,8 +919,13 @@ class WandbSink:
         # -P: no module of the working directory may stand in for wandb. A session of its own: Ctrl-C at the
         # terminal is the training's business.
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "altgrad_jax.run.logger"], env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+            [sys.executable, "-P", "-m", "altgrad_jax.run.logger"],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             self._child.stdin.write((json.dumps({**self._spec, "mode": mode}) + "\n").encode())
             self._child.stdin.flush()
@@ -887,8 +965,10 @@ class WandbSink:
                     self._killed = False
                     self._start("offline")
             if again:
-                self._warn(f"no answer within {self._spec['init_timeout']:g} s, so this run is kept offline; "
-                           f"to send it later: {_sync_command(self._run_dir)}")
+                self._warn(
+                    f"no answer within {self._spec['init_timeout']:g} s, so this run is kept offline; "
+                    f"to send it later: {_sync_command(self._run_dir)}"
+                )
                 continue
             if not finished and not self._killed:
                 self._warn(f"its process ended with code {self._child.returncode}")
@@ -915,8 +995,9 @@ class WandbSink:
                 case {"failed": reason}:
                     self._warn(reason)
                 case {"offline": reason}:
-                    self._warn(f"{reason}, so this run is kept offline; to send it later: "
-                               f"{_sync_command(self._run_dir)}")
+                    self._warn(
+                        f"{reason}, so this run is kept offline; to send it later: {_sync_command(self._run_dir)}"
+                    )
                 case {"finished": _}:
                     finished = True
         return finished
@@ -944,8 +1025,9 @@ class WandbSink:
         while self._reader.is_alive() and (left := deadline - time.monotonic()) > 0:
             self._reader.join(min(pause, left))
             if self._reader.is_alive() and time.monotonic() < deadline:
-                self._say(f"W&B: {self._unsent()} rows still to be sent; giving up in "
-                          f"{deadline - time.monotonic():.0f} s")
+                self._say(
+                    f"W&B: {self._unsent()} rows still to be sent; giving up in {deadline - time.monotonic():.0f} s"
+                )
                 pause = 10.0
         if self._reader.is_alive():
             self._kill()
@@ -1004,8 +1086,14 @@ class _Orders(threading.Thread):
 
 def _init_wandb(wandb, spec, mode):
     """Start the W&B run quietly: no console capture, no output, statistics of the training's process."""
-    settings = wandb.Settings(console="off", silent=True, init_timeout=spec["init_timeout"],
-                              program=spec["program"], x_stats_pid=spec["pid"], disable_job_creation=True)
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        init_timeout=spec["init_timeout"],
+        program=spec["program"],
+        x_stats_pid=spec["pid"],
+        disable_job_creation=True,
+    )
     return wandb.init(**spec["init"], dir=spec["run_dir"], mode=mode, resume="allow", settings=settings)
 
 
@@ -1071,8 +1159,10 @@ def _feed(spec, orders, tell):
                 del row["step"]
                 seconds = {key: value for key, value in times.pop(last, {}).items() if key != "step"}
                 if sent := {key: value for key, value in (row | seconds).items() if is_sent(key)}:
-                    _insist(lambda sent=sent: run.log(sent, step=last),
-                            lambda error: tell(failed=f"sending failed ({_brief(error)})"))
+                    _insist(
+                        lambda sent=sent: run.log(sent, step=last),
+                        lambda error: tell(failed=f"sending failed ({_brief(error)})"),
+                    )
                 for kind, text in gate.messages(last, alerts):
                     try:
                         run.alert(title=kind, text=text, level="WARN", wait_duration=0)

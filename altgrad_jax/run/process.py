@@ -97,8 +97,11 @@ class StopRequest:
             os.set_blocking(self._write, False)
             self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             hangup = getattr(signal, "SIGHUP", None)
-            self._old = {number: signal.signal(number, self._handle) for number in self.SIGNALS
-                         if not (number == hangup and signal.getsignal(number) is signal.SIG_IGN)}
+            self._old = {
+                number: signal.signal(number, self._handle)
+                for number in self.SIGNALS
+                if not (number == hangup and signal.getsignal(number) is signal.SIG_IGN)
+            }
             self._old_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
             self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self._thread.start()
@@ -216,8 +219,9 @@ def lock_folder(run_dir, resources):
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{run_dir} is a file or lies below one: give a folder with --workdir") from None
     except OSError as error:
-        raise UserError(f"{run_dir} cannot be written to ({error.strerror}): give another folder with "
-                        "--workdir") from None
+        raise UserError(
+            f"{run_dir} cannot be written to ({error.strerror}): give another folder with --workdir"
+        ) from None
     resources.callback(_release, run_dir, lock)
 
 
@@ -230,8 +234,10 @@ def _take_lock(path):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.pread(lock, 4096, 0).decode(errors="replace").strip() or "another process"
-                raise UserError(f"{path.parent} is being trained into by {holder}: wait for it, stop it, or give "
-                                "another folder with --workdir") from None
+                raise UserError(
+                    f"{path.parent} is being trained into by {holder}: wait for it, stop it, or give "
+                    "another folder with --workdir"
+                ) from None
             except OSError:
                 pass  # a file system without locks
         try:

@@ -53,9 +53,23 @@ MEMBER_LOOPS = ("auto", "map", "vmap")
 MOST_SIDE_BY_SIDE = 64
 MEMORY_SHARE = 0.8
 # Settings that the compiled program does not see, or sees as data.
-_NOT_COMPILED = frozenset({
-    "seed", "learning_rate", "formats", "emergency_formats", "run_name", "checkpoint_dir", "tags", "project",
-    "wandb_mode", "wandb_entity", "wandb_group", "wandb_keys", "console"})
+_NOT_COMPILED = frozenset(
+    {
+        "seed",
+        "learning_rate",
+        "formats",
+        "emergency_formats",
+        "run_name",
+        "checkpoint_dir",
+        "tags",
+        "project",
+        "wandb_mode",
+        "wandb_entity",
+        "wandb_group",
+        "wandb_keys",
+        "console",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +133,9 @@ def make_members(config, points, out):
     members, names, seen = [], set(), {}
     for point in points:
         if not point.get("run_name"):
-            raise UserError(f"a member of the sweep has no name: give its point {settings.show(dict(point))} a "
-                            "run_name")
+            raise UserError(
+                f"a member of the sweep has no name: give its point {settings.show(dict(point))} a run_name"
+            )
         name = point["run_name"]
         if name in names or not re.fullmatch(r"[^/\\]+", name) or name in (".", ".."):
             why = "is the name of two members" if name in names else "cannot name a folder"
@@ -128,8 +143,13 @@ def make_members(config, points, out):
         names.add(name)
         member = config.copy_and_resolve_references()
         with member.unlocked():
-            member.update({"checkpoint_dir": str(Path(out).absolute() / name),
-                           "wandb_group": config.wandb_group or Path(out).name, **point})
+            member.update(
+                {
+                    "checkpoint_dir": str(Path(out).absolute() / name),
+                    "wandb_group": config.wandb_group or Path(out).name,
+                    **point,
+                }
+            )
         if unknown := set(point) - set(settings.FIELDS):
             raise UserError(f"member {name}: {settings.unknown_field(sorted(unknown)[0])}")
         try:
@@ -137,8 +157,13 @@ def make_members(config, points, out):
         except UserError as error:
             raise UserError(f"member {name}: {error}") from None
         member.lock()
-        same = json.dumps({key: value for key, value in settings.to_dict(member).items()
-                           if key not in ("run_name", "checkpoint_dir", "tags")})
+        same = json.dumps(
+            {
+                key: value
+                for key, value in settings.to_dict(member).items()
+                if key not in ("run_name", "checkpoint_dir", "tags")
+            }
+        )
         if same in seen:
             raise UserError(f"members {seen[same]} and {name} have the same settings: leave one out")
         seen[same] = name
@@ -169,6 +194,7 @@ def parse_axes(text):
 
 def program_key(config):
     """What members of one group have in common: every setting that shapes the program or the loop around it."""
+
     def kind(name):
         if name is None or config.products == "native":
             return name
@@ -177,8 +203,9 @@ def program_key(config):
 
     layers = ()
     if config.use_fp8:
-        layers = tuple((layer.layer, *map(kind, layer.wag))
-                       for layer in rules.resolve_rules(config.formats, config.n_layer))
+        layers = tuple(
+            (layer.layer, *map(kind, layer.wag)) for layer in rules.resolve_rules(config.formats, config.n_layer)
+        )
     common = {name: value for name, value in settings.to_dict(config).items() if name not in _NOT_COMPILED}
     return json.dumps([common, layers, list(map(kind, config.emergency_formats))], sort_keys=True)
 
@@ -195,18 +222,22 @@ def shard_of(text, environ=os.environ):
     """(i, n): this process trains slice i (from 0) of n. `text`: "i/n", counted from 1, or "auto": from the variables
     of a SLURM array or step, or of a JAX cluster; else the whole."""
     if text == "auto":
-        for index, count, first in (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-                                    ("SLURM_PROCID", "SLURM_NTASKS", None),
-                                    ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", None)):
+        for index, count, first in (
+            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+            ("SLURM_PROCID", "SLURM_NTASKS", None),
+            ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", None),
+        ):
             if index in environ and count in environ:
                 try:
                     i, n = int(environ[index]) - int(environ.get(first, 0) if first else 0), int(environ[count])
                 except ValueError:
-                    raise UserError(f"{index}={environ[index]!r} and {count}={environ[count]!r} are not numbers: give "
-                                    "--shard=i/n") from None
+                    raise UserError(
+                        f"{index}={environ[index]!r} and {count}={environ[count]!r} are not numbers: give --shard=i/n"
+                    ) from None
                 if not 0 <= i < n:
-                    raise UserError(f"{index}={environ[index]} of {count}={environ[count]} names no slice: give "
-                                    "--shard=i/n")
+                    raise UserError(
+                        f"{index}={environ[index]} of {count}={environ[count]} names no slice: give --shard=i/n"
+                    )
                 return i, n
         return 0, 1
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
@@ -218,7 +249,7 @@ def shard_of(text, environ=os.environ):
 def take_shard(members, i, n):
     """Slice i of n: neighbours in the order of their groups, so that a slice compiles as few programs as it can."""
     ordered = [member for group in make_groups(members) for member in group]
-    return ordered[len(ordered) * i // n:len(ordered) * (i + 1) // n]
+    return ordered[len(ordered) * i // n : len(ordered) * (i + 1) // n]
 
 
 def lane_bytes(program, *, member_loop):
@@ -263,8 +294,10 @@ def choose_width(n_members, n_devices, per_lane, once, limit, asked=0):
         width = asked
     else:
         if fits < 1:
-            raise UserError(f"a member needs about {(per_lane + once) / 2**30:.1f} GiB and {limit / 2**30:.1f} GiB may "
-                            "be used: make the model or batch smaller, or give --width=1 to try all the same")
+            raise UserError(
+                f"a member needs about {(per_lane + once) / 2**30:.1f} GiB and {limit / 2**30:.1f} GiB may "
+                "be used: make the model or batch smaller, or give --width=1 to try all the same"
+            )
         width = min(n_members, fits * n_devices, MOST_SIDE_BY_SIDE)
         # Even chunks: 10 members of which 8 fit are trained 5 and 5.
         width = math.ceil(n_members / math.ceil(n_members / width))
@@ -335,7 +368,7 @@ class Planned:
 
     @property
     def chunks(self):
-        return [self.members[i:i + self.width] for i in range(0, len(self.members), self.width)]
+        return [self.members[i : i + self.width] for i in range(0, len(self.members), self.width)]
 
     @property
     def n_bytes(self):
@@ -343,7 +376,7 @@ class Planned:
 
 
 def resolve_member_loop(member_loop):
-    """"auto" is map on a CPU and vmap on a GPU."""
+    """ "auto" is map on a CPU and vmap on a GPU."""
     if member_loop not in MEMBER_LOOPS:
         raise UserError(f"--member_loop={member_loop} cannot be used: give auto, map or vmap")
     if member_loop == "auto":
@@ -351,8 +384,19 @@ def resolve_member_loop(member_loop):
     return member_loop
 
 
-def sweep(members, out, *, data_dir=None, member_loop="auto", width=0, memory=0.0, shard=(0, 1), cpu_devices=1,
-          dry_run=False, age=0.0):
+def sweep(
+    members,
+    out,
+    *,
+    data_dir=None,
+    member_loop="auto",
+    width=0,
+    memory=0.0,
+    shard=(0, 1),
+    cpu_devices=1,
+    dry_run=False,
+    age=0.0,
+):
     """Trains every member of this shard that is not finished. Returns the exit code.
 
     Args:
@@ -398,13 +442,24 @@ def sweep(members, out, *, data_dir=None, member_loop="auto", width=0, memory=0.
                     todo = [member for member in group if member.name in left]
                     if not todo or stop.number:
                         continue
-                    program, planned = _prepare(group, todo, data_dir, console, resources, member_loop=member_loop,
-                                                width=width, memory=memory, goodput=goodput)
+                    program, planned = _prepare(
+                        group,
+                        todo,
+                        data_dir,
+                        console,
+                        resources,
+                        member_loop=member_loop,
+                        width=width,
+                        memory=memory,
+                        goodput=goodput,
+                    )
                     title = f"group {number} of {len(groups)}"
                     say(f"{title}: {_describe(planned, program)}")
                     seconds = program.compile()
-                    say(f"{title}: compiled in {show_duration(seconds)}"
-                        + (f"; {_predict(program, planned)}" if dry_run else ""))
+                    say(
+                        f"{title}: compiled in {show_duration(seconds)}"
+                        + (f"; {_predict(program, planned)}" if dry_run else "")
+                    )
                     if not dry_run:
                         code = _train_group(program, planned, console, watch, stop, seconds) or code
             if stop.number:
@@ -423,25 +478,29 @@ def _divide_cpu(n_devices):
     try:
         jax.config.update("jax_num_cpu_devices", n_devices)
     except RuntimeError:
-        raise UserError(f"cpu_devices={n_devices} came too late: jax has already started; set it before the first jax "
-                        "computation of the process") from None
+        raise UserError(
+            f"cpu_devices={n_devices} came too late: jax has already started; set it before the first jax "
+            "computation of the process"
+        ) from None
     if jax.default_backend() != "cpu":
-        raise UserError(f"cpu_devices={n_devices} divides a CPU, and jax computes on {jax.default_backend()} here: "
-                        "leave it out, or set JAX_PLATFORMS=cpu")
+        raise UserError(
+            f"cpu_devices={n_devices} divides a CPU, and jax computes on {jax.default_backend()} here: "
+            "leave it out, or set JAX_PLATFORMS=cpu"
+        )
 
 
 def write_plan(out, members):
     """sweep.json: every member of the sweep with its settings, those of other slices included."""
-    plan = {"schema_version": 1,
-            "members": {member.name: settings.to_dict(member.config) for member in members}}
+    plan = {"schema_version": 1, "members": {member.name: settings.to_dict(member.config) for member in members}}
     write_atomically(Path(out) / SWEEP, (json.dumps(plan, indent=1) + "\n").encode())
 
 
 def _prepare(group, todo, data_dir, console, resources, *, member_loop, width, memory, goodput):
     """(Program, Planned) of one group; the program is not compiled yet."""
     config, devices = group[0].config, jax.devices()
-    program = Program(config, data_dir, console, resources, width=1, member_loop=member_loop, devices=devices,
-                      goodput=goodput)
+    program = Program(
+        config, data_dir, console, resources, width=1, member_loop=member_loop, devices=devices, goodput=goodput
+    )
     per_lane, once = lane_bytes(program, member_loop=member_loop)
     limit = memory * 2**30 if memory else memory_limit(program.device)
     # With map a run's numbers do not depend on those beside it. With vmap they may, by rounding: a sweep that goes on
@@ -455,11 +514,13 @@ def _prepare(group, todo, data_dir, console, resources, *, member_loop, width, m
 def _describe(planned, program):
     names = [member.name for member in planned.members]
     shown = ", ".join(names[:3]) + (f" ... {names[-1]}" if len(names) > 3 else "")
-    return (f"{_count(len(names), 'member')} ({shown})"
-            + (f", {planned.n_finished} finished" if planned.n_finished else "")
-            + f", {planned.width} side by side in {_count(len(planned.chunks), 'chunk')}, about "
-            f"{planned.n_bytes / 2**20:,.0f} MiB, {planned.flops / 1e12:,.3g} TFLOP; "
-            f"{program.config.max_steps} steps of {program.config.batch_size} x {program.config.block_size} tokens")
+    return (
+        f"{_count(len(names), 'member')} ({shown})"
+        + (f", {planned.n_finished} finished" if planned.n_finished else "")
+        + f", {planned.width} side by side in {_count(len(planned.chunks), 'chunk')}, about "
+        f"{planned.n_bytes / 2**20:,.0f} MiB, {planned.flops / 1e12:,.3g} TFLOP; "
+        f"{program.config.max_steps} steps of {program.config.batch_size} x {program.config.block_size} tokens"
+    )
 
 
 def _count(n, what):
@@ -473,8 +534,10 @@ def _predict(program, planned, n_steps=3):
     steps = len(planned.chunks) * program.config.max_steps
     # With map a lane without a run costs nothing, with vmap as much as any.
     share = len(planned.members) / (planned.width * len(planned.chunks)) if program.member_loop == "map" else 1
-    return (f"{n_bytes / 2**20:,.0f} MiB as compiled; {seconds:.3g} s for a step of {planned.width}, so about "
-            f"{show_duration(seconds * steps * share)} without evaluations")
+    return (
+        f"{n_bytes / 2**20:,.0f} MiB as compiled; {seconds:.3g} s for a step of {planned.width}, so about "
+        f"{show_duration(seconds * steps * share)} without evaluations"
+    )
 
 
 def time_steps(program, n_steps):
@@ -503,8 +566,15 @@ def _train_group(program, planned, console, watch, stop, compile_seconds):
             for member in chunk:
                 run_dir = member.folder.absolute()
                 lock_folder(run_dir, resources)
-                run = Run(member.config, run_dir, "auto", _Quiet(member.name, console), resources,
-                          stop=stop, watch=watch.of(member.name))
+                run = Run(
+                    member.config,
+                    run_dir,
+                    "auto",
+                    _Quiet(member.name, console),
+                    resources,
+                    stop=stop,
+                    watch=watch.of(member.name),
+                )
                 run.open(program)
                 if number == 0:
                     run.writer.event("compiled", run.step, seconds=round(compile_seconds / len(chunk), 3))
@@ -524,7 +594,11 @@ def _train_group(program, planned, console, watch, stop, compile_seconds):
 def _summary(members, seconds, alerts, *, interrupted):
     ended = [member for member in members if has_ended(member.folder, member.config)]
     if interrupted or len(ended) < len(members):
-        return (f"stopped after {show_duration(seconds)} with {len(ended)} of {len(members)} members at their end; "
-                "the same command goes on")
-    return (f"{_count(len(members), 'member')} of {len(members)} at their end, after {show_duration(seconds)}; "
-            f"{_count(alerts, 'alert')} in their records")
+        return (
+            f"stopped after {show_duration(seconds)} with {len(ended)} of {len(members)} members at their end; "
+            "the same command goes on"
+        )
+    return (
+        f"{_count(len(members), 'member')} of {len(members)} at their end, after {show_duration(seconds)}; "
+        f"{_count(alerts, 'alert')} in their records"
+    )

@@ -91,7 +91,7 @@ SAMPLE_TAG = "eurlex-sample"
 AUTO_DISPATCH_STEPS = 100
 AUTO_DISPATCH_SECONDS = 1.0
 # Logits that exist at once, beside GPTConfig's own choice, which is a CPU's: a GPU wants large products.
-LOSS_TILE_BYTES_GPU = 2 ** 30
+LOSS_TILE_BYTES_GPU = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +153,10 @@ def disk_failures_told(how_it_goes_on):
     except OSError as error:
         if error.errno not in DISK_FAILURES:
             raise
-        raise MachineError(f"{error.filename or 'a file of the run'} cannot be written ({error.strerror}): put that "
-                           f"right; then {how_it_goes_on()}") from error
+        raise MachineError(
+            f"{error.filename or 'a file of the run'} cannot be written ({error.strerror}): put that "
+            f"right; then {how_it_goes_on()}"
+        ) from error
 
 
 def _how_it_goes_on(run_dir, resume):
@@ -169,8 +171,10 @@ def _train(config, data_dir, run_dir, resume, goodput):
     with contextlib.ExitStack() as resources:
         stop = resources.enter_context(StopRequest(shared=distributed.n_processes() > 1))
         distributed.require_equal(
-            "the settings, folder and --resume", [settings.to_dict(config), str(run_dir), resume],
-            "start all processes with one command line but for --process_id")
+            "the settings, folder and --resume",
+            [settings.to_dict(config), str(run_dir), resume],
+            "start all processes with one command line but for --process_id",
+        )
         if distributed.from_lead(lambda: _claim(run_dir, config, resume, resources)):
             return FINISHED
         console = make_console(config.console, config.max_steps) if distributed.is_lead() else _Silent()
@@ -207,8 +211,10 @@ def _claim(run_dir, config, resume, resources):
     if resume != "auto" or not is_finished(run_dir, config):
         return False
     made = max(list_steps(run_dir))
-    print(f"{run_dir} is finished: it has made {made} of max_steps={config.max_steps} steps; raise max_steps to go on, "
-          "or give another --workdir to start a new run")
+    print(
+        f"{run_dir} is finished: it has made {made} of max_steps={config.max_steps} steps; raise max_steps to go on, "
+        "or give another --workdir to start a new run"
+    )
     return True
 
 
@@ -247,8 +253,9 @@ class _Silent:
 def require_resume(resume):
     """UserError unless it is a value of train's `resume`."""
     if resume not in ("auto", "never") and type(resume) is not int:
-        raise UserError(f"resume={resume!r} cannot be used: give 'auto', 'never', or the step of a checkpoint such as "
-                        "1000")
+        raise UserError(
+            f"resume={resume!r} cannot be used: give 'auto', 'never', or the step of a checkpoint such as 1000"
+        )
 
 
 def is_finished(run_dir, config):
@@ -289,8 +296,10 @@ def _read_verdict(run_dir):
 def _refuse_other_config(run_dir, manifest, config):
     lines = settings.config_difference(manifest["config"], settings.to_dict(config))
     if lines:
-        raise UserError(f"{run_dir} was made with other settings, so it cannot be continued with these: "
-                        f"{'; '.join(lines)}. Set them back, or give another --workdir to start a new run")
+        raise UserError(
+            f"{run_dir} was made with other settings, so it cannot be continued with these: "
+            f"{'; '.join(lines)}. Set them back, or give another --workdir to start a new run"
+        )
 
 
 def _attention_kernel(config, device):
@@ -301,7 +310,8 @@ def _attention_kernel(config, device):
         raise UserError(
             f"attention='cudnn' cannot run heads of {head_width} numbers on this machine's "
             f"{device.platform} ({device.device_kind}); it needs an NVIDIA GPU of compute capability 8.0 or more and "
-            "heads of at most 128 numbers: set attention='auto' or 'xla'")
+            "heads of at most 128 numbers: set attention='auto' or 'xla'"
+        )
     if config.attention == "auto":
         return "cudnn" if fits else "xla"
     return config.attention
@@ -309,35 +319,69 @@ def _attention_kernel(config, device):
 
 def model_config(config, device):
     """The model that `config` describes, with the attention kernel for this device."""
-    return GPTConfig(config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size, config.dropout,
-                     config.compute_dtype, _attention_kernel(config, device),
-                     **({} if device.platform == "cpu" else {"loss_tile_bytes": LOSS_TILE_BYTES_GPU}))
+    return GPTConfig(
+        config.n_layer,
+        config.n_head,
+        config.n_embd,
+        config.block_size,
+        config.vocab_size,
+        config.dropout,
+        config.compute_dtype,
+        _attention_kernel(config, device),
+        **({} if device.platform == "cpu" else {"loss_tile_bytes": LOSS_TILE_BYTES_GPU}),
+    )
 
 
 def step_options(config, *, steps_per_dispatch, data_on_device=True):
     """The static choices of the step that `config` describes."""
-    same_name = ("batch_size", "learning_rate", "max_steps", "warmup_steps", "grad_accum_steps", "schedule",
-                 "min_lr_ratio", "optimizer", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip", "data_seed",
-                 "use_shadow", "shadow_interval")
+    same_name = (
+        "batch_size",
+        "learning_rate",
+        "max_steps",
+        "warmup_steps",
+        "grad_accum_steps",
+        "schedule",
+        "min_lr_ratio",
+        "optimizer",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "adam_eps",
+        "grad_clip",
+        "data_seed",
+        "use_shadow",
+        "shadow_interval",
+    )
     return StepOptions(
-        **{name: config[name] for name in same_name}, steps_per_dispatch=steps_per_dispatch,
+        **{name: config[name] for name in same_name},
+        steps_per_dispatch=steps_per_dispatch,
         decay_steps=settings.decay_steps(config.decay_fraction, config.max_steps),
         thresholds=stability.Thresholds(**{name: config[name] for name in stability.Thresholds._fields}),
-        metric_groups=settings.metric_groups(config.metrics), data_on_device=data_on_device,
-        quant=quantization.options_of(config))
+        metric_groups=settings.metric_groups(config.metrics),
+        data_on_device=data_on_device,
+        quant=quantization.options_of(config),
+    )
 
 
 def inputs_of(config):
     """What the run that `config` describes gives the compiled step as data."""
     quant = quantization.options_of(config)
-    return Inputs(np.int32(config.seed), np.float32(config.learning_rate),
-                  None if quant is None else quantization.format_table(quant))
+    return Inputs(
+        np.int32(config.seed),
+        np.float32(config.learning_rate),
+        None if quant is None else quantization.format_table(quant),
+    )
 
 
 def model_flops_per_step(config):
     """Floating-point operations of one update, by formula (flops.training_flops_per_token)."""
-    return config.batch_size * config.block_size * flops.training_flops_per_token(
-        n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size)
+    return (
+        config.batch_size
+        * config.block_size
+        * flops.training_flops_per_token(
+            n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size
+        )
+    )
 
 
 def require_wandb_keys(patterns, program):
@@ -345,11 +389,14 @@ def require_wandb_keys(patterns, program):
     names = program.row_names() if patterns else []
     for pattern in patterns:
         if not matching(names, [pattern]):
-            guess = settings.nearest(pattern, {*names, *(f"{name.partition('/')[0]}/*" for name in names
-                                                         if "/" in name)})
+            guess = settings.nearest(
+                pattern, {*names, *(f"{name.partition('/')[0]}/*" for name in names if "/" in name)}
+            )
             hint = f"did you mean {guess}?" if guess else "the keys of metrics.jsonl are their names"
-            raise UserError(f"wandb_keys={pattern} matches no metric of this run: give names or patterns such as loss "
-                            f"or grad_norm/*; {hint}")
+            raise UserError(
+                f"wandb_keys={pattern} matches no metric of this run: give names or patterns such as loss "
+                f"or grad_norm/*; {hint}"
+            )
 
 
 def require_float8_kernels(compiled, device, n_layers):
@@ -361,9 +408,11 @@ def require_float8_kernels(compiled, device, n_layers):
         return
     found = compiled.as_text().count("__cublas$lt$matmul$f8")
     if found < 3 * n_layers:
-        raise UserError(f"products='native' needs {3 * n_layers} float8 products and the program compiled for "
-                        f"{device.device_kind} has {found}: it takes an NVIDIA GPU of the Ada or Hopper generation or "
-                        "later; set products='emulated'")
+        raise UserError(
+            f"products='native' needs {3 * n_layers} float8 products and the program compiled for "
+            f"{device.device_kind} has {found}: it takes an NVIDIA GPU of the Ada or Hopper generation or "
+            "later; set products='emulated'"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- what is compiled
@@ -392,8 +441,9 @@ class Program:
       goodput: where the time of the process is booked.
     """
 
-    def __init__(self, config, data_dir, console, resources, *, width=None, member_loop="map", devices=None,
-                 goodput=None):
+    def __init__(
+        self, config, data_dir, console, resources, *, width=None, member_loop="map", devices=None, goodput=None
+    ):
         self.config, self.console, self.resources, self.width = config, console, resources, width
         self.goodput = goodput or Goodput()
         self.member_loop = member_loop
@@ -412,28 +462,38 @@ class Program:
             distributed.gather(None)
         if prepared.warnings:
             self.console.message(banner(prepared.warnings))
-        self.data = load_token_data(prepared.dir, vocab_size=config.vocab_size, block_size=config.block_size,
-                                    tokenizer=config.tokenizer)
-        distributed.require_equal("data with the fingerprint", self.data.fingerprint[:12],
-                                  "give all processes the same token files with --data_dir")
+        self.data = load_token_data(
+            prepared.dir, vocab_size=config.vocab_size, block_size=config.block_size, tokenizer=config.tokenizer
+        )
+        distributed.require_equal(
+            "data with the fingerprint",
+            self.data.fingerprint[:12],
+            "give all processes the same token files with --data_dir",
+        )
         self.extra_tags = (SAMPLE_TAG,) if prepared.is_sample else ()
         if prepared.is_sample:
-            self.console.message(f"this run trains on the small sample and is tagged {SAMPLE_TAG}: its figures are not "
-                                 "the baseline's")
-        self.val_windows, self.eval_batch_size = choose_windows(self.data.val_T, config.block_size, config.eval_windows,
-                                                                config.eval_batch_size)
+            self.console.message(
+                f"this run trains on the small sample and is tagged {SAMPLE_TAG}: its figures are not the baseline's"
+            )
+        self.val_windows, self.eval_batch_size = choose_windows(
+            self.data.val_T, config.block_size, config.eval_windows, config.eval_batch_size
+        )
         if len(self.val_windows) < config.eval_windows:
-            self.console.message(f"eval_windows={config.eval_windows}, but the validation data holds "
-                                 f"{self.data.n_val_windows}: each evaluation uses {len(self.val_windows)} of them, in "
-                                 f"whole batches of {self.eval_batch_size}")
+            self.console.message(
+                f"eval_windows={config.eval_windows}, but the validation data holds "
+                f"{self.data.n_val_windows}: each evaluation uses {len(self.val_windows)} of them, in "
+                f"whole batches of {self.eval_batch_size}"
+            )
 
     def _build(self, member_loop, devices):
         config = self.config
         # Runs side by side are independent: each is computed on one device, as if it had no other.
         self.devices = devices
         if self.width is not None and config.fsdp > 1:
-            raise UserError(f"fsdp={config.fsdp} splits one run over devices, and runs side by side are each computed "
-                            "on one: leave fsdp at 1, or train this run by itself")
+            raise UserError(
+                f"fsdp={config.fsdp} splits one run over devices, and runs side by side are each computed "
+                "on one: leave fsdp at 1, or train this run by itself"
+            )
         self.mesh = data_mesh(devices if self.width is None else devices[:1], config.fsdp)
         self.replicated = replicated(self.mesh)
         self.device = self.mesh.local_devices[0]
@@ -441,20 +501,27 @@ class Program:
             raise UserError(
                 f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps} parts cannot be split "
                 f"over {self.mesh.size} devices: make batch_size / grad_accum_steps a multiple of it, or hide devices "
-                "with CUDA_VISIBLE_DEVICES")
+                "with CUDA_VISIBLE_DEVICES"
+            )
         fits = all(distributed.gather(fits_on_device(len(self.data.train_T), self.device)))
         if config.data_placement == "device" and not fits:
             raise UserError(
                 f"data_placement='device' cannot hold {len(self.data.train_T)} tokens in a quarter of the device's "
-                "memory: set data_placement to auto or host")
+                "memory: set data_placement to auto or host"
+            )
         self.on_device = fits if config.data_placement == "auto" else config.data_placement == "device"
         self.buffer_steps = min(config.steps_per_dispatch or AUTO_DISPATCH_STEPS, config.max_steps)
         options = step_options(config, steps_per_dispatch=self.buffer_steps, data_on_device=self.on_device)
         self.thresholds, self.quant = options.thresholds, options.quant
         with _without_garbage_collection():
             self.functions = make_step_functions(
-                model_config(config, self.device), options, self.mesh, n_train_windows=self.data.n_train_windows,
-                eval_batch_size=self.eval_batch_size, seed=config.seed)
+                model_config(config, self.device),
+                options,
+                self.mesh,
+                n_train_windows=self.data.n_train_windows,
+                eval_batch_size=self.eval_batch_size,
+                seed=config.seed,
+            )
         self.members = None
         if self.width is not None:
             self.members = over_members(self.functions, devices, member_loop)
@@ -476,12 +543,16 @@ class Program:
 
     def row_names(self):
         """Every name that a row of the record may have, those of its timing included."""
-        names = [name.removeprefix(SPARSE) for name in self.functions.metric_names
-                 if not name.startswith((ALERT, ALERT_VALUE))]
+        names = [
+            name.removeprefix(SPARSE)
+            for name in self.functions.metric_names
+            if not name.startswith((ALERT, ALERT_VALUE))
+        ]
         windows = jax.ShapeDtypeStruct((self.eval_batch_size, self.config.block_size + 1), np.uint16)
         state = self.functions.abstract_state
-        ranks, observed = jax.eval_shape(self.functions.diagnose, state.params, windows, state.quant,
-                                         self.functions.inputs.formats)
+        ranks, observed = jax.eval_shape(
+            self.functions.diagnose, state.params, windows, state.quant, self.functions.inputs.formats
+        )
         if observed is not None:
             nothing = jax.tree.map(lambda array: np.zeros(array.shape), observed)
             names += diagnosis(self.quant, 0, 0, nothing)[0]
@@ -509,8 +580,11 @@ class Program:
     def lower(self):
         """Yields the lowered programs run (first, for it takes longest to compile), evaluate and diagnose."""
         config = self.config
-        shape = ((len(self.data.train_T),) if self.on_device
-                 else (self.buffer_steps, config.batch_size, config.block_size + 1))
+        shape = (
+            (len(self.data.train_T),)
+            if self.on_device
+            else (self.buffer_steps, config.batch_size, config.block_size + 1)
+        )
         everywhere = self.replicated if self.members is None else self.members.replicated
         tokens = jax.ShapeDtypeStruct(shape, np.uint16, sharding=everywhere)
 
@@ -522,12 +596,14 @@ class Program:
             functions, n_steps = self.members, (self.width,)
             state, inputs = (self.members.abstract(tree, self.width) for tree in (state, inputs))
         yield functions.run.lower(state, tokens, jax.ShapeDtypeStruct(n_steps, np.int32), inputs)
-        yield functions.evaluate.lower(state.params, windows(len(self.val_windows), everywhere), state.quant,
-                                       inputs.formats)
+        yield functions.evaluate.lower(
+            state.params, windows(len(self.val_windows), everywhere), state.quant, inputs.formats
+        )
         # A diagnosis is rare: of runs side by side each is given its own.
         state, inputs = self.functions.abstract_state, self.functions.inputs
-        yield self.functions.diagnose.lower(state.params, windows(self.eval_batch_size, self.replicated), state.quant,
-                                            inputs.formats)
+        yield self.functions.diagnose.lower(
+            state.params, windows(self.eval_batch_size, self.replicated), state.quant, inputs.formats
+        )
 
     def take(self, runs):
         """Takes the states of these runs, which have opened their folders; lane i is runs[i]."""
@@ -540,14 +616,15 @@ class Program:
         else:
             # Lanes without a run are given the first one's state and no steps.
             filled = self.runs + self.runs[:1] * (self.width - len(self.runs))
-            self.state, self.inputs = (self.members.stack([getattr(run, name) for run in filled])
-                                       for name in ("state", "inputs"))
+            self.state, self.inputs = (
+                self.members.stack([getattr(run, name) for run in filled]) for name in ("state", "inputs")
+            )
         for run in self.runs:
             run.state = None  # donated by the first dispatch
         if self._fed is None:
             everywhere = self.replicated if self.members is None else self.members.replicated
             self.val_on_device = place(self.val_windows, everywhere)
-            self.diagnosed_windows = place(self.val_windows[:self.eval_batch_size], self.replicated)
+            self.diagnosed_windows = place(self.val_windows[: self.eval_batch_size], self.replicated)
             self._fed = self.feed()
 
     def feed(self):
@@ -557,8 +634,9 @@ class Program:
             tokens_T = place(np.asarray(self.data.train_T), everywhere)
             return lambda step, n: tokens_T
         config = self.config
-        stream = HostStream(self.data.train_T, batch_size=config.batch_size, block_size=config.block_size,
-                            seed=config.data_seed)
+        stream = HostStream(
+            self.data.train_T, batch_size=config.batch_size, block_size=config.block_size, seed=config.data_seed
+        )
         self.resources.callback(stream.close)
         batches_KBL = np.zeros((self.buffer_steps, config.batch_size, config.block_size + 1), np.uint16)
 
@@ -576,8 +654,9 @@ class Program:
         """
         n_R = np.zeros(self.width or 1, np.int32)
         n_R[[run.lane for run in runs]] = n
-        self.state, rows = self.compiled[0](self.state, self._fed(step, n), n_R[0] if self.members is None else n_R,
-                                            self.inputs)
+        self.state, rows = self.compiled[0](
+            self.state, self._fed(step, n), n_R[0] if self.members is None else n_R, self.inputs
+        )
         # One transfer, and no operation on the device for what a comparison on the host decides: it waits meanwhile.
         monitor = self.state.monitor
         rows_RKM, bad_streak_R, first_bad_R = self._by_lane((rows, monitor.bad_streak, monitor.first_bad_step))
@@ -603,8 +682,9 @@ class Program:
         """For each run (metrics for the row of its step or None, lines for diagnostics.jsonl), of its present state."""
         losses_R = None
         if evaluate:
-            losses_R = self._by_lane(self.compiled[1](self.state.params, self.val_on_device, self.state.quant,
-                                                      self.inputs.formats))
+            losses_R = self._by_lane(
+                self.compiled[1](self.state.params, self.val_on_device, self.state.quant, self.inputs.formats)
+            )
         looks = []
         for run in runs:
             found, lines = {}, []
@@ -617,8 +697,9 @@ class Program:
                 if self.members is not None:
                     state = jax.device_put(state, self.replicated)
                 # One transfer: a scalar at a time would cost a wait each.
-                ranks, observed = jax.device_get(self.compiled[2](state.params, self.diagnosed_windows, state.quant,
-                                                                  run.inputs.formats))
+                ranks, observed = jax.device_get(
+                    self.compiled[2](state.params, self.diagnosed_windows, state.quant, run.inputs.formats)
+                )
                 found |= {name: float(value) for name, value in ranks.items()}
                 if observed is not None:
                     of_operands, lines = diagnosis(run.quant, int(state.quant.level), run.step, observed)
@@ -695,14 +776,27 @@ def loop(program, runs, stop):
         looks, seconds = {}, None
         if whole and (due(config.eval_interval) or due(config.diagnostic_interval)):
             with goodput.spend("evaluation"):
-                looks = dict(zip(map(id, whole), program.look(whole, evaluate=due(config.eval_interval),
-                                                              diagnose=due(config.diagnostic_interval)), strict=True))
+                looks = dict(
+                    zip(
+                        map(id, whole),
+                        program.look(
+                            whole, evaluate=due(config.eval_interval), diagnose=due(config.diagnostic_interval)
+                        ),
+                        strict=True,
+                    )
+                )
             seconds = (time.perf_counter() - ended) / len(whole)
         for run, rows_KM in zip(behind, rows, strict=True):
             evaluation, lines = looks.get(id(run), (None, []))
             # A run's own share of the time.
-            run.record(rows_KM, evaluation, lines, started=started, seconds=(ended - started) / len(behind),
-                       look_seconds=seconds if evaluation else None)
+            run.record(
+                rows_KM,
+                evaluation,
+                lines,
+                started=started,
+                seconds=(ended - started) / len(behind),
+                look_seconds=seconds if evaluation else None,
+            )
             if is_last(run) or due(config.checkpoint_interval):
                 run.save()
             elif unsaved_too_long:
@@ -783,17 +877,23 @@ class Run:
         run_dir, manifest = self.run_dir, None
         if resume == "never":
             if run_dir.exists() and not is_empty(run_dir):
-                raise UserError(f"{run_dir} is not empty and --resume=never starts anew: give an empty folder with "
-                                "--workdir, or continue with --resume=auto")
+                raise UserError(
+                    f"{run_dir} is not empty and --resume=never starts anew: give an empty folder with "
+                    "--workdir, or continue with --resume=auto"
+                )
         elif (run_dir / MANIFEST).exists():
             manifest = read_manifest(run_dir)
             _refuse_other_config(run_dir, manifest, self.config)
         elif list_steps(run_dir) or (run_dir / METRICS).exists():
-            raise UserError(f"{run_dir} holds a run without its {MANIFEST}: bring that file back, or give another "
-                            "--workdir to start a new run")
+            raise UserError(
+                f"{run_dir} holds a run without its {MANIFEST}: bring that file back, or give another "
+                "--workdir to start a new run"
+            )
         if isinstance(resume, int) and resume not in list_steps(run_dir):
-            raise UserError(f"--resume={resume} names a checkpoint that {run_dir} does not hold; it has "
-                            f"{', '.join(map(str, list_steps(run_dir))) or 'none'}")
+            raise UserError(
+                f"--resume={resume} names a checkpoint that {run_dir} does not hold; it has "
+                f"{', '.join(map(str, list_steps(run_dir))) or 'none'}"
+            )
         return manifest
 
     def made_on(self):
@@ -804,19 +904,23 @@ class Run:
         """Restores the run's state, or starts it, and opens its record."""
         self.program, self.goodput = program, program.goodput
         if program.data.dir.absolute() == self.run_dir:
-            raise UserError(f"{self.run_dir} holds the training data, so it cannot be the run's folder too: give "
-                            "another --workdir")
+            raise UserError(
+                f"{self.run_dir} holds the training data, so it cannot be the run's folder too: give another --workdir"
+            )
         require_wandb_keys(self.config.wandb_keys, program)
         self.inputs = inputs_of(self.config)
         self.certificates = program.certify(self.quant)
         made_on, kind = self.made_on(), program.device.device_kind
         if self.config.deterministic and made_on not in (None, kind):
-            self.console.message(f"this run was begun on {made_on} and goes on on {kind}: XLA chooses kernels of its "
-                                 "own for each, so from here on its numbers may round otherwise")
+            self.console.message(
+                f"this run was begun on {made_on} and goes on on {kind}: XLA chooses kernels of its "
+                "own for each, so from here on its numbers may round otherwise"
+            )
         self._restore_or_start()
         monitor = self.state.monitor
-        self.frozen = bool(stability.is_frozen(monitor._replace(bad_streak=jax.device_get(monitor.bad_streak)),
-                                               program.thresholds))
+        self.frozen = bool(
+            stability.is_frozen(monitor._replace(bad_streak=jax.device_get(monitor.bad_streak)), program.thresholds)
+        )
         self._open_record()
         self._introduce()
 
@@ -832,14 +936,17 @@ class Run:
             self._refuse_foreign(resume, meta)
             superseded = self.checkpoints.set_aside_newer_than(resume)
             if superseded:
-                self.console.message(f"checkpoints after step {resume} were set aside: "
-                                     f"{', '.join(map(str, superseded))}")
+                self.console.message(
+                    f"checkpoints after step {resume} were set aside: {', '.join(map(str, superseded))}"
+                )
             restored = resume, state
         elif self.manifest is not None:
             found = self.checkpoints.restore_newest(
                 abstract_state,
                 on_damaged=lambda step, reason: self.console.alert(
-                    f"checkpoint {step} is damaged ({reason}); it is set aside and an older one is used"))
+                    f"checkpoint {step} is damaged ({reason}); it is set aside and an older one is used"
+                ),
+            )
             if found is not None:
                 self._refuse_foreign(found[0], found[2])
                 restored = found[:2]
@@ -856,7 +963,8 @@ class Run:
             raise UserError(
                 f"{self.run_dir} was trained on other data (fingerprint {self.manifest['data']['fingerprint'][:12]}, "
                 f"{data.dir} has {data.fingerprint[:12]}): give the --data_dir it was made with, or another "
-                "--workdir to start a new run")
+                "--workdir to start a new run"
+            )
 
     def _refuse_foreign(self, step, meta):
         """A checkpoint of another run, copied into this folder, would continue as if it were this one's."""
@@ -864,7 +972,8 @@ class Run:
         if meta.get("run_id") != self.manifest["run_id"] or meta.get("data_fingerprint") != fingerprint:
             raise UserError(
                 f"checkpoint {step} in {self.run_dir} belongs to another run (id {meta.get('run_id')!r}, this folder's "
-                f"manifest says {self.manifest['run_id']!r}): take it out of the folder, or give another --workdir")
+                f"manifest says {self.manifest['run_id']!r}): take it out of the folder, or give another --workdir"
+            )
 
     def _start_again(self):
         """A folder with a manifest and no checkpoint: fine if none was ever saved, an error if they were taken away."""
@@ -873,7 +982,8 @@ class Run:
         if saved:
             raise UserError(
                 f"{self.run_dir} holds the record of a run with checkpoints up to step {max(saved)}, but no checkpoint "
-                "any more: bring one back, or give another --workdir to start a new run")
+                "any more: bring one back, or give another --workdir to start a new run"
+            )
         self.console.message("no checkpoint was saved in this folder yet: starting again at step 0")
 
     def _open_record(self):
@@ -892,21 +1002,39 @@ class Run:
         self.furthest = furthest_step(run_dir)
         record = Record.open(run_dir, resume_step, log_interval=config.log_interval)
         self.writer = Writer(
-            record, max_steps=config.max_steps, tokens_per_step=program.tokens_per_step,
-            log_interval=config.log_interval, layer_interval=config.layer_interval, console=self.watch,
-            alert_interval=config.alert_interval, hurried=lambda: self.stop.received is not None,
+            record,
+            max_steps=config.max_steps,
+            tokens_per_step=program.tokens_per_step,
+            log_interval=config.log_interval,
+            layer_interval=config.layer_interval,
+            console=self.watch,
+            alert_interval=config.alert_interval,
+            hurried=lambda: self.stop.received is not None,
             val_rising=ValRising(config.val_patience, record.val_losses),
-            rank_falling=RankFalling(config.rank_threshold, config.rank_threshold_strict, record.ranks,
-                                     after=config.warmup_steps),
-            flops_per_step=program.flops_per_step, peak_flops=program.peak_flops)
+            rank_falling=RankFalling(
+                config.rank_threshold, config.rank_threshold_strict, record.ranks, after=config.warmup_steps
+            ),
+            flops_per_step=program.flops_per_step,
+            peak_flops=program.peak_flops,
+        )
         self.resources.callback(self.writer.close)
         self.resources.callback(self._account)  # after an exception; else finish() has done it
         self.wandb = open_wandb(
-            run_dir, mode=config.wandb_mode, run_id=self.run_id, project=config.project, name=config.run_name,
-            entity=config.wandb_entity or None, group=config.wandb_group or None, tags=self.tags,
+            run_dir,
+            mode=config.wandb_mode,
+            run_id=self.run_id,
+            project=config.project,
+            name=config.run_name,
+            entity=config.wandb_entity or None,
+            group=config.wandb_group or None,
+            tags=self.tags,
             config=settings.to_dict(config),
-            resume_step=self.step if self.resumed else None, alert_interval=config.alert_interval,
-            keys=config.wandb_keys, say=self.console.message, event=self.writer.event)
+            resume_step=self.step if self.resumed else None,
+            alert_interval=config.alert_interval,
+            keys=config.wandb_keys,
+            say=self.console.message,
+            event=self.writer.event,
+        )
         if self.wandb is not None:
             # After finish() there is nothing left to close; after an exception this ends W&B's process.
             self.resources.callback(self.wandb.close, drain_timeout=5.0)
@@ -915,30 +1043,51 @@ class Run:
         """Writes and returns what this run is. A resumed run keeps what was true at its start and adds how it was
         continued."""
         config, program = self.config, self.program
-        start = {"time": round(self.started, 3), "step": self.step, "argv": sys.argv, "versions": versions(),
-                 "git": git_commit(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
-                 "device": {"platform": program.device.platform, "kind": program.device.device_kind,
-                            "count": len(program.devices)},
-                 "mesh": dict(program.mesh.shape), "processes": distributed.n_processes()}
+        start = {
+            "time": round(self.started, 3),
+            "step": self.step,
+            "argv": sys.argv,
+            "versions": versions(),
+            "git": git_commit(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            "device": {
+                "platform": program.device.platform,
+                "kind": program.device.device_kind,
+                "count": len(program.devices),
+            },
+            "mesh": dict(program.mesh.shape),
+            "processes": distributed.n_processes(),
+        }
         if program.width is not None:
             # The times of this run's rows are its share of those of all.
             start["side_by_side"] = program.width
         manifest = self.manifest
         if self.manifest_was_new:
             manifest = {
-                "run_id": new_run_id(), "starts": [],
-                "data": {"fingerprint": program.data.fingerprint, "dir": str(program.data.dir.absolute()),
-                         "meta": program.data.meta, "placement": "device" if program.on_device else "host",
-                         "eval_windows": len(program.val_windows)},
-                "model": {"parameters": count_params(program.functions.abstract_state.params),
-                          "flops_per_step": program.flops_per_step},
+                "run_id": new_run_id(),
+                "starts": [],
+                "data": {
+                    "fingerprint": program.data.fingerprint,
+                    "dir": str(program.data.dir.absolute()),
+                    "meta": program.data.meta,
+                    "placement": "device" if program.on_device else "host",
+                    "eval_windows": len(program.val_windows),
+                },
+                "model": {
+                    "parameters": count_params(program.functions.abstract_state.params),
+                    "flops_per_step": program.flops_per_step,
+                },
             }
             if self.quant is not None:
                 manifest["formats"] = {
                     "layers": [dataclasses.asdict(layer) for layer in self.quant.layers],
-                    "certificates": self.certificates}
-        manifest = manifest | {"config": settings.to_dict(config), "tags": self.tags,
-                               "starts": manifest["starts"] + [start]}
+                    "certificates": self.certificates,
+                }
+        manifest = manifest | {
+            "config": settings.to_dict(config),
+            "tags": self.tags,
+            "starts": manifest["starts"] + [start],
+        }
         write_manifest(self.run_dir, manifest)
         return manifest
 
@@ -946,16 +1095,22 @@ class Run:
         config, say = self.config, self.console.message
         meta = self.program.data.meta
         n_tokens = meta["n_tokens"]
-        say(f"{config.run_name}: {self.manifest['model']['parameters']:,} parameters in {config.compute_dtype}, "
-            f"{config.max_steps} steps of {config.batch_size} x {config.block_size} tokens")
+        say(
+            f"{config.run_name}: {self.manifest['model']['parameters']:,} parameters in {config.compute_dtype}, "
+            f"{config.max_steps} steps of {config.batch_size} x {config.block_size} tokens"
+        )
         if self.quant is not None:
             say(self._describe_formats())
-        say(f"data: {meta['source']}, {n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens, in "
-            f"{self.program.data.dir}")
+        say(
+            f"data: {meta['source']}, {n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens, in "
+            f"{self.program.data.dir}"
+        )
         program, n = self.program, distributed.n_processes()
-        say(f"device: {len(program.devices)} x {program.device.device_kind} ({program.device.platform})"
+        say(
+            f"device: {len(program.devices)} x {program.device.device_kind} ({program.device.platform})"
             + (f" of {n} processes" if n > 1 else "")
-            + (f", parameters split over {config.fsdp}" if program.mesh.shape[FSDP] > 1 else ""))
+            + (f", parameters split over {config.fsdp}" if program.mesh.shape[FSDP] > 1 else "")
+        )
         say(f"run folder: {self.run_dir}" + (f", continued from step {self.step}" if self.resumed else ""))
 
     def _describe_formats(self):
@@ -963,11 +1118,16 @@ class Run:
         groups = {}
         for layer in self.quant.layers:
             groups.setdefault(layer.wag, []).append(layer.layer)
-        shown = [f"{'/'.join(name or '-' for name in wag) if len(set(wag)) > 1 else wag[0]} in {len(layers)} layers"
-                 + ("" if len(groups) == 1 else f" ({layers[0]} ...)") for wag, layers in groups.items()]
-        return (f"formats (W/A/G): {', '.join(shown)}; scaling {self.config.scaling}, products {self.config.products}, "
-                f"weights at rest {self.config.weights_at_rest}, optimizer {self.config.optimizer}; rounding certified "
-                "on this device")
+        shown = [
+            f"{'/'.join(name or '-' for name in wag) if len(set(wag)) > 1 else wag[0]} in {len(layers)} layers"
+            + ("" if len(groups) == 1 else f" ({layers[0]} ...)")
+            for wag, layers in groups.items()
+        ]
+        return (
+            f"formats (W/A/G): {', '.join(shown)}; scaling {self.config.scaling}, products {self.config.products}, "
+            f"weights at rest {self.config.weights_at_rest}, optimizer {self.config.optimizer}; rounding certified "
+            "on this device"
+        )
 
     @property
     def goes_on(self):
@@ -978,8 +1138,19 @@ class Run:
         first_row = self.step - len(rows_KM) + 1
         self.evaluation = evaluation
         with self.goodput.spend("logging_blocked"):
-            self.writer.submit(DispatchRecord(first_row, self.program.functions.metric_names, rows_KM, len(rows_KM),
-                                              evaluation, started, seconds, look_seconds, diagnostics))
+            self.writer.submit(
+                DispatchRecord(
+                    first_row,
+                    self.program.functions.metric_names,
+                    rows_KM,
+                    len(rows_KM),
+                    evaluation,
+                    started,
+                    seconds,
+                    look_seconds,
+                    diagnostics,
+                )
+            )
         self._save_anomaly(first_row, rows_KM)
         self._tell_saves()
 
@@ -991,8 +1162,12 @@ class Run:
         return distributed.from_lead(lambda: self.step in self.checkpoints.steps())
 
     def _meta(self):
-        return {"config": settings.to_dict(self.config), "data_fingerprint": self.program.data.fingerprint,
-                "run_id": self.run_id, "step": self.step}
+        return {
+            "config": settings.to_dict(self.config),
+            "data_fingerprint": self.program.data.fingerprint,
+            "run_id": self.run_id,
+            "step": self.step,
+        }
 
     def save(self, *, interim=False):
         """Starts to save the run's state at this step."""
@@ -1008,8 +1183,13 @@ class Run:
                 self.console.alert(f"{outcome.error}; training goes on and saves again at the next interval")
                 self.writer.event("checkpoint_failed", outcome.step, reason=outcome.error)
             else:
-                self.writer.event("checkpoint", outcome.step, bytes=outcome.n_bytes,
-                                  blocked_s=round(outcome.blocked_s, 4), background_s=round(outcome.background_s, 3))
+                self.writer.event(
+                    "checkpoint",
+                    outcome.step,
+                    bytes=outcome.n_bytes,
+                    blocked_s=round(outcome.blocked_s, 4),
+                    background_s=round(outcome.background_s, 3),
+                )
 
     def _save_anomaly(self, first_row, rows_KM):
         """At the run's first non-finite step: the end state of its dispatch, and how to see that step again."""
@@ -1020,17 +1200,30 @@ class Run:
         numbers = np.arange((bad_row - 1) * B, bad_row * B, dtype=np.uint32)
         windows = permute_windows(numbers, self.program.data.n_train_windows, self.config.data_seed, xp=np)
         row = rows_KM[bad_row - first_row]
-        where = {name: float(row[i]) for name, i in self.program.column.items()
-                 if name.startswith("alert/nonfinite") and row[i] != 0}
+        where = {
+            name: float(row[i])
+            for name, i in self.program.column.items()
+            if name.startswith("alert/nonfinite") and row[i] != 0
+        }
         cause = stability.locate({name: float(row[i]) for name, i in self.program.column.items()})
         with self.goodput.spend("logging_blocked"):
             self.writer.flush()
         with self.goodput.spend("save_blocked"):
-            outcome = save_anomaly(self.run_dir, self.step, self.program.state_of(self), self._meta() | {
-                "first_bad_step": bad_row, "cause": cause, "windows": windows.tolist(),
-                "found": {name.removeprefix("alert/"): count for name, count in where.items()}})
-        self.writer.event("anomaly", self.step, first_bad_step=bad_row, cause=cause, path=str(outcome.path),
-                          error=outcome.error)
+            outcome = save_anomaly(
+                self.run_dir,
+                self.step,
+                self.program.state_of(self),
+                self._meta()
+                | {
+                    "first_bad_step": bad_row,
+                    "cause": cause,
+                    "windows": windows.tolist(),
+                    "found": {name.removeprefix("alert/"): count for name, count in where.items()},
+                },
+            )
+        self.writer.event(
+            "anomaly", self.step, first_bad_step=bad_row, cause=cause, path=str(outcome.path), error=outcome.error
+        )
         kept = outcome.error or f"the state at step {self.step} is kept in {outcome.path}"
         self.console.alert(f"step {bad_row} was not finite: {cause}; {kept}")
 
@@ -1051,7 +1244,7 @@ class Run:
                 FINISHED: None,
                 NOT_SAVED: f"the checkpoint of step {self.step} could not be saved",
                 STOPPED_NON_FINITE: f"{self.config.nan_patience} non-finite steps in a row, the last at step "
-                                    f"{self.step}",
+                f"{self.step}",
             }[exit_code]
             self.verdict = verdict.make_verdict(self.run_dir, stopped=reason)
             if plot:
@@ -1060,8 +1253,10 @@ class Run:
         if self.wandb is not None:
             # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
             with self.goodput.spend("logging_blocked"):
-                self.wandb.close(drain_timeout=5.0 if stop.received else 300.0,
-                                 summary={} if interrupted else {"verdict": self.verdict["verdict"]})
+                self.wandb.close(
+                    drain_timeout=5.0 if stop.received else 300.0,
+                    summary={} if interrupted else {"verdict": self.verdict["verdict"]},
+                )
         self._account()
         if self.account and self.verdict:
             # Once more: sending to W&B may have taken minutes, and a verdict does not wait for that.
@@ -1082,8 +1277,10 @@ class Run:
         self.console.close()
         exit_code = self.exit_code
         if exit_code > 128:
-            print(f"{signal.Signals(exit_code - 128).name}: stopped after step {self.step} of {self.config.max_steps}; "
-                  f"{_how_it_goes_on(self.run_dir, self.resume)}")
+            print(
+                f"{signal.Signals(exit_code - 128).name}: stopped after step {self.step} of {self.config.max_steps}; "
+                f"{_how_it_goes_on(self.run_dir, self.resume)}"
+            )
         else:
             verdict.print_verdict(self.verdict, seconds=self.account["wall_s"])
 

@@ -27,8 +27,7 @@ from altgrad_jax.run.console import Lasting, show_duration, show_rate
 from altgrad_jax.run.logger import MANIFEST, METRICS, TIMING, parse_row, write_atomically
 
 SHARE = 0.05  # of the steps, at either end
-UNSOUND_ALERTS = {"divergence": "the loss rose above where it began",
-                  "val_rising": "the validation loss kept rising"}
+UNSOUND_ALERTS = {"divergence": "the loss rose above where it began", "val_rising": "the validation loss kept rising"}
 VERDICT = "verdict.json"
 LOSS_PLOT = "loss.png"
 
@@ -54,8 +53,10 @@ def read_rows(run_dir):
                         raise ValueError
                     yield row
                 except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                    raise UserError(f"{path} is damaged in line {number}; restore it from a copy, or resume "
-                                    "the run from a checkpoint before that row") from None
+                    raise UserError(
+                        f"{path} is damaged in line {number}; restore it from a copy, or resume "
+                        "the run from a checkpoint before that row"
+                    ) from None
 
 
 def read_timing(run_dir):
@@ -102,8 +103,7 @@ def _is_nonfinite(row):
     """Whether the update this row describes was non-finite somewhere."""
     if any(not math.isfinite(row[key]) for key in ("loss", "grad_norm") if key in row):
         return True
-    return any(value > 0 or not math.isfinite(value) for key, value in row.items()
-               if key.startswith("nonfinite"))
+    return any(value > 0 or not math.isfinite(value) for key, value in row.items() if key.startswith("nonfinite"))
 
 
 def _end_means(losses):
@@ -173,8 +173,14 @@ def make_verdict(run_dir, *, max_steps=None, stopped=None):
     fell = None if len(losses) < 2 or first is None or last is None else last < first
     finished = max_steps is not None and steps >= max_steps and stopped is None
     timing, events = read_timing(run_dir)
-    cause = next((event.get("cause") for event in reversed(events)
-                  if event["event"] == "anomaly" and event.get("first_bad_step") in bad[:1]), None)
+    cause = next(
+        (
+            event.get("cause")
+            for event in reversed(events)
+            if event["event"] == "anomaly" and event.get("first_bad_step") in bad[:1]
+        ),
+        None,
+    )
     reasons = _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, cause, alerts)
     finite_validation = [(loss, step) for step, loss in validation if math.isfinite(loss)]
     best_loss, best_step = min(finite_validation, default=(None, None))
@@ -183,24 +189,44 @@ def make_verdict(run_dir, *, max_steps=None, stopped=None):
     final_val_loss = validation[-1][1] if validation else None
     mild = {kind: n for kind, n in alerts.items() if kind not in UNSOUND_ALERTS}
     remark = f", with alerts: {_count(mild)}" if mild else ""
-    return _jsonable({
-        "verdict": "not sound: " + "; ".join(reasons) if reasons else
-                   f"sound: {steps} steps, loss fell from {first:.4f} to {last:.4f}, every step "
-                   f"finite{remark}",
-        "sound": not reasons, "steps": steps, "max_steps": max_steps, "finished": finished,
-        "stopped": stopped or (None if finished else "before its last step"),
-        "loss_fell": fell, "loss_first": first, "loss_last": last,
-        "initial_loss": losses[0] if losses else None,
-        "final_loss": final_loss, "final_perplexity": _exp(final_loss),
-        "nonfinite_steps": len(bad), "first_nonfinite_step": bad[0] if bad else None,
-        "first_nonfinite_cause": cause, "alerts": alerts,
-        "validation": validation, "best_val_loss": best_loss, "best_val_step": best_step,
-        "final_val_loss": final_val_loss, "final_val_perplexity": _exp(final_val_loss),
-        "checkpoints": _step_folders(run_dir), "anomalies": _step_folders(run_dir / "anomaly"),
-        "tokens_per_s": tokens_per_s, "step_time_s": step_time, "goodput": goodput.total(events),
-        "paths": {"run": str(run_dir), "record": str(run_dir / METRICS), "verdict": str(run_dir / VERDICT),
-                  "loss_plot": str(run_dir / LOSS_PLOT)},
-    })
+    return _jsonable(
+        {
+            "verdict": "not sound: " + "; ".join(reasons)
+            if reasons
+            else f"sound: {steps} steps, loss fell from {first:.4f} to {last:.4f}, every step finite{remark}",
+            "sound": not reasons,
+            "steps": steps,
+            "max_steps": max_steps,
+            "finished": finished,
+            "stopped": stopped or (None if finished else "before its last step"),
+            "loss_fell": fell,
+            "loss_first": first,
+            "loss_last": last,
+            "initial_loss": losses[0] if losses else None,
+            "final_loss": final_loss,
+            "final_perplexity": _exp(final_loss),
+            "nonfinite_steps": len(bad),
+            "first_nonfinite_step": bad[0] if bad else None,
+            "first_nonfinite_cause": cause,
+            "alerts": alerts,
+            "validation": validation,
+            "best_val_loss": best_loss,
+            "best_val_step": best_step,
+            "final_val_loss": final_val_loss,
+            "final_val_perplexity": _exp(final_val_loss),
+            "checkpoints": _step_folders(run_dir),
+            "anomalies": _step_folders(run_dir / "anomaly"),
+            "tokens_per_s": tokens_per_s,
+            "step_time_s": step_time,
+            "goodput": goodput.total(events),
+            "paths": {
+                "run": str(run_dir),
+                "record": str(run_dir / METRICS),
+                "verdict": str(run_dir / VERDICT),
+                "loss_plot": str(run_dir / LOSS_PLOT),
+            },
+        }
+    )
 
 
 def _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, cause, alerts):
@@ -213,8 +239,10 @@ def _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, cause,
     elif not fell:
         reasons.append(f"the loss did not fall (first 5% of the steps {first:.4f}, last 5% {last:.4f})")
     if bad:
-        reasons.append(f"{len(bad)} non-finite step{'s' if len(bad) > 1 else ''}, the first at step {bad[0]}"
-                       + (f" ({cause})" if cause else ""))
+        reasons.append(
+            f"{len(bad)} non-finite step{'s' if len(bad) > 1 else ''}, the first at step {bad[0]}"
+            + (f" ({cause})" if cause else "")
+        )
     return reasons + [text for kind, text in UNSOUND_ALERTS.items() if kind in alerts]
 
 
@@ -231,8 +259,7 @@ def _count(alerts):
 def _step_folders(folder):
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir()
-                  if re.fullmatch(r"[0-9]+", path.name) and path.is_dir())
+    return sorted(int(path.name) for path in folder.iterdir() if re.fullmatch(r"[0-9]+", path.name) and path.is_dir())
 
 
 def _jsonable(value):
@@ -247,8 +274,9 @@ def _jsonable(value):
 
 def write_verdict(run_dir, verdict):
     """Write verdict.json, atomically."""
-    write_atomically(Path(run_dir) / VERDICT,
-                     (json.dumps(verdict, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    write_atomically(
+        Path(run_dir) / VERDICT, (json.dumps(verdict, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    )
 
 
 # --------------------------------------------------------------------------------------------------- printing
@@ -311,8 +339,9 @@ def print_verdict(verdict, stream=None, seconds=None):
     if console.is_terminal:
         # Long paths fold rather than being cut: they are there to be copied.
         style = "bold green" if verdict["sound"] else "bold red"
-        table = Table(box=box.ROUNDED, show_header=False, title=Text(verdict["verdict"], style=style),
-                      title_justify="left")
+        table = Table(
+            box=box.ROUNDED, show_header=False, title=Text(verdict["verdict"], style=style), title_justify="left"
+        )
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for name, text in facts:
@@ -334,7 +363,7 @@ def _smooth(losses, window):
     total = np.convolve(np.where(finite, losses, 0.0), kernel)
     count = np.convolve(finite.astype(float), kernel)
     start = (window - 1) // 2
-    total, count = total[start:start + len(losses)], count[start:start + len(losses)]
+    total, count = total[start : start + len(losses)], count[start : start + len(losses)]
     return np.divide(total, count, out=np.full(len(losses), np.nan), where=count > 0)
 
 
@@ -407,8 +436,13 @@ def _draw_norm(axis, steps, norm, clipped):
     # Where clipping acts, what is left of the norm is the threshold.
     acts = clipped < norm  # exactly equal where it was not
     if acts.any():
-        axis.axhline(np.max(clipped[acts]), color=VALIDATION, lw=1.0, ls="--",
-                     label=f"clipped here ({100 * acts.sum() / len(finite):.0f}% of steps)")
+        axis.axhline(
+            np.max(clipped[acts]),
+            color=VALIDATION,
+            lw=1.0,
+            ls="--",
+            label=f"clipped here ({100 * acts.sum() / len(finite):.0f}% of steps)",
+        )
     axis.set_ylabel("gradient norm")
     if len(finite) and finite.min() > 0 and finite.max() > 20 * finite.min():
         axis.set_yscale("log")
@@ -426,19 +460,25 @@ def _draw_loss(axis, steps, column, alerts, bad, resumes):
         _draw(axis, steps, _smooth(loss, window), color=INK, lw=1.6, label=f"mean of {window} steps")
     evaluated = np.isfinite(validation)
     if evaluated.any():
-        axis.plot(steps[evaluated], validation[evaluated], color=VALIDATION, lw=1.2, marker="o", ms=4,
-                  label=f"validation loss (last {validation[evaluated][-1]:.3f})")
+        axis.plot(
+            steps[evaluated],
+            validation[evaluated],
+            color=VALIDATION,
+            lw=1.2,
+            marker="o",
+            ms=4,
+            label=f"validation loss (last {validation[evaluated][-1]:.3f})",
+        )
     if not trained and not evaluated.any():
-        axis.text(0.5, 0.5, "no finite loss in the record", transform=axis.transAxes, ha="center",
-                  color=ALERT_COLOUR)
+        axis.text(0.5, 0.5, "no finite loss in the record", transform=axis.transAxes, ha="center", color=ALERT_COLOUR)
     for step in resumes:
         axis.axvline(step, color="#888888", lw=0.8, ls=":", label="resumed" if step == resumes[0] else None)
     # In axis coordinates, so that neither moves the limits of the loss.
     foot = axis.get_xaxis_transform()
     if bad:
-        axis.vlines(bad, 0, 1, transform=foot, color=ALERT_COLOUR, lw=0.6, alpha=0.25,
-                    label=f"non-finite step ({len(bad)})")
+        axis.vlines(
+            bad, 0, 1, transform=foot, color=ALERT_COLOUR, lw=0.6, alpha=0.25, label=f"non-finite step ({len(bad)})"
+        )
     if alerts:
-        axis.vlines(alerts, 0, 0.04, transform=foot, color=ALERT_COLOUR, lw=1.2,
-                    label=f"alert ({len(alerts)} steps)")
+        axis.vlines(alerts, 0, 0.04, transform=foot, color=ALERT_COLOUR, lw=1.2, label=f"alert ({len(alerts)} steps)")
     axis.set_ylabel("loss (nats per token)")

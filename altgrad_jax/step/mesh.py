@@ -30,8 +30,10 @@ def data_mesh(devices=None, fsdp=1):
     parameters. UserError where fsdp does not divide their number."""
     devices = jax.devices() if devices is None else devices
     if len(devices) % fsdp:
-        raise UserError(f"fsdp={fsdp} does not divide the {len(devices)} devices that are visible: give a divisor of "
-                        f"{len(devices)}, or change how many are visible")
+        raise UserError(
+            f"fsdp={fsdp} does not divide the {len(devices)} devices that are visible: give a divisor of "
+            f"{len(devices)}, or change how many are visible"
+        )
     return jax.make_mesh((len(devices) // fsdp, fsdp), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
@@ -54,8 +56,10 @@ def split_axis(shape, fsdp):
         return None
     axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
     if not axes:
-        raise UserError(f"fsdp={fsdp} divides no axis of a parameter of shape {list(shape)}: give a divisor of one, or "
-                        "change n_embd")
+        raise UserError(
+            f"fsdp={fsdp} divides no axis of a parameter of shape {list(shape)}: give a divisor of one, or "
+            "change n_embd"
+        )
     return max(axes, key=lambda axis: (shape[axis], -axis))
 
 

@@ -85,9 +85,11 @@ def _layer_mean(arrays, sums):
 
 def gradient_metrics(stats):
     """grad_norm/layer (L2), grad_max/layer (Linf), nonfinite_grads/layer (count), of the unclipped gradient."""
-    return ({f"grad_norm/{layer}": jnp.sqrt(s) for layer, s in stats.square_sum.items()}
-            | {f"grad_max/{layer}": m for layer, m in stats.max_abs.items()}
-            | {f"nonfinite_grads/{layer}": n for layer, n in stats.nonfinite.items()})
+    return (
+        {f"grad_norm/{layer}": jnp.sqrt(s) for layer, s in stats.square_sum.items()}
+        | {f"grad_max/{layer}": m for layer, m in stats.max_abs.items()}
+        | {f"nonfinite_grads/{layer}": n for layer, n in stats.nonfinite.items()}
+    )
 
 
 def gradient_snr(moments, *, beta1, beta2):
@@ -99,7 +101,7 @@ def gradient_snr(moments, *, beta1, beta2):
     (nu = 0) count 0.
     """
     t = jnp.maximum(moments.count, 1).astype(jnp.float32)
-    correction = jnp.sqrt(1 - beta2 ** t) / (1 - beta1 ** t)
+    correction = jnp.sqrt(1 - beta2**t) / (1 - beta1**t)
     first, second = by_layer(moments.mu), by_layer(moments.nu)
     out = {}
     for layer, mu in first.items():
@@ -112,9 +114,19 @@ def gradient_snr(moments, *, beta1, beta2):
 def nonfinite_moments(moments):
     """float32 [layers]: elements whose first or second moment is not finite, or whose second one is negative."""
     first, second = by_layer(moments.mu), by_layer(moments.nu)
-    return jnp.stack([_sum([jnp.sum(~jnp.isfinite(mu) | ~jnp.isfinite(second[layer][k]) | (second[layer][k] < 0),
-                                    dtype=jnp.float32) for k, mu in arrays.items()])
-                      for layer, arrays in first.items()])
+    return jnp.stack(
+        [
+            _sum(
+                [
+                    jnp.sum(
+                        ~jnp.isfinite(mu) | ~jnp.isfinite(second[layer][k]) | (second[layer][k] < 0), dtype=jnp.float32
+                    )
+                    for k, mu in arrays.items()
+                ]
+            )
+            for layer, arrays in first.items()
+        ]
+    )
 
 
 def parameter_metrics(params):
@@ -141,8 +153,11 @@ def update_metrics(updates, param_norms):
 
 def activation_metrics(output):
     """act_amax/block_i and act_rms/block_i of the residual stream as it leaves each block."""
-    return {f"{name}/block_{i}": values[i] for name, values in
-            (("act_amax", output.act_amax_N), ("act_rms", output.act_rms_N)) for i in range(values.shape[0])}
+    return {
+        f"{name}/block_{i}": values[i]
+        for name, values in (("act_amax", output.act_amax_N), ("act_rms", output.act_rms_N))
+        for i in range(values.shape[0])
+    }
 
 
 def gradient_fidelity(grads, reference, suffix=""):
@@ -159,11 +174,16 @@ def gradient_fidelity(grads, reference, suffix=""):
     others = by_layer(reference)
     for layer, arrays in by_layer(grads).items():
         pairs = [(g, others[layer][name]) for name, g in arrays.items()]
-        sums = jnp.stack([_sum([jnp.sum(g * r) for g, r in pairs]), _sum([jnp.sum(g * g) for g, _ in pairs]),
-                          _sum([jnp.sum(r * r) for _, r in pairs]),
-                          _sum([jnp.sum(jnp.square(g - r)) for g, r in pairs]),
-                          _sum([jnp.sum((g == 0) & (r != 0), dtype=jnp.float32) for g, r in pairs]),
-                          jnp.float32(sum(g.size for g, _ in pairs))])
+        sums = jnp.stack(
+            [
+                _sum([jnp.sum(g * r) for g, r in pairs]),
+                _sum([jnp.sum(g * g) for g, _ in pairs]),
+                _sum([jnp.sum(r * r) for _, r in pairs]),
+                _sum([jnp.sum(jnp.square(g - r)) for g, r in pairs]),
+                _sum([jnp.sum((g == 0) & (r != 0), dtype=jnp.float32) for g, r in pairs]),
+                jnp.float32(sum(g.size for g, _ in pairs)),
+            ]
+        )
         totals.append(sums)
         out |= _fidelity(sums, suffix, f"/{layer}")
     return out | _fidelity(_sum(totals), suffix, "")
@@ -171,9 +191,11 @@ def gradient_fidelity(grads, reference, suffix=""):
 
 def _fidelity(sums, suffix, layer):
     dot, own, other, error, flushed, size = sums
-    return {f"grad_cosine{suffix}{layer}": dot / (jnp.sqrt(own) * jnp.sqrt(other)),
-            f"grad_sqnr_db{suffix}{layer}": 10 * (jnp.log10(other) - jnp.log10(error)),
-            f"grad_flushed{suffix}{layer}": flushed / size}
+    return {
+        f"grad_cosine{suffix}{layer}": dot / (jnp.sqrt(own) * jnp.sqrt(other)),
+        f"grad_sqnr_db{suffix}{layer}": 10 * (jnp.log10(other) - jnp.log10(error)),
+        f"grad_flushed{suffix}{layer}": flushed / size,
+    }
 
 
 def pack(metrics):

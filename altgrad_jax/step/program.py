@@ -94,8 +94,12 @@ def diagnose(plain: GPTConfig, quant, mesh, params, windows, quant_state=None, t
     found = metrics.rank_metrics(params)
     if quant is None:
         return found, None
-    model = dataclasses.replace(plain, rules=tuple(
-        (layer, dataclasses.replace(rule, observe=histograms.observe)) for layer, rule in quantization.rules(quant)))
+    model = dataclasses.replace(
+        plain,
+        rules=tuple(
+            (layer, dataclasses.replace(rule, observe=histograms.observe)) for layer, rule in quantization.rules(quant)
+        ),
+    )
     operands = update.operands_at(quant, quant_state, table)
     nothing = jnp.zeros(2 * histograms.HISTOGRAMS, jnp.float32)
     probes = {layer: jnp.concatenate([probe, nothing]) for layer, probe in quantization.g_probes(quant).items()}
@@ -105,8 +109,9 @@ def diagnose(plain: GPTConfig, quant, mesh, params, windows, quant_state=None, t
         return loss_fn(params, windows, None, Quantized(operands, probes))
 
     (_, output), (_, of_g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, probes)
-    vectors_Q3S = quantization.gather_statistics(quant, output.statistics, of_g,
-                                                 jnp.concatenate([empty_statistics(), nothing]))
+    vectors_Q3S = quantization.gather_statistics(
+        quant, output.statistics, of_g, jnp.concatenate([empty_statistics(), nothing])
+    )
     fields_Q3S, rest_Q3 = jnp.split(vectors_Q3S, [len(empty_statistics())], axis=-1)
     named = named_statistics(fields_Q3S)
     return found, Observed(*histograms.observed(rest_Q3), named["scale"], named["amax"])
@@ -148,20 +153,28 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
     Args: those of Step, `model_config` without rules; and the seed for `StepFunctions.inputs`.
     """
     step = Step(model_config, options, mesh, n_train_windows, eval_batch_size)
-    inputs = Inputs(np.int32(seed), np.float32(options.learning_rate),
-                    None if step.quant is None else quantization.format_table(step.quant))
+    inputs = Inputs(
+        np.int32(seed),
+        np.float32(options.learning_rate),
+        None if step.quant is None else quantization.format_table(step.quant),
+    )
     init = partial(update.init, step)
     shapes = jax.eval_shape(init, 0, inputs.formats)
     shardings = state_shardings(shapes, mesh)
-    abstract_state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes,
-                                  shardings)
+    abstract_state = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings
+    )
     names = _metric_names(step, abstract_state, inputs)
     return StepFunctions(
         init=jax.jit(init, out_shardings=shardings),
         run=jax.jit(partial(run, step, names), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
         evaluate=make_evaluate(step.model, eval_batch_size, mesh, partial(update.operands_at, step.quant)),
         diagnose=make_diagnose(step.plain, step.quant, mesh),
-        abstract_state=abstract_state, metric_names=names, inputs=inputs, step=step)
+        abstract_state=abstract_state,
+        metric_names=names,
+        inputs=inputs,
+        step=step,
+    )
 
 
 def _metric_names(step, state, inputs):
@@ -226,24 +239,39 @@ def over_members(functions: StepFunctions, devices, member_loop="map"):
     by_run = NamedSharding(mesh, PartitionSpec("run"))
     operands_of = partial(update.operands_at, step.quant)
     run_each = _on_devices(lambda data, state, n, inputs: run(step, names, state, data, n, inputs), mesh, member_loop)
-    evaluate_each = _on_devices(lambda windows, params, *formats: evaluate(
-        step.model, step.eval_batch_size, step.mesh, operands_of, params, windows, *formats), mesh, member_loop)
+    evaluate_each = _on_devices(
+        lambda windows, params, *formats: evaluate(
+            step.model, step.eval_batch_size, step.mesh, operands_of, params, windows, *formats
+        ),
+        mesh,
+        member_loop,
+    )
 
     def stack(trees):
         return jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves), by_run), *jax.device_get(trees))
 
     def abstract(tree, n_runs):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n_runs, *np.shape(leaf)), leaf.dtype, sharding=by_run),
-                            tree)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((n_runs, *np.shape(leaf)), leaf.dtype, sharding=by_run), tree
+        )
 
     return MemberFunctions(
-        run=jax.jit(lambda state_R, data, n_R, inputs_R: run_each(data, state_R, n_R, inputs_R), donate_argnums=0,
-                    out_shardings=by_run),
-        evaluate=jax.jit(lambda params_R, windows, *formats: evaluate_each(windows, params_R, *formats),
-                         out_shardings=by_run),
-        stack=stack, abstract=abstract, replicated=replicated(mesh),
-        pick=jax.jit(lambda tree, r: jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, r, keepdims=False),
-                                                  tree), out_shardings=replicated(mesh)))
+        run=jax.jit(
+            lambda state_R, data, n_R, inputs_R: run_each(data, state_R, n_R, inputs_R),
+            donate_argnums=0,
+            out_shardings=by_run,
+        ),
+        evaluate=jax.jit(
+            lambda params_R, windows, *formats: evaluate_each(windows, params_R, *formats), out_shardings=by_run
+        ),
+        stack=stack,
+        abstract=abstract,
+        replicated=replicated(mesh),
+        pick=jax.jit(
+            lambda tree, r: jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, r, keepdims=False), tree),
+            out_shardings=replicated(mesh),
+        ),
+    )
 
 
 def _on_devices(function, mesh, member_loop):
@@ -260,6 +288,7 @@ def _on_devices(function, mesh, member_loop):
     def call(shared, *trees_R):
         specs = PartitionSpec(), *[PartitionSpec("run")] * len(trees_R)
         return jax.shard_map(each, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("run"), check_vma=False)(
-            shared, *trees_R)
+            shared, *trees_R
+        )
 
     return call

@@ -83,10 +83,13 @@ def options_of(config) -> QuantOptions | None:
     same_name = ("amax_history", "saturate", "weights_at_rest", "range_clip", "emergency_patience")
     return QuantOptions(
         layers=resolve_rules(tuple(config["formats"]), config["n_layer"]),
-        scaling=for_operands(config["scaling"]), power_of_two=config["scale_rounding"] == "power_of_two",
+        scaling=for_operands(config["scaling"]),
+        power_of_two=config["scale_rounding"] == "power_of_two",
         stochastic=tuple(choice == "stochastic" for choice in for_operands(config["operand_rounding"])),
-        native=config["products"] == "native", emergency_formats=tuple(config["emergency_formats"]),
-        **{name: config[name] for name in same_name})
+        native=config["products"] == "native",
+        emergency_formats=tuple(config["emergency_formats"]),
+        **{name: config[name] for name in same_name},
+    )
 
 
 class QuantState(NamedTuple):
@@ -113,21 +116,27 @@ def rules(options: QuantOptions) -> tuple[tuple[str, Rule], ...]:
         wide = any(get_format(name).mantissa_bits > 7 for name in names)
         native = tuple(FLOAT8[name] for name in layer.wag) if options.native else None
         w, a, g = options.scaling
-        out.append((layer.layer, Rule(w, a, g, float32_operands=wide, power_of_two=options.power_of_two,
-                                      native=native)))
+        out.append(
+            (layer.layer, Rule(w, a, g, float32_operands=wide, power_of_two=options.power_of_two, native=native))
+        )
     return tuple(out)
 
 
 def format_table(options: QuantOptions) -> FormatParams:
     """The formats as data: NumPy arrays [E, Q, 3]. An operand without one has BF16's entries, which nobody reads."""
+
     def params(name):
         return format_params(get_format(name or "BF16"), saturate=options.saturate or name is None)
 
     levels = [[[params(name) for name in layer.wag] for layer in options.layers]]
-    levels += [[[params(name if own else None) for own in layer.wag] for layer in options.layers]
-               for name in options.emergency_formats]
-    return jax.tree.map(lambda *leaves: np.stack(leaves).reshape(len(levels), len(options.layers), 3),
-                        *[entry for level in levels for row in level for entry in row])
+    levels += [
+        [[params(name if own else None) for own in layer.wag] for layer in options.layers]
+        for name in options.emergency_formats
+    ]
+    return jax.tree.map(
+        lambda *leaves: np.stack(leaves).reshape(len(levels), len(options.layers), 3),
+        *[entry for level in levels for row in level for entry in row],
+    )
 
 
 def _at(params, *index):
@@ -168,9 +177,12 @@ def init_state(options: QuantOptions, weights: dict, formats_Q3: FormatParams, a
     residual = options.stored if options.weights_at_rest == "error_feedback" else ()
     state = QuantState(
         amax_history_Q3H=jnp.zeros((len(options.layers), 3, options.amax_history), jnp.float32),
-        level=jnp.int32(0), bad_streak=jnp.int32(0), rest_scale=rest_scale,
+        level=jnp.int32(0),
+        bad_streak=jnp.int32(0),
+        rest_scale=rest_scale,
         residual={key_of(layer): jnp.zeros(weights[layer].shape, jnp.bfloat16) for layer in residual},
-        age={key_of(layer): jnp.zeros(weights[layer].shape, jnp.uint16) for layer in options.weight_layers if ages})
+        age={key_of(layer): jnp.zeros(weights[layer].shape, jnp.uint16) for layer in options.weight_layers if ages},
+    )
     return state, stored
 
 
@@ -222,7 +234,8 @@ def push_history(options: QuantOptions, history_Q3H, statistics_Q3S, formats_Q3:
     amax_Q3 = field["amax"]
     if options.range_clip:
         reach = jnp.minimum(formats_Q3.max_finite, products.LARGEST_SCALED) * jnp.exp2(
-            (formats_Q3.mantissa_bits - formats_Q3.min_exponent).astype(jnp.float32))
+            (formats_Q3.mantissa_bits - formats_Q3.min_exponent).astype(jnp.float32)
+        )
         limit = options.range_clip * reach * jnp.sqrt(field["signal"] / jnp.maximum(field["count"], 1))
         limit = jnp.where(jnp.isnan(limit), jnp.inf, limit)  # 0 times a range beyond float32
         amax_Q3 = amax_Q3.at[:, 2].set(jnp.minimum(amax_Q3, limit)[:, 2])
@@ -235,12 +248,15 @@ def faults(options: QuantOptions, state: QuantState) -> dict:
     nonfinite_amax: in the histories that a scale comes from. nonfinite_scale: of stored weights, not finite or not
     above 0. nonfinite_residual: of error feedback. Only kinds that the options have.
     """
-    read = [(q, i) for q, layer in enumerate(options.layers) for i in range(3)
-            if layer.wag[i] and options.scaling[i] == "delayed" and not (i == 0 and layer.layer in options.stored)]
+    read = [
+        (q, i)
+        for q, layer in enumerate(options.layers)
+        for i in range(3)
+        if layer.wag[i] and options.scaling[i] == "delayed" and not (i == 0 and layer.layer in options.stored)
+    ]
     rows, columns = np.array(read, int).reshape(-1, 2).T
     count_Q3 = jnp.sum(~jnp.isfinite(state.amax_history_Q3H), axis=-1, dtype=jnp.float32)
-    found = {"nonfinite_amax": ([f"{options.layers[q].layer}/{OPERANDS[i]}" for q, i in read],
-                                count_Q3[rows, columns])}
+    found = {"nonfinite_amax": ([f"{options.layers[q].layer}/{OPERANDS[i]}" for q, i in read], count_Q3[rows, columns])}
     if options.stored:
         scales = jnp.stack([state.rest_scale[key_of(layer)] for layer in options.stored])
         found["nonfinite_scale"] = options.stored, jnp.float32(~(jnp.isfinite(scales) & (scales > 0)))
@@ -275,8 +291,11 @@ def format_metrics(options: QuantOptions, statistics_Q3S):
     for q, layer in enumerate(options.layers):
         for i, operand in enumerate(OPERANDS):
             if layer.wag[i]:
-                out |= {f"{name}/{layer.layer}/{operand}": values_Q3[q, i] for name, values_Q3 in named.items()
-                        if _applies(options, layer, i, name)}
+                out |= {
+                    f"{name}/{layer.layer}/{operand}": values_Q3[q, i]
+                    for name, values_Q3 in named.items()
+                    if _applies(options, layer, i, name)
+                }
     for i, operand in enumerate(OPERANDS):
         rows = [q for q, layer in enumerate(options.layers) if layer.wag[i]]
         if rows:
@@ -284,16 +303,22 @@ def format_metrics(options: QuantOptions, statistics_Q3S):
             for q in rows[1:]:
                 total_S = combine_statistics(total_S, statistics_Q3S[q, i])
             total = products.named_statistics(total_S)
-            out |= {f"{name}/all/{operand}": total[name] for name in ("overflow", "underflow", "clipped_energy",
-                                                                      "sqnr_db")
-                    if _applies(options, options.layers[rows[0]], i, name)}
+            out |= {
+                f"{name}/all/{operand}": total[name]
+                for name in ("overflow", "underflow", "clipped_energy", "sqnr_db")
+                if _applies(options, options.layers[rows[0]], i, name)
+            }
     return out
 
 
 def overflow_watched(options: QuantOptions):
     """[(q, i)]: layer number and operand of all that can be clipped."""
-    return [(q, i) for q, layer in enumerate(options.layers) for i in range(3)
-            if layer.wag[i] and _applies(options, layer, i, "overflow")]
+    return [
+        (q, i)
+        for q, layer in enumerate(options.layers)
+        for i in range(3)
+        if layer.wag[i] and _applies(options, layer, i, "overflow")
+    ]
 
 
 def overflow_of(options: QuantOptions, statistics_Q3S):
@@ -309,6 +334,10 @@ def weight_grids(options: QuantOptions, state: QuantState, formats_Q3: FormatPar
     """{layer: Grid} that the weights were rounded on as operands, or are stored on, at this step."""
     used = operands(options, state, formats_Q3)
     rule_of = dict(rules(options))
-    return {layer: Grid(used[layer].w.format,
-                        products.weight_scale(weights[layer], used[layer].w, rule_of[layer], w_is_NK=layer == HEAD))
-            for layer in options.weight_layers}
+    return {
+        layer: Grid(
+            used[layer].w.format,
+            products.weight_scale(weights[layer], used[layer].w, rule_of[layer], w_is_NK=layer == HEAD),
+        )
+        for layer in options.weight_layers
+    }

@@ -78,14 +78,24 @@ def init_monitor(thresholds, neurons, n_layers, n_stored=0, n_operands=0):
         formats["bit_stall"] = jnp.zeros(n_stored, bool)
     if n_operands:
         formats["overflow"] = jnp.zeros(n_operands, bool)
-    return Monitor(bad_streak=jnp.int32(0), bad_steps=jnp.int32(0), first_bad_step=jnp.int32(-1), seen=jnp.int32(0),
-                   initial_loss=jnp.float32(jnp.nan),
-                   losses_W=jnp.full(thresholds.spike_window, jnp.nan, jnp.float32),
-                   dead_streak=tuple(jnp.zeros(n, jnp.int32) for n in neurons.values()),
-                   zero_update_WS=jnp.zeros((thresholds.stall_window, n_layers), jnp.float32),
-                   active={"loss_spike": no, "divergence": no, "dead_layer": jnp.zeros(len(neurons), bool),
-                           "update_stall": jnp.zeros(n_layers, bool), **formats},
-                   lost_WS=jnp.zeros((thresholds.stall_window, n_stored), jnp.float32) if n_stored else None)
+    return Monitor(
+        bad_streak=jnp.int32(0),
+        bad_steps=jnp.int32(0),
+        first_bad_step=jnp.int32(-1),
+        seen=jnp.int32(0),
+        initial_loss=jnp.float32(jnp.nan),
+        losses_W=jnp.full(thresholds.spike_window, jnp.nan, jnp.float32),
+        dead_streak=tuple(jnp.zeros(n, jnp.int32) for n in neurons.values()),
+        zero_update_WS=jnp.zeros((thresholds.stall_window, n_layers), jnp.float32),
+        active={
+            "loss_spike": no,
+            "divergence": no,
+            "dead_layer": jnp.zeros(len(neurons), bool),
+            "update_stall": jnp.zeros(n_layers, bool),
+            **formats,
+        },
+        lost_WS=jnp.zeros((thresholds.stall_window, n_stored), jnp.float32) if n_stored else None,
+    )
 
 
 def is_frozen(monitor, thresholds):
@@ -113,8 +123,9 @@ def update_dead_streaks(monitor, neuron_square_sum, thresholds, ok):
     streaks, metrics = [], {}
     for old, (layer, squares) in zip(monitor.dead_streak, neuron_square_sum.items(), strict=True):
         # The cap keeps the counter from wrapping on endless runs.
-        new = jnp.where(squares < thresholds.dead_neuron_threshold ** 2,
-                        jnp.minimum(old + 1, thresholds.dead_neuron_window), 0)
+        new = jnp.where(
+            squares < thresholds.dead_neuron_threshold**2, jnp.minimum(old + 1, thresholds.dead_neuron_window), 0
+        )
         streaks.append(jnp.where(ok, new, old))
         dead = streaks[-1] >= thresholds.dead_neuron_window
         metrics[f"dead_neurons/{layer}"] = jnp.mean(dead, dtype=jnp.float32)
@@ -125,8 +136,9 @@ def _push(ring, slot, value, ok):
     return ring.at[slot % ring.shape[0]].set(jnp.where(ok, value, ring[slot % ring.shape[0]]))
 
 
-def update_monitor(monitor, *, row_number, loss, bad, dead_streak, dead_shares, zero_update_S, thresholds, lost_S=None,
-                   overflow_O=None):
+def update_monitor(
+    monitor, *, row_number, loss, bad, dead_streak, dead_shares, zero_update_S, thresholds, lost_S=None, overflow_O=None
+):
     """The monitor after one step, with the alerts that begin at it.
 
     Args:
@@ -150,10 +162,12 @@ def update_monitor(monitor, *, row_number, loss, bad, dead_streak, dead_shares, 
     mean_zero_update_S = jnp.where(seen >= thresholds.stall_window, zero_update_WS.mean(0), 0.0)
 
     values = {"loss_spike": z, "divergence": median, "dead_layer": dead_shares, "update_stall": mean_zero_update_S}
-    holds = {"loss_spike": z > thresholds.spike_threshold,
-             "divergence": (median > initial_loss) & (seen >= MIN_LOSSES),
-             "dead_layer": dead_shares >= 1.0,
-             "update_stall": mean_zero_update_S > thresholds.bit_stall_threshold}
+    holds = {
+        "loss_spike": z > thresholds.spike_threshold,
+        "divergence": (median > initial_loss) & (seen >= MIN_LOSSES),
+        "dead_layer": dead_shares >= 1.0,
+        "update_stall": mean_zero_update_S > thresholds.bit_stall_threshold,
+    }
     lost_WS = monitor.lost_WS
     if lost_WS is not None:
         lost_WS = _push(lost_WS, slot, lost_S, ok)
@@ -165,9 +179,18 @@ def update_monitor(monitor, *, row_number, loss, bad, dead_streak, dead_shares, 
     holds = {kind: jnp.where(ok, now, monitor.active[kind]) for kind, now in holds.items()}
     begins = {kind: jnp.where(now & ~monitor.active[kind], values[kind], 0.0) for kind, now in holds.items()}
     first_bad = jnp.where((monitor.first_bad_step < 0) & bad, row_number, monitor.first_bad_step)
-    new = Monitor(bad_streak=jnp.where(bad, monitor.bad_streak + 1, 0), bad_steps=monitor.bad_steps + bad,
-                  first_bad_step=first_bad.astype(jnp.int32), seen=seen, initial_loss=initial_loss, losses_W=losses_W,
-                  dead_streak=dead_streak, zero_update_WS=zero_update_WS, active=holds, lost_WS=lost_WS)
+    new = Monitor(
+        bad_streak=jnp.where(bad, monitor.bad_streak + 1, 0),
+        bad_steps=monitor.bad_steps + bad,
+        first_bad_step=first_bad.astype(jnp.int32),
+        seen=seen,
+        initial_loss=initial_loss,
+        losses_W=losses_W,
+        dead_streak=dead_streak,
+        zero_update_WS=zero_update_WS,
+        active=holds,
+        lost_WS=lost_WS,
+    )
     return new, z, begins
 
 
@@ -195,28 +218,35 @@ def locate(row):
     Returns:
       The sentence; None for a finite step.
     """
+
     def found(kind):
         prefix = f"alert/{kind}/"
-        return {name.removeprefix(prefix): int(value) for name, value in row.items()
-                if name.startswith(prefix) and value != 0}
+        return {
+            name.removeprefix(prefix): int(value)
+            for name, value in row.items()
+            if name.startswith(prefix) and value != 0
+        }
 
     for kind, (what, where) in _STATE_FAULTS.items():
         if counts := found(kind):
             total = sum(counts.values())
             many = total > 1
             return f"{total} {what.format(s='s' * many, es='es' * many)} {where} {_named(list(counts))}"
-    activations = {name.removeprefix("act_amax/"): value for name, value in row.items()
-                   if name.startswith("act_amax/")}
+    activations = {name.removeprefix("act_amax/"): value for name, value in row.items() if name.startswith("act_amax/")}
     for block, value in activations.items():
         if not math.isfinite(value):
             return f"activations that are not finite, from {block} on"
     if row["alert/nonfinite_loss"]:
-        return ("a loss that is not finite while the activations of every block are: the head or the batch"
-                if activations else "a loss that is not finite (activations were not recorded)")
+        return (
+            "a loss that is not finite while the activations of every block are: the head or the batch"
+            if activations
+            else "a loss that is not finite (activations were not recorded)"
+        )
     if counts := found("nonfinite_grads"):
         *later, first = counts
-        return (f"{counts[first]} non-finite gradient element{'s' * (counts[first] > 1)} in {first}"
-                + (f", and backward from there in {len(later)} more layer{'s' * (len(later) > 1)}" if later else ""))
+        return f"{counts[first]} non-finite gradient element{'s' * (counts[first] > 1)} in {first}" + (
+            f", and backward from there in {len(later)} more layer{'s' * (len(later) > 1)}" if later else ""
+        )
     if row["alert/nonfinite_grad_norm"]:
         return "a gradient norm that overflows while every element is finite"
     if counts := found("nonfinite_updates"):

@@ -147,8 +147,14 @@ class Step:
             no = jax.tree.map(lambda leaf: False, params)
             return with_weights(no, dict.fromkeys(self.weight_layers, True))
 
-        return optimizers.make(o.optimizer, beta1=o.beta1, beta2=o.beta2, eps=o.adam_eps, weight_decay=o.weight_decay,
-                              is_quantized=is_quantized)
+        return optimizers.make(
+            o.optimizer,
+            beta1=o.beta1,
+            beta2=o.beta2,
+            eps=o.adam_eps,
+            weight_decay=o.weight_decay,
+            is_quantized=is_quantized,
+        )
 
 
 class Gradients(NamedTuple):
@@ -226,13 +232,19 @@ def make_loss(model: GPT):
     def loss(params, windows, dropout_key, quantized=None):
         tokens_BL, targets_BL = windows[:, :-1].astype(jnp.int32), windows[:, 1:].astype(jnp.int32)
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        output = model.apply({"params": params}, tokens_BL, train=dropout_key is not None, rngs=rngs,
-                             quantized=quantized, head=whole)
+        output = model.apply(
+            {"params": params}, tokens_BL, train=dropout_key is not None, rngs=rngs, quantized=quantized, head=whole
+        )
         if whole:
             mean = cross_entropy(output.logits, targets_BL)
         else:
-            mean = tied_cross_entropy(output.hidden, weights_of(params, "head"), targets_BL,
-                                      compute_dtype=config.compute_dtype, tile_bytes=config.loss_tile_bytes)
+            mean = tied_cross_entropy(
+                output.hidden,
+                weights_of(params, "head"),
+                targets_BL,
+                compute_dtype=config.compute_dtype,
+                tile_bytes=config.loss_tile_bytes,
+            )
         return mean, output._replace(hidden=None, logits=None)
 
     return loss
@@ -241,10 +253,14 @@ def make_loss(model: GPT):
 def state_shardings(state, mesh):
     """The sharding of every array of a TrainState (of arrays or of their shapes)."""
     out = jax.tree.map(lambda leaf: replicated(mesh), state)
-    quant = state.quant and out.quant._replace(residual=split_like_parameters(mesh, state.quant.residual),
-                                               age=split_like_parameters(mesh, state.quant.age))
-    return out._replace(params=split_like_parameters(mesh, state.params),
-                        opt_state=split_like_parameters(mesh, state.opt_state), quant=quant)
+    quant = state.quant and out.quant._replace(
+        residual=split_like_parameters(mesh, state.quant.residual), age=split_like_parameters(mesh, state.quant.age)
+    )
+    return out._replace(
+        params=split_like_parameters(mesh, state.params),
+        opt_state=split_like_parameters(mesh, state.opt_state),
+        quant=quant,
+    )
 
 
 def init(step: Step, seed, table=None) -> TrainState:
@@ -252,12 +268,17 @@ def init(step: Step, seed, table=None) -> TrainState:
     params = init_params(step.model, seed)
     quant_state = None
     if step.quant is not None:
-        quant_state, at_rest = quantization.init_state(step.quant, _weights(step, params),
-                                                       quantization.formats_at(table, 0), step.ages)
+        quant_state, at_rest = quantization.init_state(
+            step.quant, _weights(step, params), quantization.formats_at(table, 0), step.ages
+        )
         params = with_weights(params, at_rest)
-    monitor = stability.init_monitor(step.options.thresholds, metrics.neuron_layers(params),
-                                     len(metrics.by_layer(params)), len(step.stored),
-                                     len(quantization.overflow_watched(step.quant)) if step.quant else 0)
+    monitor = stability.init_monitor(
+        step.options.thresholds,
+        metrics.neuron_layers(params),
+        len(metrics.by_layer(params)),
+        len(step.stored),
+        len(quantization.overflow_watched(step.quant)) if step.quant else 0,
+    )
     return TrainState(jnp.int32(0), params, step.update_rule.init(params), monitor, quant_state)
 
 
@@ -278,8 +299,16 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs):
     if step.quant is not None:
         # Judged by the losses before this one, for the monitor comes later: it wants to know what was lost.
         spike = stability.robust_z(found.loss, state.monitor.losses_W) > step.options.thresholds.spike_threshold
-        after = apply_formats(step, state, update.params, update.applied, inputs, found.statistics_Q3S,
-                              ok=health.finite, bad=counts.bad | spike | state.monitor.active["divergence"])
+        after = apply_formats(
+            step,
+            state,
+            update.params,
+            update.applied,
+            inputs,
+            found.statistics_Q3S,
+            ok=health.finite,
+            bad=counts.bad | spike | state.monitor.active["divergence"],
+        )
     watched = watch(step, state, found, health, counts, after.entries)
 
     row = step_metrics(found, health, update, counts, watched)
@@ -335,12 +364,17 @@ def gradients(step: Step, model: GPTConfig, params, windows, number, seed, opera
         return (jax.tree.map(jnp.add, sums, (found.loss, found.grads)), seen_Q3S), found.output
 
     zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    nothing = None if operands is None else jnp.broadcast_to(empty_statistics(),
-                                                             (len(step.quant.layers), 3, len(empty_statistics())))
+    nothing = (
+        None
+        if operands is None
+        else jnp.broadcast_to(empty_statistics(), (len(step.quant.layers), 3, len(empty_statistics())))
+    )
     ((loss, grads), statistics_Q3S), outputs = jax.lax.scan(
-        micro_batch, (zeros, nothing), (windows.reshape(A, len(windows) // A, -1), jnp.arange(A)))
-    output = outputs._replace(act_amax_N=outputs.act_amax_N.max(0),
-                              act_rms_N=jnp.sqrt(jnp.square(outputs.act_rms_N).mean(0)))
+        micro_batch, (zeros, nothing), (windows.reshape(A, len(windows) // A, -1), jnp.arange(A))
+    )
+    output = outputs._replace(
+        act_amax_N=outputs.act_amax_N.max(0), act_rms_N=jnp.sqrt(jnp.square(outputs.act_rms_N).mean(0))
+    )
     return Gradients(loss / A, jax.tree.map(lambda g: g / A, grads), output, statistics_Q3S)
 
 
@@ -356,7 +390,8 @@ def _micro_gradients(step, loss_fn, gathered, operands, windows, key, i) -> Grad
         return loss_fn(params, windows, key, Quantized(operands(i), g_probes))
 
     (loss, output), (grads, of_g) = jax.value_and_grad(with_probes, argnums=(0, 1), has_aux=True)(
-        whole, quantization.g_probes(step.quant))
+        whole, quantization.g_probes(step.quant)
+    )
     statistics_Q3S = quantization.gather_statistics(step.quant, output.statistics, of_g)
     return Gradients(loss, scatter(grads, step.mesh), output._replace(statistics={}), statistics_Q3S)
 
@@ -377,20 +412,30 @@ def propose_update(step: Step, state: TrainState, inputs: Inputs, grads, health:
     """Clipping, the optimizer and the learning rate; a step that is not finite leaves everything as it was."""
     o = step.options
     factor = optimizers.clip_factor(health.grad_norm, o.grad_clip)
-    lr = optimizers.learning_rate(state.step, peak=inputs.learning_rate, warmup_steps=o.warmup_steps,
-                                 max_steps=o.max_steps, schedule=o.schedule, min_lr_ratio=o.min_lr_ratio,
-                                 decay_steps=o.decay_steps)
+    lr = optimizers.learning_rate(
+        state.step,
+        peak=inputs.learning_rate,
+        warmup_steps=o.warmup_steps,
+        max_steps=o.max_steps,
+        schedule=o.schedule,
+        min_lr_ratio=o.min_lr_ratio,
+        decay_steps=o.decay_steps,
+    )
     clipped = jax.tree.map(lambda g: g * factor, grads)
     extra = {}
     if o.optimizer != "adamw":
         grids = quantization.weight_grids(step.quant, state.quant, formats_Q3, _weights(step, state.params))
         none = jax.tree.map(lambda leaf: None, state.params)
-        extra = {"grids": with_weights(none, grids), "learning_rate": lr,
-                 "seed": stochastic_seed(inputs.seed, state.step, _OPTIMIZER_STREAM)}
+        extra = {
+            "grids": with_weights(none, grids),
+            "learning_rate": lr,
+            "seed": stochastic_seed(inputs.seed, state.step, _OPTIMIZER_STREAM),
+        }
     directions, opt_state = step.update_rule.update(clipped, state.opt_state, state.params, **extra)
     # Divided by the root of an infinite second moment an update is 0, and would pass for one.
-    raw = jax.tree.map(lambda d, nu: jnp.where(jnp.isfinite(nu), -lr * d, jnp.nan), directions,
-                       optimizers.adam_moments(opt_state).nu)
+    raw = jax.tree.map(
+        lambda d, nu: jnp.where(jnp.isfinite(nu), -lr * d, jnp.nan), directions, optimizers.adam_moments(opt_state).nu
+    )
     applied = jax.tree.map(lambda u: jnp.where(health.finite & jnp.isfinite(u), u, 0.0), raw)
     params = optax.apply_updates(state.params, applied)
     opt_state = jax.tree.map(lambda new, old: jnp.where(health.finite, new, old), opt_state, state.opt_state)
@@ -400,24 +445,32 @@ def propose_update(step: Step, state: TrainState, inputs: Inputs, grads, health:
 def count_nonfinite(state: TrainState, update: Update, health: Health) -> Counts:
     """What of the update, the moments after it and the parameters before it is not finite, with their statistics."""
     layers = health.layers
-    nonfinite_updates_S = jnp.stack([sum(jnp.sum(~jnp.isfinite(u), dtype=jnp.float32) for u in arrays.values())
-                                     for arrays in metrics.by_layer(update.raw).values()])
+    nonfinite_updates_S = jnp.stack(
+        [
+            sum(jnp.sum(~jnp.isfinite(u), dtype=jnp.float32) for u in arrays.values())
+            for arrays in metrics.by_layer(update.raw).values()
+        ]
+    )
     # A damaged moment makes its update non-finite, so that healthy steps need not look at them.
     nonfinite_moments_S = jax.lax.cond(
-        nonfinite_updates_S.sum() > 0, lambda: metrics.nonfinite_moments(optimizers.adam_moments(update.opt_state)),
-        lambda: jnp.zeros(len(layers)))
+        nonfinite_updates_S.sum() > 0,
+        lambda: metrics.nonfinite_moments(optimizers.adam_moments(update.opt_state)),
+        lambda: jnp.zeros(len(layers)),
+    )
     nonfinite_updates_S = jnp.where(health.finite, nonfinite_updates_S, 0.0)
     param_stats = metrics.parameter_metrics(state.params)
     nonfinite_params_S = jnp.stack([param_stats[f"nonfinite_params/{layer}"] for layer in layers])
     update_stats = metrics.update_metrics(update.applied, param_stats)
     zero_update_S = jnp.stack([update_stats[f"zero_update/{layer}"] for layer in layers])
     bad = ~health.finite | (nonfinite_updates_S.sum() + nonfinite_params_S.sum() > 0)
-    return Counts(nonfinite_updates_S, nonfinite_moments_S, nonfinite_params_S, zero_update_S, param_stats,
-                  update_stats, bad)
+    return Counts(
+        nonfinite_updates_S, nonfinite_moments_S, nonfinite_params_S, zero_update_S, param_stats, update_stats, bad
+    )
 
 
-def apply_formats(step: Step, state: TrainState, params, updates, inputs: Inputs, statistics_Q3S, ok,
-                  bad) -> AfterFormats:
+def apply_formats(
+    step: Step, state: TrainState, params, updates, inputs: Inputs, statistics_Q3S, ok, bad
+) -> AfterFormats:
     """What number formats do after the float32 update that led to `params`.
 
     Args:
@@ -435,8 +488,18 @@ def apply_formats(step: Step, state: TrainState, params, updates, inputs: Inputs
     old, update_of = _weights(step, state.params), _weights(step, updates)
     grids = quantization.weight_grids(quant, state.quant, formats_Q3, old)
     if step.stored:
-        at_rest, next_quant = store_weights(step, state, inputs.seed, next_quant, old, update_of, grids,
-                                            quantization.weight_formats(quant, next_Q3), ok, rises)
+        at_rest, next_quant = store_weights(
+            step,
+            state,
+            inputs.seed,
+            next_quant,
+            old,
+            update_of,
+            grids,
+            quantization.weight_formats(quant, next_Q3),
+            ok,
+            rises,
+        )
         params = with_weights(params, at_rest)
     entries = {}
     if step.stored or "ledger" in step.options.metric_groups:
@@ -457,19 +520,25 @@ def store_weights(step: Step, state: TrainState, seed, next_quant, old, update_o
         keys = [quantization.key_of(layer) for layer in layers]
         noise = owed = None
         if step.quant.weights_at_rest == "stochastic":
-            noise = jnp.stack([stochastic_seed(seed, state.step, _AT_REST_STREAM + step.stored.index(layer))
-                               for layer in layers])
+            noise = jnp.stack(
+                [stochastic_seed(seed, state.step, _AT_REST_STREAM + step.stored.index(layer)) for layer in layers]
+            )
         if step.quant.weights_at_rest == "error_feedback":
             owed = _stack([state.quant.residual[key] for key in keys])
-        old_G, update_G, grid_G, format_G = (_stack([tree[layer] for layer in layers])
-                                             for tree in (old, update_of, grids, next_formats))
-        after = jax.vmap(partial(ledger.store, force=rises))(old_G, update_G, grid_G, format_G, residual=owed,
-                                                             seed=noise)
+        old_G, update_G, grid_G, format_G = (
+            _stack([tree[layer] for layer in layers]) for tree in (old, update_of, grids, next_formats)
+        )
+        after = jax.vmap(partial(ledger.store, force=rises))(
+            old_G, update_G, grid_G, format_G, residual=owed, seed=noise
+        )
         # A step that is not finite changes nothing, unless the format itself changes after it. The scale before is
         # the state's: `grids` has another where that one cannot be used.
         scale_G = jnp.stack([state.quant.rest_scale[key] for key in keys]).reshape(grid_G.scale.shape)
-        after = jax.tree.map(lambda new, before: jnp.where(ok | rises, new, before), after,
-                             ledger.Stored(old_G, owed, grid_G._replace(scale=scale_G)))
+        after = jax.tree.map(
+            lambda new, before: jnp.where(ok | rises, new, before),
+            after,
+            ledger.Stored(old_G, owed, grid_G._replace(scale=scale_G)),
+        )
         for i, (layer, key) in enumerate(zip(layers, keys)):
             weights[layer], rest_scale[key] = after.weights[i], after.grid.scale[i].reshape(())
             if owed is not None:
@@ -482,16 +551,18 @@ def enter_ledger(step: Step, state: TrainState, next_quant, old, new, update_of,
     entries, age = {}, {}
     for layers in quantization.by_shape(old):
         keys = [quantization.key_of(layer) for layer in layers]
-        old_G, new_G, update_G, grid_G, next_G = (_stack([tree[layer] for layer in layers])
-                                                  for tree in (old, new, update_of, grids, next_grids))
+        old_G, new_G, update_G, grid_G, next_G = (
+            _stack([tree[layer] for layer in layers]) for tree in (old, new, update_of, grids, next_grids)
+        )
         age_G = unlost = None
         if step.ages:
             age_G = _stack([state.quant.age[key] for key in keys])
         if step.quant.weights_at_rest == "error_feedback":
             unlost = _stack([next_quant.residual[key] != state.quant.residual[key] for key in keys])
         # Stored weights are counted on the grid they end on; operands on the one they were rounded on.
-        sums_G, new_age_G = jax.vmap(ledger.entries)(old_G, new_G, update_G, next_G if step.stored else grid_G,
-                                                     age=age_G, unlost=unlost)
+        sums_G, new_age_G = jax.vmap(ledger.entries)(
+            old_G, new_G, update_G, next_G if step.stored else grid_G, age=age_G, unlost=unlost
+        )
         flips_G = ledger.scale_flips(old_G if step.stored else new_G, grid_G, next_G)
         sums_G = ledger.with_scale_flips(sums_G, flips_G)
         for i, (layer, key) in enumerate(zip(layers, keys)):
@@ -508,12 +579,21 @@ def watch(step: Step, state: TrainState, found: Gradients, health: Health, count
     if step.quant is not None:
         overflow_names, overflow_O = quantization.overflow_of(step.quant, found.statistics_Q3S)
     lost_S = jnp.stack([ledger.lost_share(entries[layer]) for layer in step.stored]) if step.stored else None
-    streaks, dead_metrics = stability.update_dead_streaks(state.monitor, health.stats.neuron_square_sum, thresholds,
-                                                          ok=~counts.bad)
+    streaks, dead_metrics = stability.update_dead_streaks(
+        state.monitor, health.stats.neuron_square_sum, thresholds, ok=~counts.bad
+    )
     monitor, z, begins = stability.update_monitor(
-        state.monitor, row_number=state.step + 1, loss=found.loss, bad=counts.bad, dead_streak=streaks,
-        dead_shares=jnp.stack(list(dead_metrics.values())), zero_update_S=counts.zero_update_S, thresholds=thresholds,
-        lost_S=lost_S, overflow_O=overflow_O)
+        state.monitor,
+        row_number=state.step + 1,
+        loss=found.loss,
+        bad=counts.bad,
+        dead_streak=streaks,
+        dead_shares=jnp.stack(list(dead_metrics.values())),
+        zero_update_S=counts.zero_update_S,
+        thresholds=thresholds,
+        lost_S=lost_S,
+        overflow_O=overflow_O,
+    )
     # Elements that are all finite can still have a norm that is not.
     norm_overflow = jnp.float32(~jnp.isfinite(health.grad_norm) & (health.nonfinite_grads_S.sum() == 0))
     return Watched(monitor, z, begins, norm_overflow, dead_metrics, overflow_names)
@@ -521,17 +601,25 @@ def watch(step: Step, state: TrainState, found: Gradients, health: Health, count
 
 def step_metrics(found: Gradients, health: Health, update: Update, counts: Counts, watched: Watched) -> dict:
     """The columns that every run has, whatever its metric groups."""
-    row = {"loss": found.loss, "perplexity": jnp.exp(found.loss), "learning_rate": update.learning_rate,
-           "grad_norm": health.grad_norm, "grad_norm_clipped": health.grad_norm * update.clip_factor,
-           "loss_zscore": watched.loss_zscore, "nonfinite_loss": jnp.float32(~jnp.isfinite(found.loss)),
-           "nonfinite_grads": health.nonfinite_grads_S.sum(), "nonfinite_params": counts.nonfinite_params_S.sum(),
-           "nonfinite_moments": counts.nonfinite_moments_S.sum(),
-           "nonfinite_updates": counts.nonfinite_updates_S.sum()}
+    row = {
+        "loss": found.loss,
+        "perplexity": jnp.exp(found.loss),
+        "learning_rate": update.learning_rate,
+        "grad_norm": health.grad_norm,
+        "grad_norm_clipped": health.grad_norm * update.clip_factor,
+        "loss_zscore": watched.loss_zscore,
+        "nonfinite_loss": jnp.float32(~jnp.isfinite(found.loss)),
+        "nonfinite_grads": health.nonfinite_grads_S.sum(),
+        "nonfinite_params": counts.nonfinite_params_S.sum(),
+        "nonfinite_moments": counts.nonfinite_moments_S.sum(),
+        "nonfinite_updates": counts.nonfinite_updates_S.sum(),
+    }
     return row | {kind: faulty.sum() for kind, (_, faulty) in health.faults.items()}
 
 
-def group_metrics(step: Step, found: Gradients, health: Health, update: Update, counts: Counts, watched: Watched,
-                  entries) -> dict:
+def group_metrics(
+    step: Step, found: Gradients, health: Health, update: Update, counts: Counts, watched: Watched, entries
+) -> dict:
     """The columns of the metric groups that are chosen."""
     o, groups, row = step.options, step.options.metric_groups, {}
     if "grad" in groups:
@@ -574,14 +662,20 @@ def shadow_metrics(step: Step, params, windows, number, seed, grads) -> dict:
 def alert_columns(health: Health, counts: Counts, watched: Watched, nonfinite_loss) -> dict:
     """{`alert/kind[/layer]`: value where the condition begins at this step, else 0} (see stability)."""
     layers, begins = health.layers, watched.begins
-    columns = {"alert/nonfinite_loss": nonfinite_loss, "alert/nonfinite_grad_norm": watched.norm_overflow,
-               "alert/loss_spike": begins["loss_spike"], "alert/divergence": begins["divergence"]}
-    for kind, values, names in (("nonfinite_grads", health.nonfinite_grads_S, layers),
-                                ("nonfinite_params", counts.nonfinite_params_S, layers),
-                                ("nonfinite_moments", counts.nonfinite_moments_S, layers),
-                                ("nonfinite_updates", counts.nonfinite_updates_S, layers),
-                                ("dead_layer", begins["dead_layer"], list(health.stats.neuron_square_sum)),
-                                ("update_stall", begins["update_stall"], layers)):
+    columns = {
+        "alert/nonfinite_loss": nonfinite_loss,
+        "alert/nonfinite_grad_norm": watched.norm_overflow,
+        "alert/loss_spike": begins["loss_spike"],
+        "alert/divergence": begins["divergence"],
+    }
+    for kind, values, names in (
+        ("nonfinite_grads", health.nonfinite_grads_S, layers),
+        ("nonfinite_params", counts.nonfinite_params_S, layers),
+        ("nonfinite_moments", counts.nonfinite_moments_S, layers),
+        ("nonfinite_updates", counts.nonfinite_updates_S, layers),
+        ("dead_layer", begins["dead_layer"], list(health.stats.neuron_square_sum)),
+        ("update_stall", begins["update_stall"], layers),
+    ):
         columns |= {f"alert/{kind}/{name}": values[i] for i, name in enumerate(names)}
     return columns
 
@@ -589,8 +683,9 @@ def alert_columns(health: Health, counts: Counts, watched: Watched, nonfinite_lo
 def format_alert_columns(step: Step, before, after: AfterFormats, watched: Watched, faults) -> dict:
     """Alerts that only formats raise: damaged histories, scales and residuals, clipping, stalls of stored weights, and
     the events of their scales and levels. `before`: the QuantState the step was made from."""
-    columns = {f"alert/{kind}/{name}": counts[i] for kind, (names, counts) in faults.items()
-               for i, name in enumerate(names)}
+    columns = {
+        f"alert/{kind}/{name}": counts[i] for kind, (names, counts) in faults.items() for i, name in enumerate(names)
+    }
     for kind, names in (("overflow", watched.overflow_names), ("bit_stall", step.stored)):
         columns |= {f"alert/{kind}/{name}": watched.begins[kind][i] for i, name in enumerate(names)}
     for layer in step.stored:

@@ -74,25 +74,76 @@ def _choices(words):
 _NOT_NAMES = ("", " ", " a", "a ", "a\n", "a\nb", "a\0b", "\x1b[31m", "\ud800", "x" * 5000)
 _WRONG_TEXTS = {
     "1 to 128 printable characters, without": (*_NOT_NAMES, "None", "x" * 129),
-    "1 to 128 printable characters, none of": (*_NOT_NAMES, "None", "x" * 129, "a/b", "a\\b", "#1", "why?", "5%",
-                                               "a:b"),
+    "1 to 128 printable characters, none of": (
+        *_NOT_NAMES,
+        "None",
+        "x" * 129,
+        "a/b",
+        "a\\b",
+        "#1",
+        "why?",
+        "5%",
+        "a:b",
+    ),
     "1 to 128 printable characters, or an empty": (*_NOT_NAMES[1:], "None", "x" * 129),
     "a W&B user or team name, or an empty": (*_NOT_NAMES[1:], "None", "x" * 129),
     "the path of a local folder": (*_NOT_NAMES, "None", "x" * 4097, "gs://bucket/run", "s3://b", "file:///tmp/x"),
-    "all, none, or some of": ("", "All", "grad,", "grad,grad", "grad, update", "all,grad", "none,grad", "loss",
-                              "grad;dead",
-                              "x" * 5000),
-    "a tuple of different tags": (("a", "a"), ("a,b",), ("",), (" a",), ("x" * 65,), (1,), (None,), (("a",),),
-                                  ("a\n",)),
-    "a tuple of different patterns": (("loss", "loss"), ("a,b",), ("",), ("a ",), (1,), (b"a",), ("a\0",),
-                                      ("x" * 129,)),
+    "all, none, or some of": (
+        "",
+        "All",
+        "grad,",
+        "grad,grad",
+        "grad, update",
+        "all,grad",
+        "none,grad",
+        "loss",
+        "grad;dead",
+        "x" * 5000,
+    ),
+    "a tuple of different tags": (
+        ("a", "a"),
+        ("a,b",),
+        ("",),
+        (" a",),
+        ("x" * 65,),
+        (1,),
+        (None,),
+        (("a",),),
+        ("a\n",),
+    ),
+    "a tuple of different patterns": (
+        ("loss", "loss"),
+        ("a,b",),
+        ("",),
+        ("a ",),
+        (1,),
+        (b"a",),
+        ("a\0",),
+        ("x" * 129,),
+    ),
     "rules such as E5M2": (("E4M3", "E4M3"), ("",), (" E4M3",), (4,), (None,), ("E4M3\n",), ("x" * 129,)),
     "names of formats such as E3M4": (("E3M4", "E3M4"), ("",), ("E3M4 ",), (3.4,), (["E3M4"],), ("\tE3M4",)),
 }
 _WRONG_TYPES = {
     bool: (0, 1, 1.0, None, "True", "yes", "", [], [True], np.True_, math.nan),
-    int: (True, 1.0, 1.5, math.nan, math.inf, "3", "", None, [3], (3,), {"a": 1}, 3j, b"3", np.int64(3), np.float32(3),
-          np.array(3)),
+    int: (
+        True,
+        1.0,
+        1.5,
+        math.nan,
+        math.inf,
+        "3",
+        "",
+        None,
+        [3],
+        (3,),
+        {"a": 1},
+        3j,
+        b"3",
+        np.int64(3),
+        np.float32(3),
+        np.array(3),
+    ),
     float: (True, 1, 0, "0.1", "", None, [0.1], (0.1,), {"a": 0.1}, 1j, b"0.1", np.float64(0.1), np.float32(0.1)),
     str: (0, 1, True, None, 1.5, math.nan, b"auto", [], ["auto"], ("auto",), {"auto": 1}, np.str_("auto")),
     tuple: ("", "a", "E4M3", None, 0, True, {"a": 1}, b"a", frozenset("a"), np.array(["a"]), 1.5),
@@ -100,11 +151,49 @@ _WRONG_TYPES = {
 # What stands behind the "=" of a flag, where the type makes it wrong.
 _WRONG_FLAG_TEXTS = {
     bool: ("", "2", "maybe", "None", "nein", "-1", "true,false", "\u0661"),
-    int: ("", "x", "1.5", "1e3", "0x10", "nan", "inf", "None", "True", "1,2", "--1", "1 2", "\u0663", "\uff11",
-          "\u00b2",
-          "1e999", "9" * 5000, "[1]", "1\x00", "1_", "$(id)"),
-    float: ("", "x", "nan", "-nan", "inf", "-inf", "Infinity", "1e999", "-1e999", "1,5", "None", "True", "0x1p3",
-            "1e", "1 2", "\u0661.5", "1j", "9" * 5000),
+    int: (
+        "",
+        "x",
+        "1.5",
+        "1e3",
+        "0x10",
+        "nan",
+        "inf",
+        "None",
+        "True",
+        "1,2",
+        "--1",
+        "1 2",
+        "\u0663",
+        "\uff11",
+        "\u00b2",
+        "1e999",
+        "9" * 5000,
+        "[1]",
+        "1\x00",
+        "1_",
+        "$(id)",
+    ),
+    float: (
+        "",
+        "x",
+        "nan",
+        "-nan",
+        "inf",
+        "-inf",
+        "Infinity",
+        "1e999",
+        "-1e999",
+        "1,5",
+        "None",
+        "True",
+        "0x1p3",
+        "1e",
+        "1 2",
+        "\u0661.5",
+        "1j",
+        "9" * 5000,
+    ),
 }
 
 
@@ -112,26 +201,45 @@ def _outside(bounds, kind, draw, st):
     low, high = bounds
     if kind is int:
         low, high = int(low), int(high)
-        return draw(st.one_of(st.integers(max_value=low - 1), st.integers(min_value=high + 1),
-                              st.sampled_from([low - 1, high + 1, -high, 2**31, 2**32 + 1, 2**63, 10**5000])
-                              .filter(lambda value: not low <= value <= high)))
+        return draw(
+            st.one_of(
+                st.integers(max_value=low - 1),
+                st.integers(min_value=high + 1),
+                st.sampled_from([low - 1, high + 1, -high, 2**31, 2**32 + 1, 2**63, 10**5000]).filter(
+                    lambda value: not low <= value <= high
+                ),
+            )
+        )
     values = [math.nan, math.inf, -math.inf, -1e-300, -1.0, -high, 1e308, math.nextafter(high, math.inf)]
     if low:
         # A clip of exactly 0 is "off", the one number below its range that is right.
         values += [math.nextafter(low, 0.0), low / 1e6, 5e-324, -low]
-    return draw(st.one_of(st.sampled_from(values), st.floats(max_value=-5e-324, allow_infinity=False),
-                          st.floats(min_value=math.nextafter(high, math.inf), allow_infinity=False)))
+    return draw(
+        st.one_of(
+            st.sampled_from(values),
+            st.floats(max_value=-5e-324, allow_infinity=False),
+            st.floats(min_value=math.nextafter(high, math.inf), allow_infinity=False),
+        )
+    )
 
 
 def _other_words(choices, several, draw, st):
     near = [choice.upper() for choice in choices if choice.upper() not in choices]
     near += [choice + " " for choice in choices] + [",".join(choices[:2]), "", "None", "auto,", "\x00", "x" * 5000]
     if several:
-        near += [",".join([choices[0]] * 4), f"{choices[0]},x,{choices[0]}",
-                 f"{choices[0]}, {choices[0]}, {choices[0]}"]
-    return draw(st.one_of(st.sampled_from(near), st.text(max_size=12)).filter(
-        lambda text: text not in choices and not (several and set(text.split(",")) <= set(choices)
-                                                  and len(text.split(",")) == 3)))
+        near += [
+            ",".join([choices[0]] * 4),
+            f"{choices[0]},x,{choices[0]}",
+            f"{choices[0]}, {choices[0]}, {choices[0]}",
+        ]
+    return draw(
+        st.one_of(st.sampled_from(near), st.text(max_size=12)).filter(
+            lambda text: (
+                text not in choices
+                and not (several and set(text.split(",")) <= set(choices) and len(text.split(",")) == 3)
+            )
+        )
+    )
 
 
 def bad_values(st):
@@ -196,8 +304,11 @@ CONFLICTS = (
     (lambda n: {"eval_windows": 2 * (n + 2) + 1, "eval_batch_size": n + 2}, "eval_windows", "eval_batch_size"),
     (lambda n: {"eval_batch_size": 129 + n}, "eval_windows", "eval_batch_size"),
     (lambda n: {"max_steps": 2**31 - 1 - n, "batch_size": 2}, "max_steps", "batch_size", "2147483647"),
-    (lambda n: {"batch_size": 2**20, "max_steps": 1, "warmup_steps": 0, "block_size": 2048 + n}, "batch_size",
-     "block_size"),
+    (
+        lambda n: {"batch_size": 2**20, "max_steps": 1, "warmup_steps": 0, "block_size": 2048 + n},
+        "batch_size",
+        "block_size",
+    ),
     (lambda n: {"eval_batch_size": 2**20, "eval_windows": 2**20, "block_size": 2048 + n}, "eval_batch_size"),
     (lambda n: {"warmup_steps": 2001 + n}, "warmup_steps", "max_steps"),
     (lambda n: {"max_steps": 1 + n % 99}, "warmup_steps", "max_steps"),
@@ -234,9 +345,19 @@ CONFLICTS = (
 
 
 # What must stand beside a value for the two to fit, where a small model in bfloat16 does not.
-_SMALL = dict(tokenizer="bytes", vocab_size=256, n_layer=1, n_head=1, n_embd=128, block_size=1, batch_size=1,
-              max_steps=9,
-              warmup_steps=0, eval_windows=16, eval_batch_size=1)
+_SMALL = dict(
+    tokenizer="bytes",
+    vocab_size=256,
+    n_layer=1,
+    n_head=1,
+    n_embd=128,
+    block_size=1,
+    batch_size=1,
+    max_steps=9,
+    warmup_steps=0,
+    eval_windows=16,
+    eval_batch_size=1,
+)
 _BESIDE = {
     "n_head": lambda v: {"n_embd": v},
     "n_embd": lambda v: {"n_head": 1},
@@ -249,8 +370,19 @@ _BESIDE = {
     "tokenizer": lambda v: {"vocab_size": 65536},
     "shadow_interval": lambda v: {"use_shadow": True},
     "emergency_patience": lambda v: {**_FP8, "emergency_formats": ("E3M4",)},
-    **{name: lambda v: _FP8 for name in ("amax_history", "range_clip", "scaling", "scale_rounding",
-                                         "operand_rounding", "saturate", "weights_at_rest", "optimizer")},
+    **{
+        name: lambda v: _FP8
+        for name in (
+            "amax_history",
+            "range_clip",
+            "scaling",
+            "scale_rounding",
+            "operand_rounding",
+            "saturate",
+            "weights_at_rest",
+            "optimizer",
+        )
+    },
     "use_fp8": lambda v: _FP8 if v else {},
     "products": lambda v: {"use_fp8": True, "formats": ("E4M3", "block_*:G=E5M2")},
 }
@@ -285,8 +417,9 @@ def good_values(st):
 
 def draw_conflicts(n, *, seed):
     """n of CONFLICTS, all of them where n allows: [(settings, texts that the refusal must contain)]."""
-    drawn = draw(lambda st: st.tuples(st.integers(0, len(CONFLICTS) - 1), st.integers(0, 99)), 4 * n, seed=seed,
-                 key=repr)
+    drawn = draw(
+        lambda st: st.tuples(st.integers(0, len(CONFLICTS) - 1), st.integers(0, 99)), 4 * n, seed=seed, key=repr
+    )
     # Those of one kind are spread out, so that few are of many kinds.
     turn, keyed = {}, []
     for which, number in drawn:
@@ -322,17 +455,24 @@ def draw(strategy, n, *, seed, key):
         import hypothesis
         import hypothesis.configuration
     except ImportError:
-        raise UserError("the bad settings are drawn by the package 'hypothesis', which is not installed: run pip "
-                        'install "altgrad-jax[dev]"') from None
+        raise UserError(
+            "the bad settings are drawn by the package 'hypothesis', which is not installed: run pip "
+            'install "altgrad-jax[dev]"'
+        ) from None
     found = {}
     with tempfile.TemporaryDirectory() as home:
         hypothesis.configuration.set_hypothesis_home_dir(home)  # it keeps files of its own even without a database
         try:
             for attempt in range(20):
+
                 @hypothesis.seed(1000 * seed + attempt)
-                @hypothesis.settings(max_examples=max(10, n), database=None, deadline=None,
-                                     phases=[hypothesis.Phase.generate],
-                                     suppress_health_check=list(hypothesis.HealthCheck))
+                @hypothesis.settings(
+                    max_examples=max(10, n),
+                    database=None,
+                    deadline=None,
+                    phases=[hypothesis.Phase.generate],
+                    suppress_health_check=list(hypothesis.HealthCheck),
+                )
                 @hypothesis.given(strategy(hypothesis.strategies))
                 def collect(example):
                     found.setdefault(key(example), example)

@@ -25,8 +25,11 @@ class Script:
         """Its words with the interpreter in front. Limits are set by a process that then becomes the script."""
         file, *words = self.words
         command = [sys.executable, str(ROOT / "scripts" / file), *words]
-        limits = [f"resource.setrlimit(resource.{name}, ({value}, {value}))"
-                  for name, value in (("RLIMIT_AS", self.memory), ("RLIMIT_FSIZE", self.file)) if value is not None]
+        limits = [
+            f"resource.setrlimit(resource.{name}, ({value}, {value}))"
+            for name, value in (("RLIMIT_AS", self.memory), ("RLIMIT_FSIZE", self.file))
+            if value is not None
+        ]
         if not limits:
             return command
         program = f"import os, resource, sys; {'; '.join(limits)}; os.execv(sys.argv[1], sys.argv[1:])"

@@ -47,8 +47,8 @@ def damage(path, way, rng):
         return f"{name} cut from {len(content)} to {left} bytes"
     if way == "zeroed page":
         page = rng.choice(_pages(file))
-        size = len(content[page * PAGE:(page + 1) * PAGE])
-        content[page * PAGE:(page + 1) * PAGE] = bytes(size)
+        size = len(content[page * PAGE : (page + 1) * PAGE])
+        content[page * PAGE : (page + 1) * PAGE] = bytes(size)
         words = f"page {page} of {name} zeroed"
     else:
         at, bit = rng.randrange(len(content)), rng.randrange(8)
@@ -61,7 +61,7 @@ def damage(path, way, rng):
 def _pages(file):
     """Numbers of the pages of a file that are not all zero."""
     content = file.read_bytes()
-    return [i for i in range(-(-len(content) // PAGE)) if any(content[i * PAGE:(i + 1) * PAGE])]
+    return [i for i in range(-(-len(content) // PAGE)) if any(content[i * PAGE : (i + 1) * PAGE])]
 
 
 def _document(path):
@@ -70,8 +70,12 @@ def _document(path):
 
 def _abstract(document):
     """The state's shapes as they stand in a checkpoint."""
-    return checkpoint._nest({name: jax.ShapeDtypeStruct(tuple(array["shape"]), jax.numpy.dtype(array["dtype"]))
-                             for name, array in document["arrays"].items()})
+    return checkpoint._nest(
+        {
+            name: jax.ShapeDtypeStruct(tuple(array["shape"]), jax.numpy.dtype(array["dtype"]))
+            for name, array in document["arrays"].items()
+        }
+    )
 
 
 def _restore(run_dir, abstract):
@@ -89,8 +93,11 @@ def _restore(run_dir, abstract):
 def _differing(state, document):
     """Arrays of a restored state whose bytes are not those that were saved."""
     flat = checkpoint._flatten(state)
-    return [name for name, array in document["arrays"].items()
-            if checkpoint._digest(np.asarray(flat[name])) != array["sha256"]]
+    return [
+        name
+        for name, array in document["arrays"].items()
+        if checkpoint._digest(np.asarray(flat[name])) != array["sha256"]
+    ]
 
 
 def _trial(run_dir, original, way, rng):
@@ -164,8 +171,11 @@ def run(folder, data_dir, *, trials, seed, deadline, say=print, kinds=("bf16", "
     rows.append(["together", sum(given.values()), sum(answered.values())])
     lines = table(["damage to the newest checkpoint", "trials", "detected and recovered"], rows)
     answer = "one sentence each time, nothing moved, no fresh start" if not of_all else "not as it should be, see below"
-    lines += ["", f"{whole} of them by command, to the end of the run, which then equals the uninterrupted one to the "
-                  f"bit in {whole_equal}. With every checkpoint damaged: {answer}."]
+    lines += [
+        "",
+        f"{whole} of them by command, to the end of the run, which then equals the uninterrupted one to the "
+        f"bit in {whole_equal}. With every checkpoint damaged: {answer}.",
+    ]
     return Part("Damaged checkpoints", lines, sum(given.values()), trials, failures)
 
 

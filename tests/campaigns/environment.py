@@ -111,8 +111,13 @@ def _on_a_small_disk(bench, run_dir, size_kib, script):
         [ -d "$DISK/run" ] && cp -a "$DISK/run" "$RUN"
         exit $code"""
     # The copy out of a full disk goes elsewhere, so it always fits.
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", whole], timeout=PATIENCE_S, capture_output=True, text=True,
-                          env=environment(DISK=str(disk), RUN=str(run_dir), LOG=str(log), TRAIN=train))
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", whole],
+        timeout=PATIENCE_S,
+        capture_output=True,
+        text=True,
+        env=environment(DISK=str(disk), RUN=str(run_dir), LOG=str(log), TRAIN=train),
+    )
     output = log.read_bytes()[before:].decode(errors="replace") if log.exists() else ""
     return done.returncode, output or done.stderr
 
@@ -126,46 +131,73 @@ def full_from_the_start(bench):
 
 def full_for_a_while(bench):
     run_dir = bench.folder / "full-while"
-    code, output = _on_a_small_disk(bench, run_dir, 40_000, '''
+    code, output = _on_a_small_disk(
+        bench,
+        run_dir,
+        40_000,
+        """
         sh -c "exec $TRAIN" > "$LOG" 2>&1 & pid=$!
-        heard "step  *[0-9][0-9]*/"; fill; heard "is full: the run waits"; sleep 1; rm "$DISK/filler"; wait $pid''')
+        heard "step  *[0-9][0-9]*/"; fill; heard "is full: the run waits"; sleep 1; rm "$DISK/filler"; wait $pid""",
+    )
     wrong = _problem(code, output, 0, "is full: the run waits up to")
     different = differences(fingerprint(run_dir), bench.expected) if not wrong else []
     failed = output.count("was not saved to")
-    return Row("disk full while training, for a second", f"the run told it and waited ({failed} saves failed and were "
-               "told), went on when there was room again, and ended with exit code "
-               f"{code}, equal to the bit", wrong or (f"it differs: {', '.join(different)}" if different else None))
+    return Row(
+        "disk full while training, for a second",
+        f"the run told it and waited ({failed} saves failed and were "
+        "told), went on when there was room again, and ended with exit code "
+        f"{code}, equal to the bit",
+        wrong or (f"it differs: {', '.join(different)}" if different else None),
+    )
 
 
 def full_to_the_end(bench):
     run_dir = bench.folder / "full-end"
-    code, output = _on_a_small_disk(bench, run_dir, 40_000, '''
+    code, output = _on_a_small_disk(
+        bench,
+        run_dir,
+        40_000,
+        """
         sh -c "exec $TRAIN" > "$LOG" 2>&1 & pid=$!
-        heard "step  *[0-9][0-9]*/"; fill; heard "is full: the run waits"; kill -TERM $pid; wait $pid''')
+        heard "step  *[0-9][0-9]*/"; fill; heard "is full: the run waits"; kill -TERM $pid; wait $pid""",
+    )
     wrong = _problem(code, output, 1, "cannot be written (No space left on device)", "then the same command")
-    return Row("disk full while training, then SIGTERM", f"exit code {code}, {_sentence(output)}; with room the same "
-               "command then finished, equal to the bit", wrong or bench.ends_equal(run_dir))
+    return Row(
+        "disk full while training, then SIGTERM",
+        f"exit code {code}, {_sentence(output)}; with room the same command then finished, equal to the bit",
+        wrong or bench.ends_equal(run_dir),
+    )
 
 
 def read_only(bench):
     run_dir = bench.folder / "read-only"
-    code, output = _on_a_small_disk(bench, run_dir, 40_000,
-                                    'mount -o remount,ro "$DISK"; eval "$TRAIN" > "$LOG" 2>&1')
-    return Row("read-only directory", f"exit code {code}, {_sentence(output)}",
-               _problem(code, output, 2, "cannot be written to (Read-only file system)"))
+    code, output = _on_a_small_disk(bench, run_dir, 40_000, 'mount -o remount,ro "$DISK"; eval "$TRAIN" > "$LOG" 2>&1')
+    return Row(
+        "read-only directory",
+        f"exit code {code}, {_sentence(output)}",
+        _problem(code, output, 2, "cannot be written to (Read-only file system)"),
+    )
 
 
 def another_disk(bench):
     run_dir = bench.folder / "another-disk"
-    code, output = _on_a_small_disk(bench, run_dir, 40_000, '''
+    code, output = _on_a_small_disk(
+        bench,
+        run_dir,
+        40_000,
+        """
         sh -c "exec $TRAIN" > "$LOG" 2>&1 & pid=$!
         heard "step  *[0-9][0-9]*/"; mkdir "$DISK/lower"; mount --bind "$DISK/lower" "$DISK/run"
         mount -o remount,ro,bind "$DISK/run"; wait $pid; code=$?; umount "$DISK/run"; rmdir "$DISK/lower"
-        (exit $code)''')
+        (exit $code)""",
+    )
     wrong = _problem(code, output, 1, "was removed or replaced while the run wrote to it", "then the same command")
-    return Row("another, read-only disk is mounted over the folder while training",
-               f"at the next checkpoint exit code {code}, {_sentence(output)}; unmounted, the same command then "
-               "finished, equal to the bit", wrong or bench.ends_equal(run_dir))
+    return Row(
+        "another, read-only disk is mounted over the folder while training",
+        f"at the next checkpoint exit code {code}, {_sentence(output)}; unmounted, the same command then "
+        "finished, equal to the bit",
+        wrong or bench.ends_equal(run_dir),
+    )
 
 
 def removed_folder(bench):
@@ -189,11 +221,18 @@ def clock_back(bench):
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(
         "import time\nreal, since = time.time, time.monotonic()\n"
-        "time.time = lambda: real() - 2 * 86400 * (time.monotonic() - since > 4)\n")
-    code, output = finish(command(bench.data_dir, run_dir, max_steps=900), bench.log(run_dir),
-                          PYTHONPATH=os.pathsep.join([str(site), str(ROOT)]))
-    times = [float(line.partition('"time": ')[2].split(",")[0].rstrip("}"))
-             for line in (run_dir / "timing.jsonl").read_text().splitlines() if '"time": ' in line]
+        "time.time = lambda: real() - 2 * 86400 * (time.monotonic() - since > 4)\n"
+    )
+    code, output = finish(
+        command(bench.data_dir, run_dir, max_steps=900),
+        bench.log(run_dir),
+        PYTHONPATH=os.pathsep.join([str(site), str(ROOT)]),
+    )
+    times = [
+        float(line.partition('"time": ')[2].split(",")[0].rstrip("}"))
+        for line in (run_dir / "timing.jsonl").read_text().splitlines()
+        if '"time": ' in line
+    ]
     steps_back = sum(b < a - 86400 for a, b in zip(times, times[1:]))
     wrong = _problem(code, output, 0, "sound: 900 steps")
     if not wrong and steps_back != 1:
@@ -202,8 +241,12 @@ def clock_back(bench):
     whole_code, _ = finish(command(bench.data_dir, record, max_steps=900), bench.log(record))
     if not wrong and (whole_code or differences(fingerprint(run_dir), fingerprint(record))):
         wrong = "the run differs from one with an even clock"
-    return Row("clock set back two days while training", f"exit code {code}; timing.jsonl has the clock's own times, "
-               "the record and every array equal those of a run with an even clock", wrong)
+    return Row(
+        "clock set back two days while training",
+        f"exit code {code}; timing.jsonl has the clock's own times, "
+        "the record and every array equal those of a run with an even clock",
+        wrong,
+    )
 
 
 def two_processes(bench):
@@ -215,15 +258,19 @@ def two_processes(bench):
     first_code = first.wait(timeout=PATIENCE_S)
     if not wrong and (first_code or differences(fingerprint(run_dir), bench.expected)):
         wrong = f"the first process ended with code {first_code}, or differs"
-    return Row("two processes on one folder", f"the second: exit code {code}, {_sentence(output)}; the first went on, "
-               "equal to the bit", wrong)
+    return Row(
+        "two processes on one folder",
+        f"the second: exit code {code}, {_sentence(output)}; the first went on, equal to the bit",
+        wrong,
+    )
 
 
 # Signals.
 
 
-def _signal(bench, name, number, arguments, has_come, rng, later_s, expected_code, *words, finish_with=None,
-            **variables):
+def _signal(
+    bench, name, number, arguments, has_come, rng, later_s, expected_code, *words, finish_with=None, **variables
+):
     """One signal at one phase of a command: a Row, with the seconds it took to end."""
     run_dir = bench.folder / f"signal-{name.replace(' ', '-')}-{number}"
     arguments = arguments(run_dir)
@@ -244,8 +291,11 @@ def _signal(bench, name, number, arguments, has_come, rng, later_s, expected_cod
         wrong = f"it took {took:.1f} s"
     if not wrong and finish_with is not None:
         wrong = finish_with(run_dir)
-    return Row(f"{signal.Signals(number).name} during {name}", f"ended after {took:.1f} s with exit code {code}: "
-               f"{_sentence(output)}", wrong)
+    return Row(
+        f"{signal.Signals(number).name} during {name}",
+        f"ended after {took:.1f} s with exit code {code}: {_sentence(output)}",
+        wrong,
+    )
 
 
 def signals(bench, rng):
@@ -276,8 +326,13 @@ def signals(bench, rng):
         (text / f"{i}.txt").write_text(" ".join(rng.choices(["council", "article", "shall", "of"], k=2_000_000)))
 
     def prepare(run_dir):
-        return [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), f"--input={text}", "--tokenizer=bytes",
-                f"--out={run_dir}"]
+        return [
+            sys.executable,
+            str(ROOT / "scripts" / "prepare_data.py"),
+            f"--input={text}",
+            "--tokenizer=bytes",
+            f"--out={run_dir}",
+        ]
 
     def preparing(run_dir, log):
         return any(bench.folder.glob(f".{run_dir.name}.*.tmp/new/all.bin"))
@@ -292,26 +347,85 @@ def signals(bench, rng):
         then = dict(finish_with=bench.ends_equal)
         found += [
             _signal(bench, "start-up", number, train(), lambda *_: True, rng, 1.5, (code, -number), **then),
-            _signal(bench, "compilation", number, train(**deep), log_has(b"compiling ..."), rng, 8.0, code,
-                    "stopped while no step was under way; the same command starts again", **cold),
-            _signal(bench, "training", number, train(), rows(60), rng, 0.1, code, "saving after this dispatch",
-                    "the same command continues from checkpoint", **then),
-            _signal(bench, "an evaluation", number, train(**slow_look), looking, rng, 0.5, code,
-                    "saving after this dispatch"),
-            _signal(bench, "a save", number, train(), saving, rng, 0.02, code,
-                    "the same command continues from checkpoint", **then),
+            _signal(
+                bench,
+                "compilation",
+                number,
+                train(**deep),
+                log_has(b"compiling ..."),
+                rng,
+                8.0,
+                code,
+                "stopped while no step was under way; the same command starts again",
+                **cold,
+            ),
+            _signal(
+                bench,
+                "training",
+                number,
+                train(),
+                rows(60),
+                rng,
+                0.1,
+                code,
+                "saving after this dispatch",
+                "the same command continues from checkpoint",
+                **then,
+            ),
+            _signal(
+                bench,
+                "an evaluation",
+                number,
+                train(**slow_look),
+                looking,
+                rng,
+                0.5,
+                code,
+                "saving after this dispatch",
+            ),
+            _signal(
+                bench,
+                "a save",
+                number,
+                train(),
+                saving,
+                rng,
+                0.02,
+                code,
+                "the same command continues from checkpoint",
+                **then,
+            ),
             # All may be done by then but for Python's own end, or that too.
-            _signal(bench, "the end (verdict and plot)", number, train(), rows(SMALL["max_steps"]), rng, 0.4,
-                    (code, -number, 0), **then),
-            _signal(bench, "data preparation", number, prepare, preparing, rng, 0.3, code, "interrupted (SIG",
-                    finish_with=nothing_left),
+            _signal(
+                bench,
+                "the end (verdict and plot)",
+                number,
+                train(),
+                rows(SMALL["max_steps"]),
+                rng,
+                0.4,
+                (code, -number, 0),
+                **then,
+            ),
+            _signal(
+                bench,
+                "data preparation",
+                number,
+                prepare,
+                preparing,
+                rng,
+                0.3,
+                code,
+                "interrupted (SIG",
+                finish_with=nothing_left,
+            ),
         ]
     return found
 
 
 def second_signal(bench, rng):
     run_dir = bench.folder / "second-signal"
-    endless = dict.fromkeys(("max_steps", "checkpoint_interval", "eval_interval", "diagnostic_interval"), 10 ** 6)
+    endless = dict.fromkeys(("max_steps", "checkpoint_interval", "eval_interval", "diagnostic_interval"), 10**6)
     process = start(command(bench.data_dir, run_dir, steps_per_dispatch=60_000, **endless), bench.log(run_dir))
     bench.wait_for(lambda: n_rows(run_dir) > 0, process)
     time.sleep(1.0)
@@ -326,8 +440,16 @@ def second_signal(bench, rng):
     return Row("a second SIGTERM during a dispatch of minutes", f"left after {took:.1f} s with exit code {code}", wrong)
 
 
-SCENARIOS = (full_from_the_start, full_for_a_while, full_to_the_end, read_only, another_disk, removed_folder,
-             clock_back, two_processes)
+SCENARIOS = (
+    full_from_the_start,
+    full_for_a_while,
+    full_to_the_end,
+    read_only,
+    another_disk,
+    removed_folder,
+    clock_back,
+    two_processes,
+)
 
 
 def run(folder, data_dir, *, seed, deadline, say=print, scenarios=SCENARIOS, with_signals=True):
@@ -346,10 +468,16 @@ def run(folder, data_dir, *, seed, deadline, say=print, scenarios=SCENARIOS, wit
     if with_signals and not deadline.is_over():
         for row in [*signals(bench, rng), second_signal(bench, rng)]:
             told(row)
-    lines = table(["what was done", "what happened"], [[row.done, row.wrong or _public(row.happened, folder)]
-                                                      for row in rows])
-    return Part("Disk, clock, company, signals", lines, len(rows), wanted,
-                [f"{row.done}: {row.wrong}" for row in rows if row.wrong])
+    lines = table(
+        ["what was done", "what happened"], [[row.done, row.wrong or _public(row.happened, folder)] for row in rows]
+    )
+    return Part(
+        "Disk, clock, company, signals",
+        lines,
+        len(rows),
+        wanted,
+        [f"{row.done}: {row.wrong}" for row in rows if row.wrong],
+    )
 
 
 def _public(text, folder):

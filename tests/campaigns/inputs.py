@@ -38,10 +38,45 @@ from campaigns.runs import Part, table
 
 LIMIT_S = 60.0  # a script has to start jax; in process half of it
 WRONG = ("tracebacks", "hangs", "accepted wrongly", "half-written", "unclear", "refused wrongly")
-_VERBS = ("give", "set", "use", "choose", "prepare", "run", "fetch", "check", "restore", "start", "write", "add",
-          "make", "convert", "delete", "unpack", "name", "download", "cut", "keep", "leave", "change", "mean",
-          "install", "lists", "must", "bring", "move", "needs", "need", "ask", "look", "see", "mend", "count",
-          "decode", "fails")
+_VERBS = (
+    "give",
+    "set",
+    "use",
+    "choose",
+    "prepare",
+    "run",
+    "fetch",
+    "check",
+    "restore",
+    "start",
+    "write",
+    "add",
+    "make",
+    "convert",
+    "delete",
+    "unpack",
+    "name",
+    "download",
+    "cut",
+    "keep",
+    "leave",
+    "change",
+    "mean",
+    "install",
+    "lists",
+    "must",
+    "bring",
+    "move",
+    "needs",
+    "need",
+    "ask",
+    "look",
+    "see",
+    "mend",
+    "count",
+    "decode",
+    "fails",
+)
 
 
 @dataclasses.dataclass
@@ -138,9 +173,16 @@ def _refusal_of_call(function, limit_s):
 def _refusal_of_script(script, here, limit_s):
     # One thread of BLAS, for each takes address space.
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
-    process = subprocess.Popen(script.command, cwd=here, env=environ, text=True,
-                               errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        script.command,
+        cwd=here,
+        env=environ,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         _, stderr = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
@@ -154,7 +196,7 @@ def _refusal_of_script(script, here, limit_s):
         return "tracebacks", f"exit code {process.returncode}: {stderr.strip()[-300:]}"
     if len(errors) != 1:
         return "unclear", f"{len(errors)} lines begin with `error: `: {stderr.strip()[-300:]}"
-    return None, stderr[stderr.index("error: ") + len("error: "):].rstrip("\n")
+    return None, stderr[stderr.index("error: ") + len("error: ") :].rstrip("\n")
 
 
 def _unclear(message, names):
@@ -200,8 +242,12 @@ def judge(case, folder, here, limit_s=LIMIT_S):
     elif message is None:
         return "accepted wrongly", "it was accepted"
     if before != after:
-        changed = sorted(path for old, new in zip(before, after) for path in old.keys() | new.keys()
-                         if old.get(path) != new.get(path))
+        changed = sorted(
+            path
+            for old, new in zip(before, after)
+            for path in old.keys() | new.keys()
+            if old.get(path) != new.get(path)
+        )
         return "half-written", f"changed: {', '.join(changed[:4])}"
     problem = message is not None and _unclear(message, [name.replace("{folder}", str(folder)) for name in case.names])
     return ("unclear", problem) if problem else (None, message or "")
@@ -214,16 +260,34 @@ def config_cases(seed, n):
     """n wrong values of settings; for every three of those a contradiction between settings, and a right value."""
     cases = []
     for bad in bad_configs.draw(bad_configs.bad_values, n, seed=seed, key=lambda bad: bad.text):
-        cases.append(Case(f"setting: {bad.problem}", bad.text,
-                          lambda folder, bad=bad: lambda: bad_configs.give(bad, str(ROOT / bad_configs.CONFIG_FILE)),
-                          (bad.name, bad.shown)))
+        cases.append(
+            Case(
+                f"setting: {bad.problem}",
+                bad.text,
+                lambda folder, bad=bad: lambda: bad_configs.give(bad, str(ROOT / bad_configs.CONFIG_FILE)),
+                (bad.name, bad.shown),
+            )
+        )
     for changes, names in bad_configs.draw_conflicts(n // 3, seed=seed):
-        cases.append(Case("settings that contradict each other", repr(changes),
-                          lambda folder, changes=changes: lambda: bad_configs.give_together(changes), names))
-    for name, value, values in bad_configs.draw(bad_configs.good_values, n // 3, seed=seed,
-                                                key=lambda good: repr(good[:2])):
-        cases.append(Case("setting at an edge of its range or inside: to be accepted", f"{name}={value!r}",
-                          lambda folder, values=values: lambda: bad_configs.accept(values), expected="accepted"))
+        cases.append(
+            Case(
+                "settings that contradict each other",
+                repr(changes),
+                lambda folder, changes=changes: lambda: bad_configs.give_together(changes),
+                names,
+            )
+        )
+    for name, value, values in bad_configs.draw(
+        bad_configs.good_values, n // 3, seed=seed, key=lambda good: repr(good[:2])
+    ):
+        cases.append(
+            Case(
+                "setting at an edge of its range or inside: to be accepted",
+                f"{name}={value!r}",
+                lambda folder, values=values: lambda: bad_configs.accept(values),
+                expected="accepted",
+            )
+        )
     return cases
 
 

@@ -104,10 +104,15 @@ def _left_behind(run_dir):
     """What the kill met, by what lies there."""
     record = run_dir / METRICS
     torn = record.exists() and record.stat().st_size and not record.read_bytes().endswith(b"\n")
-    return [words for words, there in (
-        ("half-written checkpoint", _is_saving(run_dir)),
-        ("half-deleted checkpoint", bool(_names(run_dir / DELETED))),
-        ("torn row", torn)) if there]
+    return [
+        words
+        for words, there in (
+            ("half-written checkpoint", _is_saving(run_dir)),
+            ("half-deleted checkpoint", bool(_names(run_dir / DELETED))),
+            ("torn row", torn),
+        )
+        if there
+    ]
 
 
 def _kill_run(folder, name, kind, data_dir, phases, rng, startup_s, deadline, told):
@@ -143,8 +148,13 @@ def _n_starts(run_dir):
 
 def _preparation(folder, out):
     """The command that makes token files of the texts in the campaign's folder."""
-    return [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), f"--input={folder / 'text'}",
-            "--tokenizer=bytes", f"--out={out}"]
+    return [
+        sys.executable,
+        str(ROOT / "scripts" / "prepare_data.py"),
+        f"--input={folder / 'text'}",
+        "--tokenizer=bytes",
+        f"--out={out}",
+    ]
 
 
 def _prepare_whole(folder, rng):
@@ -226,19 +236,25 @@ def _report(by_phase, met, replays, runs, expected, failures):
     half_done = ", ".join(f"{n} x {what}" for what, n in met.items()) or "nothing half-done"
     lines += ["", f"Met by a kill: {half_done}.", ""]
     wrong = [name for name, _, different in runs if different]
-    lines.append(f"{len(runs)} runs, killed {sum(made for _, made, _ in runs)} times, then left to finish: "
-                 f"{len(runs) - len(wrong)} equal the uninterrupted run in metrics.jsonl, diagnostics.jsonl, the "
-                 "checkpoints that are kept and every array of the last one ("
-                 + ", ".join(f"{n} arrays for {kind}" for kind, n in arrays.items())
-                 + f"); {sum(len(different) for _, _, different in runs)} differ.")
+    lines.append(
+        f"{len(runs)} runs, killed {sum(made for _, made, _ in runs)} times, then left to finish: "
+        f"{len(runs) - len(wrong)} equal the uninterrupted run in metrics.jsonl, diagnostics.jsonl, the "
+        "checkpoints that are kept and every array of the last one ("
+        + ", ".join(f"{n} arrays for {kind}" for kind, n in arrays.items())
+        + f"); {sum(len(different) for _, _, different in runs)} differ."
+    )
     if replays:
         more = sum(replayed > interval for replayed in replays)
-        lines.append(f"Steps replayed after a kill, with a checkpoint every {interval}: median "
-                     f"{statistics.median(replays):g}, at most {max(replays)}; {more} of {len(replays)} above one "
-                     "interval (a save was under way when the kill came, and the steps made beside it count too).")
+        lines.append(
+            f"Steps replayed after a kill, with a checkpoint every {interval}: median "
+            f"{statistics.median(replays):g}, at most {max(replays)}; {more} of {len(replays)} above one "
+            "interval (a save was under way when the kill came, and the steps made beside it count too)."
+        )
     n_preparations = by_phase["preparation"]
     if n_preparations:
         bad = sum(failure.startswith("preparation") for failure in failures)
-        lines.append(f"{n_preparations} preparations of token files killed and started again: {n_preparations - bad} "
-                     "made the files of an undisturbed one, and left nothing else.")
+        lines.append(
+            f"{n_preparations} preparations of token files killed and started again: {n_preparations - bad} "
+            "made the files of an undisturbed one, and left nothing else."
+        )
     return lines

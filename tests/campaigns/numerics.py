@@ -59,19 +59,29 @@ FORMATS = resolve_rules(("E4M3", "block_1/mlp_down:G=E5M2"), SIZE["n_layer"])
 # Error feedback first: it alone has every kind of state.
 OPTIONS = {
     "weights at rest: error_feedback": dict(
-        quant=QuantOptions(FORMATS, weights_at_rest="error_feedback", amax_history=4), grad_accum_steps=PARTS),
+        quant=QuantOptions(FORMATS, weights_at_rest="error_feedback", amax_history=4), grad_accum_steps=PARTS
+    ),
     "baseline": dict(grad_accum_steps=PARTS),
     "float32 master, saturate=False": dict(quant=QuantOptions(FORMATS, saturate=False, amax_history=4)),
     "weights at rest: stochastic, ulp_adamw": dict(
-        quant=QuantOptions(FORMATS, weights_at_rest="stochastic"), optimizer="ulp_adamw"),
+        quant=QuantOptions(FORMATS, weights_at_rest="stochastic"), optimizer="ulp_adamw"
+    ),
     "weights at rest: nearest, grid": dict(
         quant=QuantOptions(FORMATS, weights_at_rest="nearest", emergency_formats=("E3M4",), emergency_patience=9),
-        optimizer="grid", grad_clip=0.0),
+        optimizer="grid",
+        grad_clip=0.0,
+    ),
 }
 # All kinds of state in as small a program as has them.
-QUICK = {"two layers, weights at rest: error_feedback": dict(
-    quant=QuantOptions(resolve_rules(("block_*/mlp_up=E4M3",), SIZE["n_layer"]), weights_at_rest="error_feedback",
-                       amax_history=4), grad_accum_steps=PARTS, metric_groups=("activation",))}
+QUICK = {
+    "two layers, weights at rest: error_feedback": dict(
+        quant=QuantOptions(
+            resolve_rules(("block_*/mlp_up=E4M3",), SIZE["n_layer"]), weights_at_rest="error_feedback", amax_history=4
+        ),
+        grad_accum_steps=PARTS,
+        metric_groups=("activation",),
+    )
+}
 
 
 class Row(NamedTuple):
@@ -112,8 +122,12 @@ def _sites(params):
     """[(place, layer)]: where a batch can bring a fault, in the order of their codes."""
     layers = metrics.by_layer(params)
     linear = [layer for layer, arrays in layers.items() if "kernel" in arrays]
-    return [("loss", ""), *(("gradient", layer) for layer in layers),
-            *(("output", layer) for layer in linear), *(("output's gradient", layer) for layer in linear)]
+    return [
+        ("loss", ""),
+        *(("gradient", layer) for layer in layers),
+        *(("output", layer) for layer in linear),
+        *(("output's gradient", layer) for layer in linear),
+    ]
 
 
 @contextlib.contextmanager
@@ -147,8 +161,9 @@ def faults_ride_on_batches():
 
             fault_of.append(fault)
             try:
-                mean, output = loss(jax.tree_util.tree_map_with_path(leaf, params),
-                                    windows.at[:, 0].set(windows[:, 0] % CODE), *args)
+                mean, output = loss(
+                    jax.tree_util.tree_map_with_path(leaf, params), windows.at[:, 0].set(windows[:, 0] % CODE), *args
+                )
             finally:
                 fault_of.pop()
             return mean + fault("loss"), output
@@ -187,6 +202,7 @@ HISTORY = ".quant.amax_history_Q3H"
 
 def with_value(state, name, index, value):
     """The state with one element of one array set."""
+
     def change(path, leaf):
         if _name(path) != name:
             return leaf
@@ -202,14 +218,35 @@ class Bench:
 
     def __init__(self, name, seed, options):
         self.name, self.seed, self.options = name, seed, options
-        thresholds = stability.Thresholds(nan_patience=PATIENCE, bit_stall_threshold=0.5, dead_neuron_threshold=1e-8,
-                                          dead_neuron_window=5, spike_window=20, spike_threshold=8.0, stall_window=5)
+        thresholds = stability.Thresholds(
+            nan_patience=PATIENCE,
+            bit_stall_threshold=0.5,
+            dead_neuron_threshold=1e-8,
+            dead_neuron_window=5,
+            spike_window=20,
+            spike_threshold=8.0,
+            stall_window=5,
+        )
         self.functions = program.make_step_functions(
             gpt2.GPTConfig(**SIZE, dropout=0.1),
-            update.StepOptions(**dict(batch_size=BATCH, steps_per_dispatch=PATIENCE + 2, learning_rate=1e-2, max_steps=50,
-                                    warmup_steps=2, thresholds=thresholds, data_on_device=False,
-                                    metric_groups=("activation", "ledger")) | options),
-            data_mesh(jax.devices()[:1]), n_train_windows=1, eval_batch_size=1, seed=seed)
+            update.StepOptions(
+                **dict(
+                    batch_size=BATCH,
+                    steps_per_dispatch=PATIENCE + 2,
+                    learning_rate=1e-2,
+                    max_steps=50,
+                    warmup_steps=2,
+                    thresholds=thresholds,
+                    data_on_device=False,
+                    metric_groups=("activation", "ledger"),
+                )
+                | options
+            ),
+            data_mesh(jax.devices()[:1]),
+            n_train_windows=1,
+            eval_batch_size=1,
+            seed=seed,
+        )
         fresh = self.functions.init(seed, self.functions.inputs.formats)
         self.sites = _sites(fresh.params)
         self.layers = list(metrics.by_layer(fresh.params))
@@ -221,14 +258,19 @@ class Bench:
             fresh_counts = jax.device_get(fresh.monitor)
             self.start = self.start._replace(
                 quant=self.start.quant._replace(amax_history_Q3H=history),
-                monitor=self.start.monitor._replace(**{name: getattr(fresh_counts, name) for name in (
-                    "bad_streak", "bad_steps", "first_bad_step")}))
+                monitor=self.start.monitor._replace(
+                    **{name: getattr(fresh_counts, name) for name in ("bad_streak", "bad_steps", "first_bad_step")}
+                ),
+            )
         self.clean, _ = self.advance(self.start, [BEFORE])
 
     def batch(self, k, site=None, kind=0, rows=slice(None)):
         """uint16 [B, L + 1]: the batch of step k with a fault in these rows."""
-        tokens = np.random.default_rng([self.seed, k]).integers(0, SIZE["vocab_size"],
-                                                               (BATCH, SIZE["block_size"] + 1)).astype(np.uint16)
+        tokens = (
+            np.random.default_rng([self.seed, k])
+            .integers(0, SIZE["vocab_size"], (BATCH, SIZE["block_size"] + 1))
+            .astype(np.uint16)
+        )
         if site is not None:
             tokens[rows, 0] += CODE * (1 + len(BROUGHT) * self.sites.index(site) + kind)
         return tokens
@@ -237,10 +279,10 @@ class Bench:
         """(state, rows as {name: number}) after the batches of these steps; the state lives on the host."""
         batches = [self.batch(k, **fault) for k in steps]
         data = np.zeros((PATIENCE + 2, *batches[0].shape), np.uint16)
-        data[:len(batches)] = batches
+        data[: len(batches)] = batches
         state, rows_KM = self.functions.run(jax.device_put(state), data, len(batches), self.functions.inputs)
         names = self.functions.metric_names
-        rows = [dict(zip(names, map(float, row_M))) for row_M in np.asarray(rows_KM)[:len(batches)]]
+        rows = [dict(zip(names, map(float, row_M))) for row_M in np.asarray(rows_KM)[: len(batches)]]
         return jax.device_get(state), [row for row in rows if not np.isnan(row["learning_rate"])]
 
     def skipped(self, state):
@@ -319,8 +361,17 @@ def batch_fault(bench, place, layer, kind, sentence, rows=slice(None), shown=Non
     wrong += _goes_on(bench, after, bench.start)
     ended, made = bench.advance(bench.start, range(BEFORE, BEFORE + PATIENCE + 2), **fault)
     wrong += _stops(bench, bench.start, made, ended, but)
-    return Row(bench.name, kind, shown or place, layer, f"step {first}", str(located), "bit-equal",
-               f"batch not counted; stops after {PATIENCE} if it stays", tuple(wrong))
+    return Row(
+        bench.name,
+        kind,
+        shown or place,
+        layer,
+        f"step {first}",
+        str(located),
+        "bit-equal",
+        f"batch not counted; stops after {PATIENCE} if it stays",
+        tuple(wrong),
+    )
 
 
 def state_fault(bench, place, layer, kind, name, index, value, sentence):
@@ -345,8 +396,9 @@ def state_fault(bench, place, layer, kind, name, index, value, sentence):
 
 
 def _value_at(state, name, index):
-    return next(np.asarray(leaf)[index] for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
-                if _name(path) == name)
+    return next(
+        np.asarray(leaf)[index] for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0] if _name(path) == name
+    )
 
 
 def moment_fault(bench, place, layer, kind, name, param, index, value, sentence):
@@ -356,17 +408,33 @@ def moment_fault(bench, place, layer, kind, name, param, index, value, sentence)
     wrong, first, located = _check_step(bench, row, after, sentence)
     # The weight keeps its value, and with it what is kept about it; `grid` normalizes by the whole tensor.
     own = slice(None) if "momentum" in name else index
-    kept = [".params" + param, f".quant.residual['{layer.replace('/', '.')}']",
-            f".quant.age['{layer.replace('/', '.')}']"]
-    wrong += _unequal("against the step without it", after._replace(monitor=bench.clean.monitor), bench.clean,
-                      elements={name: index, **dict.fromkeys(kept, own)})
+    kept = [
+        ".params" + param,
+        f".quant.residual['{layer.replace('/', '.')}']",
+        f".quant.age['{layer.replace('/', '.')}']",
+    ]
+    wrong += _unequal(
+        "against the step without it",
+        after._replace(monitor=bench.clean.monitor),
+        bench.clean,
+        elements={name: index, **dict.fromkeys(kept, own)},
+    )
     if not np.array_equal(_bits(_value_at(after, kept[0], own)), _bits(_value_at(bench.start, kept[0], own))):
         wrong.append("the weight itself moved")
     ended, made = bench.advance(before, range(BEFORE, BEFORE + PATIENCE + 2))
     if len(made) != PATIENCE or not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ended.params)):
         wrong.append(f"{len(made)} steps were made, not {PATIENCE}, or parameters are not finite")
-    return Row(bench.name, kind, place, layer, f"step {first}", str(located), "moves as without it",
-               f"that update not applied; stops after {PATIENCE}", tuple(wrong))
+    return Row(
+        bench.name,
+        kind,
+        place,
+        layer,
+        f"step {first}",
+        str(located),
+        "moves as without it",
+        f"that update not applied; stops after {PATIENCE}",
+        tuple(wrong),
+    )
 
 
 def shift_fault(bench):
@@ -382,8 +450,17 @@ def shift_fault(bench):
     wrong += _unequal("against a shift by a batch", after, expected, elements={name: index})
     if after.quant.level != 1:
         wrong.append("the format did not shift")
-    return Row(bench.name, "NaN", "parameter, as the format shifts", layer, f"step {first}", str(located),
-               "as where a batch is to blame", "emergency format", tuple(wrong))
+    return Row(
+        bench.name,
+        "NaN",
+        "parameter, as the format shifts",
+        layer,
+        f"step {first}",
+        str(located),
+        "as where a batch is to blame",
+        "emergency format",
+        tuple(wrong),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ all faults of a bench
@@ -403,8 +480,9 @@ def faults_of(bench, kinds):
     """Yields the Row of every fault, each kind at each place."""
     quant, start = bench.options.get("quant"), bench.start
     for layer in bench.layers:
-        yield batch_fault(bench, "gradient", layer, LARGE,
-                          "a gradient norm that overflows while every element is finite")
+        yield batch_fault(
+            bench, "gradient", layer, LARGE, "a gradient norm that overflows while every element is finite"
+        )
     for kind in kinds:
         value = KINDS[kind]
         for place, layer in bench.sites:
@@ -413,36 +491,84 @@ def faults_of(bench, kinds):
             part = BATCH // PARTS
             for place, layer in bench.sites:
                 if layer in ("", "block_1/mlp_up"):
-                    yield batch_fault(bench, place, layer, kind, _sentence(bench, place, layer),
-                                      slice(part, 2 * part), f"{place}, one micro-batch of {PARTS}")
+                    yield batch_fault(
+                        bench,
+                        place,
+                        layer,
+                        kind,
+                        _sentence(bench, place, layer),
+                        slice(part, 2 * part),
+                        f"{place}, one micro-batch of {PARTS}",
+                    )
         for name, layer, array, index in _leaves(start.params):
-            yield state_fault(bench, f"parameter ({array})", layer, kind, ".params" + name, index, value,
-                              f"1 non-finite parameter in {layer}")
+            yield state_fault(
+                bench,
+                f"parameter ({array})",
+                layer,
+                kind,
+                ".params" + name,
+                index,
+                value,
+                f"1 non-finite parameter in {layer}",
+            )
         if quant is None:
             continue
         for q, layer in enumerate(quant.layers):
             for i, operand in enumerate("WAG"):
                 if layer.wag[i] and not (operand == "W" and quant.stored):
-                    yield state_fault(bench, f"amax history of {operand}", layer.layer, kind, HISTORY, (q, i, 0), value,
-                                      f"1 non-finite amax in the history of {layer.layer}/{operand}")
+                    yield state_fault(
+                        bench,
+                        f"amax history of {operand}",
+                        layer.layer,
+                        kind,
+                        HISTORY,
+                        (q, i, 0),
+                        value,
+                        f"1 non-finite amax in the history of {layer.layer}/{operand}",
+                    )
         for key in start.quant.residual:
             layer = key.replace(".", "/")
-            yield state_fault(bench, "residual", layer, kind, f".quant.residual['{key}']", (0, 0), value,
-                              f"1 non-finite residual of the stored weights of {layer}")
+            yield state_fault(
+                bench,
+                "residual",
+                layer,
+                kind,
+                f".quant.residual['{key}']",
+                (0, 0),
+                value,
+                f"1 non-finite residual of the stored weights of {layer}",
+            )
     scales = {kind: KINDS[kind] for kind in kinds} | {"0": 0.0, "negative": -1.0}
     for key in start.quant.rest_scale if quant else ():
         for kind, value in scales.items():
             layer = key.replace(".", "/")
-            yield state_fault(bench, "scale of stored weights", layer, kind, f".quant.rest_scale['{key}']", (), value,
-                              f"1 unusable scale of the stored weights of {layer}")
+            yield state_fault(
+                bench,
+                "scale of stored weights",
+                layer,
+                kind,
+                f".quant.rest_scale['{key}']",
+                (),
+                value,
+                f"1 unusable scale of the stored weights of {layer}",
+            )
     for name, layer, array, index in _leaves(start.opt_state):
         if array == "bias":
             continue
         moment = next(moment for moment in ("momentum", "mu", "nu") if f".{moment}[" in name)
         moments = {kind: KINDS[kind] for kind in kinds} | ({"negative": -1.0} if moment == "nu" else {})
         for kind, value in moments.items():
-            yield moment_fault(bench, moment, layer, kind, ".opt_state" + name, name.partition(f".{moment}")[2], index,
-                               value, f"1 unusable moment of the optimizer in {layer}")
+            yield moment_fault(
+                bench,
+                moment,
+                layer,
+                kind,
+                ".opt_state" + name,
+                name.partition(f".{moment}")[2],
+                index,
+                value,
+                f"1 unusable moment of the optimizer in {layer}",
+            )
     if quant and quant.emergency_formats:
         yield shift_fault(bench)
 
@@ -455,25 +581,49 @@ def _sentence(bench, place, layer):
         return f"activations that are not finite, from {layer.split('/')[0]} on"
     if place == "gradient":
         return f"1 non-finite gradient element in {layer}"
-    return (rf"\d+ non-finite gradient elements? in {layer}, and backward from there in "
-            f"{bench.layers.index(layer)} more layers")
+    return (
+        rf"\d+ non-finite gradient elements? in {layer}, and backward from there in "
+        f"{bench.layers.index(layer)} more layers"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ whole trainings
 
 BAD_ROW = 13  # the row of the first bad step; checkpoint 12 is the state before it
-TINY = dict(tokenizer="bytes", vocab_size=256, n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
-            max_steps=20, warmup_steps=5, learning_rate=3e-3, checkpoint_interval=4, eval_interval=20, eval_windows=4,
-            eval_batch_size=4, diagnostic_interval=20, nan_patience=PATIENCE, wandb_mode="disabled", console="quiet",
-            data_placement="host", max_checkpoints=9)
+TINY = dict(
+    tokenizer="bytes",
+    vocab_size=256,
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    block_size=16,
+    batch_size=4,
+    max_steps=20,
+    warmup_steps=5,
+    learning_rate=3e-3,
+    checkpoint_interval=4,
+    eval_interval=20,
+    eval_windows=4,
+    eval_batch_size=4,
+    diagnostic_interval=20,
+    nan_patience=PATIENCE,
+    wandb_mode="disabled",
+    console="quiet",
+    data_placement="host",
+    max_checkpoints=9,
+)
 LOSS_ALONE = "a loss that is not finite while the activations of every block are: the head or the batch"
 # name: (settings, what a batch brings or the array that is damaged, steps from the first bad one on, cause)
 TRAININGS = {
     "loss, one batch": ({}, ("loss", ""), 1, LOSS_ALONE),
     "loss, every batch": ({}, ("loss", ""), 99, LOSS_ALONE),
     "parameter": ({}, ".params['block_1']['mlp_up']['kernel']", 99, "1 non-finite parameter in block_1/mlp_up"),
-    "amax history of A": (dict(use_fp8=True, formats=("E4M3",)), HISTORY, 99,
-                          "1 non-finite amax in the history of block_0/attn_qkv/A"),
+    "amax history of A": (
+        dict(use_fp8=True, formats=("E4M3",)),
+        HISTORY,
+        99,
+        "1 non-finite amax in the history of block_0/attn_qkv/A",
+    ),
 }
 
 
@@ -533,7 +683,8 @@ def training_fault(folder, name, data_dir):
         wrong.append(f"the anomaly checkpoint says {meta}")
     told = {key: result.verdict[key] for key in ("sound", "steps", "first_nonfinite_step", "first_nonfinite_cause")}
     if told != {"sound": False, "steps": made, "first_nonfinite_step": BAD_ROW, "first_nonfinite_cause": cause} or (
-            f"the first at step {BAD_ROW} ({cause})" not in result.verdict["verdict"]):
+        f"the first at step {BAD_ROW} ({cause})" not in result.verdict["verdict"]
+    ):
         wrong.append(f"the verdict says {told}: {result.verdict['verdict']}")
     if not once:
         (before, _), (after, _) = _arrays(run_dir, BAD_ROW - 1), _arrays(run_dir, made)
@@ -543,9 +694,17 @@ def training_fault(folder, name, data_dir):
             allowed.add(re.sub(r"[^\w]+", "/", fault).strip("/"))
         if changed != allowed:
             wrong.append(f"between the checkpoint before it and the last, {sorted(changed)} changed")
-    return Row("whole training", "NaN", name, "", f"step {result.verdict['first_nonfinite_step']}",
-               str(result.verdict["first_nonfinite_cause"]), "-" if once else "last checkpoint bit-equal",
-               f"goes on to step {made}" if once else f"exit code 3 after {PATIENCE}", tuple(wrong))
+    return Row(
+        "whole training",
+        "NaN",
+        name,
+        "",
+        f"step {result.verdict['first_nonfinite_step']}",
+        str(result.verdict["first_nonfinite_cause"]),
+        "-" if once else "last checkpoint bit-equal",
+        f"goes on to step {made}" if once else f"exit code 3 after {PATIENCE}",
+        tuple(wrong),
+    )
 
 
 def _token_files(folder, seed):
@@ -585,8 +744,18 @@ def run(folder, *, seed, quick=False, say=print):
     return rows
 
 
-COLUMNS = ("options", "kind", "place", "faults", "detected at", "located as (an example)", "located correctly",
-           "rest of the state", "policy", "answered rightly")
+COLUMNS = (
+    "options",
+    "kind",
+    "place",
+    "faults",
+    "detected at",
+    "located as (an example)",
+    "located correctly",
+    "rest of the state",
+    "policy",
+    "answered rightly",
+)
 
 
 def table(rows):
@@ -599,13 +768,26 @@ def table(rows):
         n, last = len(group), group[-1]
         located = sum(not any("located as" in reason or "says" in reason for reason in row.wrong) for row in group)
         right = sum(not row.wrong for row in group)
-        lines.append((options, kind, place, str(n), ", ".join(sorted({row.detected for row in group})), last.located,
-                      f"{located} of {n}", last.rest, last.policy, f"{right} of {n}"))
+        lines.append(
+            (
+                options,
+                kind,
+                place,
+                str(n),
+                ", ".join(sorted({row.detected for row in group})),
+                last.located,
+                f"{located} of {n}",
+                last.rest,
+                last.policy,
+                f"{right} of {n}",
+            )
+        )
     return lines
 
 
 def part(rows):
     """The campaign's Part."""
-    failures = [f"{row.options}, {row.kind} in {row.place} {row.layer}: {'; '.join(row.wrong)}" for row in rows
-                if row.wrong]
+    failures = [
+        f"{row.options}, {row.kind} in {row.place} {row.layer}: {'; '.join(row.wrong)}" for row in rows if row.wrong
+    ]
     return Part("Numerical faults", markdown_table(COLUMNS, table(rows)), len(rows), len(rows), failures)

@@ -16,14 +16,34 @@ from altgrad_jax.run.checkpoint import list_steps
 from altgrad_jax.run.logger import DIAGNOSTICS, METRICS, TIMING
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = dict(tokenizer="bytes", vocab_size=256, n_layer=1, n_head=2, n_embd=64, block_size=64, batch_size=16,
-             max_steps=300, warmup_steps=10, learning_rate=2e-3, checkpoint_interval=20, eval_interval=40,
-             eval_windows=16, eval_batch_size=8, diagnostic_interval=60, dead_neuron_window=20, steps_per_dispatch=2,
-             run_name="fault", tags="fault", wandb_mode="disabled", console="plain")
+SMALL = dict(
+    tokenizer="bytes",
+    vocab_size=256,
+    n_layer=1,
+    n_head=2,
+    n_embd=64,
+    block_size=64,
+    batch_size=16,
+    max_steps=300,
+    warmup_steps=10,
+    learning_rate=2e-3,
+    checkpoint_interval=20,
+    eval_interval=40,
+    eval_windows=16,
+    eval_batch_size=8,
+    diagnostic_interval=60,
+    dead_neuron_window=20,
+    steps_per_dispatch=2,
+    run_name="fault",
+    tags="fault",
+    wandb_mode="disabled",
+    console="plain",
+)
 KINDS = {
     "bf16": {},
-    "E4M3": dict(use_fp8="true", formats="E4M3", weights_at_rest="error_feedback", optimizer="ulp_adamw",
-                 amax_history=8),
+    "E4M3": dict(
+        use_fp8="true", formats="E4M3", weights_at_rest="error_feedback", optimizer="ulp_adamw", amax_history=8
+    ),
 }
 # A start that hangs is a failure, not a reason to wait for ever.
 PATIENCE_S = 600.0
@@ -51,8 +71,11 @@ class Part:
 
 def table(columns, rows):
     """Markdown lines."""
-    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
-            *("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in rows)]
+    return [
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in rows),
+    ]
 
 
 class Deadline:
@@ -68,9 +91,14 @@ class Deadline:
 def command(data_dir, run_dir, kind="bf16", **changes):
     """The command line of a training."""
     settings = SMALL | KINDS[kind] | changes
-    return [sys.executable, str(ROOT / "scripts" / "train.py"), f"--config={ROOT / 'configs' / 'smoke.py'}",
-            f"--data_dir={data_dir}", f"--workdir={run_dir}",
-            *(f"--config.{name}={value}" for name, value in settings.items())]
+    return [
+        sys.executable,
+        str(ROOT / "scripts" / "train.py"),
+        f"--config={ROOT / 'configs' / 'smoke.py'}",
+        f"--data_dir={data_dir}",
+        f"--workdir={run_dir}",
+        *(f"--config.{name}={value}" for name, value in settings.items()),
+    ]
 
 
 def environment(**changes):
@@ -80,8 +108,14 @@ def environment(**changes):
 def start(arguments, log, **changes):
     """Starts a process whose output goes to the file `log`, in a process group of its own."""
     with open(log, "ab") as output:
-        return subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                env=environment(**changes), start_new_session=True)
+        return subprocess.Popen(
+            arguments,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment(**changes),
+            start_new_session=True,
+        )
 
 
 def finish(arguments, log, **changes):
@@ -141,8 +175,12 @@ def fingerprint(run_dir):
     steps = list_steps(run_dir)
     meta = json.loads((run_dir / str(steps[-1]) / "meta" / "meta.json").read_text())
     diagnostics = run_dir / DIAGNOSTICS
-    return Fingerprint((run_dir / METRICS).read_bytes(), diagnostics.read_bytes() if diagnostics.exists() else b"",
-                       steps, {name: array["sha256"] for name, array in meta["arrays"].items()})
+    return Fingerprint(
+        (run_dir / METRICS).read_bytes(),
+        diagnostics.read_bytes() if diagnostics.exists() else b"",
+        steps,
+        {name: array["sha256"] for name, array in meta["arrays"].items()},
+    )
 
 
 def differences(found, expected):
@@ -181,12 +219,17 @@ def make_tokens(folder, seed=0):
 
 def summary(parts):
     """Markdown lines: a table of the parts, then each of them."""
-    rows = [[part.title, f"{part.done} of {part.wanted}", len(part.failures), f"{part.seconds / 60:.1f}"]
-            for part in parts]
+    rows = [
+        [part.title, f"{part.done} of {part.wanted}", len(part.failures), f"{part.seconds / 60:.1f}"] for part in parts
+    ]
     lines = table(["part", "done", "not answered as it should be", "minutes"], rows)
     for part in parts:
         lines += ["", f"## {part.title}", "", *part.lines]
         if part.failures:
-            lines += ["", f"Not answered as it should be ({len(part.failures)}):", "",
-                      *(f"- {' '.join(failure.split())}" for failure in part.failures)]
+            lines += [
+                "",
+                f"Not answered as it should be ({len(part.failures)}):",
+                "",
+                *(f"- {' '.join(failure.split())}" for failure in part.failures),
+            ]
     return lines

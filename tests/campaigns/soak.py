@@ -72,8 +72,17 @@ def grows(thirds):
 def run(folder, data_dir, *, steps, deadline, say=print, every_s=0.5):
     """Trains `steps` steps of the smallest config and looks at it. Returns a Part."""
     run_dir, log = folder / "soak", folder / "soak.log"
-    changes = dict(n_embd=16, block_size=16, batch_size=4, max_steps=steps, checkpoint_interval=100, eval_interval=200,
-                   diagnostic_interval=500, steps_per_dispatch=10, wandb_mode="offline")
+    changes = dict(
+        n_embd=16,
+        block_size=16,
+        batch_size=4,
+        max_steps=steps,
+        checkpoint_interval=100,
+        eval_interval=200,
+        diagnostic_interval=500,
+        steps_per_dispatch=10,
+        wandb_mode="offline",
+    )
     started = time.monotonic()
     process = start(command(data_dir, run_dir, **changes), log)
     seen = watch(process, run_dir, steps, say, deadline, every_s)
@@ -101,7 +110,10 @@ def run(folder, data_dir, *, steps, deadline, say=print, every_s=0.5):
             failures.append(f"more {name} in each third than in the one before: {rows}")
     span = f"steps {int(steps_N[0])} to {int(steps_N[-1])}"
     lines = table([span, "first third", "second", "last", "most"], rows)
-    lines += ["", f"{made} steps in {time.monotonic() - started:.0f} s with {made // 100} checkpoints and "
-                  f"{made // 200} evaluations, W&B offline: {len(found)} rows, one per step from 0. "
-                  f"Memory rises by {1000 * rise:+.4f} +- {1000 * error:.4f} MiB per 1000 steps ({len(late)} samples)."]
+    lines += [
+        "",
+        f"{made} steps in {time.monotonic() - started:.0f} s with {made // 100} checkpoints and "
+        f"{made // 200} evaluations, W&B offline: {len(found)} rows, one per step from 0. "
+        f"Memory rises by {1000 * rise:+.4f} +- {1000 * error:.4f} MiB per 1000 steps ({len(late)} samples).",
+    ]
     return Part("Soak", lines, made, steps, failures)
