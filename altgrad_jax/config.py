@@ -474,8 +474,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
                 "layer_interval",
                 1,
                 _whole(1),
-                "updates between two rows that carry the statistics of every layer, from the first on; the rows between "
-                "have only those of the whole model",
+                "updates between two rows that carry the statistics of every layer, from the first on; the rows "
+                "between have only those of the whole model",
                 resumable=True,
             ),
             Field(

@@ -136,7 +136,8 @@ def magnitude_histogram(v):
 
     Eight bins per power of two, with upper edges at 2^e (2 - 2^-b), which are the places where formats begin to clip;
     the bins are closed above, open below. `altgrad_jax.numerics.whatif` says why, lists the bins and reads the
-    histogram. Only bits are compared, so that float32 subnormals count as what they are on devices that take them for zero.
+    histogram. Only bits are compared, so that float32 subnormals count as what they are on devices that take them for
+    zero.
 
     Args:
       v: float32 of any shape.
