@@ -12,7 +12,7 @@ __all__ = ["default_config", "train"]
 def __getattr__(name):
     # On demand, so that importing the package (for --help, say) does not import jax.
     if name == "train":
-        from altgrad_jax.run.training import train
+        from altgrad_jax.run.train import train
 
         return train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

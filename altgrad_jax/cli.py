@@ -16,10 +16,8 @@ import contextlib
 import inspect
 import os
 import re
-import signal
 import sys
 import textwrap
-import threading
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +30,6 @@ import ml_collections
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import require_file
-from altgrad_jax.run.process import Interrupted, StopRequest
 
 _YES = ("true", "t", "1", "yes")
 _NO = ("false", "f", "0", "no")
@@ -222,34 +219,21 @@ def some_text(text: str) -> str:
 
 
 def run_script(function: Callable[[], int | None]) -> NoReturn:
-    """Calls `function` and exits: with the code it returns (None is 0), a UserError's own (mostly 2), or 128 + the
-    number of the signal that ended it."""
-    if (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):
-        # What remains after `stop` is Python's own end, and a KeyboardInterrupt there is a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    stop = StopRequest()
+    """Calls `function` and exits: with the code it returns (None is 0), a UserError's own (mostly 2), or 130."""
     try:
-        with stop:
-            code = function()
+        code = function()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
-    except KeyboardInterrupt:  # outside the main thread, or raised by a library
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except Interrupted as interruption:
-        print(f"interrupted ({interruption})", file=sys.stderr)
-        code = 128 + interruption.number
     if code and code > 128:
         # Threads may still be compiling, and Python would wait for them.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
-        if stop.received:
-            os._exit(code)
+        os._exit(code)
     sys.exit(code or 0)
 
 

@@ -26,13 +26,5 @@ class MachineError(UserError):
     exit_code = 1
 
 
-class Stopped(UserError):
-    """A signal ended a run of several processes before there was anything to save."""
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.exit_code = 128 + number
-
-
 def _printable(text):
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -35,7 +35,7 @@ def gibibytes(text):
 
 def run(config, *, out, axes, shard, **options):
     from altgrad_jax.run import sweep
-    from altgrad_jax.run.process import process_age
+    from altgrad_jax.run.signals import process_age
 
     points = sweep.parse_axes(axes) if axes else cli.sweep_of(config)
     members = sweep.make_members(config, points, out)

@@ -14,15 +14,15 @@ from altgrad_jax import cli
 
 def run(config, *, data_dir, workdir, resume, dry_run, **processes):
     # Only now: --help and every complaint about a setting come without waiting for jax.
-    from altgrad_jax.run.distributed import joined
+    from altgrad_jax.run.processes import joined
 
     with joined(**processes):
         if dry_run:
             from altgrad_jax.run.dry_run import dry_run
 
             return dry_run(config, data_dir=data_dir, workdir=workdir, resume=resume)
-        from altgrad_jax.run.process import process_age
-        from altgrad_jax.run.training import train
+        from altgrad_jax.run.signals import process_age
+        from altgrad_jax.run.train import train
 
         return train(config, data_dir=data_dir, workdir=workdir, resume=resume, age=process_age()).exit_code
 

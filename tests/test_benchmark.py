@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from altgrad_jax.run.training import model_flops_per_step
 
 from altgrad_jax import cli
 from altgrad_jax.bench import peers, programs, roofline, suites, tables, timing, torch_peer, trace
@@ -20,7 +21,6 @@ from altgrad_jax.cli import load_config
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.flops import training_flops_per_token
 from altgrad_jax.models.gpt2 import GPTConfig, count_params, init_params
-from altgrad_jax.run.training import model_flops_per_step
 
 ROOT = Path(__file__).parent.parent
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=256)

@@ -6,11 +6,11 @@ import sys
 import time
 
 import pytest
+from altgrad_jax.run.process import process_age
 from test_training import make_data, tiny
 
 from altgrad_jax import train
 from altgrad_jax.run import goodput, verdict
-from altgrad_jax.run.process import process_age
 
 
 @pytest.fixture(scope="module")

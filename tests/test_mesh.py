@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from altgrad_jax.run.process import lock_folder
 from test_training import command, make_data, rows_of, wait_for_rows
 
 from altgrad_jax.errors import UserError
@@ -26,7 +27,6 @@ from altgrad_jax.models.gpt2 import GPTConfig
 from altgrad_jax.numerics.rules import resolve_rules
 from altgrad_jax.run import distributed
 from altgrad_jax.run.checkpoint import list_steps
-from altgrad_jax.run.process import lock_folder
 from altgrad_jax.step import mesh, stability
 from altgrad_jax.step.mesh import data_mesh, over_fsdp, place, replicated, shard_bytes, split_axis
 from altgrad_jax.step.program import make_step_functions

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from altgrad_jax.run.process import LOCK, StopRequest, is_empty, lock_folder
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.run.process import LOCK, StopRequest, is_empty, lock_folder
 
 ROOT = Path(__file__).parents[1]
 # What a program does in the context, and how it ends when signals come.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from altgrad_jax.run.training import train
 from test_training import make_data, rows_of, state_bytes, tiny
 
 from altgrad_jax import cli
@@ -19,7 +20,6 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.run import sweep, training, verdict
 from altgrad_jax.run.checkpoint import list_steps
 from altgrad_jax.run.sweep import axis, grid, make_members, only, program_key
-from altgrad_jax.run.training import train
 
 ROOT = Path(__file__).parent.parent
 FORMAT = dict(use_fp8=True, metrics="format", weights_at_rest="stochastic")

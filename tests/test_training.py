@@ -466,6 +466,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(data_dir, tmp_path):
 
 def test_the_checkpoint_restores_as_the_state_that_made_it(whole):
     from altgrad_jax.run.training import model_config, step_options
+
     from altgrad_jax.step.mesh import data_mesh
     from altgrad_jax.step.program import make_step_functions
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
 from altgrad_jax.run import verdict
-from altgrad_jax.run.training import train
+from altgrad_jax.run.train import train
 
 ABLATIONS = ("W", "A", "G")
 AT_REST = ("nearest", "stochastic", "error_feedback")

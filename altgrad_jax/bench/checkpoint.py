@@ -21,7 +21,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from altgrad_jax.models.gpt2 import init_params
 from altgrad_jax.run import checkpoint
-from altgrad_jax.run.training import model_config
+from altgrad_jax.step.from_config import model_config
 
 PRESENT = "present"
 SAVES = 8

@@ -27,12 +27,12 @@ from altgrad_jax.models.gpt2 import GPT, init_params
 from altgrad_jax.numerics import optimizers
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.rounding import format_params, round_to_format, stochastic_seed
-from altgrad_jax.run.console import make_console
 from altgrad_jax.run.logger import DispatchRecord, Record, ValRising, Writer
 from altgrad_jax.run.rank_alerts import RankFalling
-from altgrad_jax.run.training import Program, model_config, model_flops_per_step, require_float8_kernels, step_options
+from altgrad_jax.run.setup import Feed, open_data, set_up
+from altgrad_jax.step.from_config import flops_per_step, model_config, step_options
 from altgrad_jax.step.mesh import data_mesh
-from altgrad_jax.step.program import make_step_functions
+from altgrad_jax.step.program import make_step_functions, require_float8_kernels
 from altgrad_jax.step.update import make_loss
 
 N_WINDOWS = 399  # of random tokens: their values do not matter to the time, the data file's size hardly
@@ -254,7 +254,7 @@ class Step:
             alert_interval=config.alert_interval,
             val_rising=ValRising(config.val_patience),
             rank_falling=RankFalling(config.rank_threshold, config.rank_threshold_strict, after=config.warmup_steps),
-            flops_per_step=model_flops_per_step(config),
+            flops_per_step=flops_per_step(config),
         )
         resources.callback(writer.close)
         waiting, made = [], 0
@@ -376,36 +376,27 @@ def bench_members(config, widths, member_loops, *, data_dir, rounds, steps_per_r
     """
     rows, programs = [], []
     with contextlib.ExitStack() as resources:
+        data = open_data(config, data_dir, say)
         for loop, width in [(None, None), *((loop, width) for loop in member_loops for width in widths)]:
             name = "one run alone" if width is None else f"{width} runs, {loop}"
-            program = Program(
-                config,
-                data_dir,
-                make_console("quiet", 1),
-                resources,
-                width=width,
-                member_loop=loop or "map",
-                devices=jax.devices()[:1],
-            )
-            compile_s = program.compile()
+            setup = set_up(config, data, say, devices=jax.devices()[:1], side_by_side=width is not None)
+            program = setup.program(width, loop or "map")
+            started = time.perf_counter()
+            program.compile()
+            compile_s = round(time.perf_counter() - started, 3)
             state = program.functions.init(config.seed, program.functions.inputs.formats)
-            inputs = program.functions.inputs
-            if width is not None:
-                state, inputs = (program.members.stack([tree] * width) for tree in (state, inputs))
-            programs.append([program, state, inputs, program.feed()(0, 1)])
+            feed = Feed(setup, program)
+            resources.callback(feed.close)
+            state, inputs = program.stack([state]), program.stack([program.functions.inputs])
+            programs.append([program, state, inputs, feed.at(0, 1)])
             rows.append({"name": name, "width": width or 1, "compile_s": compile_s, "rounds_s": []})
             say(f"{name}: compiled in {compile_s:.1f} s")
         for number in range(rounds + 1):  # round 0 warms up
             for row, entry in zip(rows, programs, strict=True):
-                program, state, inputs, data = entry
-                n = (
-                    np.int32(steps_per_round)
-                    if program.width is None
-                    else np.full(program.width, steps_per_round, np.int32)
-                )
+                program, state, inputs, tokens = entry
+                n_R = np.full(program.width or 1, steps_per_round, np.int32)
                 started = time.perf_counter()
-                entry[1], out = program.compiled[0](state, data, n, inputs)
-                np.asarray(out)
+                entry[1], _ = program.advance(state, tokens, n_R, inputs)
                 if number:
                     row["rounds_s"].append((time.perf_counter() - started) / steps_per_round)
     for row in rows:

@@ -17,8 +17,7 @@ from altgrad_jax.bench import programs, roofline, timing
 from altgrad_jax.bench.timing import Unavailable
 from altgrad_jax.config import FORMAT_GROUPS, METRIC_GROUPS
 from altgrad_jax.models import flops
-from altgrad_jax.run.device import has_cudnn_attention
-from altgrad_jax.run.training import model_flops_per_step
+from altgrad_jax.step.from_config import flops_per_step, has_cudnn_attention
 
 BARE, ALL_METRICS, LOGGED = "bare step", "all metrics", "all metrics + logging"
 BARE_FLOAT32 = "bare step, float32"
@@ -367,7 +366,7 @@ def measure(plan, section, *, seconds_left=None, workers=1, say=lambda text: Non
 def _row(entry, section, config, seconds_of, peaks, bandwidths):
     tokens = config.batch_size * config.block_size
     dtype = entry.facts.get("dtype", config.compute_dtype)
-    n_flops = model_flops_per_step(config)
+    n_flops = flops_per_step(config)
     shape = {field: config[field] for field in SHAPE_FIELDS if field != "n_head"}
     bytes_least = roofline.BYTES_LEAST_PER_PARAMETER * roofline.parameters_of(**shape)
     row = {

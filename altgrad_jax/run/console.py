@@ -1,12 +1,13 @@
 """What a person sees while the run goes: one live line on a terminal, a few plain lines in a file or a pipe.
 
-Three consoles with one interface: update(step, loss, val_loss, tokens_per_s), message(text), alert(text),
+Consoles with one interface: update(step, loss, val_loss, tokens_per_s), message(text), alert(text), working(what),
 close(). They are called from the host loop and from the writer's thread, so each call takes a lock. Which
 plain lines appear depends on step numbers only, never on the clock: a log is the same length on a slow
 machine and on a fast one. A console whose reader has gone (`| head`, a closed terminal) falls silent; it
 never ends the run, as rich by itself would.
 """
 
+import contextlib
 import math
 import sys
 import threading
@@ -22,13 +23,14 @@ from altgrad_jax.errors import UserError
 
 MODES = ("auto", "live", "plain", "quiet")
 PLAIN_LINES = 50  # of a run, beside evaluations and alerts
+WORKING_S = 30.0  # between two signs of life while the program compiles
 _SETTLE_S = 0.05  # rows of one dispatch arrive closer together than this
 
 
 def make_console(mode, max_steps, stream=None, clock=time.monotonic):
     """A console on `stream` (default: standard output). `auto`: live where it is a terminal, else plain.
 
-    `quiet` prints alerts, and messages (the end of the run, warnings), but no progress.
+    `quiet` prints alerts alone.
 
     Raises:
       UserError: an unknown mode.
@@ -37,7 +39,7 @@ def make_console(mode, max_steps, stream=None, clock=time.monotonic):
         raise UserError(f"console is {mode!r}; allowed are {', '.join(MODES)}")
     stream = Lasting(sys.stdout if stream is None else stream)
     if mode == "quiet":
-        return PlainConsole(max_steps, stream, clock, progress=False)
+        return QuietConsole(stream)
     if mode == "live" or (
         mode == "auto"
         and stream.isatty()
@@ -130,10 +132,10 @@ class _Progress:
 class PlainConsole:
     """Text without escape codes: the first step, every evaluation, about fifty steps, messages, alerts."""
 
-    def __init__(self, max_steps, stream, clock, progress=True):
+    def __init__(self, max_steps, stream, clock):
         self._progress = _Progress(max_steps, clock)
         self._every = max(1, math.ceil(max_steps / PLAIN_LINES))
-        self._stream, self._shows_progress = stream, progress
+        self._stream = stream
         self._lock = threading.RLock()
 
     def update(self, step, loss=None, val_loss=None, tokens_per_s=None):
@@ -142,7 +144,7 @@ class PlainConsole:
             # Steps of a sweep come by the dozen: what counts is whether a multiple was passed.
             passed = step // self._every > (step - 1 if first else self._progress.step) // self._every
             self._progress.update(step, loss, val_loss, tokens_per_s)
-            if self._shows_progress and (first or val_loss is not None or passed or step == self._progress.max_steps):
+            if first or val_loss is not None or passed or step == self._progress.max_steps:
                 # Only what this step measured: an old validation loss on a new line reads as a new one.
                 parts = [] if loss is None else [f"loss {loss:.4f}"]
                 parts += [] if val_loss is None else [f"val_loss {val_loss:.4f}"]
@@ -161,11 +163,59 @@ class PlainConsole:
             self._progress.alerts += 1
             self._print(f"ALERT {text}")
 
+    @contextlib.contextmanager
+    def working(self, what):
+        """A context in which the program is busy with `what`: says so, again every WORKING_S seconds, and the time it
+        took."""
+        started, done = time.monotonic(), threading.Event()
+        self.message(f"{what} ...")
+
+        def remind():
+            while not done.wait(WORKING_S):
+                self.message(f"{what} ... {time.monotonic() - started:.0f} s")
+
+        threading.Thread(target=remind, daemon=True).start()
+        try:
+            yield
+            self.message(f"{what} took {time.monotonic() - started:.1f} s")
+        finally:
+            done.set()
+
     def close(self):
         """Nothing to put back."""
 
     def _print(self, text):
         print(text, file=self._stream, flush=True)
+
+
+class SilentConsole:
+    """Nothing but what went wrong, on standard error: for a process that is not the lead."""
+
+    def update(self, step, loss=None, val_loss=None, tokens_per_s=None):
+        pass
+
+    def message(self, text):
+        pass
+
+    def alert(self, text):
+        print(f"ALERT {text}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def working(self, what):
+        yield
+
+    def close(self):
+        pass
+
+
+class QuietConsole(SilentConsole):
+    """Alerts alone."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def alert(self, text):
+        print(f"ALERT {text}", file=self._stream, flush=True)
 
 
 class LiveConsole:
@@ -175,6 +225,7 @@ class LiveConsole:
         self._progress = _Progress(max_steps, clock)
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._lock = threading.RLock()
+        self._activity = None  # (what, since when) while the program is busy with something else than steps
         # Rich redraws in a thread of its own; print() from elsewhere (warnings, absl) lands above the line.
         self._live = Live(console=self._console, get_renderable=self._line, refresh_per_second=5)
         self._live.start()
@@ -183,6 +234,9 @@ class LiveConsole:
     def _line(self):
         with self._lock:
             p = self._progress
+            if self._activity is not None:
+                what, started = self._activity
+                return Text(f" {what} ... {time.monotonic() - started:.0f} s", no_wrap=True, overflow="ellipsis")
             width = len(str(p.max_steps))
             text = Text(
                 f" {p.step:>{width}}/{p.max_steps}  " + "  ".join(p.fields()), no_wrap=True, overflow="ellipsis"
@@ -198,6 +252,17 @@ class LiveConsole:
     def update(self, step, loss=None, val_loss=None, tokens_per_s=None):
         with self._lock:
             self._progress.update(step, loss, val_loss, tokens_per_s)
+
+    @contextlib.contextmanager
+    def working(self, what):
+        """A context in which the line shows `what` the program is busy with, and for how long."""
+        started = time.monotonic()
+        self._activity = what, started
+        try:
+            yield
+            self.message(f"{what} took {time.monotonic() - started:.1f} s")
+        finally:
+            self._activity = None
 
     def message(self, text):
         self._print(Text(text))

@@ -125,25 +125,6 @@ def use_compilation_cache():
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
 
 
-def has_cudnn_attention(device, *, head_width, compute_dtype):
-    """Whether cuDNN's attention runs on this device: NVIDIA, Ampere or newer, bfloat16, heads of at most 128 numbers in
-    multiples of 8."""
-    return (
-        device.platform == "gpu"
-        and "cuda" in device.client.platform_version.lower()
-        and float(getattr(device, "compute_capability", 0)) >= 8.0
-        and compute_dtype == "bfloat16"
-        and head_width % 8 == 0
-        and head_width <= 128
-    )
-
-
-def fits_on_device(n_tokens, device):
-    """Whether the token file may lie on the device: positions are 32-bit, and it may take a quarter of its memory."""
-    limit = (device.memory_stats() or {}).get("bytes_limit", 2**33)
-    return n_tokens < 2**31 and 2 * n_tokens <= limit // 4
-
-
 def git_commit():
     """{"commit": hash, "dirty": bool} of the checkout this code runs from, or None outside one."""
     here = Path(__file__).resolve().parent

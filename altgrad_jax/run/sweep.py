@@ -34,18 +34,16 @@ from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.run.console import make_console, show_duration
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.run.dry_run import program_bytes
+from altgrad_jax.run.folder import NOT_SAVED, claim, has_ended, open_run
 from altgrad_jax.run.goodput import Goodput, describe
+from altgrad_jax.run.lock import locked
 from altgrad_jax.run.logger import write_atomically
-from altgrad_jax.run.process import Interrupted, StopRequest, lock_folder
-from altgrad_jax.run.training import (
-    NOT_SAVED,
-    Program,
-    Run,
-    disk_failures_told,
-    has_ended,
-    loop,
-    model_flops_per_step,
-)
+from altgrad_jax.run.loop import loop
+from altgrad_jax.run.setup import Feed, Setup, open_data, set_up
+from altgrad_jax.run.signals import Interrupted, StopRequest
+from altgrad_jax.run.train import compile_program, disk_failures_as_one_sentence
+from altgrad_jax.step.from_config import flops_per_step
+from altgrad_jax.step.program import Program
 
 SWEEP = "sweep.json"
 MEMBER_LOOPS = ("auto", "map", "vmap")
@@ -252,21 +250,21 @@ def take_shard(members, i, n):
     return ordered[len(ordered) * i // n : len(ordered) * (i + 1) // n]
 
 
-def lane_bytes(program, *, member_loop):
+def lane_bytes(setup, *, member_loop):
     """(bytes that every run side by side takes, bytes that a program takes once), estimated before compiling.
 
     The state is counted exactly, twice where it is not updated in place; the activations of a step by formula: per
     token and layer 24 numbers a unit of width and 2 a head and position, per token 4 of the vocabulary, in 4 bytes.
     """
-    config = program.config
-    abstract = program.functions.abstract_state
+    config, step = setup.config, setup.functions.step
+    abstract = setup.functions.abstract_state
     state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    rows = 4 * program.buffer_steps * len(program.functions.metric_names)
+    rows = 4 * step.options.steps_per_dispatch * len(setup.functions.metric_names)
     tokens = config.batch_size // config.grad_accum_steps * config.block_size
     per_token = config.n_layer * (24 * config.n_embd + 2 * config.n_head * config.block_size) + 4 * config.vocab_size
     gradients = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
     step = 4 * tokens * per_token + 2 * gradients
-    data = 2 * len(program.data.train_T) if program.on_device else 0
+    data = 2 * len(setup.data.tokens.train_T) if setup.on_device else 0
     if member_loop == "vmap":
         return 2 * state + rows + step, data
     return 2 * state + rows, data + step
@@ -351,14 +349,12 @@ class _Quiet:
     def alert(self, text):
         self.console.message(f"{self.name}: {text}")
 
-    def close(self):
-        pass
-
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """A group of the plan: its members that are not finished, and how they are trained."""
 
+    setup: Setup
     members: list
     n_finished: int
     width: int
@@ -435,33 +431,23 @@ def sweep(
             write_plan(out, members)
     started, watch, code = time.monotonic(), _Watch(console), 0
     try:
-        with StopRequest() as stop, disk_failures_told(lambda: "the same command goes on where it stopped"):
+        with StopRequest() as stop, disk_failures_as_one_sentence(lambda: "the same command goes on where it stopped"):
             groups = make_groups(mine)
             for number, group in enumerate(groups, 1):
-                with contextlib.ExitStack() as resources:
-                    todo = [member for member in group if member.name in left]
-                    if not todo or stop.number:
-                        continue
-                    program, planned = _prepare(
-                        group,
-                        todo,
-                        data_dir,
-                        console,
-                        resources,
-                        member_loop=member_loop,
-                        width=width,
-                        memory=memory,
-                        goodput=goodput,
-                    )
-                    title = f"group {number} of {len(groups)}"
-                    say(f"{title}: {_describe(planned, program)}")
-                    seconds = program.compile()
-                    say(
-                        f"{title}: compiled in {show_duration(seconds)}"
-                        + (f"; {_predict(program, planned)}" if dry_run else "")
-                    )
-                    if not dry_run:
-                        code = _train_group(program, planned, console, watch, stop, seconds) or code
+                todo = [member for member in group if member.name in left]
+                if not todo or stop.number:
+                    continue
+                planned = _plan_group(group, todo, data_dir, say, member_loop, width, memory)
+                title = f"group {number} of {len(groups)}"
+                say(f"{title}: {_describe(planned)}")
+                program = planned.setup.program(planned.width, member_loop)
+                seconds = compile_program(program, planned.setup.config, console, goodput)
+                say(
+                    f"{title}: compiled in {show_duration(seconds)}"
+                    + (f"; {_predict(program, planned)}" if dry_run else "")
+                )
+                if not dry_run:
+                    code = _train_group(program, planned, console, watch, stop, goodput, seconds) or code
             if stop.number:
                 code = 128 + stop.number
     except Interrupted as interruption:
@@ -495,23 +481,21 @@ def write_plan(out, members):
     write_atomically(Path(out) / SWEEP, (json.dumps(plan, indent=1) + "\n").encode())
 
 
-def _prepare(group, todo, data_dir, console, resources, *, member_loop, width, memory, goodput):
-    """(Program, Planned) of one group; the program is not compiled yet."""
-    config, devices = group[0].config, jax.devices()
-    program = Program(
-        config, data_dir, console, resources, width=1, member_loop=member_loop, devices=devices, goodput=goodput
-    )
-    per_lane, once = lane_bytes(program, member_loop=member_loop)
-    limit = memory * 2**30 if memory else memory_limit(program.device)
+def _plan_group(group, todo, data_dir, say, member_loop, width, memory) -> Planned:
+    config = group[0].config
+    setup = set_up(config, open_data(config, data_dir, say), say, side_by_side=True)
+    per_lane, once = lane_bytes(setup, member_loop=member_loop)
+    limit = memory * 2**30 if memory else memory_limit(setup.device)
     # With map a run's numbers do not depend on those beside it. With vmap they may, by rounding: a sweep that goes on
     # computes with the width that it began with.
     n_members = len(todo) if member_loop == "map" else len(group)
-    program.width = choose_width(n_members, len(devices), per_lane, once, limit, width)
-    flops = len(todo) * config.max_steps * model_flops_per_step(config)
-    return program, Planned(todo, len(group) - len(todo), program.width, per_lane, once, flops)
+    width = choose_width(n_members, len(setup.devices), per_lane, once, limit, width)
+    flops = len(todo) * config.max_steps * flops_per_step(config)
+    return Planned(setup, todo, len(group) - len(todo), width, per_lane, once, flops)
 
 
-def _describe(planned, program):
+def _describe(planned: Planned) -> str:
+    config = planned.setup.config
     names = [member.name for member in planned.members]
     shown = ", ".join(names[:3]) + (f" ... {names[-1]}" if len(names) > 3 else "")
     return (
@@ -519,7 +503,7 @@ def _describe(planned, program):
         + (f", {planned.n_finished} finished" if planned.n_finished else "")
         + f", {planned.width} side by side in {_count(len(planned.chunks), 'chunk')}, about "
         f"{planned.n_bytes / 2**20:,.0f} MiB, {planned.flops / 1e12:,.3g} TFLOP; "
-        f"{program.config.max_steps} steps of {program.config.batch_size} x {program.config.block_size} tokens"
+        f"{config.max_steps} steps of {config.batch_size} x {config.block_size} tokens"
     )
 
 
@@ -530,8 +514,8 @@ def _count(n, what):
 def _predict(program, planned, n_steps=3):
     """Memory as compiled, and the time the group takes by a few steps of its program."""
     n_bytes = program_bytes(program.compiled[0])
-    seconds = time_steps(program, n_steps)
-    steps = len(planned.chunks) * program.config.max_steps
+    seconds = time_steps(planned.setup, program, n_steps)
+    steps = len(planned.chunks) * planned.setup.config.max_steps
     # With map a lane without a run costs nothing, with vmap as much as any.
     share = len(planned.members) / (planned.width * len(planned.chunks)) if program.member_loop == "map" else 1
     return (
@@ -540,51 +524,51 @@ def _predict(program, planned, n_steps=3):
     )
 
 
-def time_steps(program, n_steps):
+def time_steps(setup: Setup, program: Program, n_steps: int) -> float:
     """Seconds of a step of all lanes of a compiled program: the median of n_steps, after one that warms up."""
-    config = program.config
-    state = program.functions.init(config.seed, program.functions.inputs.formats)
-    state_R, inputs_R = (program.members.stack([tree] * program.width) for tree in (state, program.functions.inputs))
-    data = program.feed()(0, 1)
-    taken = []
-    for _ in range(n_steps + 1):
-        started = time.perf_counter()
-        state_R, rows = program.compiled[0](state_R, data, np.ones(program.width, np.int32), inputs_R)
-        np.asarray(rows)
-        taken.append(time.perf_counter() - started)
+    functions = setup.functions
+    state = program.stack([functions.init(setup.config.seed, functions.inputs.formats)])
+    inputs, n_R, taken = program.stack([functions.inputs]), np.ones(program.width or 1, np.int32), []
+    with contextlib.closing(Feed(setup, program)) as feed:
+        tokens = feed.at(0, 1)
+        for _ in range(n_steps + 1):
+            started = time.perf_counter()
+            state, _ = program.advance(state, tokens, n_R, inputs)
+            taken.append(time.perf_counter() - started)
     return statistics.median(taken[1:])
 
 
-def _train_group(program, planned, console, watch, stop, compile_seconds):
+def _train_group(program, planned, console, watch, stop, goodput, compile_seconds):
     """Trains the chunks of a group; exit code of the worst member, 0 where all is well."""
-    worst = 0
+    worst, setup = 0, planned.setup
     for number, chunk in enumerate(planned.chunks):
         if stop.number:
             break
         with contextlib.ExitStack() as resources:
-            runs = []
+            runs, states = [], []
             for member in chunk:
                 run_dir = member.folder.absolute()
-                lock_folder(run_dir, resources)
-                run = Run(
-                    member.config,
-                    run_dir,
-                    "auto",
-                    _Quiet(member.name, console),
-                    resources,
-                    stop=stop,
-                    watch=watch.of(member.name),
+                resources.enter_context(locked(run_dir))
+                run, state = resources.enter_context(
+                    open_run(
+                        claim(member.config, run_dir),
+                        setup,
+                        _Quiet(member.name, console),
+                        goodput,
+                        program.width,
+                        watch.of(member.name),
+                    )
                 )
-                run.open(program)
                 if number == 0:
-                    run.writer.event("compiled", run.step, seconds=round(compile_seconds / len(chunk), 3))
+                    run.event("compiled", run.step, seconds=round(compile_seconds / len(chunk), 3))
                 runs.append(run)
+                states.append(state)
             watch.begin(runs)
             with stop.deferred():
-                loop(program, runs, stop)
+                loop(setup, program, runs, states, stop, goodput)
             for run in runs:
                 # A plot takes longer than all else at the end of a small run, and a report draws every curve.
-                if run.finish(stop, plot=False) == NOT_SAVED:
+                if run.finish(stop.number, plot=False) == NOT_SAVED:
                     worst = NOT_SAVED
                 if run.verdict is not None and not run.verdict["sound"]:
                     console.message(f"{run.config.run_name}: {run.verdict['verdict']}")

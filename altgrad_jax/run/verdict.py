@@ -282,6 +282,15 @@ def write_verdict(run_dir, verdict):
 # --------------------------------------------------------------------------------------------------- printing
 
 
+def read_verdict(run_dir):
+    """verdict.json; None where there is none that can be read: a resume, which makes no step, writes it anew."""
+    try:
+        found = json.loads((Path(run_dir) / VERDICT).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _show(value, digits=4):
     return "-" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}"
 

@@ -10,16 +10,19 @@ on the data seed alone (data.dataset.permute_windows). All index arithmetic of a
 After `nan_patience` non-finite steps in a row the loop ends early and the state changes no more.
 
 The functions that are compiled are at the top, pure, with their static choices as first arguments;
-`make_step_functions` and `over_members` compile them.
+`make_step_functions` and `over_members` give them to jax.jit, and a `Program` compiles them ahead of the first step.
 
 Axes: B batch, L block_size, K steps of a dispatch, M metrics, E evaluation windows, R runs, Q quantized layers.
 """
 
+import contextlib
 import dataclasses
+import gc
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from altgrad_jax.data.dataset import gather_windows, permute_windows
+from altgrad_jax.errors import UserError
 from altgrad_jax.models.gpt2 import GPT, GPTConfig, Quantized
 from altgrad_jax.numerics import histograms
 from altgrad_jax.numerics.products import empty_statistics, named_statistics
@@ -292,3 +296,155 @@ def _on_devices(function, mesh, member_loop):
         )
 
     return call
+
+
+# ------------------------------------------------------------------------------------------------- ahead of the steps
+
+
+class Dispatch(NamedTuple):
+    """What the host fetches of a dispatch, in one transfer; the first axis are the runs."""
+
+    rows_RKM: np.ndarray  # float32; NaN where a step was not made
+    frozen_R: np.ndarray  # bool: so many steps in a row were non-finite that the run makes no more
+    first_bad_R: np.ndarray  # int32: the row of the first non-finite step, -1 while there is none
+
+
+class Program:
+    """The compiled functions of one run, or of `width` runs that are trained side by side, each in its lane.
+
+    A program knows no run and owns no state: whoever trains holds the states [R, ...] (of a run by itself: the state)
+    and the Inputs, and passes them to each call.
+
+    Args:
+      functions: from make_step_functions; for runs side by side, for a mesh of one device.
+      n_train_tokens, n_val_windows: sizes of the data.
+      width: None for a run by itself, else the number of lanes.
+      member_loop: "map" or "vmap", how lanes are computed (over_members). devices: over which lanes are split.
+    """
+
+    def __init__(
+        self,
+        functions: StepFunctions,
+        *,
+        n_train_tokens: int,
+        n_val_windows: int,
+        width: int | None = None,
+        member_loop: str = "map",
+        devices: Sequence[jax.Device] = (),
+    ):
+        self.functions, self.width, self.member_loop = functions, width, member_loop
+        self.members = None if width is None else over_members(functions, devices, member_loop)
+        # Of arrays that all lanes read, and of what a single run is given.
+        self.replicated = replicated(functions.step.mesh)
+        self.shared = self.replicated if self.members is None else self.members.replicated
+        self.column = {name: i for i, name in enumerate(functions.metric_names)}
+        self._n_train_tokens, self._n_val_windows = n_train_tokens, n_val_windows
+
+    def lower(self) -> Iterator[jax.stages.Lowered]:
+        """Yields the lowered programs run (first, because it takes longest to compile), evaluate and diagnose."""
+        functions, step = self.functions, self.functions.step
+        options, length = step.options, step.plain.block_size + 1
+        shape = (options.steps_per_dispatch, options.batch_size, length)
+        tokens = jax.ShapeDtypeStruct(
+            (self._n_train_tokens,) if options.data_on_device else shape, np.uint16, sharding=self.shared
+        )
+        val_windows = jax.ShapeDtypeStruct((self._n_val_windows, length), np.uint16, sharding=self.shared)
+        diagnosed = jax.ShapeDtypeStruct((step.eval_batch_size, length), np.uint16, sharding=self.replicated)
+        state, inputs = functions.abstract_state, functions.inputs
+        lanes, state_R, inputs_R = (functions, state, inputs)
+        if self.members is not None:
+            lanes = self.members
+            state_R, inputs_R = (self.members.abstract(tree, self.width) for tree in (state, inputs))
+        n_R = jax.ShapeDtypeStruct(() if self.width is None else (self.width,), np.int32)
+        yield lanes.run.lower(state_R, tokens, n_R, inputs_R)
+        yield lanes.evaluate.lower(state_R.params, val_windows, state_R.quant, inputs_R.formats)
+        # A diagnosis is rare: of runs side by side each is given its own.
+        yield functions.diagnose.lower(state.params, diagnosed, state.quant, inputs.formats)
+
+    def compile(self, n_threads: int = 3) -> None:
+        """Compiles all programs: a later call with other shapes is then an error, never a compilation.
+
+        While XLA compiles one program, which takes no interpreter lock, the next is traced beside it.
+        """
+        threads = ThreadPoolExecutor(n_threads, thread_name_prefix="compile")
+        try:
+            with without_garbage_collection():
+                compiling = [threads.submit(lowered.compile) for lowered in self.lower()]
+            self.compiled = tuple(program.result() for program in compiling)
+        finally:
+            # Not waited for: a signal must not wait for a compiler.
+            threads.shutdown(wait=False, cancel_futures=True)
+        step = self.functions.step
+        if step.quant is not None and step.quant.native:
+            require_float8_kernels(self.compiled[0], step.mesh.local_devices[0], len(step.quant.layers))
+
+    def stack(self, trees: Sequence[Any]) -> Any:
+        """States or Inputs of the runs, in the order of their lanes, as the program takes them; a lane without a run is
+        given the first one's."""
+        if self.members is None:
+            (tree,) = trees
+            return tree
+        return self.members.stack([*trees, *trees[:1] * (self.width - len(trees))])
+
+    def state_of(self, state: TrainState, lane: int) -> TrainState:
+        """The state of one run, on the device."""
+        return state if self.members is None else self.members.pick(state, lane)
+
+    def advance(self, state: TrainState, tokens, n_R, inputs: Inputs) -> tuple[TrainState, Dispatch]:
+        """Makes n_R[lane] updates in every lane, fewer where one freezes. The state is donated.
+
+        Args:
+          tokens: the uint16 token file, or the batches of these steps (StepFunctions.run). n_R: int32 [R].
+        """
+        state, rows = self.compiled[0](state, tokens, n_R if self.members is not None else n_R[0], inputs)
+        # One transfer, and no operation on the device for what a comparison on the host decides: it waits meanwhile.
+        monitor = state.monitor
+        rows_RKM, bad_streak_R, first_bad_R = self._by_lane((rows, monitor.bad_streak, monitor.first_bad_step))
+        frozen_R = stability.is_frozen(
+            monitor._replace(bad_streak=bad_streak_R), self.functions.step.options.thresholds
+        )
+        return state, Dispatch(rows_RKM, np.asarray(frozen_R), first_bad_R)
+
+    def evaluate(self, state: TrainState, windows, inputs: Inputs) -> np.ndarray:
+        """Mean validation loss of every lane, float32 [R], nats per token."""
+        return self._by_lane(self.compiled[1](state.params, windows, state.quant, inputs.formats))
+
+    def diagnose(self, state: TrainState, windows, inputs: Inputs) -> tuple[dict, Observed | None]:
+        """StepFunctions.diagnose of one run's state and Inputs, as NumPy."""
+        if self.members is not None:
+            state = jax.device_put(state, self.replicated)
+        # One transfer: a scalar at a time would cost a wait each.
+        return jax.device_get(self.compiled[2](state.params, windows, state.quant, inputs.formats))
+
+    def _by_lane(self, tree):
+        """Host arrays with a leading axis of lanes."""
+        tree = jax.device_get(tree)
+        return tree if self.members is not None else jax.tree.map(lambda leaf: np.asarray(leaf)[None], tree)
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Tracing makes millions of objects that live on; looking through them again and again took a fifth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def require_float8_kernels(compiled, device: jax.Device, n_layers: int) -> None:
+    """On a GPU: UserError unless the compiled step multiplies in float8, three products a quantized layer.
+
+    XLA falls back to another product without a word, and the run would then not compute what it says.
+    """
+    if device.platform != "gpu":
+        return
+    found = compiled.as_text().count("__cublas$lt$matmul$f8")
+    if found < 3 * n_layers:
+        raise UserError(
+            f"products='native' needs {3 * n_layers} float8 products and the program compiled for "
+            f"{device.device_kind} has {found}: it takes an NVIDIA GPU of the Ada or Hopper generation or "
+            "later; set products='emulated'"
+        )

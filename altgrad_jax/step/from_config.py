@@ -1,0 +1,111 @@
+"""From a config to the static choices of a step: the model, the options, the data of the program."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from altgrad_jax import config as settings
+from altgrad_jax.errors import UserError
+from altgrad_jax.models import flops
+from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.step import quantization, stability
+from altgrad_jax.step.update import Inputs, StepOptions
+
+# Logits that exist at once, beside GPTConfig's own choice, which is a CPU's: a GPU wants large products.
+LOSS_TILE_BYTES_GPU = 2**30
+# Options of the step that are settings of the same name.
+_SAME_NAME = (
+    "batch_size",
+    "learning_rate",
+    "max_steps",
+    "warmup_steps",
+    "grad_accum_steps",
+    "schedule",
+    "min_lr_ratio",
+    "optimizer",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "adam_eps",
+    "grad_clip",
+    "data_seed",
+    "use_shadow",
+    "shadow_interval",
+)
+
+
+def model_config(config: ConfigDict, device: jax.Device) -> GPTConfig:
+    """The model that `config` describes, with the attention kernel for this device."""
+    tiles: dict[str, Any] = {} if device.platform == "cpu" else {"loss_tile_bytes": LOSS_TILE_BYTES_GPU}
+    return GPTConfig(
+        config.n_layer,
+        config.n_head,
+        config.n_embd,
+        config.block_size,
+        config.vocab_size,
+        config.dropout,
+        config.compute_dtype,
+        attention_kernel(config, device),
+        **tiles,
+    )
+
+
+def attention_kernel(config: ConfigDict, device: jax.Device) -> str:
+    """The attention implementation to compile: cuDNN where it can run and was not declined."""
+    head_width = config.n_embd // config.n_head
+    fits = has_cudnn_attention(device, head_width=head_width, compute_dtype=config.compute_dtype)
+    if config.attention == "cudnn" and not fits:
+        raise UserError(
+            f"attention='cudnn' cannot run heads of {head_width} numbers on this machine's "
+            f"{device.platform} ({device.device_kind}); it needs an NVIDIA GPU of compute capability 8.0 or more and "
+            "heads of at most 128 numbers: set attention='auto' or 'xla'"
+        )
+    if config.attention == "auto":
+        return "cudnn" if fits else "xla"
+    return config.attention
+
+
+def has_cudnn_attention(device: jax.Device, *, head_width: int, compute_dtype: str) -> bool:
+    """Whether cuDNN's attention runs on this device: NVIDIA, Ampere or newer, bfloat16, heads of at most 128 numbers in
+    multiples of 8."""
+    return (
+        device.platform == "gpu"
+        and "cuda" in device.client.platform_version.lower()
+        and float(getattr(device, "compute_capability", 0)) >= 8.0
+        and compute_dtype == "bfloat16"
+        and head_width % 8 == 0
+        and head_width <= 128
+    )
+
+
+def step_options(config: ConfigDict, *, steps_per_dispatch: int, data_on_device: bool = True) -> StepOptions:
+    """The static choices of the step that `config` describes."""
+    return StepOptions(
+        **{name: config[name] for name in _SAME_NAME},
+        steps_per_dispatch=steps_per_dispatch,
+        decay_steps=settings.decay_steps(config.decay_fraction, config.max_steps),
+        thresholds=stability.Thresholds(**{name: config[name] for name in stability.Thresholds._fields}),
+        metric_groups=settings.metric_groups(config.metrics),
+        data_on_device=data_on_device,
+        quant=quantization.options_of(config),
+    )
+
+
+def inputs_of(config: ConfigDict) -> Inputs:
+    """What the run that `config` describes gives the compiled step as data."""
+    quant = quantization.options_of(config)
+    return Inputs(
+        np.int32(config.seed),
+        np.float32(config.learning_rate),
+        None if quant is None else quantization.format_table(quant),
+    )
+
+
+def flops_per_step(config: ConfigDict) -> float:
+    """Floating-point operations of one update, by formula (flops.training_flops_per_token)."""
+    per_token = flops.training_flops_per_token(
+        n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size
+    )
+    return config.batch_size * config.block_size * per_token
