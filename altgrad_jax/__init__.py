@@ -1,4 +1,4 @@
-"""altgrad_jax: in which number format can a transformer be trained, and where does each one fail first?
+"""altgrad_jax: in which number format can a transformer be trained, and what does each one cost?
 
 from altgrad_jax import default_config, train
 result = train(default_config())

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from altgrad_jax.run.training import model_flops_per_step
 
 from altgrad_jax import cli
 from altgrad_jax.bench import peers, programs, roofline, suites, tables, timing, torch_peer, trace
@@ -21,6 +20,7 @@ from altgrad_jax.cli import load_config
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.flops import training_flops_per_token
 from altgrad_jax.models.gpt2 import GPTConfig, count_params, init_params
+from altgrad_jax.step.from_config import flops_per_step
 
 ROOT = Path(__file__).parent.parent
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=256)
@@ -144,7 +144,7 @@ def test_xla_counts_the_products_of_one_step_whatever_the_loop_and_little_else()
     config = tiny(n_embd=64, block_size=32)
     bench = programs.Bench()
     one, many = (bench.step(config, buffer_steps=K, bare=True).facts for K in (1, 5))
-    formula = model_flops_per_step(config)
+    formula = flops_per_step(config)
     # Elementwise work (softmax, LayerNorm, GELU, AdamW) is on top of the formula's products: a tenth at 64 wide.
     for name in ("flops_xla", "flops_lowered"):
         assert formula < one[name] < 1.2 * formula

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from absl import flags as absl_flags
-from altgrad_jax.run.distributed import check_flags
 from ml_collections import config_flags
 
 from altgrad_jax import cli
 from altgrad_jax.config import FIELDS, default_config
 from altgrad_jax.errors import UserError
+from altgrad_jax.run.processes import check_flags
 
 ROOT = Path(__file__).parents[1]
 BASELINE = "configs/bf16_baseline.py"

@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from test_training import make_data, tiny
 
 from altgrad_jax import train
-from altgrad_jax.run import device, training
+from altgrad_jax.run import device
+from altgrad_jax.run.folder import RunFolder
+from altgrad_jax.step.program import Program
 
 DUMP, LOAD = "--xla_gpu_dump_autotune_results_to", "--xla_gpu_load_autotune_results_from"
 
@@ -61,13 +62,13 @@ def test_flags_given_by_hand_come_first_and_without_a_gpu_there_are_none(gpu_is_
 def test_the_flags_stand_in_the_manifest_and_another_device_is_told(gpu_is_expected, tmp_path, monkeypatch, capsys):
     data_dir, run_dir = make_data(tmp_path), tmp_path / "run"
 
-    def compiled(self):
+    def compiled(self, n_threads):
         (run_dir / ".autotune.part").write_text("results")
         os.environ["XLA_FLAGS"] = ""
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr(training.Program, "compile", compiled)
-    monkeypatch.setattr(training.Run, "_restore_or_start", stands_at_step_0)
+    monkeypatch.setattr(Program, "compile", compiled)
+    monkeypatch.setattr(RunFolder, "restore_or_start", stands_at_step_0)
 
     def start():
         with pytest.raises(RuntimeError, match="far enough"):
@@ -87,11 +88,9 @@ def test_the_flags_stand_in_the_manifest_and_another_device_is_told(gpu_is_expec
     assert capsys.readouterr().out.count("was begun on NVIDIA H100 80GB HBM3 and goes on on cpu") == 1
 
 
-def stands_at_step_0(self):
-    """In place of Run._restore_or_start: with other flags jax would compile the initialization anew."""
-    self.checkpoints, self.step, self.resumed = None, 0, False
-    abstract_state = self.program.functions.abstract_state
-    self.state = abstract_state._replace(monitor=abstract_state.monitor._replace(bad_streak=np.int32(0)))
+def stands_at_step_0(self, resources):
+    """In place of RunFolder.restore_or_start: with other flags jax would compile the initialization anew."""
+    return self.setup.functions.abstract_state
 
 
 def test_a_cpu_takes_the_flags_without_harm(tmp_path):

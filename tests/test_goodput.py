@@ -1,16 +1,18 @@
 """Where the time of a run went: every second is booked once, by whatever way the run ends."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from altgrad_jax.run.process import process_age
 from test_training import make_data, tiny
 
 from altgrad_jax import train
 from altgrad_jax.run import goodput, verdict
+from altgrad_jax.run.signals import process_age
+from altgrad_jax.step.program import Program
 
 
 @pytest.fixture(scope="module")
@@ -111,34 +113,25 @@ def test_a_run_accounts_for_its_time_and_for_steps_made_twice(data_dir, tmp_path
 
 
 def test_a_run_that_fails_or_is_interrupted_leaves_its_account(data_dir, tmp_path, monkeypatch, capsys):
-    from altgrad_jax.run import training
+    advance = Program.advance
 
-    advance = training.Program.advance
-
-    def fails(self, runs, step, n):
-        if step >= 10:
+    def fails(self, state, *arguments):
+        if int(state.step) >= 10:
             raise RuntimeError("the device is gone")
-        return advance(self, runs, step, n)
+        return advance(self, state, *arguments)
 
-    monkeypatch.setattr(training.Program, "advance", fails)
+    monkeypatch.setattr(Program, "advance", fails)
     with pytest.raises(RuntimeError, match="the device is gone"):
         train(tiny(), data_dir=data_dir, workdir=tmp_path / "b")
     (account,) = accounts_of(tmp_path / "b")
     assert account["step"] == 10 and account["step_s"] > 0
 
-    def interrupted(self, runs, step, n):
-        stop.number = 15 if step + n >= 15 else None
-        return advance(self, runs, step, n)
+    def interrupted(self, state, tokens, n_R, inputs):
+        if int(state.step) + n_R[0] >= 15:
+            signal.raise_signal(signal.SIGTERM)
+        return advance(self, state, tokens, n_R, inputs)
 
-    class Stop(training.StopRequest):
-        def __enter__(self):
-            nonlocal stop
-            stop = self
-            return super().__enter__()
-
-    stop = None
-    monkeypatch.setattr(training.Program, "advance", interrupted)
-    monkeypatch.setattr(training, "StopRequest", Stop)
+    monkeypatch.setattr(Program, "advance", interrupted)
     result = train(tiny(), data_dir=data_dir, workdir=tmp_path / "b")
     assert result.exit_code == 143 and result.verdict is None
     assert len(accounts_of(tmp_path / "b")) == 2
@@ -147,7 +140,7 @@ def test_a_run_that_fails_or_is_interrupted_leaves_its_account(data_dir, tmp_pat
 
 def test_the_age_of_a_process_counts_its_interpreters_start():
     before = time.time()
-    script = "import time; time.sleep(0.3); from altgrad_jax.run.process import process_age; print(process_age())"
+    script = "import time; time.sleep(0.3); from altgrad_jax.run.signals import process_age; print(process_age())"
     age = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
     assert 0.3 <= age <= time.time() - before + 0.02
     assert process_age() > 0

@@ -4,7 +4,6 @@ A process has the devices it began with, so what needs eight is measured in one 
 which prints JSON) and judged here.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -19,14 +18,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from altgrad_jax.run.process import lock_folder
 from test_training import command, make_data, rows_of, wait_for_rows
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.gpt2 import GPTConfig
 from altgrad_jax.numerics.rules import resolve_rules
-from altgrad_jax.run import distributed
+from altgrad_jax.run import processes as distributed
 from altgrad_jax.run.checkpoint import list_steps
+from altgrad_jax.run.lock import locked
 from altgrad_jax.step import mesh, stability
 from altgrad_jax.step.mesh import data_mesh, over_fsdp, place, replicated, shard_bytes, split_axis
 from altgrad_jax.step.program import make_step_functions
@@ -282,8 +281,7 @@ def outputs(processes):
 
 def test_processes_with_different_data_or_a_locked_folder_all_end_with_a_sentence(data_dir, tmp_path):
     other = make_data(tmp_path, seed=1)
-    with contextlib.ExitStack() as resources:
-        lock_folder(tmp_path / "locked", resources)
+    with locked(tmp_path / "locked"):
         pairs = {
             "has data with the fingerprint": start_two([data_dir, other], tmp_path / "run"),
             "is being trained into by another process": start_two([data_dir] * 2, tmp_path / "locked"),

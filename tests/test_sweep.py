@@ -12,14 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from altgrad_jax.run.training import train
 from test_training import make_data, rows_of, state_bytes, tiny
 
-from altgrad_jax import cli
+from altgrad_jax import cli, train
 from altgrad_jax.errors import UserError
-from altgrad_jax.run import sweep, training, verdict
+from altgrad_jax.run import sweep, verdict
 from altgrad_jax.run.checkpoint import list_steps
+from altgrad_jax.run.folder import RunFolder
+from altgrad_jax.run.setup import open_data, set_up
 from altgrad_jax.run.sweep import axis, grid, make_members, only, program_key
+from altgrad_jax.step.from_config import flops_per_step
+from altgrad_jax.step.program import Program
 
 ROOT = Path(__file__).parent.parent
 FORMAT = dict(use_fp8=True, metrics="format", weights_at_rest="stochastic")
@@ -51,21 +54,20 @@ def swept(data_dir, tmp_path_factory):
 def counted_compiles():
     """Widths of the programs compiled meanwhile, and in how many chunks each was used."""
     counts = {"compiled": [], "chunks": 0}
-    compile_, loop = training.Program.compile, sweep.loop
+    compile_, loop = Program.compile, sweep.loop
 
-    def counting(self):
+    def counting(self, n_threads):
         counts["compiled"].append(self.width)
-        seconds = compile_(self)
+        compile_(self, n_threads)
         # Ahead of time: a call with other shapes or types is an error, so that nothing else can compile.
         assert all(isinstance(program, jax.stages.Compiled) for program in self.compiled)
-        return seconds
 
     def counting_loop(*args):
         counts["chunks"] += 1
         return loop(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Program, "compile", counting)
+        patch.setattr(Program, "compile", counting)
         patch.setattr(sweep, "loop", counting_loop)
         yield counts
 
@@ -137,19 +139,19 @@ class Killed(BaseException):
 def test_a_killed_sweep_goes_on_to_the_bit(swept, data_dir, tmp_path, monkeypatch):
     """Killed when one member of the pair has checkpoint 10 and the other has not; then again after step 10."""
     out = tmp_path / "out"
-    save = training.Run.save
+    save = RunFolder.save
 
     def killed_at(step, name):
-        def watched(self):
+        def watched(self, state):
             if self.step == step and self.config.run_name == name:
                 raise Killed
-            save(self)
+            save(self, state)
 
         return watched
 
     for step, name in ((10, "E5M2-G"), (20, "E4M3")):
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(training.Run, "save", killed_at(step, name))
+            patch.setattr(RunFolder, "save", killed_at(step, name))
             sweep.sweep(make_members(tiny(**SHORT), POINTS, out), out, data_dir=data_dir, width=2)
         assert list_steps(out / "E4M3") == [10]
         assert list_steps(out / "E5M2-G") == ([] if step == 10 else [10])
@@ -166,16 +168,15 @@ def test_an_interrupted_sweep_saves_and_says_how_to_go_on(swept, data_dir, tmp_p
     out = tmp_path / "out"
     loop = sweep.loop
 
-    def interrupted(program, runs, stop):
+    def interrupted(setup, program, runs, states, stop, goodput):
         advance = program.advance
 
         def then_stop(*args):
-            rows = advance(*args)
             stop.number = 15
-            return rows
+            return advance(*args)
 
         program.advance = then_stop
-        loop(program, runs, stop)
+        loop(setup, program, runs, states, stop, goodput)
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "loop", interrupted)
@@ -191,18 +192,19 @@ def test_a_member_that_is_not_finite_freezes_and_the_others_go_on(
     swept, data_dir, tmp_path, monkeypatch, capsys, member_loop
 ):
     out = tmp_path / "out"
-    start = training.Run._restore_or_start
+    start = RunFolder.restore_or_start
 
-    def spoiled(self):
-        start(self)
+    def spoiled(self, resources):
+        state = start(self, resources)
         if self.config.run_name == "bf16-a":
-            params = jax.tree.map(jnp.copy, self.state.params)
+            params = jax.tree.map(jnp.copy, state.params)
             params["embed"]["embedding"] = params["embed"]["embedding"].at[3, 3].set(np.nan)
-            self.state = self.state._replace(params=params)
+            state = state._replace(params=params)
+        return state
 
     points = [POINTS[0], POINTS[2]]
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "_restore_or_start", spoiled)
+        patch.setattr(RunFolder, "restore_or_start", spoiled)
         assert (
             sweep.sweep(make_members(tiny(**SHORT), points, out), out, data_dir=data_dir, member_loop=member_loop) == 0
         )
@@ -452,12 +454,11 @@ def test_the_estimate_of_memory_is_near_what_is_compiled(data_dir, changes, memb
         if "batch_size" not in changes
         else tiny(n_embd=64, n_layer=2, **changes)
     )
-    with contextlib.ExitStack() as resources:
-        program = training.Program(config, data_dir, None, resources, width=4, member_loop=member_loop)
-        per_lane, once = sweep.lane_bytes(program, member_loop=member_loop)
-        # Memory is planned before LLVM gets to see anything: its optimisations change no byte of it, and take time.
-        quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        analysis = next(program.lower()).compile(quick).memory_analysis()
+    setup = set_up(config, open_data(config, data_dir, print), print, side_by_side=True)
+    per_lane, once = sweep.lane_bytes(setup, member_loop=member_loop)
+    # Memory is planned before LLVM gets to see anything: its optimisations change no byte of it, and take time.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    analysis = next(setup.program(4, member_loop).lower()).compile(quick).memory_analysis()
     n_bytes = (
         analysis.temp_size_in_bytes
         + analysis.argument_size_in_bytes
@@ -473,7 +474,7 @@ def test_a_dry_run_tells_the_plan_and_makes_nothing(data_dir, tmp_path, capsys):
     assert sweep.sweep(members, out, data_dir=data_dir, dry_run=True, width=2) == 0
     said = capsys.readouterr().out
     assert not out.exists()
-    flops = 2 * 20 * training.model_flops_per_step(tiny())
+    flops = 2 * 20 * flops_per_step(tiny())
     assert "group 1 of 2: 2 members (bf16-a, bf16-b), 2 side by side in 1 chunk, " in said
     assert f"{flops / 1e12:,.3g} TFLOP; 20 steps of 4 x 16 tokens" in said
     assert re.search(

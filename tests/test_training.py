@@ -19,7 +19,9 @@ from altgrad_jax.data.prepare import prepare
 from altgrad_jax.data.sources import local
 from altgrad_jax.data.tokenizer import get_tokenizer
 from altgrad_jax.errors import UserError
+from altgrad_jax.run import loop
 from altgrad_jax.run.checkpoint import list_steps, load_params, open_checkpoints, restore_path
+from altgrad_jax.run.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -43,7 +45,7 @@ TINY = dict(
     run_name="tiny",
     tags=("tiny",),
     wandb_mode="disabled",
-    console="quiet",
+    console="plain",
 )
 
 
@@ -321,19 +323,17 @@ def test_short_validation_data_is_used_whole_and_said(data_dir, tmp_path, capsys
 
 def test_non_finite_steps_are_located_kept_and_end_the_run(data_dir, tmp_path, monkeypatch, capsys):
     """A NaN put into one parameter after 20 steps: three bad steps, an anomaly checkpoint, exit code 3."""
-    from altgrad_jax.run import training
-
     run_dir = tmp_path / "nan"
     train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
-    restore = training.Run._restore_or_start
+    restore = RunFolder.restore_or_start
 
-    def restore_and_spoil(self):
-        restore(self)
-        params = jax.tree.map(jnp.copy, self.state.params)
+    def restore_and_spoil(self, resources):
+        state = restore(self, resources)
+        params = jax.tree.map(jnp.copy, state.params)
         params["block_0"]["mlp_up"]["kernel"] = params["block_0"]["mlp_up"]["kernel"].at[1, 2].set(np.nan)
-        self.state = self.state._replace(params=params)
+        return state._replace(params=params)
 
-    monkeypatch.setattr(training.Run, "_restore_or_start", restore_and_spoil)
+    monkeypatch.setattr(RunFolder, "restore_or_start", restore_and_spoil)
     result = train(tiny(), data_dir=data_dir, workdir=run_dir)
     assert result.exit_code == 3
     rows = rows_of(run_dir)
@@ -438,7 +438,7 @@ def test_a_second_signal_leaves_at_once_even_while_the_device_computes(data_dir,
     sent = time.monotonic()
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and time.monotonic() - sent < 10
+    assert process.returncode == -signal.SIGINT and time.monotonic() - sent < 10
     assert "SIGINT: saving after this dispatch" in output
 
 
@@ -465,8 +465,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(data_dir, tmp_path):
 
 
 def test_the_checkpoint_restores_as_the_state_that_made_it(whole):
-    from altgrad_jax.run.training import model_config, step_options
-
+    from altgrad_jax.step.from_config import model_config, step_options
     from altgrad_jax.step.mesh import data_mesh
     from altgrad_jax.step.program import make_step_functions
 
@@ -508,7 +507,7 @@ def test_evaluating_a_checkpoint_gives_the_records_validation_loss(whole, data_d
 
 
 def test_at_least_half_of_the_time_is_saved_and_all_but_the_longest_wait():
-    from altgrad_jax.run.training import InterimSaves
+    from altgrad_jax.run.loop import InterimSaves
 
     now, saved_at = 0.0, []
     saves = InterimSaves(60.0, clock=lambda: now)
@@ -523,17 +522,15 @@ def test_at_least_half_of_the_time_is_saved_and_all_but_the_longest_wait():
 
 
 def test_interim_checkpoints_change_nothing_and_are_gone_at_the_end(whole, data_dir, tmp_path, monkeypatch):
-    from altgrad_jax.run import training
-
-    monkeypatch.setattr(training, "FIRST_INTERIM_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "FIRST_INTERIM_SECONDS", 0.0)
     saved = []
-    save = training.Run.save
+    save = RunFolder.save
 
-    def told(self, *, interim=False):
+    def told(self, state, *, interim=False):
         saved.append((self.step, interim))
-        save(self, interim=interim)
+        save(self, state, interim=interim)
 
-    monkeypatch.setattr(training.Run, "save", told)
+    monkeypatch.setattr(RunFolder, "save", told)
     run_dir = tmp_path / "often"
     result = train(tiny(checkpoint_seconds=1e-6, steps_per_dispatch=3), data_dir=data_dir, workdir=run_dir)
     assert {interim for step, interim in saved if step % 10} == {True}

@@ -3,7 +3,6 @@
 One configuration is compiled for most of these tests: E4M3 forward, E5M2 gradients, stored weights, a shadow.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,9 +25,13 @@ from altgrad_jax.inference.evaluate import evaluate_checkpoint
 from altgrad_jax.inference.generate import generate, load_model
 from altgrad_jax.models.gpt2 import GPT, Quantized, weights_of
 from altgrad_jax.numerics import formats, rounding, whatif
-from altgrad_jax.run import training
+from altgrad_jax.numerics.rules import resolve_rules
+from altgrad_jax.run import look
+from altgrad_jax.run import setup as setup_module
 from altgrad_jax.run.checkpoint import list_steps, load_params
-from altgrad_jax.step.program import Observed
+from altgrad_jax.run.folder import RunFolder
+from altgrad_jax.run.setup import open_data, set_up
+from altgrad_jax.step.program import Observed, require_float8_kernels
 from altgrad_jax.step.quantization import QuantOptions
 
 LAYERS = ("block_0/attn_qkv", "block_0/attn_out", "block_0/mlp_up", "block_0/mlp_down")
@@ -98,10 +101,10 @@ def statistics_of(row, layer):
 @pytest.mark.parametrize(("made", "changes"), [("whole", STORED), ("mixed", MIXED)])
 def test_every_name_of_a_row_is_one_that_wandb_can_be_asked_for(made, changes, data_dir, request):
     result = request.getfixturevalue(made)
-    with contextlib.ExitStack() as resources:
-        program = training.Program(tiny(**changes), data_dir, None, resources)
-        names = program.row_names()
-        training.require_wandb_keys(("codes_used/*", "mfu"), program)
+    config = tiny(**changes)
+    setup = set_up(config, open_data(config, data_dir, print), print)
+    names = look.row_names(setup)
+    look.require_wandb_keys(("codes_used/*", "mfu"), setup)
     assert len(names) == len(set(names))
     assert set(result.history) - {"step"} <= set(names)
     assert any(name.startswith("codes_used/") for name in result.history)
@@ -258,11 +261,11 @@ def test_what_does_not_apply_is_not_recorded(mixed):
 def test_a_diagnosis_names_the_format_in_use(level, expected):
     """After an emergency shift an operand has another format than the settings say."""
     quant = QuantOptions(
-        tuple(training.format_rules.resolve_rules(("head:W=E4M3", "head:G=E5M2"), 1)),
+        tuple(resolve_rules(("head:W=E4M3", "head:G=E5M2"), 1)),
         emergency_formats=("E3M4", "E2M5"),
     )
     observed = Observed(np.ones((1, 3, 256)), np.ones((1, 3, whatif.N_BINS)), np.ones((1, 3)), np.ones((1, 3)))
-    found, lines = training.diagnosis(quant, level, 7, observed)
+    found, lines = look.diagnosis(quant, level, 7, observed)
     assert [(line["step"], line["layer"], line["operand"]) for line in lines] == [(7, "head", "W"), (7, "head", "G")]
     assert [line["format"] for line in lines] == expected
     assert found["codes_used_share/head/G"] == 256 / formats.get_format(expected[1]).n_finite
@@ -277,21 +280,16 @@ class Killed(BaseException):
 
 def interrupt(monkeypatch, step, how):
     """At this step, which must end a dispatch: `how` is SIGTERM, or Killed, which saves nothing."""
-    loop, tell_saves = training.loop, training.Run._tell_saves
+    report_saves = RunFolder._report_saves
 
-    def watched_loop(program, runs, stop):
-        runs[0].stop = stop
-        return loop(program, runs, stop)
-
-    def watched_tell_saves(self):
+    def watched(self):
         if self.step == step and how is Killed:
             raise Killed
         if self.step == step:
-            self.stop.number = how
-        tell_saves(self)
+            signal.raise_signal(how)
+        report_saves(self)
 
-    monkeypatch.setattr(training, "loop", watched_loop)
-    monkeypatch.setattr(training.Run, "_tell_saves", watched_tell_saves)
+    monkeypatch.setattr(RunFolder, "_report_saves", watched)
 
 
 def test_an_interrupted_run_equals_the_whole(whole, data_dir, tmp_path, monkeypatch):
@@ -368,6 +366,14 @@ def test_a_run_of_schema_version_1_goes_on(data_dir, tmp_path):
 # ------------------------------------------------------------------------------------------------ before the first step
 
 
+@pytest.fixture
+def no_certificates():
+    """Certificates are kept for the process; a test that changes the canary begins and ends without."""
+    setup_module._certificate.cache_clear()
+    yield
+    setup_module._certificate.cache_clear()
+
+
 @pytest.mark.parametrize(
     "round_fn",
     [
@@ -377,13 +383,15 @@ def test_a_run_of_schema_version_1_goes_on(data_dir, tmp_path):
     ],
     ids=["nothing", "bfloat16", "one number wrong"],
 )
+@pytest.mark.usefixtures("no_certificates")
 def test_nothing_is_trained_with_a_rounding_that_fails_its_canary(data_dir, tmp_path, monkeypatch, round_fn):
-    monkeypatch.setattr(training, "canary", functools.partial(rounding.canary, round_fn=round_fn))
+    monkeypatch.setattr(setup_module, "canary", functools.partial(rounding.canary, round_fn=round_fn))
     with pytest.raises(UserError, match="rounding to E4M3 is wrong on .*: run with another version of jax"):
         train(tiny(**STORED), data_dir=data_dir, workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("no_certificates")
 def test_every_format_that_may_be_used_passes_the_canary(data_dir, tmp_path, monkeypatch):
     """The emergency ones too, and with the run's way to overflow."""
     asked = []
@@ -393,7 +401,7 @@ def test_every_format_that_may_be_used_passes_the_canary(data_dir, tmp_path, mon
         if fmt.name == "FP16":
             raise UserError("enough")
 
-    monkeypatch.setattr(training, "canary", canary)
+    monkeypatch.setattr(setup_module, "canary", canary)
     with pytest.raises(UserError, match="enough"):
         train(
             tiny(
@@ -414,10 +422,10 @@ def test_native_products_that_the_compiler_did_not_make_are_refused(n_products, 
     compiled = SimpleNamespace(as_text=lambda: 'custom_call_target="__cublas$lt$matmul$f8"\n' * n_products)
     device = SimpleNamespace(platform=platform, device_kind="card")
     if fits:
-        training.require_float8_kernels(compiled, device, 4)
+        require_float8_kernels(compiled, device, 4)
     else:
         with pytest.raises(UserError, match=r"needs 12 float8 products .* for card has 11: .*products='emulated'"):
-            training.require_float8_kernels(compiled, device, 4)
+            require_float8_kernels(compiled, device, 4)
 
 
 # ------------------------------------------------------------------------------------------------------- afterwards

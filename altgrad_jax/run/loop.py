@@ -12,6 +12,7 @@ is decided by the lead or by all of them together.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -74,7 +75,12 @@ class Training:
     diagnosed_windows: jax.Array
     goodput: Goodput
     interim: InterimSaves
+    device_thread: ThreadPoolExecutor
     seconds_per_step: float | None = None
+
+    def compute(self, function: Callable, *arguments):
+        """function(*arguments), which waits for the device; meanwhile the main thread can answer signals."""
+        return self.device_thread.submit(function, *arguments).result()
 
 
 def loop(
@@ -106,6 +112,7 @@ def loop(
         place(windows[: setup.data.eval_batch_size], program.replicated),
         goodput,
         InterimSaves(setup.config.checkpoint_seconds),
+        ThreadPoolExecutor(1, thread_name_prefix="device"),
     )
     del states
     try:
@@ -122,6 +129,7 @@ def loop(
                 run.save(program.state_of(training.state, lane), interim=not run.is_at_its_end)
     finally:
         feed.close()
+        training.device_thread.shutdown(wait=False)
 
 
 def look_at_the_start(training: Training, stop: StopRequest) -> None:
@@ -171,7 +179,9 @@ def dispatch(training: Training, behind: Sequence[int], step: int, n: int, save_
     started = time.perf_counter()
     with goodput.spend("step"):
         tokens = training.feed.at(step, n)
-        training.state, fetched = training.program.advance(training.state, tokens, n_R, training.inputs)
+        training.state, fetched = training.compute(
+            training.program.advance, training.state, tokens, n_R, training.inputs
+        )
     ended = time.perf_counter()
     rows = {lane: take_note(training, fetched, lane, n, (ended - started) / len(behind)) for lane in behind}
     training.seconds_per_step = (ended - started) / max(1, *map(len, rows.values()))
@@ -218,14 +228,14 @@ def look(
     program, looks = training.program, {}
     losses_R = None
     if evaluate:
-        losses_R = program.evaluate(training.state, training.val_windows, training.inputs)
+        losses_R = training.compute(program.evaluate, training.state, training.val_windows, training.inputs)
     for lane in lanes:
         run, found, lines = training.runs[lane], {}, []
         if losses_R is not None:
             found = evaluation_of(losses_R[lane])
         if diagnose:
             state = program.state_of(training.state, lane)
-            ranks, observed = program.diagnose(state, training.diagnosed_windows, run.inputs)
+            ranks, observed = training.compute(program.diagnose, state, training.diagnosed_windows, run.inputs)
             found |= {name: float(value) for name, value in ranks.items()}
             if observed is not None:
                 of_operands, lines = diagnosis(run.quant, int(state.quant.level), run.step, observed)

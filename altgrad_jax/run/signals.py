@@ -88,5 +88,7 @@ class StopRequest:
             raise Interrupted(number)
         # Not print: the main thread may be in the middle of one. And the terminal may be the one that was closed.
         with contextlib.suppress(OSError):
+            if os.isatty(1):
+                os.write(1, b"\x1b[?25h")  # the live progress line hides the cursor
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: saving after this dispatch, then stopping; once more to leave at once\n".encode())

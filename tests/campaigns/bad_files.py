@@ -1758,7 +1758,7 @@ def flags(originals):
                     (*parts["FLAGS"],) if "FLAGS" in parts else (*cli.TRAIN_FLAGS, cli.DRY_RUN, *cli.PROCESS_FLAGS),
                 )
                 if script == "train.py":
-                    from altgrad_jax.run.distributed import check_flags
+                    from altgrad_jax.run.processes import check_flags
 
                     check_flags(
                         *(values[name] for name in ("distributed", "coordinator", "num_processes", "process_id"))

@@ -33,13 +33,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from altgrad_jax import train
 from altgrad_jax.config import default_config
 from altgrad_jax.data.prepare import prepare
 from altgrad_jax.data.sources import local
 from altgrad_jax.data.tokenizer import get_tokenizer
 from altgrad_jax.models import gpt2
 from altgrad_jax.numerics.rules import resolve_rules
-from altgrad_jax.run import training
+from altgrad_jax.run import setup
+from altgrad_jax.run.folder import FINISHED, STOPPED_NON_FINITE
 from altgrad_jax.step import metrics, program, stability, update
 from altgrad_jax.step.mesh import data_mesh
 from altgrad_jax.step.quantization import QuantOptions
@@ -608,7 +610,7 @@ TINY = dict(
     diagnostic_interval=20,
     nan_patience=PATIENCE,
     wandb_mode="disabled",
-    console="quiet",
+    console="plain",
     data_placement="host",
     max_checkpoints=9,
 )
@@ -630,7 +632,7 @@ TRAININGS = {
 @contextlib.contextmanager
 def _damaged_training(fault, n_bad):
     """While this is entered, a training meets the fault in the `n_bad` steps from row BAD_ROW on."""
-    host_stream, advance = training.HostStream, training.Program.advance
+    host_stream, advance = setup.HostStream, program.Program.advance
 
     class FaultyStream(host_stream):
         def get(self, first_step, n_steps):
@@ -640,22 +642,22 @@ def _damaged_training(fault, n_bad):
                     batches[i, :, 0] += CODE  # the first site and kind: a loss that is NaN
             return batches
 
-    def faulty_advance(program, runs, at, n):
+    def faulty_advance(self, state, *arguments):
         # The checkpoint at BAD_ROW - 1 makes a dispatch begin there.
-        if at == BAD_ROW - 1:
+        if int(state.step) == BAD_ROW - 1:
             index = (0, 1, -1) if fault == HISTORY else (0, 3)
-            damaged = with_value(jax.device_get(program.state), fault, index, np.nan)
-            program.state = jax.device_put(damaged, jax.tree.map(lambda leaf: leaf.sharding, program.state))
-        return advance(program, runs, at, n)
+            damaged = with_value(jax.device_get(state), fault, index, np.nan)
+            state = jax.device_put(damaged, jax.tree.map(lambda leaf: leaf.sharding, state))
+        return advance(self, state, *arguments)
 
     if fault == ("loss", ""):
-        training.HostStream = FaultyStream
+        setup.HostStream = FaultyStream
     else:
-        training.Program.advance = faulty_advance
+        program.Program.advance = faulty_advance
     try:
         yield
     finally:
-        training.HostStream, training.Program.advance = host_stream, advance
+        setup.HostStream, program.Program.advance = host_stream, advance
 
 
 def _arrays(run_dir, at):
@@ -670,10 +672,10 @@ def training_fault(folder, name, data_dir):
     config, run_dir, said = default_config(), folder / re.sub(r"\W+", "-", name), io.StringIO()
     config.update(TINY | changes | dict(run_name=run_dir.name))
     with _damaged_training(fault, n_bad), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        result = training.train(config, data_dir=data_dir, workdir=run_dir)
+        result = train(config, data_dir=data_dir, workdir=run_dir)
     wrong, once = [], n_bad == 1
     made = config.max_steps if once else BAD_ROW + PATIENCE - 1
-    if result.exit_code != (training.FINISHED if once else training.STOPPED_NON_FINITE):
+    if result.exit_code != (FINISHED if once else STOPPED_NON_FINITE):
         wrong.append(f"exit code {result.exit_code}")
     if f"step {BAD_ROW} was not finite: {cause}; the state at step" not in " ".join(said.getvalue().split()):
         wrong.append(f"the console says {said.getvalue()!r}")
