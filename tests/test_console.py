@@ -2,11 +2,14 @@
 
 import io
 import math
+import re
 import threading
+import time
 
 import pytest
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.run import console as console_module
 from altgrad_jax.run.console import make_console, show_duration, show_rate
 
 
@@ -45,13 +48,25 @@ def test_a_short_run_prints_every_step():
     assert len(stream.getvalue().splitlines()) == 6
 
 
-def test_quiet_prints_only_alerts_and_messages():
+def test_quiet_prints_only_alerts():
     stream = io.StringIO()
     console = play("quiet", stream)
     console.alert("step 3: loss_spike, value 9")
     console.message("finished")
+    with console.working("compiling"):
+        pass
     console.close()
-    assert stream.getvalue() == "ALERT step 3: loss_spike, value 9\nfinished\n"
+    assert stream.getvalue() == "ALERT step 3: loss_spike, value 9\n"
+
+
+def test_a_plain_console_shows_that_it_is_alive(monkeypatch):
+    monkeypatch.setattr(console_module, "WORKING_S", 0.05)
+    stream = io.StringIO()
+    with make_console("plain", 10, stream).working("compiling"):
+        time.sleep(0.2)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "compiling ..." and re.fullmatch(r"compiling took \d\.\d s", lines[-1])
+    assert 2 <= len(lines) - 2 <= 4 and all(re.fullmatch(r"compiling \.\.\. \d s", line) for line in lines[1:-1])
 
 
 def test_the_live_line_and_what_scrolls_above_it(monkeypatch):
