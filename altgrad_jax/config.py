@@ -28,6 +28,9 @@ from altgrad_jax.errors import LIST_ITEM, UserError
 from altgrad_jax.numerics import rules
 from altgrad_jax.numerics.formats import get_format, require_overflow_code
 
+# A ConfigDict with the settings of this file. (To a type checker every attribute of a ConfigDict is a union of all.)
+Config = Any
+
 INT32_MAX = 2**31 - 1
 FLOAT32_TINY = 2.0**-126  # the smallest normal float32; compiled code may flush what is below to 0
 FLOAT32_BELOW_1 = 1 - 2.0**-24

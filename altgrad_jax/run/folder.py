@@ -13,15 +13,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from altgrad_jax import config as settings
+from altgrad_jax.config import Config
 from altgrad_jax.data.dataset import permute_windows
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.gpt2 import count_params
@@ -64,7 +64,7 @@ def require_resume(resume: str | int) -> None:
         )
 
 
-def is_finished(run_dir: Path, config: ConfigDict) -> bool:
+def is_finished(run_dir: Path, config: Config) -> bool:
     """Whether the folder holds the run that `config` describes, with all steps made; UserError if it holds another."""
     steps, ended = list_steps(run_dir), verdict.read_verdict(run_dir)
     if ended is None or not (run_dir / MANIFEST).exists() or not steps or max(steps) < config.max_steps:
@@ -75,7 +75,7 @@ def is_finished(run_dir: Path, config: ConfigDict) -> bool:
     return True
 
 
-def has_ended(run_dir: Path, config: ConfigDict) -> bool:
+def has_ended(run_dir: Path, config: Config) -> bool:
     """Whether the run made all its steps, or stopped for good because it was not finite; UserError as is_finished."""
     if is_finished(run_dir, config):
         return True
@@ -86,7 +86,7 @@ def has_ended(run_dir: Path, config: ConfigDict) -> bool:
     return True
 
 
-def refuse_other_config(run_dir: Path, manifest: dict, config: ConfigDict) -> None:
+def refuse_other_config(run_dir: Path, manifest: dict, config: Config) -> None:
     """UserError where the run of this manifest cannot be continued with `config`."""
     lines = settings.config_difference(manifest["config"], settings.to_dict(config))
     if lines:
@@ -112,7 +112,7 @@ class Claim:
       manifest: of the run that is in it; None where there is none yet.
     """
 
-    config: ConfigDict
+    config: Config
     run_dir: Path
     resume: str | int
     manifest: dict | None
@@ -133,12 +133,12 @@ class Claim:
             )
 
 
-def claim(config: ConfigDict, run_dir: Path, resume: str | int = "auto") -> Claim:
+def claim(config: Config, run_dir: Path, resume: str | int = "auto") -> Claim:
     """Refuses a folder that this run may not use, before anything expensive is done."""
     return Claim(config, run_dir, resume, processes.from_lead(lambda: _manifest_of(config, run_dir, resume)))
 
 
-def _manifest_of(config: ConfigDict, run_dir: Path, resume: str | int) -> dict | None:
+def _manifest_of(config: Config, run_dir: Path, resume: str | int) -> dict | None:
     manifest = None
     if resume == "never":
         if run_dir.exists() and not is_empty(run_dir):
@@ -183,8 +183,11 @@ class RunFolder:
         self.inputs, self.certificates = inputs_of(self.config), certify(self.quant)
         self.started = time.time()
         self.step, self.resumed, self.frozen, self.first_bad_step = 0, False, False, -1
-        self.furthest, self.evaluation, self.account = 0, None, None
-        self.writer = self.wandb = self.verdict = None
+        self.furthest = 0
+        self.evaluation: Mapping[str, Any] | None = None
+        self.account: dict[str, float] | None = None
+        self.verdict: dict[str, Any] | None = None
+        self.writer = self.wandb = None
         self.tags = [*self.config.tags, *setup.data.tags]
 
     # The start.
@@ -481,18 +484,17 @@ class RunFolder:
             return self.exit_code
         self._flush()
         interrupted = self.exit_code > 128
+        summary = {}
         if not interrupted:
-            self.verdict = verdict.make_verdict(self.run_dir, stopped=self._why_it_stopped())
+            self.verdict = found = verdict.make_verdict(self.run_dir, stopped=self._why_it_stopped())
             if plot:
                 verdict.plot_loss(self.run_dir, title=self.config.run_name)
-            verdict.write_verdict(self.run_dir, self.verdict)
+            verdict.write_verdict(self.run_dir, found)
+            summary = {"verdict": found["verdict"]}
         if self.wandb is not None:
             # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
             with self.goodput.spend("logging_blocked"):
-                self.wandb.close(
-                    drain_timeout=5.0 if signal_number else 300.0,
-                    summary={} if interrupted else {"verdict": self.verdict["verdict"]},
-                )
+                self.wandb.close(drain_timeout=5.0 if signal_number else 300.0, summary=summary)
         self._account()
         if self.account and self.verdict:
             # Once more: sending to W&B may have taken minutes, and a verdict does not wait for that.
@@ -523,6 +525,7 @@ class RunFolder:
 
     def report(self) -> None:
         """Says how it went: where the time went, and the verdict, or how to resume."""
+        assert self.account is not None, "finish() makes the account of a run by itself"
         self.console.message(describe(self.account))
         self.console.close()
         if self.exit_code > 128:
@@ -530,11 +533,11 @@ class RunFolder:
                 f"{signal.Signals(self.exit_code - 128).name}: stopped after step {self.step} of "
                 f"{self.config.max_steps}; {how_it_goes_on(self.run_dir, self.resume)}"
             )
-        elif self.config.console != "quiet" or not self.verdict["sound"]:
+        elif self.verdict and (self.config.console != "quiet" or not self.verdict["sound"]):
             verdict.print_verdict(self.verdict, seconds=self.account["wall_s"])
 
 
-def _describe_formats(config: ConfigDict, quant: quantization.QuantOptions) -> str:
+def _describe_formats(config: Config, quant: quantization.QuantOptions) -> str:
     """Which layers compute in which formats, in one line."""
     groups: dict[tuple, list[str]] = {}
     for layer in quant.layers:

@@ -2,6 +2,8 @@
 
 import contextlib
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 # The order in which they are shown. Start-up is everything up to the first dispatch but compilation; replayed are steps
 # that an earlier start of the run had made and recorded, and that were lost to its last checkpoint.
@@ -12,12 +14,12 @@ class Goodput:
     """Divides the time of the host loop's thread: at every moment exactly one category runs, so that all of them sum to
     the wall time."""
 
-    def __init__(self, before=0.0, clock=time.perf_counter):
+    def __init__(self, before: float = 0.0, clock: Callable[[], float] = time.perf_counter):
         """Starts with start-up, of which `before` seconds have passed already."""
         self._clock, self._category, self._since = clock, "start_up", clock() - before
-        self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
 
-    def enter(self, category):
+    def enter(self, category: str) -> str:
         """From now on time goes to `category`. Returns the one before."""
         now, before = self._clock(), self._category
         self._seconds[before] += now - self._since
@@ -25,7 +27,7 @@ class Goodput:
         return before
 
     @contextlib.contextmanager
-    def spend(self, category):
+    def spend(self, category: str) -> Iterator[None]:
         """Time in this context goes to `category`, and to no other."""
         before = self.enter(category)
         try:
@@ -33,19 +35,19 @@ class Goodput:
         finally:
             self.enter(before)
 
-    def move(self, source, target, seconds):
+    def move(self, source: str, target: str, seconds: float) -> None:
         """Books `seconds` of one category as another's."""
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
-    def account(self):
+    def account(self) -> dict[str, float]:
         """{"wall_s": seconds until now, "step_s": of which, ...}, in whole milliseconds that add up."""
         self.enter(self._category)
         spent = {f"{name}_s": round(seconds, 3) for name, seconds in self._seconds.items()}
         return {"wall_s": round(sum(spent.values()), 3)} | spent
 
 
-def total(events):
+def total(events: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     """The sum of a run's goodput events, over its starts.
 
     Args:
@@ -66,7 +68,7 @@ def total(events):
     }
 
 
-def describe(account):
+def describe(account: Mapping[str, float]) -> str:
     """An account as one line."""
     wall = account["wall_s"]
     share = f"{100 * account['step_s'] / wall:.0f}%" if wall else "-"

@@ -27,8 +27,8 @@ def diagnosis(quant: QuantOptions, level: int, step: int, observed: Observed) ->
         for i, (operand, name) in enumerate(zip(rules.OPERANDS, layer.wag)):
             if name:
                 in_use = quant.emergency_formats[level - 1] if level else name
-                counts = [array_Q3[q, i] for array_Q3 in observed]
-                row, use = whatif.operand_row(*counts, get_format(in_use))
+                codes, magnitudes, scale, amax = (array_Q3[q, i] for array_Q3 in observed)
+                row, use = whatif.operand_row(codes, magnitudes, scale, amax, get_format(in_use))
                 lines.append({"step": step, "layer": layer.layer, "operand": operand} | row)
                 found |= {f"{key}/{layer.layer}/{operand}": value for key, value in use.items()}
     return found, lines
@@ -42,7 +42,7 @@ def row_names(setup: Setup) -> list[str]:
     windows = jax.ShapeDtypeStruct((step.eval_batch_size, step.plain.block_size + 1), np.uint16)
     state = functions.abstract_state
     ranks, observed = jax.eval_shape(functions.diagnose, state.params, windows, state.quant, functions.inputs.formats)
-    if observed is not None:
+    if observed is not None and step.quant is not None:
         nothing = jax.tree.map(lambda array: np.zeros(array.shape), observed)
         names += diagnosis(step.quant, 0, 0, nothing)[0]
     return [*names, "val_loss", "val_perplexity", *ranks, *TIMING_KEYS]

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from altgrad_jax.config import Config
 from altgrad_jax.run import processes
 from altgrad_jax.run.folder import RunFolder
 from altgrad_jax.run.goodput import Goodput
@@ -66,7 +66,7 @@ class Training:
     """
 
     program: Program
-    config: ConfigDict
+    config: Config
     runs: Sequence[RunFolder]
     state: TrainState
     inputs: Inputs
@@ -161,7 +161,7 @@ def agree_on_a_dispatch(training: Training, stop: StopRequest, behind: Sequence[
     return (0, False) if stop.number else (n, save_interim)
 
 
-def dispatch_length(config: ConfigDict, step: int, seconds_per_step: float | None, *, longest: int) -> int:
+def dispatch_length(config: Config, step: int, seconds_per_step: float | None, *, longest: int) -> int:
     """Steps of the next dispatch: as many as take about a second, up to the next evaluation or checkpoint."""
     if not config.steps_per_dispatch:
         # The first dispatch is a single step, which shows how long one takes.
@@ -216,7 +216,7 @@ def take_note(training: Training, fetched: Dispatch, lane: int, n: int, seconds:
     return rows_KM
 
 
-def is_due(config: ConfigDict, step: int, interval: int) -> bool:
+def is_due(config: Config, step: int, interval: int) -> bool:
     """Whether what happens every `interval` updates, and at the end, happens after `step` updates."""
     return step % interval == 0 or step == config.max_steps
 
@@ -237,7 +237,7 @@ def look(
             state = program.state_of(training.state, lane)
             ranks, observed = training.compute(program.diagnose, state, training.diagnosed_windows, run.inputs)
             found |= {name: float(value) for name, value in ranks.items()}
-            if observed is not None:
+            if observed is not None and run.quant is not None:
                 of_operands, lines = diagnosis(run.quant, int(state.quant.level), run.step, observed)
                 found |= of_operands
         looks[lane] = (found or None, lines)

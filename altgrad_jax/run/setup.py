@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from altgrad_jax.config import Config
 from altgrad_jax.data.dataset import HostStream, TokenData, choose_windows, load_token_data
 from altgrad_jax.data.prepare import banner, resolve
 from altgrad_jax.errors import UserError
@@ -17,7 +18,7 @@ from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.rounding import canary
 from altgrad_jax.run import processes
 from altgrad_jax.step.from_config import flops_per_step, model_config, step_options
-from altgrad_jax.step.mesh import data_mesh, place
+from altgrad_jax.step.mesh import Device, data_mesh, place
 from altgrad_jax.step.program import Program, StepFunctions, make_step_functions, without_garbage_collection
 from altgrad_jax.step.quantization import QuantOptions
 
@@ -41,7 +42,7 @@ class TrainingData:
     tags: tuple[str, ...]
 
 
-def open_data(config: ConfigDict, data_dir, say: Callable[[str], None]) -> TrainingData:
+def open_data(config: Config, data_dir, say: Callable[[str], None]) -> TrainingData:
     """The data that `config` asks for, prepared in data_dir first where it is empty (by the lead of several processes).
 
     Raises:
@@ -66,7 +67,7 @@ def open_data(config: ConfigDict, data_dir, say: Callable[[str], None]) -> Train
             f"eval_windows={config.eval_windows}, but the validation data holds {tokens.n_val_windows}: each "
             f"evaluation uses {len(windows)} of them, in whole batches of {batch_size}"
         )
-    return TrainingData(tokens, windows, batch_size, (SAMPLE_TAG,) if prepared.is_sample else ())
+    return TrainingData(tokens, np.asarray(windows), batch_size, (SAMPLE_TAG,) if prepared.is_sample else ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +79,14 @@ class Setup:
       side_by_side: whether the runs are lanes of one program, each computed on one device.
     """
 
-    config: ConfigDict
+    config: Config
     data: TrainingData
     functions: StepFunctions
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Device, ...]
     side_by_side: bool
 
     @property
-    def device(self) -> jax.Device:
+    def device(self) -> Device:
         return self.functions.step.mesh.local_devices[0]
 
     @property
@@ -119,11 +120,11 @@ class Setup:
 
 
 def set_up(
-    config: ConfigDict,
+    config: Config,
     data: TrainingData,
     say: Callable[[str], None],
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
     side_by_side: bool = False,
 ) -> Setup:
     """Builds the step functions of `config` for the devices (default: all); compiles nothing yet."""
@@ -156,7 +157,7 @@ def set_up(
     return Setup(config, data, functions, tuple(devices), side_by_side)
 
 
-def usable_devices(config: ConfigDict, devices: list[jax.Device], say: Callable[[str], None]) -> list[jax.Device]:
+def usable_devices(config: Config, devices: list[Device], say: Callable[[str], None]) -> list[Device]:
     """As many of the devices as the batch of an update can be split over, in whole sequences."""
     micro_batch = config.batch_size // config.grad_accum_steps
     sizes = [n for n in range(1, len(devices) + 1) if micro_batch % n == 0 and n % config.fsdp == 0]
@@ -177,7 +178,7 @@ def usable_devices(config: ConfigDict, devices: list[jax.Device], say: Callable[
     return devices[:n]
 
 
-def _lies_on_device(config: ConfigDict, n_tokens: int, device: jax.Device) -> bool:
+def _lies_on_device(config: Config, n_tokens: int, device: Device) -> bool:
     # Positions are 32-bit, and the tokens may take a quarter of the memory.
     limit = (device.memory_stats() or {}).get("bytes_limit", 2**33)
     fits = all(processes.gather(n_tokens < 2**31 and 2 * n_tokens <= limit // 4))
@@ -219,7 +220,7 @@ class Feed:
         n_steps = setup.functions.step.options.steps_per_dispatch
         self._batches_KBL = np.zeros((n_steps, config.batch_size, config.block_size + 1), np.uint16)
 
-    def at(self, step: int, n: int) -> jax.Array:
+    def at(self, step: int, n: int) -> Any:
         """The argument `tokens` of Program.advance for the n updates from `step` on."""
         if self._stream is None:
             return self._tokens

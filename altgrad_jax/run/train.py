@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from altgrad_jax import config as settings
+from altgrad_jax.config import Config
 from altgrad_jax.errors import MachineError
 from altgrad_jax.run import device, processes, verdict
 from altgrad_jax.run.checkpoint import list_steps
@@ -60,7 +60,7 @@ class Result:
 
 
 def train(
-    config: ConfigDict,
+    config: Config,
     *,
     data_dir: str | Path | None = None,
     workdir: str | Path | None = None,
@@ -113,7 +113,7 @@ def disk_failures_as_one_sentence(how_it_goes_on: Callable[[], str]) -> Iterator
         ) from error
 
 
-def _train(config: ConfigDict, data_dir, run_dir: Path, resume: str | int, goodput: Goodput) -> int:
+def _train(config: Config, data_dir, run_dir: Path, resume: str | int, goodput: Goodput) -> int:
     """Returns the exit code."""
     with contextlib.ExitStack() as resources:
         stop = resources.enter_context(StopRequest())
@@ -151,7 +151,7 @@ def _train(config: ConfigDict, data_dir, run_dir: Path, resume: str | int, goodp
     return exit_code
 
 
-def compile_program(program: Program, config: ConfigDict, console, goodput: Goodput) -> float:
+def compile_program(program: Program, config: Config, console, goodput: Goodput) -> float:
     """Compiles in every process, while the console shows that it is alive. Returns the seconds it took."""
     started = time.perf_counter()
     with goodput.spend("compile"), console.working("compiling"):
@@ -160,7 +160,7 @@ def compile_program(program: Program, config: ConfigDict, console, goodput: Good
     return round(time.perf_counter() - started, 3)
 
 
-def _report_finished(run_dir: Path, config: ConfigDict) -> bool:
+def _report_finished(run_dir: Path, config: Config) -> bool:
     """Whether the run in the folder is finished already, which is said."""
     if not is_finished(run_dir, config):
         return False

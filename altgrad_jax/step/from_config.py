@@ -2,15 +2,15 @@
 
 from typing import Any
 
-import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from altgrad_jax import config as settings
+from altgrad_jax.config import Config
 from altgrad_jax.errors import UserError
 from altgrad_jax.models import flops
 from altgrad_jax.models.gpt2 import GPTConfig
 from altgrad_jax.step import quantization, stability
+from altgrad_jax.step.mesh import Device
 from altgrad_jax.step.update import Inputs, StepOptions
 
 # Logits that exist at once, beside GPTConfig's own choice, which is a CPU's: a GPU wants large products.
@@ -36,7 +36,7 @@ _SAME_NAME = (
 )
 
 
-def model_config(config: ConfigDict, device: jax.Device) -> GPTConfig:
+def model_config(config: Config, device: Device) -> GPTConfig:
     """The model that `config` describes, with the attention kernel for this device."""
     tiles: dict[str, Any] = {} if device.platform == "cpu" else {"loss_tile_bytes": LOSS_TILE_BYTES_GPU}
     return GPTConfig(
@@ -52,7 +52,7 @@ def model_config(config: ConfigDict, device: jax.Device) -> GPTConfig:
     )
 
 
-def attention_kernel(config: ConfigDict, device: jax.Device) -> str:
+def attention_kernel(config: Config, device: Device) -> str:
     """The attention implementation to compile: cuDNN where it can run and was not declined."""
     head_width = config.n_embd // config.n_head
     fits = has_cudnn_attention(device, head_width=head_width, compute_dtype=config.compute_dtype)
@@ -67,7 +67,7 @@ def attention_kernel(config: ConfigDict, device: jax.Device) -> str:
     return config.attention
 
 
-def has_cudnn_attention(device: jax.Device, *, head_width: int, compute_dtype: str) -> bool:
+def has_cudnn_attention(device: Device, *, head_width: int, compute_dtype: str) -> bool:
     """Whether cuDNN's attention runs on this device: NVIDIA, Ampere or newer, bfloat16, heads of at most 128 numbers in
     multiples of 8."""
     return (
@@ -80,7 +80,7 @@ def has_cudnn_attention(device: jax.Device, *, head_width: int, compute_dtype: s
     )
 
 
-def step_options(config: ConfigDict, *, steps_per_dispatch: int, data_on_device: bool = True) -> StepOptions:
+def step_options(config: Config, *, steps_per_dispatch: int, data_on_device: bool = True) -> StepOptions:
     """The static choices of the step that `config` describes."""
     return StepOptions(
         **{name: config[name] for name in _SAME_NAME},
@@ -93,7 +93,7 @@ def step_options(config: ConfigDict, *, steps_per_dispatch: int, data_on_device:
     )
 
 
-def inputs_of(config: ConfigDict) -> Inputs:
+def inputs_of(config: Config) -> Inputs:
     """What the run that `config` describes gives the compiled step as data."""
     quant = quantization.options_of(config)
     return Inputs(
@@ -103,7 +103,7 @@ def inputs_of(config: ConfigDict) -> Inputs:
     )
 
 
-def flops_per_step(config: ConfigDict) -> float:
+def flops_per_step(config: Config) -> float:
     """Floating-point operations of one update, by formula (flops.training_flops_per_token)."""
     per_token = flops.training_flops_per_token(
         n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size

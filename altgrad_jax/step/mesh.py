@@ -13,6 +13,7 @@ Only shardings are stated here; which collectives they take is left to XLA's par
 """
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from altgrad_jax.errors import UserError
 
 DATA, FSDP = "data", "fsdp"
+Device = Any  # jax.Device, which is a variable to a type checker
 # 64 KiB of float32.
 MIN_SPLIT_ELEMENTS = 2**14
 

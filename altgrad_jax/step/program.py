@@ -35,7 +35,7 @@ from altgrad_jax.models.gpt2 import GPT, GPTConfig, Quantized
 from altgrad_jax.numerics import histograms
 from altgrad_jax.numerics.products import empty_statistics, named_statistics
 from altgrad_jax.step import metrics, quantization, stability, update
-from altgrad_jax.step.mesh import constrain, gather, over_batch, replicated
+from altgrad_jax.step.mesh import Device, constrain, gather, over_batch, replicated
 from altgrad_jax.step.update import Inputs, Step, StepOptions, TrainState, state_shardings
 
 # ------------------------------------------------------------------------------------------------ what is compiled
@@ -330,7 +330,7 @@ class Program:
         n_val_windows: int,
         width: int | None = None,
         member_loop: str = "map",
-        devices: Sequence[jax.Device] = (),
+        devices: Sequence[Device] = (),
     ):
         self.functions, self.width, self.member_loop = functions, width, member_loop
         self.members = None if width is None else over_members(functions, devices, member_loop)
@@ -384,7 +384,7 @@ class Program:
         if self.members is None:
             (tree,) = trees
             return tree
-        return self.members.stack([*trees, *trees[:1] * (self.width - len(trees))])
+        return self.members.stack([*trees, *[trees[0]] * (self.width - len(trees))])
 
     def state_of(self, state: TrainState, lane: int) -> TrainState:
         """The state of one run, on the device."""
@@ -434,7 +434,7 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def require_float8_kernels(compiled, device: jax.Device, n_layers: int) -> None:
+def require_float8_kernels(compiled, device: Device, n_layers: int) -> None:
     """On a GPU: UserError unless the compiled step multiplies in float8, three products a quantized layer.
 
     XLA falls back to another product without a word, and the run would then not compute what it says.
