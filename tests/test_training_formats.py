@@ -27,7 +27,7 @@ from altgrad_jax.inference.generate import generate, load_model
 from altgrad_jax.models.gpt2 import GPT, Quantized, weights_of
 from altgrad_jax.numerics import formats, rounding, whatif
 from altgrad_jax.run import training
-from altgrad_jax.run.checkpoint import list_steps, load_params
+from altgrad_jax.run.checkpoint import list_steps, load_arrays
 from altgrad_jax.step.program import Observed
 from altgrad_jax.step.quantization import QuantOptions
 
@@ -190,7 +190,7 @@ def test_there_is_a_line_for_every_operand_of_every_diagnosis(whole):
 
 @pytest.mark.parametrize("step", [20, 40])
 def test_stored_weights_lie_on_their_grid_as_the_diagnosis_counts_them(whole, step):
-    params, _ = load_params(whole.run_dir, step)
+    params = load_arrays(whole.run_dir, step, ("params/",))[0]["params"]
     lines = {line["layer"]: line for line in lines_of(whole.run_dir) if (line["step"], line["operand"]) == (step, "W")}
     for layer in LAYERS:
         line = lines[layer]
