@@ -193,22 +193,21 @@ def test_the_state_comes_back_bit_for_bit_although_it_was_donated(tmp_path, monk
     assert_same_bits(checkpoint.restore_path(tmp_path / "5", without_shardings)[0], expected)
 
 
-def test_without_room_for_a_copy_the_save_has_ended_when_the_caller_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("share, waits", [(1.26, False), (1.24, True)])
+def test_without_room_for_a_copy_the_save_has_ended_when_the_caller_goes_on(tmp_path, monkeypatch, share, waits):
     class Device:
         def memory_stats(self):
-            return {"bytes_limit": 10_000, "peak_bytes_in_use": peak, "bytes_in_use": 10}
+            return {"bytes_limit": 10**6, "peak_bytes_in_use": 10**6 - int(share * n_bytes), "bytes_in_use": 10}
 
     n_bytes = sum(x.nbytes for x in jax.tree.leaves(make_state(1)))
+    go_on, write = threading.Event(), checkpoint._write
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    for step, peak, has_room in ((1, 10_000 - int(1.25 * n_bytes) - 1, True), (2, 10_000 - int(1.24 * n_bytes), False)):
-        checkpoints, go_on, write = checkpoint.open_checkpoints(tmp_path, 3), threading.Event(), checkpoint._write
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_write", lambda *args: has_room and go_on.wait(60) or write(*args))
-            checkpoints.save(step, make_state(step), META)
-            assert checkpoints.is_saving() == has_room
-            go_on.set()
-            checkpoints.close()
-        assert_same_bits(checkpoints.restore(step, abstract(make_state(step)))[0], make_state(step))
+    monkeypatch.setattr(checkpoint, "_write", lambda *args: (waits or go_on.wait(60)) and write(*args))
+    checkpoints = checkpoint.open_checkpoints(tmp_path, 3)
+    checkpoints.save(1, make_state(1), META)
+    assert checkpoints.is_saving() != waits
+    go_on.set()
+    assert_same_bits(checkpoints.restore(1, abstract(make_state(1)))[0], make_state(1))
 
 
 def test_the_digests_are_plain_sha256_of_dtype_shape_and_bytes(tmp_path):
@@ -437,8 +436,7 @@ def test_checkpoints_of_earlier_versions_are_read_kept_and_verified(tmp_path, ve
     for step in (8, 9):  # 7 is the best
         assert save(checkpoints, step, 3.0).error is None
     assert checkpoints.steps() == [7, 9]
-    data = max((run_dir / "7" / "state" / "ocdbt.process_0" / "d").iterdir(), key=lambda file: file.stat().st_size)
-    flip(data, 200)
+    shutil.rmtree(run_dir / "7" / "state" / "d")
     with pytest.raises(checkpoint.DamagedCheckpoint):
         checkpoints.restore(7, abstract(old_state()))
 
