@@ -706,7 +706,7 @@ class Checkpoints:
           UserError: every checkpoint is damaged, or the newest good one holds a state of another structure.
         """
         self.wait()
-        damaged = []
+        damaged: list[int] = []
         for step in reversed(self.steps()):
             try:
                 state, meta = self.restore(step, abstract_state)
@@ -714,7 +714,7 @@ class Checkpoints:
                 damaged.append(step)
                 on_damaged(step, error.reason)
                 continue
-            self._set_aside(damaged, DAMAGED)
+            distributed.from_lead(lambda: self._set_aside(damaged, DAMAGED))
             return step, state, meta
         if damaged or any((self.run_dir / DAMAGED).glob("*")):
             which = f"steps {', '.join(map(str, sorted(damaged)))}" if damaged else f"set aside in {DAMAGED}/"
@@ -731,19 +731,15 @@ class Checkpoints:
           The steps that were moved, ascending.
         """
         self.wait()
-        newer = [other for other in self.steps() if other > step]
-        self._set_aside(newer, SUPERSEDED)
-        return newer
+        return distributed.from_lead(lambda: self._set_aside([s for s in self.steps() if s > step], SUPERSEDED))
 
-    def _set_aside(self, steps: Sequence[int], folder: str) -> None:
-        def rename() -> None:
+    def _set_aside(self, steps: list[int], folder: str) -> list[int]:
+        """Renames them, in process 0, which alone may: another would list what is already renamed."""
+        for step in steps:
             (self.run_dir / folder).mkdir(exist_ok=True)
-            for step in steps:
-                targets = (self.run_dir / folder / f"{step}-{k}" for k in itertools.count(1))
-                (self.run_dir / str(step)).rename(next(path for path in targets if not path.exists()))
-
-        if steps:
-            distributed.from_lead(rename)
+            targets = (self.run_dir / folder / f"{step}-{k}" for k in itertools.count(1))
+            (self.run_dir / str(step)).rename(next(path for path in targets if not path.exists()))
+        return steps
 
     def close(self) -> None:
         """Waits for the saves under way. `check` may still be called, `close` again."""
