@@ -1,11 +1,9 @@
-"""What a checkpoint costs, where its time goes, and what other ways to write it would cost; interleaved, as ratios.
+"""What saving and restoring checkpoints costs, here and in another checkout; alternating, as ratios.
 
-  python scripts/bench_checkpoint.py --config configs/bf16_baseline.py --folder=/tmp/bench --rounds=9
+  python scripts/bench_checkpoint.py --config configs/bf16_baseline.py --folder=/tmp/bench --rounds=5 --against=../old
 
-Parts: each part of a save alone. Layouts: Orbax writing the same arrays in other layouts. Saves: 8 whole saves begun
-one after the other as fast as the loop is let, by how many may be under way together. Every variant runs once a round,
-in another order each time; a ratio is the median over rounds of variant / present way in the same round. The folder's
-disk is what is measured; it is left empty.
+Each checkout runs once a round in a process of its own, first in every other round. A ratio is the median over rounds
+of here / there. The folder's disk is what is measured; it is left empty.
 """
 
 import re
@@ -20,16 +18,17 @@ def whole(text):
     return int(text)
 
 
-def run(config, *, folder, rounds):
+def run(config, *, folder, rounds, against):
     from altgrad_jax.bench.checkpoint import bench_checkpoint
 
-    bench_checkpoint(config, folder=folder, rounds=rounds)
+    bench_checkpoint(config, folder=folder, rounds=rounds, against=against)
     return 0
 
 
 FLAGS = (
     cli.Flag("folder", "bench_checkpoint", "an empty folder on the disk to measure", cli.folder("folder")),
-    cli.Flag("rounds", "9", "how often every variant is timed", whole),
+    cli.Flag("rounds", "5", "how often every checkout is timed", whole),
+    cli.Flag("against", None, "another checkout of this project to compare with", cli.folder("against")),
 )
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def test_load_model(run_dir, params, tmp_path):
         np.testing.assert_array_equal(a, b)
     half, *_ = load_model(run_dir, 2)
     np.testing.assert_array_equal(half["embed"]["embedding"], params["embed"]["embedding"] / 2)
-    with pytest.raises(UserError, match="no checkpoint folder"):
+    with pytest.raises(UserError, match="nowhere holds no checkpoint"):
         load_model(tmp_path / "nowhere")
 
 

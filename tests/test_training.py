@@ -20,7 +20,7 @@ from altgrad_jax.data.sources import local
 from altgrad_jax.data.tokenizer import get_tokenizer
 from altgrad_jax.errors import UserError
 from altgrad_jax.run import loop
-from altgrad_jax.run.checkpoint import list_steps, load_params, open_checkpoints, restore_path
+from altgrad_jax.run.checkpoint import list_steps, load_arrays, read_document, restore_path
 from altgrad_jax.run.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,7 @@ def rows_of(run_dir):
 
 def state_bytes(run_dir, step):
     """Every array of a checkpoint as it was hashed when it was written."""
-    return json.loads((run_dir / str(step) / "meta" / "meta.json").read_text())["arrays"]
+    return read_document(run_dir / str(step))["arrays"]
 
 
 def assert_equal_runs(a, b, step=40):
@@ -343,7 +343,7 @@ def test_non_finite_steps_are_located_kept_and_end_the_run(data_dir, tmp_path, m
     assert not result.verdict["sound"] and result.verdict["first_nonfinite_step"] == 21
     assert result.verdict["nonfinite_steps"] == 3 and result.verdict["checkpoints"][-1] == 23
     (anomaly,) = (run_dir / "anomaly").iterdir()
-    meta = json.loads((anomaly / "meta" / "meta.json").read_text())["meta"]
+    meta = read_document(anomaly)["meta"]
     assert meta["first_bad_step"] == 21 and len(meta["windows"]) == 4
     assert meta["found"]["nonfinite_params/block_0/mlp_up"] == 1.0
     cause = "1 non-finite parameter in block_0/mlp_up"
@@ -479,11 +479,8 @@ def test_the_checkpoint_restores_as_the_state_that_made_it(whole):
     )
     state, meta = restore_path(whole.run_dir / "40", functions.abstract_state)
     assert int(state.step) == meta["step"] == 40
-    params, _ = load_params(whole.run_dir)
-    jax.tree.map(np.testing.assert_array_equal, state.params, params)
-    checkpoints = open_checkpoints(whole.run_dir, 3)
-    assert checkpoints.best() in list_steps(whole.run_dir)
-    checkpoints.close()
+    arrays, _ = load_arrays(whole.run_dir, None, ("params/",))
+    jax.tree.map(np.testing.assert_array_equal, state.params, arrays["params"])
 
 
 def test_evaluating_a_checkpoint_gives_the_records_validation_loss(whole, data_dir):

@@ -28,7 +28,7 @@ from altgrad_jax.numerics import formats, rounding, whatif
 from altgrad_jax.numerics.rules import resolve_rules
 from altgrad_jax.run import look
 from altgrad_jax.run import setup as setup_module
-from altgrad_jax.run.checkpoint import list_steps, load_params
+from altgrad_jax.run.checkpoint import list_steps, load_arrays
 from altgrad_jax.run.folder import RunFolder
 from altgrad_jax.run.setup import open_data, set_up
 from altgrad_jax.step.program import Observed, require_float8_kernels
@@ -193,7 +193,7 @@ def test_there_is_a_line_for_every_operand_of_every_diagnosis(whole):
 
 @pytest.mark.parametrize("step", [20, 40])
 def test_stored_weights_lie_on_their_grid_as_the_diagnosis_counts_them(whole, step):
-    params, _ = load_params(whole.run_dir, step)
+    params = load_arrays(whole.run_dir, step, ("params/",))[0]["params"]
     lines = {line["layer"]: line for line in lines_of(whole.run_dir) if (line["step"], line["operand"]) == (step, "W")}
     for layer in LAYERS:
         line = lines[layer]

@@ -157,7 +157,7 @@ def describe_disk(setup: Setup, run_dir: Path, exists: Path) -> str:
     needed = n_bytes * max(0, kept + interim + writing - len(list_steps(run_dir)))
     free = shutil.disk_usage(exists).free
     return (
-        f"checkpoints: {_mebibytes(n_bytes)} each at most, {kept} kept{', one interim' * interim} and up to "
+        f"checkpoints: {_mebibytes(n_bytes)} each at most, {kept} kept{', one interim' * interim} and "
         f"{writing} being written; "
         f"{_mebibytes(needed)} more are needed in {run_dir}, and {_mebibytes(free)} are free: "
         + ("there is room" if needed <= free else "NOT ENOUGH ROOM")

@@ -885,7 +885,7 @@ def downloads(originals):
 
 def checkpoints(originals):
     kind = "checkpoints"
-    meta = "2/meta/meta.json"
+    meta = "2/meta/metadata"
 
     def case(what, change, *names, step=None, at="run"):
         def make(folder):
@@ -907,16 +907,16 @@ def checkpoints(originals):
     yield case("no folder", lambda folder: None, "{folder}/missing", at="missing")
     yield case("a file of the run", lambda folder: None, "manifest.json", at="run/manifest.json")
     yield case("a folder inside the checkpoint", lambda folder: None, "{folder}/run/2/state", at="run/2/state")
-    yield case("no meta.json", remove(meta), "meta.json")
-    yield case("no arrays", remove("2/state"), "arrays")
+    yield case("no metadata", remove(meta), "metadata")
+    yield case("no arrays", remove("2/state"), "state/")
     for what, content in NOT_JSON.items():
-        yield case(f"meta.json {what}", put(meta, content), "meta.json")
-    yield case("meta.json: a folder", instead(meta, "folder"), "meta.json")
-    yield case("meta.json: a broken link", instead(meta, "broken link"), "meta.json")
-    yield case("meta.json: another config than was saved", with_value(meta, 3, "meta", "config", "n_layer"), "sha256")
+        yield case(f"metadata {what}", put(meta, content), "metadata")
+    yield case("metadata: a folder", instead(meta, "folder"), "metadata")
+    yield case("metadata: a broken link", instead(meta, "broken link"), "metadata")
+    yield case("metadata: another config than was saved", with_value(meta, 3, "meta", "config", "n_layer"), "sha256")
 
     def resealed(change):
-        """A change of meta.json with a sha256 that fits again: another program's, not damage."""
+        """A change of the metadata with a sha256 that fits again: another program's, not damage."""
 
         def apply(folder):
             from altgrad_jax.run import checkpoint

@@ -2,14 +2,14 @@
 
 A training of each kind leaves a folder with several checkpoints. A trial damages one file of the newest: one flipped
 bit, a file cut short, a page set to zero, a file removed, a folder emptied; the file is drawn evenly from all files of
-the checkpoint, so that small ones count as much as large ones. Then the run folder is opened and restored as a resume
-does it. Found: the newest is named damaged. Recovered: the next older one is restored, with every array's bytes, and
-the damaged one is set aside, not deleted. One trial in WHOLE_EVERY is a whole resume by command, to the run's end, and
-compared with the uninterrupted run. At the end all checkpoints of a folder are damaged: an error, and nothing moved.
+the checkpoint that a resume reads, so that small ones count as much as large ones. Then the run folder is opened and
+restored as a resume does it. Found: the newest is named damaged. Recovered: the next older one is restored, with every
+array's bytes, and the damaged one is set aside, not deleted. One trial in WHOLE_EVERY is a whole resume by command, to
+the run's end, and compared with the uninterrupted run. At the end all checkpoints of a folder are damaged: an error,
+and nothing moved.
 """
 
 import collections
-import json
 import random
 import shutil
 
@@ -23,11 +23,12 @@ from campaigns.runs import Part, command, differences, fingerprint, finish, refe
 WAYS = ("flipped bit", "truncated file", "zeroed page", "missing file", "emptied folder")
 PAGE = 4096
 WHOLE_EVERY = 20
+NOT_READ = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's notes, written after the seal
 
 
 def damage(path, way, rng):
     """Damages the checkpoint folder `path` in this way; what was done, in words. The bytes surely change."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in NOT_READ)
     if way == "emptied folder":
         folders = sorted({file.parent for file in files} | {path})
         folder = rng.choice(folders)
@@ -62,10 +63,6 @@ def _pages(file):
     """Numbers of the pages of a file that are not all zero."""
     content = file.read_bytes()
     return [i for i in range(-(-len(content) // PAGE)) if any(content[i * PAGE : (i + 1) * PAGE])]
-
-
-def _document(path):
-    return json.loads((path / "meta" / "meta.json").read_text())
 
 
 def _abstract(document):
@@ -104,7 +101,7 @@ def _trial(run_dir, original, way, rng):
     """(what was done, what is wrong with the answer or None)."""
     shutil.copytree(original, run_dir)
     *_, older, newest = checkpoint.list_steps(run_dir)
-    document = _document(run_dir / str(older))
+    document = checkpoint.read_document(run_dir / str(older))
     done = damage(run_dir / str(newest), way, rng)
     answer, said = _restore(run_dir, _abstract(document))
     if [step for step, _ in said] != [newest]:
@@ -183,7 +180,7 @@ def _all_damaged(run_dir, original, rng):
     """What is wrong with the answer to a folder in which every checkpoint is damaged."""
     shutil.copytree(original, run_dir)
     steps = checkpoint.list_steps(run_dir)
-    abstract = _abstract(_document(run_dir / str(steps[0])))
+    abstract = _abstract(checkpoint.read_document(run_dir / str(steps[0])))
     for step in steps:
         damage(run_dir / str(step), "flipped bit", rng)
     before = sorted(str(path) for path in run_dir.rglob("*"))

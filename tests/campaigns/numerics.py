@@ -23,7 +23,6 @@ happened on the console, in the anomaly checkpoint and in the verdict.
 
 import contextlib
 import io
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -41,6 +40,7 @@ from altgrad_jax.data.tokenizer import get_tokenizer
 from altgrad_jax.models import gpt2
 from altgrad_jax.numerics.rules import resolve_rules
 from altgrad_jax.run import setup
+from altgrad_jax.run.checkpoint import read_document
 from altgrad_jax.run.folder import FINISHED, STOPPED_NON_FINITE
 from altgrad_jax.step import metrics, program, stability, update
 from altgrad_jax.step.mesh import data_mesh
@@ -662,7 +662,7 @@ def _damaged_training(fault, n_bad):
 
 def _arrays(run_dir, at):
     """{array: its hash} of a checkpoint, and the rest of its meta data."""
-    document = json.loads((run_dir / str(at) / "meta" / "meta.json").read_text())
+    document = read_document(run_dir / str(at))
     return {name: entry["sha256"] for name, entry in document["arrays"].items()}, document["meta"]
 
 

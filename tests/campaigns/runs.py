@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from altgrad_jax.run.checkpoint import list_steps
+from altgrad_jax.run.checkpoint import list_steps, read_document
 from altgrad_jax.run.logger import DIAGNOSTICS, METRICS, TIMING
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,13 +173,13 @@ class Fingerprint:
 
 def fingerprint(run_dir):
     steps = list_steps(run_dir)
-    meta = json.loads((run_dir / str(steps[-1]) / "meta" / "meta.json").read_text())
+    document = read_document(run_dir / str(steps[-1]))
     diagnostics = run_dir / DIAGNOSTICS
     return Fingerprint(
         (run_dir / METRICS).read_bytes(),
         diagnostics.read_bytes() if diagnostics.exists() else b"",
         steps,
-        {name: array["sha256"] for name, array in meta["arrays"].items()},
+        {name: array["sha256"] for name, array in document["arrays"].items()},
     )
 
 
