@@ -23,7 +23,7 @@ from altgrad_jax.bench import roofline
 from altgrad_jax.bench.timing import Entry, Unavailable, quartiles
 from altgrad_jax.data.dataset import gather_windows
 from altgrad_jax.errors import UserError
-from altgrad_jax.models.gpt2 import GPT, init_params
+from altgrad_jax.models.gpt2 import init_params
 from altgrad_jax.numerics import optimizers
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.rounding import format_params, round_to_format, stochastic_seed
@@ -31,9 +31,9 @@ from altgrad_jax.run.console import make_console
 from altgrad_jax.run.logger import DispatchRecord, Record, ValRising, Writer
 from altgrad_jax.run.rank_alerts import RankFalling
 from altgrad_jax.run.training import Program, model_config, model_flops_per_step, require_float8_kernels, step_options
+from altgrad_jax.step import update
 from altgrad_jax.step.mesh import data_mesh
 from altgrad_jax.step.program import make_step_functions
-from altgrad_jax.step.update import make_loss
 
 N_WINDOWS = 399  # of random tokens: their values do not matter to the time, the data file's size hardly
 
@@ -82,7 +82,7 @@ def bare_run(config, device):
 
     What the full step is compared with. Same model, same product, same optimizer; no monitor, no metrics.
     """
-    loss_fn = make_loss(GPT(model_config(config, device)))
+    loss_fn = functools.partial(update.loss, model_config(config, device))
     adam = optax.chain(
         # 0 means off, where optax would scale everything to 0.
         optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from altgrad_jax.numerics.rules import BLOCK_LAYERS
 from altgrad_jax.report import figures
 from altgrad_jax.report.analysis import ADAMW, MASTER, layers_of
 from altgrad_jax.report.runs import LOST, OPERANDS, Arm
@@ -312,14 +313,11 @@ def representative(c, arm):
     return next((run for run in runs if run.state != LOST), runs[0])
 
 
-_WITHIN_BLOCK = ("ln_1", "attn_qkv", "attn_out", "ln_2", "mlp_up", "mlp_down")
-
-
 def _depth(layer):
     """Sorts layers as the signal passes them: embeddings, blocks, the last LayerNorm."""
     block, _, name = layer.partition("/")
     if block.startswith("block_") and block[6:].isdecimal():
-        return 1, int(block[6:]), _WITHIN_BLOCK.index(name) if name in _WITHIN_BLOCK else len(_WITHIN_BLOCK), name
+        return 1, int(block[6:]), BLOCK_LAYERS.index(name) if name in BLOCK_LAYERS else len(BLOCK_LAYERS), name
     return (2 if layer == "ln_f" else 0), 0, 0, layer
 
 
