@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import threading
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +78,10 @@ def require_plain(config):
         )
 
 
-def bare_run(config, device):
-    """A training step that measures nothing but its loss: gradient, clipping, AdamW, in the same kind of loop.
+def bare_run(config, device) -> tuple[Any, Any]:
+    """(init, run) of a training step that measures nothing but its loss, which the full step is compared with.
 
-    What the full step is compared with. Same model, same product, same optimizer; no monitor, no metrics.
+    Same model, same product, same gradient, clipping and AdamW, in the same kind of loop; no monitor, no metrics.
     """
     loss_fn = functools.partial(update.loss, model_config(config, device))
     adam = optax.chain(
@@ -162,7 +163,7 @@ class Step:
 
     def __init__(self, bench, config, buffer_steps, bare):
         self.bench, self.config, self.bare, self.buffer_steps = bench, config, bare, buffer_steps
-        own = device()
+        own, native_layers = device(), 0
         if bare:
             init, run = bare_run(config, own)
             abstract, arguments = jax.eval_shape(init, config.seed), ()
@@ -182,6 +183,8 @@ class Step:
                 config.seed, *(() if functions.inputs.formats is None else (functions.inputs.formats,))
             )
             self.names = functions.metric_names
+            if options.quant is not None and options.quant.native:
+                native_layers = len(options.quant.layers)
         self._arguments = arguments
         self._key = (
             bare,
@@ -198,8 +201,8 @@ class Step:
             "n_metrics": len(self.names),
             **roofline.program_facts(lowered, self.compiled),
         }
-        if not bare and options.quant is not None and options.quant.native:
-            require_float8_kernels(self.compiled, own, len(options.quant.layers))
+        if native_layers:
+            require_float8_kernels(self.compiled, own, native_layers)
 
     def prepare(self):
         """Makes the state, unless there is one; Unavailable if the memory is too small for it and the program."""
@@ -309,6 +312,11 @@ def _product_program(dtype):
     return jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32))
 
 
+def _copy_in_numpy(target, source, copies):
+    for _ in range(copies):
+        np.copyto(target, source)
+
+
 def probe_sizes(quick=False):
     """(n of the square products, products a timing, bytes of the copied array, copies a timing) for the device."""
     if device().platform == "cpu":
@@ -324,9 +332,10 @@ def probes(sizes):
 
     def entry(name, function, repeats, **facts):
         def run():
+            out = None
             for _ in range(repeats):
                 out = function()
-            out.block_until_ready()
+            jax.block_until_ready(out)
 
         return Entry(name, run, repeats, facts=facts)
 
@@ -353,7 +362,7 @@ def probes(sizes):
         entries.append(
             Entry(
                 "copy, numpy",
-                lambda: [np.copyto(target, source) for _ in range(copies)] and None,
+                functools.partial(_copy_in_numpy, target, source, copies),
                 copies,
                 facts={"bytes": 2 * size},
             )
@@ -390,7 +399,7 @@ def bench_members(config, widths, member_loops, *, data_dir, rounds, steps_per_r
             compile_s = program.compile()
             state = program.functions.init(config.seed, program.functions.inputs.formats)
             inputs = program.functions.inputs
-            if width is not None:
+            if program.members is not None and width is not None:
                 state, inputs = (program.members.stack([tree] * width) for tree in (state, inputs))
             programs.append([program, state, inputs, program.feed()(0, 1)])
             rows.append({"name": name, "width": width or 1, "compile_s": compile_s, "rounds_s": []})

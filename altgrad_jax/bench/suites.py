@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
+from ml_collections import ConfigDict
 
-from altgrad_jax.bench import programs, roofline, timing
+from altgrad_jax.bench import peers, programs, roofline, timing
 from altgrad_jax.bench.timing import Unavailable
 from altgrad_jax.config import FORMAT_GROUPS, METRIC_GROUPS
 from altgrad_jax.models import flops
@@ -94,12 +95,12 @@ class Section:
 class Plan:
     """How everything is timed: rounds, training steps of one row in a round, and what rows can be built from."""
 
-    config: object
+    config: ConfigDict
     bench: programs.Bench
     rounds: int
     steps: int
     resources: contextlib.ExitStack
-    peer: object = None
+    peer: peers.Peer | None = None
     quick: bool = False
 
     @property
@@ -124,8 +125,12 @@ class Plan:
         """Rows of a peer doing the work of `config`; none without a peer."""
         config = config or self.config
 
+        peer = self.peer
+        if peer is None:
+            return []
+
         def make(name):
-            return self.peer.entry(
+            return peer.entry(
                 name,
                 shape={field: config[field] for field in SHAPE_FIELDS},
                 batch_size=config.batch_size,
@@ -134,7 +139,7 @@ class Plan:
                 free_bytes=roofline.free_memory(programs.device().memory_stats()),
             )
 
-        known = self.peer.variants() if self.peer else []
+        known = peer.variants()
         if self.quick:
             known = [name for name in known if "torch.compile" not in name]
         return [Row(name, config, lambda name=name: make(name)) for name in names or known if name in known]

@@ -432,7 +432,7 @@ def rank_health(c, reader):
             ("stable_rank", "s-float32", False),
             ("participation_ratio", "s-stochastic", True),
         ):
-            ratios, steps = [], None
+            ratios, steps = [], np.zeros(0, np.int64)
             for layer, column in layers_of(mine, statistic).items() if mine and its else ():
                 key = f"{statistic}/{layer}"
                 if key not in its:
@@ -441,7 +441,7 @@ def rank_health(c, reader):
                 a, b = column[i].astype(np.float64), its[key][j].astype(np.float64)
                 keep = np.isfinite(a) & np.isfinite(b) & (b > 0)
                 if keep.any():
-                    steps = common if steps is None else steps
+                    steps = steps if ratios else common
                     ratios.append(np.where(keep, np.divide(a, b, out=np.full(a.shape, np.nan), where=keep), np.nan))
                     rows += [
                         [name, statistic, layer, int(s), float(x), float(y)]
