@@ -9,8 +9,8 @@ import pytest
 
 from altgrad_jax.numerics import ledger
 from altgrad_jax.numerics.formats import DEFAULT_8BIT, decode, encode, get_format, round_reference
+from altgrad_jax.numerics.products import scale_for
 from altgrad_jax.numerics.rounding import Grid, format_params, stochastic_seed, to_grid, ulp
-from altgrad_jax.numerics.scales import scale_for
 
 WIDE_AND_NARROW = ("E0M7", "E4M3", "E5M2", "E7M0")
 
@@ -31,7 +31,7 @@ def code_of(fmt, x):
 
 def grid_for(name, w):
     params = format_params(get_format(name))
-    return Grid(params, scale_for(jnp.max(jnp.abs(w)), params, xp=jnp))
+    return Grid(params, scale_for(jnp.max(jnp.abs(w)), params))
 
 
 def on_grid(fmt, scale, w):

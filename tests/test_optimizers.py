@@ -8,9 +8,9 @@ import pytest
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import formats, optimizers
+from altgrad_jax.numerics.products import scale_for
 from altgrad_jax.numerics.rounding import Grid, format_params, stochastic_seed, to_grid
 from altgrad_jax.numerics.rules import SCHEDULES
-from altgrad_jax.numerics.scales import scale_for
 
 SETTINGS = dict(peak=6e-4, warmup_steps=10, max_steps=100, min_lr_ratio=0.1, decay_steps=20)
 
@@ -106,7 +106,7 @@ def model_tree(seed, scale):
 
 def grid_of(name, w):
     params = format_params(formats.get_format(name))
-    return Grid(params, scale_for(jnp.max(jnp.abs(w)), params, xp=jnp))
+    return Grid(params, scale_for(jnp.max(jnp.abs(w)), params))
 
 
 def make(name):

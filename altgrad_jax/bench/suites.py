@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from altgrad_jax.bench import peers, programs, roofline, timing
 from altgrad_jax.bench.timing import Unavailable
@@ -95,7 +95,7 @@ class Section:
 class Plan:
     """How everything is timed: rounds, training steps of one row in a round, and what rows can be built from."""
 
-    config: ConfigDict
+    config: Any  # the ConfigDict of a training
     bench: programs.Bench
     rounds: int
     steps: int

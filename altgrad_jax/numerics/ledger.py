@@ -35,8 +35,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from altgrad_jax.numerics.products import scale_for
 from altgrad_jax.numerics.rounding import Grid, round_to_format, to_codes, to_grid, ulp
-from altgrad_jax.numerics.scales import LARGEST_SCALED, scale_for
+from altgrad_jax.numerics.scales import LARGEST_SCALED
 
 _FIELDS = ("elements", "updates", "flips", "lost", "dot", "energy", "missed", "codes", "scale_flips", "age")
 MAX_AGE = 65535
@@ -67,7 +68,7 @@ def store(w, update, old_grid: Grid, fmt, *, residual=None, seed=None, force=Fal
     limit = jnp.minimum(fmt.max_finite, LARGEST_SCALED)
     reached = amax * old_grid.scale
     moves = force | (reached > limit + ulp(limit, Grid(fmt, 1.0)) / 2) | (reached <= limit / 4)
-    grid = Grid(fmt, jnp.where(moves, scale_for(amax, fmt, xp=jnp), old_grid.scale))
+    grid = Grid(fmt, jnp.where(moves, scale_for(amax, fmt), old_grid.scale))
     weights = to_grid(target, grid, seed=seed)
     if residual is not None:
         residual = (target - weights).astype(jnp.bfloat16)

@@ -53,6 +53,7 @@ Axes: M rows (batch and time flattened), K inputs, N outputs, H steps of an amax
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -61,9 +62,9 @@ import numpy as np
 from jax import lax
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.numerics import scales
 from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format
 from altgrad_jax.numerics.rules import PER_TENSOR, SCALINGS
-from altgrad_jax.numerics.scales import scale_for
 
 # How the vectors of several micro-batches become one, field by field.
 FIELDS = {
@@ -142,10 +143,14 @@ class Statistics(NamedTuple):
     a: jax.Array | None
 
 
+# scales.scale_for inside a compiled program.
+scale_for = partial(scales.scale_for, xp=jnp, bitcast=lax.bitcast_convert_type)
+
+
 def delayed_scale(history_H, params: FormatParams, power_of_two=True):
     """The scale of `delayed` at a step, from the amaxes of the steps before (last axis); 0 while all are 0."""
     amax = jnp.max(history_H, axis=-1)
-    return jnp.where(amax > 0, scale_for(amax, params, power_of_two, xp=jnp), 0.0)
+    return jnp.where(amax > 0, scale_for(amax, params, power_of_two), 0.0)
 
 
 def push_amax(history_H, amax):
@@ -202,7 +207,7 @@ def _scale_of(size, operand, scaling, along, power_of_two):
     """(scale, amax, the given scale or 0) of magnitudes whose groups lie along the axes `along`."""
     amax = jnp.max(size, axis=along, keepdims=True)
     given = jnp.float32(1.0 if scaling == "none" else operand.scale if scaling == "delayed" else 0.0)
-    return jnp.where(given > 0, given, scale_for(amax, operand.format, power_of_two, xp=jnp)), amax, given
+    return jnp.where(given > 0, given, scale_for(amax, operand.format, power_of_two)), amax, given
 
 
 def weight_scale(w, operand, rule, *, w_is_NK=False):

@@ -38,10 +38,11 @@ from altgrad_jax.numerics.products import (
     Rule,
     combine_statistics,
     empty_statistics,
+    scale_for,
 )
 from altgrad_jax.numerics.rounding import FormatParams, Grid, format_params, stochastic_seed, to_grid
 from altgrad_jax.numerics.rules import FLOAT8, HEAD, OPERANDS, LayerFormats, resolve_rules
-from altgrad_jax.numerics.scales import LARGEST_SCALED, scale_for
+from altgrad_jax.numerics.scales import LARGEST_SCALED
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def init_state(options: QuantOptions, weights: dict, formats_Q3: FormatParams, a
     params = weight_formats(options, formats_Q3)
     rest_scale, stored = {}, {}
     for layer in options.stored:
-        scale = scale_for(jnp.max(jnp.abs(weights[layer])), params[layer], xp=jnp)
+        scale = scale_for(jnp.max(jnp.abs(weights[layer])), params[layer])
         rest_scale[key_of(layer)] = scale
         stored[layer] = to_grid(weights[layer], Grid(params[layer], scale))
     residual = options.stored if options.weights_at_rest == "error_feedback" else ()
