@@ -4,13 +4,18 @@ from altgrad_jax import default_config, train
 result = train(default_config())
 """
 
+from typing import TYPE_CHECKING
+
 from altgrad_jax.config import default_config
+
+if TYPE_CHECKING:
+    from altgrad_jax.run.training import train
 
 __all__ = ["default_config", "train"]
 
 
 def __getattr__(name):
-    # On demand, so that importing the package (for --help, say) does not import jax.
+    # On demand, so that importing the package, as --help does, does not import jax.
     if name == "train":
         from altgrad_jax.run.train import train
 

@@ -139,12 +139,12 @@ def lower(model: dict, options: dict, quant: dict | None, fsdp: int) -> tuple[di
     sizes = dict(
         batch_size=16, steps_per_dispatch=4, learning_rate=1e-3, max_steps=20, warmup_steps=2, thresholds=thresholds
     )
-    options = update.StepOptions(**sizes | options)
+    chosen = update.StepOptions(**sizes | options)
     mesh = module("step.mesh").data_mesh(jax.devices()[: 8 if fsdp > 1 else 1], fsdp)
-    functions = program.make_step_functions(config, options, mesh, n_train_windows=50, eval_batch_size=8, seed=1)
+    functions = program.make_step_functions(config, chosen, mesh, n_train_windows=50, eval_batch_size=8, seed=1)
     state, inputs = functions.abstract_state, functions.inputs
     windows = jax.ShapeDtypeStruct((16, 17), np.uint16)
-    shape = (1000,) if options.data_on_device else (4, 16, 17)
+    shape = (1000,) if chosen.data_on_device else (4, 16, 17)
     data, n_steps = jax.ShapeDtypeStruct(shape, np.uint16), jax.ShapeDtypeStruct((), np.int32)
     formats = state.quant, inputs.formats
     lowered = {
@@ -239,8 +239,8 @@ def compared(folders: list[Path]) -> list[tuple[str, int, list[str]]]:
 
 
 def print_difference(folders: list[Path], name: str) -> None:
-    texts = [(folder / name).read_text().splitlines() if (folder / name).exists() else [] for folder in folders]
-    lines = difflib.unified_diff(*texts, n=0, lineterm="")
+    a, b = [(folder / name).read_text().splitlines() if (folder / name).exists() else [] for folder in folders]
+    lines = difflib.unified_diff(a, b, n=0, lineterm="")
     print("".join(f"    {line[:160]}\n" for line, _ in zip(lines, range(12))), end="")
 
 

@@ -20,9 +20,9 @@ pack() { # run folder, name
     tar czf "$out/$2.tar.gz" -C "$1" --exclude='[0-9]*' --exclude=anomaly --exclude=wandb .
 }
 
-JAX_PLATFORMS=cuda timeout 240 python3 -m pytest -m "not oracle" tests/test_quantize.py tests/test_quant_dot.py \
-    tests/test_quant_dot_formats.py tests/test_step.py tests/test_step_formats.py tests/test_model.py \
-    tests/test_metrics.py tests/test_ledger.py tests/test_diagnostics.py 2>&1 | tee "$out/tests.log" | tail -n 15
+JAX_PLATFORMS=cuda timeout 240 python3 -m pytest -m "not oracle" tests/test_rounding.py tests/test_products.py \
+    tests/test_products_formats.py tests/test_step.py tests/test_step_formats.py tests/test_gpt2.py \
+    tests/test_metrics.py tests/test_ledger.py tests/test_histograms.py 2>&1 | tee "$out/tests.log" | tail -n 15
 
 timeout 60 python3 -c '
 from altgrad_jax.numerics.formats import FORMATS

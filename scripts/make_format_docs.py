@@ -90,7 +90,7 @@ def plot(path):
     import numpy as np
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5.5), layout="constrained")
-    colours = plt.get_cmap("Dark2").colors
+    colours = plt.get_cmap("Dark2")(range(8))
     names = formats.DEFAULT_8BIT
     for row, (name, colour) in enumerate(zip(names, colours, strict=True)):
         fmt = formats.get_format(name)

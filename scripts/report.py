@@ -14,6 +14,7 @@ from pathlib import Path
 from altgrad_jax import report
 from altgrad_jax.cli import ArgumentParser, run_script, whole_number
 from altgrad_jax.errors import UserError
+from altgrad_jax.report import tables
 
 
 def parse_args(argv=None):
@@ -43,7 +44,7 @@ def main(args):
     else:
         page = report.build(args.runs)
         report.write(page, outputs, args.data)
-        for heading, sentence in report.tables.answer(page.c):
+        for heading, sentence in tables.answer(page.c):
             print(f"{heading}: {sentence}")
     print("written: " + ", ".join(outputs))
 

@@ -30,7 +30,16 @@ OWNERS = {
 # `numerics.rounding` compiles the canary: rounding as the device at hand does it.
 MAY_COMPILE = {"step.program", "inference.generate", "bench.programs", "numerics.rounding"}
 # What a script needs before it has understood its command line must start at once.
-WITHOUT_JAX = {"errors", "files", "config", "cli", "numerics.formats", "numerics.rules", "numerics.whatif"}
+WITHOUT_JAX = {
+    "errors",
+    "files",
+    "config",
+    "cli",
+    "numerics.formats",
+    "numerics.rules",
+    "numerics.scales",
+    "numerics.whatif",
+}
 ROOMS_WITHOUT_JAX = {"report"}
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_quant_dot_formats import reference_quantize, reference_scale
+from test_products_formats import reference_quantize, reference_scale
 
 from altgrad_jax.config import default_config
 from altgrad_jax.numerics.formats import get_format, round_reference

@@ -11,21 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_gpt2
 import pytest
-from test_optimizer import reference_ulp
-from test_quant_dot_formats import dot_dtypes, neighbours, reference_quantize, reference_scale
+from test_optimizers import reference_ulp
+from test_products_formats import dot_dtypes, neighbours, reference_quantize, reference_scale
 from test_step import TOKENS_T, assert_same, column, make, windows_of
 
-from altgrad_jax.models.gpt2 import GPT, GPTConfig, Quantized, weights_of, with_weights
+from altgrad_jax.models.gpt2 import GPTConfig, Quantized, weights_of, with_weights
 from altgrad_jax.numerics.formats import encode, get_format, round_reference
 from altgrad_jax.numerics.optimizers import OPTIMIZERS, adam_moments
 from altgrad_jax.numerics.products import FIELDS, Operand, Operands
 from altgrad_jax.numerics.rounding import format_params
 from altgrad_jax.numerics.rules import resolve_rules
-from altgrad_jax.step import metrics, quantization
+from altgrad_jax.step import metrics, quantization, update
 from altgrad_jax.step.mesh import data_mesh
 from altgrad_jax.step.program import make_evaluate
 from altgrad_jax.step.quantization import QuantOptions, format_table, key_of
-from altgrad_jax.step.update import make_loss
 
 MODEL = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=64)
 GROUPS = ("format", "ledger")
@@ -180,19 +179,18 @@ def params(plain):
 def gradient_of():
     """(loss, gradients, {layer: statistics of G}) of a model with float32 attention and a format in every layer."""
     config = dataclasses.replace(MODEL, compute_dtype="float32", rules=quantization.rules(EVERYWHERE))
-    loss_fn = make_loss(GPT(config))
 
     @jax.jit
     def gradient(params, windows, table):
         operands = first_operands(EVERYWHERE, params, table)
 
-        def loss(params, probes):
-            return loss_fn(params, windows, None, Quantized(operands, probes))
+        def of_probes(params, probes):
+            return update.loss(config, params, windows, None, Quantized(operands, probes))
 
-        (loss, _), (grads, of_g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        (mean, _), (grads, of_g) = jax.value_and_grad(of_probes, argnums=(0, 1), has_aux=True)(
             params, quantization.g_probes(EVERYWHERE)
         )
-        return loss, grads, of_g
+        return mean, grads, of_g
 
     return gradient
 
@@ -243,8 +241,8 @@ def test_an_evaluation_takes_the_scales_of_the_training(params, master, runs):
     operands = {layer: Operands(*(Operand(format_params(fmt), np.float32(reference_scale(amax, fmt)))
                                   for amax in history[q].max(-1)))
                 for q, layer in enumerate(MASTER_LAYERS)}  # fmt: skip
-    loss_fn = make_loss(GPT(dataclasses.replace(MODEL, rules=quantization.rules(MASTER))))
-    by_hand = jax.jit(lambda params, windows: loss_fn(params, windows, None, Quantized(operands, {}))[0])
+    model = dataclasses.replace(MODEL, rules=quantization.rules(MASTER))
+    by_hand = jax.jit(lambda params, windows: update.loss(model, params, windows, None, Quantized(operands, {}))[0])
     expected = np.mean([float(by_hand(params, window[None])) for window in windows_of(3)])
     quant, table = state.quant._replace(amax_history_Q3H=history), named(MASTER, "E5M2")
     assert float(master.evaluate(params, windows_of(3), quant, table)) == pytest.approx(expected, rel=1e-6)

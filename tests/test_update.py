@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_step import MODEL, THRESHOLDS
 
-from altgrad_jax.models.gpt2 import weights_of
+from altgrad_jax.models.gpt2 import weights_of, with_weights
 from altgrad_jax.numerics.rounding import Grid, to_grid
 from altgrad_jax.numerics.rules import resolve_rules
 from altgrad_jax.step import metrics, quantization, update
@@ -46,7 +46,7 @@ def test_micro_batches_give_the_gradient_of_the_batch():
     step = step_of()
     state, _ = state_and_inputs(step)
     whole, parts = (
-        update.gradients(choices, choices.model, state.params, WINDOWS, 0, 0)
+        update.gradients(choices, choices.model, state.params, update.Batch(WINDOWS, number=0, seed=0))
         for choices in (step, step_of(grad_accum_steps=2))
     )
     np.testing.assert_allclose(whole.loss, parts.loss, rtol=1e-6)
@@ -61,7 +61,7 @@ def test_nothing_moves_from_what_is_not_finite(damage):
     if damage == "gradient":
         grads = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), grads)
     found = update.Gradients(jnp.float32(jnp.nan if damage == "loss" else 1.0), grads, None, None)
-    health = update.judge(step, state, found)
+    health = update.judge(found, None)
     after = update.propose_update(step, state, inputs, grads, health, None)
     assert not health.finite
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
@@ -70,16 +70,18 @@ def test_nothing_moves_from_what_is_not_finite(damage):
 def test_stored_weights_end_on_their_grid():
     step = step_of(quant=QUANT)
     state, inputs = state_and_inputs(step)
-    updates = jax.tree.map(lambda p: jnp.full_like(p, 0.01), state.params)
-    params = jax.tree.map(jnp.add, state.params, updates)
-    statistics_Q3S = jnp.zeros((len(QUANT.layers), 3, len(update.empty_statistics())))
-    after = update.apply_formats(step, state, params, updates, inputs, statistics_Q3S, ok=True, bad=False)
-    formats = quantization.weight_formats(QUANT, quantization.formats_at(inputs.formats, 0))
+    formats = update.formats_of(step, state, inputs)
+    old = {layer: weights_of(state.params, layer) for layer in step.stored}
+    updates = jax.tree.map(lambda w: jnp.full_like(w, 0.01), old)
+    params = with_weights(state.params, jax.tree.map(jnp.add, old, updates))
+    change = update.Change(old, updates, finite=jnp.bool_(True), bad=jnp.bool_(False))
+    after = update.apply_formats(step, formats, change, params, quantization.no_statistics(QUANT))
+    weight_formats = quantization.weight_formats(QUANT, formats.in_use_Q3)
     for layer in step.stored:
         w = weights_of(after.params, layer)
-        grid = Grid(formats[layer], after.quant.rest_scale[quantization.key_of(layer)])
+        grid = Grid(weight_formats[layer], after.quant.rest_scale[quantization.key_of(layer)])
         np.testing.assert_array_equal(w, to_grid(w, grid))
-        assert not np.array_equal(w, weights_of(state.params, layer))
+        assert not np.array_equal(w, old[layer])
     assert set(after.entries) == set(step.stored) and not after.rises
 
 

@@ -67,6 +67,8 @@ class Peer:
             bufsize=1,
             env={"OMP_WAIT_POLICY": "passive"} | os.environ,
         )
+        assert self._child.stdin and self._child.stdout, "both are pipes"
+        self._requests, self._answers = self._child.stdin, self._child.stdout
         try:
             self.facts = self.request(do="facts")
         except BaseException:
@@ -78,8 +80,8 @@ class Peer:
         with self._lock:
             started, cpu = time.perf_counter(), time.process_time()
             try:
-                self._child.stdin.write(json.dumps(fields) + "\n")
-                line = self._child.stdout.readline()
+                self._requests.write(json.dumps(fields) + "\n")
+                line = self._answers.readline()
             except (OSError, ValueError):
                 line = ""
             if not line:
@@ -148,13 +150,13 @@ class Peer:
     def close(self):
         """Ends the process."""
         with contextlib.suppress(BrokenPipeError):  # it has ended before it read everything
-            self._child.stdin.close()
+            self._requests.close()
         try:
             self._child.wait(10)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
-        self._child.stdout.close()
+        self._answers.close()
         self._errors.close()
 
 

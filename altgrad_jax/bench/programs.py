@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import threading
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +24,17 @@ from altgrad_jax.bench import roofline
 from altgrad_jax.bench.timing import Entry, Unavailable, quartiles
 from altgrad_jax.data.dataset import gather_windows
 from altgrad_jax.errors import UserError
-from altgrad_jax.models.gpt2 import GPT, init_params
+from altgrad_jax.models.gpt2 import init_params
 from altgrad_jax.numerics import optimizers
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.rounding import format_params, round_to_format, stochastic_seed
 from altgrad_jax.run.logger import DispatchRecord, Record, ValRising, Writer
 from altgrad_jax.run.rank_alerts import RankFalling
 from altgrad_jax.run.setup import Feed, open_data, set_up
+from altgrad_jax.step import update
 from altgrad_jax.step.from_config import flops_per_step, model_config, step_options
 from altgrad_jax.step.mesh import data_mesh
 from altgrad_jax.step.program import make_step_functions, require_float8_kernels
-from altgrad_jax.step.update import make_loss
 
 N_WINDOWS = 399  # of random tokens: their values do not matter to the time, the data file's size hardly
 
@@ -77,12 +78,12 @@ def require_plain(config):
         )
 
 
-def bare_run(config, device):
-    """A training step that measures nothing but its loss: gradient, clipping, AdamW, in the same kind of loop.
+def bare_run(config, device) -> tuple[Any, Any]:
+    """(init, run) of a training step that measures nothing but its loss, which the full step is compared with.
 
-    What the full step is compared with. Same model, same product, same optimizer; no monitor, no metrics.
+    Same model, same product, same gradient, clipping and AdamW, in the same kind of loop; no monitor, no metrics.
     """
-    loss_fn = make_loss(GPT(model_config(config, device)))
+    loss_fn = functools.partial(update.loss, model_config(config, device))
     adam = optax.chain(
         # 0 means off, where optax would scale everything to 0.
         optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
@@ -162,7 +163,7 @@ class Step:
 
     def __init__(self, bench, config, buffer_steps, bare):
         self.bench, self.config, self.bare, self.buffer_steps = bench, config, bare, buffer_steps
-        own = device()
+        own, native_layers = device(), 0
         if bare:
             init, run = bare_run(config, own)
             abstract, arguments = jax.eval_shape(init, config.seed), ()
@@ -182,6 +183,8 @@ class Step:
                 config.seed, *(() if functions.inputs.formats is None else (functions.inputs.formats,))
             )
             self.names = functions.metric_names
+            if options.quant is not None and options.quant.native:
+                native_layers = len(options.quant.layers)
         self._arguments = arguments
         self._key = (
             bare,
@@ -198,8 +201,8 @@ class Step:
             "n_metrics": len(self.names),
             **roofline.program_facts(lowered, self.compiled),
         }
-        if not bare and options.quant is not None and options.quant.native:
-            require_float8_kernels(self.compiled, own, len(options.quant.layers))
+        if native_layers:
+            require_float8_kernels(self.compiled, own, native_layers)
 
     def prepare(self):
         """Makes the state, unless there is one; Unavailable if the memory is too small for it and the program."""
@@ -309,6 +312,11 @@ def _product_program(dtype):
     return jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32))
 
 
+def _copy_in_numpy(target, source, copies):
+    for _ in range(copies):
+        np.copyto(target, source)
+
+
 def probe_sizes(quick=False):
     """(n of the square products, products a timing, bytes of the copied array, copies a timing) for the device."""
     if device().platform == "cpu":
@@ -324,9 +332,10 @@ def probes(sizes):
 
     def entry(name, function, repeats, **facts):
         def run():
+            out = None
             for _ in range(repeats):
                 out = function()
-            out.block_until_ready()
+            jax.block_until_ready(out)
 
         return Entry(name, run, repeats, facts=facts)
 
@@ -353,7 +362,7 @@ def probes(sizes):
         entries.append(
             Entry(
                 "copy, numpy",
-                lambda: [np.copyto(target, source) for _ in range(copies)] and None,
+                functools.partial(_copy_in_numpy, target, source, copies),
                 copies,
                 facts={"bytes": 2 * size},
             )

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
-from altgrad_jax.bench import programs, roofline, timing
+from altgrad_jax.bench import peers, programs, roofline, timing
 from altgrad_jax.bench.timing import Unavailable
 from altgrad_jax.config import FORMAT_GROUPS, METRIC_GROUPS
 from altgrad_jax.models import flops
@@ -93,12 +94,12 @@ class Section:
 class Plan:
     """How everything is timed: rounds, training steps of one row in a round, and what rows can be built from."""
 
-    config: object
+    config: Any  # the ConfigDict of a training
     bench: programs.Bench
     rounds: int
     steps: int
     resources: contextlib.ExitStack
-    peer: object = None
+    peer: peers.Peer | None = None
     quick: bool = False
 
     @property
@@ -123,8 +124,12 @@ class Plan:
         """Rows of a peer doing the work of `config`; none without a peer."""
         config = config or self.config
 
+        peer = self.peer
+        if peer is None:
+            return []
+
         def make(name):
-            return self.peer.entry(
+            return peer.entry(
                 name,
                 shape={field: config[field] for field in SHAPE_FIELDS},
                 batch_size=config.batch_size,
@@ -133,7 +138,7 @@ class Plan:
                 free_bytes=roofline.free_memory(programs.device().memory_stats()),
             )
 
-        known = self.peer.variants() if self.peer else []
+        known = peer.variants()
         if self.quick:
             known = [name for name in known if "torch.compile" not in name]
         return [Row(name, config, lambda name=name: make(name)) for name in names or known if name in known]

@@ -13,6 +13,9 @@ autocast. The forward pass and the loss are what is compiled; clipping and the (
 Products of float32 are left at torch's default precision, float32.
 """
 
+# torch and transformers come with the extra `bench`.
+# pyright: reportMissingImports=false
+
 import importlib.util
 import json
 import os
@@ -26,6 +29,7 @@ def load_nanogpt(path):
     """The module model.py in a nanoGPT checkout (a folder) or a file."""
     file = os.path.join(path, "model.py") if os.path.isdir(path) else path
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
+    assert spec and spec.loader, file
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -102,7 +106,7 @@ def make_steps(request, device):
 
     def steps(n):
         nonlocal made
-        started = time.perf_counter()
+        started, loss = time.perf_counter(), None
         for _ in range(n):
             batch = windows[made % N_WINDOWS]
             with autocast:
@@ -113,7 +117,7 @@ def make_steps(request, device):
             adam.step()
             adam.zero_grad(set_to_none=True)
             made += 1
-        last = loss.item()  # waits for the device
+        last = None if loss is None else loss.item()  # waits for the device
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started, last
@@ -128,6 +132,7 @@ def product_seconds(request, device):
     dtype, n = getattr(torch, request["dtype"]), request["n"]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     started = time.perf_counter()
+    c = a
     for _ in range(request["repeats"]):
         c = a @ b
     c[0, 0].item()

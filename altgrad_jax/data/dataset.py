@@ -162,7 +162,7 @@ def _scan(tokens_T: np.ndarray) -> tuple[str, int]:
     digest, largest = hashlib.sha256(), 0
     for start in range(0, len(tokens_T), 2**22):
         piece = tokens_T[start : start + 2**22]
-        digest.update(piece)
+        digest.update(piece.data)
         largest = max(largest, int(piece.max()))
     return digest.hexdigest(), largest
 
@@ -366,11 +366,11 @@ class HostStream:
     def _batch(self, step: int) -> np.ndarray:
         self._refuse_a_cut_file()
         index_B = window_indices(step * self._batch_size, self._batch_size, self._n_windows, self._seed)
-        return gather_windows(self._tokens_T, index_B, self._block_size)
+        return np.asarray(gather_windows(self._tokens_T, index_B, self._block_size))
 
     def _refuse_a_cut_file(self) -> None:
         """To read a mapped file behind its end kills the process without a word."""
-        if isinstance(self._tokens_T, np.memmap):
+        if isinstance(self._tokens_T, np.memmap) and self._tokens_T.filename is not None:
             path, n_bytes = self._tokens_T.filename, self._tokens_T.nbytes
             found = os.path.getsize(path) if os.path.exists(path) else n_bytes  # a deleted file stays mapped
             if found < n_bytes:

@@ -343,7 +343,9 @@ def read_file(path: Path, text_field: str | None = None) -> Iterator[tuple[str, 
                 yield where, document_text(record, where, text_field)
 
 
-def read_jsonl(stream: BinaryIO, name: str, text_field: str | None = None) -> Iterator[tuple[str, str]]:
+def read_jsonl(
+    stream: BinaryIO | io.BufferedIOBase, name: str, text_field: str | None = None
+) -> Iterator[tuple[str, str]]:
     """(``name:line``, text) of each line of a JSONL stream; blank lines are no documents."""
     number = 0
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
@@ -414,7 +416,8 @@ def read_split_zip(path: Path, text_field: str | None = None) -> Iterator[Docume
         for base, split in (("train.jsonl", "train"), ("dev.jsonl", "validation")):
             with archive.open(_member(archive, base, path)) as stream:
                 # ZipExtFile's own readline is slow when given a limit.
-                for where, text in read_jsonl(io.BufferedReader(stream, 2**20), f"{path}/{base}", text_field):
+                buffered = io.BufferedReader(stream, 2**20)  # pyright: ignore[reportArgumentType] (not only an IO)
+                for where, text in read_jsonl(buffered, f"{path}/{base}", text_field):
                     yield Document(split, where, text)
 
 
@@ -486,7 +489,7 @@ def _read_parquet(path: Path, text_field: str | None) -> Iterator[tuple[str, str
 
 
 @contextlib.contextmanager
-def _open_decompressed(path: Path) -> Iterator[BinaryIO]:
+def _open_decompressed(path: Path) -> Iterator[BinaryIO | io.BufferedIOBase]:
     if path.name.endswith(".gz"):
         with gzip.open(path, "rb") as stream:
             yield stream

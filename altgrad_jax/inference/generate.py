@@ -27,7 +27,7 @@ import numpy as np
 
 from altgrad_jax.config import upgraded, wrong_values
 from altgrad_jax.errors import UserError
-from altgrad_jax.models.gpt2 import GPT, GPTConfig, Quantized, empty_cache
+from altgrad_jax.models.gpt2 import GPTConfig, Quantized, empty_cache, forward
 from altgrad_jax.run.checkpoint import load_arrays
 from altgrad_jax.step import quantization
 
@@ -36,7 +36,7 @@ SEED_MAX = 2**31 - 1
 
 class Model(NamedTuple):
     """What a checkpoint computes: nested dict of NumPy float32 arrays, the GPTConfig, the flat dict of the run's
-    settings, and {layer: quant_dot.Operands} of the layers that were trained in number formats (empty without)."""
+    settings, and {layer: products.Operands} of the layers that were trained in number formats (empty without)."""
 
     params: dict
     config: GPTConfig
@@ -44,7 +44,7 @@ class Model(NamedTuple):
     operands: dict
 
 
-def load_model(path, step=None) -> Model:
+def load_model(path, step: int | None = None) -> Model:
     """The model of a checkpoint, in the number formats it was trained in.
 
     Args:
@@ -84,7 +84,7 @@ def load_model(path, step=None) -> Model:
         state = quantization.QuantState(
             quant["amax_history_Q3H"],
             quant["level"],
-            bad_streak=0,
+            bad_streak=jnp.int32(0),
             rest_scale=quant.get("rest_scale", {}),
             residual={},
             age={},
@@ -95,7 +95,7 @@ def load_model(path, step=None) -> Model:
     return Model(arrays["params"], config, settings, operands)
 
 
-def sample_token(logits_V, key, temperature, top_k):
+def sample_token(logits_V, key, temperature, top_k: int | None):
     """One token id, int32: drawn from softmax(logits / temperature) over the top_k largest (None: all).
 
     temperature 0 is the largest logit; of equal ones the lowest id. `temperature` may be traced, `top_k` not.
@@ -118,7 +118,7 @@ def _continue(params, operands, context_T, n_context, n_new, first, key, tempera
 
     Returns (new tokens int32 [T], how many of them are valid, whether all logits were finite).
     """
-    model, quantized = GPT(config), Quantized(operands, {})
+    quantized = Quantized(operands, {})
 
     def more(carry):
         n_done, token, _, _, finite = carry
@@ -126,18 +126,17 @@ def _continue(params, operands, context_T, n_context, n_new, first, key, tempera
 
     def next_token(carry):
         n_done, token, cache, new_T, _ = carry
-        out = model.apply(
-            {"params": params}, token[None, None], cache=cache, position=n_context - 1 + n_done, quantized=quantized
+        out = forward(
+            config, params, token[None, None], cache=cache, position=n_context - 1 + n_done, quantized=quantized
         )
+        assert out.logits is not None
         logits_V = out.logits[0, 0]
         token = sample_token(logits_V, jax.random.fold_in(key, first + n_done), temperature, top_k)
         finite = jnp.all(jnp.isfinite(logits_V))
         return n_done + 1, token, out.cache, new_T.at[n_done].set(token), finite
 
     # Only the cache of this pass is used, so XLA drops its logits, the largest product of all.
-    cache = model.apply(
-        {"params": params}, context_T[None], cache=empty_cache(config, batch=1), quantized=quantized
-    ).cache
+    cache = forward(config, params, context_T[None], cache=empty_cache(config, batch=1), quantized=quantized).cache
     start = (jnp.int32(0), context_T[n_context - 1], cache, jnp.zeros_like(context_T), jnp.bool_(True))
     n_done, _, _, new_T, finite = jax.lax.while_loop(more, next_token, start)
     return new_T, n_done, finite
@@ -148,13 +147,13 @@ def generate(
     config: GPTConfig,
     prompt_ids_L,
     *,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=None,
-    seed=0,
-    end_id=None,
-    operands=None,
-):
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    end_id: int | None = None,
+    operands: dict | None = None,
+) -> np.ndarray:
     """Continues a prompt; a pure function of its arguments on one machine.
 
     Args:

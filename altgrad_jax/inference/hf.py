@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -82,7 +83,7 @@ def _entries(config: GPTConfig):
     yield ("ln_f", "bias"), "ln_f.bias", (D,)
 
 
-def to_hf(params, config: GPTConfig):
+def to_hf(params, config: GPTConfig) -> tuple[dict, dict]:
     """Our parameters as (tensors, config_json) of a GPT2LMHeadModel.
 
     Args:
@@ -119,7 +120,7 @@ def to_hf(params, config: GPTConfig):
     return tensors, config_json
 
 
-def from_hf(tensors, config_json):
+def from_hf(tensors: dict, config_json: dict) -> tuple[dict, dict]:
     """The inverse of `to_hf`, for any GPT-2 that computes what our model computes.
 
     Args:
@@ -169,7 +170,7 @@ def from_hf(tensors, config_json):
     return params, sizes
 
 
-def _sizes_of(config_json):
+def _sizes_of(config_json) -> dict[str, Any]:
     """The GPTConfig arguments of a config.json, after refusing what we cannot honour."""
     for field, wanted in _FIXED.items():
         value = config_json.get(field, wanted)
@@ -217,7 +218,7 @@ def _sizes_of(config_json):
     return sizes | {"dropout": float(dropouts[0])}
 
 
-def write_folder(folder, tensors, config_json):
+def write_folder(folder, tensors: dict, config_json: dict) -> None:
     """Writes `to_hf`'s result as a new folder; it appears complete or not at all.
 
     Raises:
@@ -255,7 +256,7 @@ def refuse_occupied(folder) -> Path:
     return folder
 
 
-def read_folder(folder):
+def read_folder(folder) -> tuple[dict, dict]:
     """(tensors, config_json) of a folder with config.json and model.safetensors, or its shards.
 
     Arrays of float16, bfloat16 and float64 come as they are in the file.

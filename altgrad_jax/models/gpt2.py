@@ -61,7 +61,7 @@ class GPTOutput(NamedTuple):
     act_amax_N: jax.Array  # float32: largest magnitude of the residual stream as it leaves each block
     act_rms_N: jax.Array  # float32: its root mean square
     cache: KVCache | None
-    statistics: dict  # {layer: quant_dot.Statistics} of the quantized layers
+    statistics: dict  # {layer: products.Statistics} of the quantized layers
 
 
 class Quantized(NamedTuple):
@@ -241,6 +241,35 @@ def init_params(config: GPTConfig, seed):
     """Fresh float32 parameters as a nested dict; a pure function of (config, seed), whatever the formats."""
     tokens_BL = jnp.zeros((1, 1), jnp.int32)
     return GPT(dataclasses.replace(config, rules=())).init(jax.random.key(seed), tokens_BL)["params"]
+
+
+def forward(
+    config: GPTConfig,
+    params,
+    tokens_BL,
+    *,
+    dropout_key=None,
+    cache: KVCache | None = None,
+    position=0,
+    quantized: Quantized | None = None,
+    head=True,
+) -> GPTOutput:
+    """The model applied to tokens, as a pure function; arguments as in `GPT.__call__`.
+
+    Args:
+      params: as `init_params` makes them. dropout_key: of this pass; None turns dropout off.
+    """
+    output = GPT(config).apply(
+        {"params": params},
+        tokens_BL,
+        train=dropout_key is not None,
+        cache=cache,
+        position=position,
+        quantized=quantized,
+        head=head,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    return output  # pyright: ignore[reportReturnType] (linen's stub adds the tuple of a call with `mutable`)
 
 
 def empty_cache(config: GPTConfig, batch, length=None) -> KVCache:

@@ -69,7 +69,8 @@ def tied_cross_entropy(x_BLD, table_VD, targets_BL, *, compute_dtype, tile_bytes
       compute_dtype: dtype of the operands of the three products.
       tile_bytes: limit of the float32 logits that exist at once (see `tiles`).
     """
-    n = tiles(*x_BLD.shape[:2], table_VD.shape[0], tile_bytes)
+    B, L, _ = x_BLD.shape
+    n = tiles(B, L, table_VD.shape[0], tile_bytes)
     return _tied(x_BLD, table_VD, targets_BL, jnp.dtype(compute_dtype), n)
 
 

@@ -347,8 +347,9 @@ def critical_inputs(fmt: FloatFormat) -> dict[str, np.ndarray]:
     All of bfloat16; all of float16; `midpoints`; and float32's own edges: every power of two, the ends of the subnormal
     and normal ranges, infinity and NaN, of both signs.
     """
-    edges = [0, 1, 2, 0x7FFFFF, 0x800000, 0x800001, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, *(1 << n for n in range(23))]
-    edges = np.uint32([*edges, *(n << 23 for n in range(1, 255))])
+    special = [0, 1, 2, 0x7FFFFF, 0x800000, 0x800001, 0x7F7FFFFF, 0x7F800000, 0x7FC00000]
+    powers_of_two = [*(1 << n for n in range(23)), *(n << 23 for n in range(1, 255))]
+    edges = np.array([*special, *powers_of_two], np.uint32)
     return {
         "bfloat16": (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32),
         "float16": np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32),

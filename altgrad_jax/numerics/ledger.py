@@ -35,8 +35,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from altgrad_jax.numerics.products import LARGEST_SCALED, scale_for
+from altgrad_jax.numerics.products import scale_for
 from altgrad_jax.numerics.rounding import Grid, round_to_format, to_codes, to_grid, ulp
+from altgrad_jax.numerics.scales import LARGEST_SCALED
 
 _FIELDS = ("elements", "updates", "flips", "lost", "dot", "energy", "missed", "codes", "scale_flips", "age")
 MAX_AGE = 65535

@@ -12,7 +12,7 @@ with the weight. Three optimizers take that into account, each in another place:
     grid                           has no second moment and moves each weight by a whole number of codes
 
 They need to know where each tensor's numbers lie. `grids` is a tree of the params' structure that holds for each array
-a quantize.Grid, or None where there is no format, and then the array gets exactly AdamW. It is given at construction;
+a rounding.Grid, or None where there is no format, and then the array gets exactly AdamW. It is given at construction;
 or with each call, which wins, where format and scale are data that change from step to step:
 
     opt = ulp_adamw(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
@@ -23,6 +23,7 @@ All are deterministic and run under jit, and under vmap with grids that carry a 
 trained side by side. Tensors that have a grid are float32.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,9 +43,7 @@ from altgrad_jax.numerics.rounding import (
     to_grid,
     ulp,
 )
-
-SCHEDULES = ("constant", "cosine", "wsd")
-OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "grid")
+from altgrad_jax.numerics.rules import OPTIMIZERS
 
 _MOST_CODES = 2**22  # round_to_format takes at most 22 mantissa bits
 
@@ -197,7 +196,7 @@ def grid(*, beta1, beta2, eps, weight_decay, max_codes=1, is_quantized=None, gri
 
     The extra arguments of update:
       learning_rate: float32 scalar.
-      seed: uint32 [2], as from quantize.stochastic_seed; another one for each update. Every tensor derives its own.
+      seed: uint32 [2], as from rounding.stochastic_seed; another one for each update. Every tensor derives its own.
 
     Raises:
       UserError: from here for unusable settings, from update for missing or unfit arguments.
@@ -209,63 +208,83 @@ def grid(*, beta1, beta2, eps, weight_decay, max_codes=1, is_quantized=None, gri
     if not (1 <= max_codes <= _MOST_CODES and max_codes == int(max_codes)):
         raise UserError(f"max_codes={max_codes!r} cannot be used: give a whole number from 1 to {_MOST_CODES}")
     for_others = adamw(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-    whole_numbers = _whole_numbers(int(max_codes))
-    default_grids = grids
+    settings = _GridSettings(beta1, eps, weight_decay, int(max_codes), for_others, is_quantized, grids)
+    return optax.GradientTransformationExtraArgs(partial(_grid_init, settings), partial(_grid_update, settings))
 
-    def quantized_leaves(params):
-        """Booleans in the order of the leaves."""
-        if is_quantized is None:
-            return [leaf is not None for leaf in _grid_leaves("grid", params, default_grids)]
-        tree = is_quantized(params) if callable(is_quantized) else is_quantized
-        return _leaves_like(params, tree, "is_quantized")
 
-    def init(params):
-        quantized = quantized_leaves(params)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return GridState(_masked(zeros, quantized), for_others.init(_masked(params, [not q for q in quantized])))
+class _GridSettings(NamedTuple):
+    """The arguments of `grid`, and AdamW for the tensors without a grid."""
 
-    def update(updates, state, params=None, *, grids=None, learning_rate=None, seed=None, **_):
-        leaves = _grid_leaves("grid", params, default_grids if grids is None else grids)
-        quantized = quantized_leaves(params)
-        for wanted, given in zip(quantized, leaves, strict=True):
-            if wanted != (given is not None):
-                raise UserError(
-                    "grids does not fit is_quantized: give a Grid for the tensors it names and None for the others"
-                )
-        if learning_rate is None or seed is None:
+    beta1: float
+    eps: float
+    weight_decay: float
+    max_codes: int
+    for_others: optax.GradientTransformation
+    is_quantized: Any
+    grids: Any
+
+
+def _quantized_leaves(settings: _GridSettings, params) -> list[bool]:
+    """Which tensors have a grid, in the order of the leaves."""
+    if settings.is_quantized is None:
+        return [leaf is not None for leaf in _grid_leaves("grid", params, settings.grids)]
+    tree = settings.is_quantized(params) if callable(settings.is_quantized) else settings.is_quantized
+    return _leaves_like(params, tree, "is_quantized")
+
+
+def _grid_init(settings: _GridSettings, params) -> GridState:
+    quantized = _quantized_leaves(settings, params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    others = _masked(params, [not q for q in quantized])
+    return GridState(_masked(zeros, quantized), settings.for_others.init(others))
+
+
+def _grid_update(
+    settings: _GridSettings, updates, state, params=None, *, grids=None, learning_rate=None, seed=None, **_
+):
+    leaves = _grid_leaves("grid", params, settings.grids if grids is None else grids)
+    quantized = _quantized_leaves(settings, params)
+    for wanted, given in zip(quantized, leaves, strict=True):
+        if wanted != (given is not None):
             raise UserError(
-                "the optimizer grid needs learning_rate and seed: call update(updates, state, params, "
-                "grids=..., learning_rate=..., seed=...)"
+                "grids does not fit is_quantized: give a Grid for the tensors it names and None for the others"
             )
-        lr = jnp.asarray(learning_rate, jnp.float32)
-        others = [not q for q in quantized]
-        directions, adamw_state = for_others.update(_masked(updates, others), state.adamw, _masked(params, others))
-        momentum = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.momentum, _masked(updates, quantized))
-        correction = 1 - beta1 ** adamw_state[0].count.astype(jnp.float32)
+    if learning_rate is None or seed is None:
+        raise UserError(
+            "the optimizer grid needs learning_rate and seed: call update(updates, state, params, "
+            "grids=..., learning_rate=..., seed=...)"
+        )
+    lr = jnp.asarray(learning_rate, jnp.float32)
+    others = [not q for q in quantized]
+    directions, adamw_state = settings.for_others.update(_masked(updates, others), state.adamw, _masked(params, others))
+    beta1 = settings.beta1
+    momentum = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.momentum, _masked(updates, quantized))
+    correction = 1 - beta1 ** jnp.asarray(adam_moments(adamw_state).count, jnp.float32)
+    out = [
+        adamw_direction
+        if grid is None
+        else _grid_direction(settings, stochastic_seed(seed[0], seed[1], i), m / correction, w, grid, lr)
+        for i, (adamw_direction, m, w, grid) in enumerate(
+            zip(*(_leaves_like(params, tree) for tree in (directions, momentum, params)), leaves, strict=True)
+        )
+    ]
+    return jax.tree.structure(params).unflatten(out), GridState(momentum, adamw_state)
 
-        def direction(m, w, grid, leaf_seed):
-            m_hat = m / correction
-            rms = jnp.sqrt(jnp.mean(jnp.square(m_hat)))
-            rms = jnp.where(jnp.isfinite(rms), rms, jnp.nan)  # else one infinite element would divide all others to 0
-            codes = m_hat / (rms + eps) / jnp.mean(ulp(w, grid))
-            if is_decayed(w):
-                # At scale 1, because BF16's smallest ULP divided by a scale is zero in float32.
-                x = w * grid.scale
-                codes = codes + weight_decay * (x / ulp(x, Grid(grid.format, 1.0)))
-            n = round_to_format(-jnp.clip(lr * codes, -max_codes, max_codes), whole_numbers, seed=leaf_seed)
-            # A number that is not finite would become some code; the caller must see it.
-            moved = jnp.where(jnp.isnan(n), n, _moved(w, n, grid))
-            return -(moved - w) / jnp.where(lr == 0, 1.0, lr)
 
-        out = [
-            direction(m, w, grid, stochastic_seed(seed[0], seed[1], i)) if grid is not None else adamw_direction
-            for i, (adamw_direction, m, w, grid) in enumerate(
-                zip(*(_leaves_like(params, tree) for tree in (directions, momentum, params)), leaves, strict=True)
-            )
-        ]
-        return jax.tree.structure(params).unflatten(out), GridState(momentum, adamw_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+def _grid_direction(settings: _GridSettings, seed, m_hat, w, grid: Grid, lr):
+    """The direction of one tensor from its bias-corrected momentum."""
+    rms = jnp.sqrt(jnp.mean(jnp.square(m_hat)))
+    rms = jnp.where(jnp.isfinite(rms), rms, jnp.nan)  # else one infinite element would divide all others to 0
+    codes = m_hat / (rms + settings.eps) / jnp.mean(ulp(w, grid))
+    if is_decayed(w):
+        # At scale 1, because BF16's smallest ULP divided by a scale is zero in float32.
+        x = w * grid.scale
+        codes = codes + settings.weight_decay * (x / ulp(x, Grid(grid.format, 1.0)))
+    most = settings.max_codes
+    n = round_to_format(-jnp.clip(lr * codes, -most, most), _whole_numbers(most), seed=seed)
+    # A number that is not finite would become some code; the caller must see it.
+    moved = jnp.where(jnp.isnan(n), n, _moved(w, n, grid))
+    return -(moved - w) / jnp.where(lr == 0, 1.0, lr)
 
 
 def _whole_numbers(largest):
@@ -316,12 +335,12 @@ def _grid_leaves(name, params, grids):
     if grids is None:
         raise UserError(
             f"the optimizer {name} needs the grids of the weights: give grids, a tree of the params' "
-            "structure with a quantize.Grid or None for each array, at construction or to update"
+            "structure with a rounding.Grid or None for each array, at construction or to update"
         )
     leaves = _leaves_like(params, grids, "grids")
     for w, leaf in zip(jax.tree.leaves(params), leaves, strict=True):
         if not (leaf is None or isinstance(leaf, Grid)):
-            raise UserError(f"grids holds a {type(leaf).__name__}: give a quantize.Grid or None for each array")
+            raise UserError(f"grids holds a {type(leaf).__name__}: give a rounding.Grid or None for each array")
         if leaf is not None and w.dtype != jnp.float32:
             raise UserError(f"a tensor with a grid has dtype {w.dtype}: give float32 parameters, or None as its grid")
     return leaves

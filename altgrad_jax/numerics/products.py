@@ -20,8 +20,7 @@ product of such operands is the product a device would compute on codes and resc
 than 2^-126 * s, unless to zero.) Formats with more mantissa bits take float32 operands at `Precision.HIGHEST`, which is
 another program: `Rule.float32_operands`.
 
-A scale maps an amax (largest magnitude) to at most min(largest finite number, 2^16): for formats with many exponents
-the sum of products would overflow float32 otherwise. It is the largest power of two that does. Which amax:
+A scale comes from an amax, the largest magnitude (scales.scale_for). Which amax is the *scaling*:
 
     delayed   one scale, given by the caller from amaxes of earlier steps; if it gives 0, as at the first step: `tensor`
     tensor    one scale, from the operand's own amax
@@ -55,7 +54,7 @@ Axes: M rows (batch and time flattened), K inputs, N outputs, H steps of an amax
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +62,9 @@ import numpy as np
 from jax import lax
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.numerics import scales
 from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format
-
-SCALINGS = ("delayed", "tensor", "channel", "block32", "block128", "none")
-PER_TENSOR = ("delayed", "tensor", "none")
-LARGEST_SCALED = 2.0**16
+from altgrad_jax.numerics.rules import PER_TENSOR, SCALINGS
 
 # How the vectors of several micro-batches become one, field by field.
 FIELDS = {
@@ -89,8 +86,8 @@ class Operand(NamedTuple):
     """A quantized operand as the compiled program sees it: traced scalars, or a leading axis under vmap."""
 
     format: FormatParams
-    scale: jax.Array | float = 0.0  # float32 from 2^-126 to 2^126, or 0; read by `delayed` only
-    seed: jax.Array | None = None  # uint32 [2] rounds stochastically (quantize.stochastic_seed); None to nearest
+    scale: Any = 0.0  # float32 from 2^-126 to 2^126, or 0; read by `delayed` only
+    seed: jax.Array | None = None  # uint32 [2] rounds stochastically (rounding.stochastic_seed); None to nearest
 
 
 class Operands(NamedTuple):
@@ -146,28 +143,8 @@ class Statistics(NamedTuple):
     a: jax.Array | None
 
 
-def scale_for(amax, params: FormatParams, power_of_two=True):
-    """The largest power of two s with amax * s <= min(largest finite number, 2^16).
-
-    Args:
-      amax: float32 of any shape, not negative.
-      power_of_two: False gives the quotient of the two as float32 instead.
-
-    Returns:
-      float32 of that shape, from 2^-126 to 2^126, so that 1/s is exact too. (An amax beyond 2^125 is therefore clipped
-      in formats with a largest number near 1.) 1 where amax is 0, below 2^-126 or not finite.
-    """
-    amax = jnp.asarray(amax, jnp.float32)
-    bits = lax.bitcast_convert_type(amax, jnp.int32)
-    largest = jnp.minimum(jnp.asarray(params.max_finite, jnp.float32), LARGEST_SCALED)
-    usable = (bits >= 0x00800000) & (bits < 0x7F800000)
-    if not power_of_two:
-        return jnp.where(usable, jnp.clip(largest / jnp.where(usable, amax, 1.0), 2.0**-126, 2.0**126), 1.0)
-    largest = lax.bitcast_convert_type(largest, jnp.int32)
-    # Exponents by their fields, for log2 is inexact in XLA; one less where amax has the larger mantissa.
-    exponent = (largest >> 23) - (bits >> 23) - ((bits & 0x7FFFFF) > (largest & 0x7FFFFF))
-    scale = lax.bitcast_convert_type((jnp.clip(exponent, -126, 126) + 127) << 23, jnp.float32)
-    return jnp.where(usable, scale, 1.0)
+# scales.scale_for inside a compiled program.
+scale_for = partial(scales.scale_for, xp=jnp, bitcast=lax.bitcast_convert_type)
 
 
 def delayed_scale(history_H, params: FormatParams, power_of_two=True):
@@ -324,8 +301,7 @@ def weight_gradient(x_MK, g_MN, w_is_NK=False, descales=()):
     return lax.platform_dependent(x_MK, g_MN, cpu=transposed, default=direct)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dot_MK(x_MK, w, w_is_NK, compute_dtype):
+def _plain_dot(x_MK, w, w_is_NK, compute_dtype) -> jax.Array:
     return _forward(x_MK, w, w_is_NK, compute_dtype)[0]
 
 
@@ -341,7 +317,8 @@ def _backward(w_is_NK, compute_dtype, operands, g_MN):
     return dx_MK, weight_gradient(x_MK, g_MN, w_is_NK)
 
 
-_dot_MK.defvjp(_forward, _backward)
+_plain_dot_MK = jax.custom_vjp(_plain_dot, nondiff_argnums=(2, 3))
+_plain_dot_MK.defvjp(_forward, _backward)
 
 
 def _as_operand(v, operand, scaling, axis, name, compute_dtype, rule):
@@ -355,8 +332,7 @@ def _as_operand(v, operand, scaling, axis, name, compute_dtype, rule):
     return _quantize(v, operand, scaling, axis, name, dtype, rule)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _quant_dot_MK(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule):
+def _quant_dot(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule) -> tuple[jax.Array, Statistics]:
     return _quant_forward(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule)[0]
 
 
@@ -378,6 +354,7 @@ def _quant_backward(w_is_NK, compute_dtype, rule, saved, cotangents):
     return dx_MK, dw, None, g_stats if probed else None
 
 
+_quant_dot_MK = jax.custom_vjp(_quant_dot, nondiff_argnums=(4, 5, 6))
 _quant_dot_MK.defvjp(_quant_forward, _quant_backward)
 
 
@@ -396,6 +373,14 @@ def _check(operands, g_probe, rule, compute_dtype):
         raise UserError("g_probe asks for statistics of an output gradient that has no format: give none")
 
 
+@overload
+def quant_dot(
+    x, w, *, w_is_NK: bool = ..., compute_dtype=..., operands: None = ..., rule: Rule | None = ...
+) -> jax.Array: ...
+@overload
+def quant_dot(
+    x, w, *, w_is_NK: bool = ..., compute_dtype=..., operands: Operands, rule: Rule | None = ..., g_probe=...
+) -> tuple[jax.Array, Statistics]: ...
 def quant_dot(
     x,
     w,
@@ -429,7 +414,7 @@ def quant_dot(
     """
     x_MK, compute_dtype = x.reshape(-1, x.shape[-1]), jnp.dtype(compute_dtype)
     if operands is None:
-        y_MN = _dot_MK(x_MK, w, w_is_NK, compute_dtype)
+        y_MN = _plain_dot_MK(x_MK, w, w_is_NK, compute_dtype)
         return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
     rule = rule or Rule()
     _check(operands, g_probe, rule, compute_dtype)

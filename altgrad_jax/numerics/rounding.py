@@ -32,7 +32,7 @@ fifteen times as much.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +47,14 @@ _SIGN, _MAGNITUDE, _INFINITY, _NAN = -(2**31), 0x7FFFFFFF, 0x7F800000, 0x7FC0000
 
 
 class FormatParams(NamedTuple):
-    """A format as a compiled program sees it: scalars, or arrays with a leading axis under vmap."""
+    """A format as a compiled program sees it: scalars of jax or NumPy, or arrays of one shape."""
 
-    mantissa_bits: jax.Array  # int32, 0 to 22
-    min_exponent: jax.Array  # int32, exponent of the smallest normal number, at least -126
-    max_finite: jax.Array  # float32
-    overflow: jax.Array  # float32: what a magnitude beyond max_finite becomes
-    flip_parity: jax.Array  # int32: 1 where the lowest bit of the code is not that of float32's exponent field, else 0
-    zero_sign: jax.Array  # int32: the sign bit where the format has -0, else 0
+    mantissa_bits: Any  # int32, 0 to 22
+    min_exponent: Any  # int32, exponent of the smallest normal number, at least -126
+    max_finite: Any  # float32
+    overflow: Any  # float32: what a magnitude beyond max_finite becomes
+    flip_parity: Any  # int32: 1 where the lowest bit of the code is not that of float32's exponent field, else 0
+    zero_sign: Any  # int32: the sign bit where the format has -0, else 0
 
 
 def format_params(fmt: FloatFormat, *, saturate: bool = True) -> FormatParams:
@@ -141,7 +141,7 @@ class Grid(NamedTuple):
     """Where the elements of a tensor may lie: at the numbers of a format, divided by a scale."""
 
     format: FormatParams
-    scale: jax.Array | float  # float32, a power of two; a scalar, or of a shape that broadcasts to the tensor's
+    scale: Any  # float32, a power of two; a scalar, or of a shape that broadcasts to the tensor's
 
 
 def to_grid(x, grid: Grid, *, seed=None):

@@ -25,7 +25,16 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.numerics.formats import get_format
 
 OPERANDS = ("W", "A", "G")
-IN_BLOCK = ("attn_qkv", "attn_out", "mlp_up", "mlp_down")
+# The names that the settings `scaling`, `optimizer`, `schedule` and `weights_at_rest` may have.
+SCALINGS = ("delayed", "tensor", "channel", "block32", "block128", "none")
+PER_TENSOR = ("delayed", "tensor", "none")  # one scale for each operand
+OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "grid")
+SCHEDULES = ("constant", "cosine", "wsd")
+AT_REST = ("float32", "nearest", "stochastic", "error_feedback")
+# The layers of the model in the order in which it applies them.
+STAGES = ("embed", "pos_embed", "block", "ln_f")
+BLOCK_LAYERS = ("ln_1", "attn_qkv", "attn_out", "ln_2", "mlp_up", "mlp_down")
+IN_BLOCK = tuple(layer for layer in BLOCK_LAYERS if not layer.startswith("ln_"))  # those that are products
 HEAD = "head"
 NONE = "none"
 FLOAT8 = {"E4M3": "float8_e4m3fn", "E5M2": "float8_e5m2"}  # what `native` products can compute with
@@ -49,6 +58,14 @@ class LayerFormats:
 def linear_layers(n_layer: int) -> list[str]:
     """Every layer that is a matrix product with weights, in the order of the model."""
     return [f"block_{i}/{part}" for i in range(n_layer) for part in IN_BLOCK] + [HEAD]
+
+
+def model_order(layer: str) -> tuple[int, int, int]:
+    """Sorts layers by name (`embed`, `block_0/ln_1`, ...) in the order in which the model applies them."""
+    match = re.fullmatch(r"([a-z_]+?)(?:_(\d+)/(\w+))?", layer)
+    assert match, layer
+    stage, index, part = match.groups()
+    return STAGES.index(stage), int(index or 0), BLOCK_LAYERS.index(part) if part else 0
 
 
 @functools.lru_cache(maxsize=64)

@@ -37,8 +37,9 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.files import open_file
 from altgrad_jax.numerics import formats
 from altgrad_jax.numerics.formats import FloatFormat
+from altgrad_jax.numerics.rules import OPERANDS
+from altgrad_jax.numerics.scales import scale_for
 
-LARGEST_SCALED = 2.0**16  # no scale maps an amax beyond this, as in quant_dot
 ZERO_BIN, INFINITY_BIN, NAN_BIN, N_BINS = 0, 2218, 2219, 2220
 _SHORTEST_GAP = 4  # so many empty bins in a row take more room than the start of a new run
 
@@ -79,32 +80,13 @@ def dense(stored: dict) -> np.ndarray:
     return counts
 
 
-def scale_for(amax: float, fmt: FloatFormat) -> float:
-    """The largest power of two s with amax * s <= min(max_finite, 2^16).
-
-    `quant_dot.scale_for` without jax, bit for bit.
-
-    Args:
-      amax: largest magnitude, taken as float32.
-
-    Returns:
-      From 2^-126 to 2^126; 1 where amax is 0, below 2^-126 or not finite.
-    """
-    amax = float(np.float32(amax))
-    if not 2.0**-126 <= amax < math.inf:
-        return 1.0
-    mantissa, exponent = math.frexp(amax)
-    limit_mantissa, limit_exponent = math.frexp(min(float(np.float32(fmt.max_finite)), LARGEST_SCALED))
-    return 2.0 ** min(max(limit_exponent - exponent - (mantissa > limit_mantissa), -126), 126)
-
-
 def _shares(counts, fmt, scales):
     """Shares of underflow and overflow (float64, of the shape of scales) by a histogram, dense or as stored."""
     counts = dense(counts) if isinstance(counts, dict) else np.asarray(counts).astype(np.int64)
     if counts.shape != (N_BINS,):
         raise UserError(
             f"a histogram of shape {counts.shape} cannot be read: give the {N_BINS} bins of "
-            "diagnostics.magnitude_histogram"
+            "histograms.magnitude_histogram"
         )
     up_to = np.cumsum(counts)
     small = np.searchsorted(_EDGES, fmt.smallest_subnormal / 2 / scales, side="right")  # bins at or below the threshold
@@ -119,7 +101,7 @@ def what_if(counts, fmt: FloatFormat, scale: float) -> dict:
     """Shares of a tensor's elements that a format would lose at either end of its range.
 
     Args:
-      counts: whole numbers [N_BINS] from `diagnostics.magnitude_histogram`, or what `sparse` made of them.
+      counts: whole numbers [N_BINS] from `histograms.magnitude_histogram`, or what `sparse` made of them.
       fmt: any format; see the top of this module for the few that are not exact.
       scale: a power of two, by which the tensor is multiplied before it is rounded.
 
@@ -153,7 +135,7 @@ def what_if_table(counts, amax: float) -> list[dict]:
     counts = dense(counts) if isinstance(counts, dict) else counts
     exponents = np.arange(-126, 127)
     for fmt in map(formats.get_format, formats.DEFAULT_8BIT):
-        scale = scale_for(amax, fmt)
+        scale = float(scale_for(amax, fmt))
         underflow, overflow = _shares(counts, fmt, 2.0**exponents)
         best = np.lexsort((np.abs(exponents - math.log2(scale)), underflow + overflow))[0]
         rows.append(
@@ -173,7 +155,7 @@ def operand_row(codes, magnitudes, scale, amax, fmt: FloatFormat):
     """A quantized operand at a diagnosis, for the record.
 
     Args:
-      codes: whole numbers [256] by code, of diagnostics.code_histogram. magnitudes: [N_BINS].
+      codes: whole numbers [256] by code, of histograms.code_histogram. magnitudes: [N_BINS].
       scale, amax: of the operand at that pass. fmt: the format in use.
 
     Returns:
@@ -210,11 +192,11 @@ def _read_lines(path):
                 break
             try:
                 line = json.loads(text)
-                line["layer"], line["format"]
                 stored, amax = line["magnitudes"], line["amax"]
                 if (
-                    type(line["step"]) is not int
-                    or line["operand"] not in ("W", "A", "G")
+                    not line.keys() >= {"layer", "format"}
+                    or type(line["step"]) is not int
+                    or line["operand"] not in OPERANDS
                     or stored["bins"] != N_BINS
                     or any(first < 0 for first in stored["first"])
                     or isinstance(amax, float)

@@ -44,9 +44,10 @@ def write(report, outputs, data_dir=None):
         with writing(path, "give another place with --output"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text.encode())
-    with writing(data_dir, "give another folder with --data"):
-        for name, content in files:
-            write_atomically(Path(data_dir) / name, content)
+    if data_dir:
+        with writing(data_dir, "give another folder with --data"):
+            for name, content in files:
+                write_atomically(Path(data_dir) / name, content)
 
 
 def live(paths, outputs, data_dir=None, *, seconds, say=print, sleep=time.sleep):

@@ -151,7 +151,11 @@ class Comparison:
         }
         if len(rates) < MIN_RATES:
             own = self.choice(self.reference).rate if self.reference and arm != self.reference else None
-            rate = own if own in rates else max(rates, key=lambda rate: (self._rates_of_arms[rate], -rate))
+            rate = (
+                own
+                if own is not None and own in rates
+                else max(rates, key=lambda rate: (self._rates_of_arms[rate], -rate))
+            )
             return Choice(rate, tuple(rates), tuple(sorted(seeds)), means, False)
 
         def survivors(rate):

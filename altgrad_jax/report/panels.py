@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from altgrad_jax.numerics.rules import BLOCK_LAYERS
 from altgrad_jax.report import figures
 from altgrad_jax.report.analysis import ADAMW, MASTER, layers_of
 from altgrad_jax.report.runs import LOST, OPERANDS, Arm
@@ -312,14 +313,11 @@ def representative(c, arm):
     return next((run for run in runs if run.state != LOST), runs[0])
 
 
-_WITHIN_BLOCK = ("ln_1", "attn_qkv", "attn_out", "ln_2", "mlp_up", "mlp_down")
-
-
 def _depth(layer):
     """Sorts layers as the signal passes them: embeddings, blocks, the last LayerNorm."""
     block, _, name = layer.partition("/")
     if block.startswith("block_") and block[6:].isdecimal():
-        return 1, int(block[6:]), _WITHIN_BLOCK.index(name) if name in _WITHIN_BLOCK else len(_WITHIN_BLOCK), name
+        return 1, int(block[6:]), BLOCK_LAYERS.index(name) if name in BLOCK_LAYERS else len(BLOCK_LAYERS), name
     return (2 if layer == "ln_f" else 0), 0, 0, layer
 
 
@@ -434,7 +432,7 @@ def rank_health(c, reader):
             ("stable_rank", "s-float32", False),
             ("participation_ratio", "s-stochastic", True),
         ):
-            ratios, steps = [], None
+            ratios, steps = [], np.zeros(0, np.int64)
             for layer, column in layers_of(mine, statistic).items() if mine and its else ():
                 key = f"{statistic}/{layer}"
                 if key not in its:
@@ -443,7 +441,7 @@ def rank_health(c, reader):
                 a, b = column[i].astype(np.float64), its[key][j].astype(np.float64)
                 keep = np.isfinite(a) & np.isfinite(b) & (b > 0)
                 if keep.any():
-                    steps = common if steps is None else steps
+                    steps = steps if ratios else common
                     ratios.append(np.where(keep, np.divide(a, b, out=np.full(a.shape, np.nan), where=keep), np.nan))
                     rows += [
                         [name, statistic, layer, int(s), float(x), float(y)]

@@ -130,10 +130,10 @@ class Run:
     config: dict = field(default_factory=dict)
     manifest: dict = field(default_factory=dict)
     arm: Arm | None = None
-    steps: np.ndarray = None
-    losses: np.ndarray = None
-    val_steps: np.ndarray = None
-    val_losses: np.ndarray = None
+    steps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    losses: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    val_steps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    val_losses: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     last_step: int = 0
     val_loss: float = math.nan
     verdict: dict = field(default_factory=dict)
@@ -191,7 +191,11 @@ _NUMBER = re.compile(rb'"?(-?(?:[0-9][0-9.e+-]*|NaN|Infinity))')
 
 def _value(line, key):
     at = line.find(key)
-    return None if at < 0 else float(_NUMBER.match(line, at + len(key))[1])
+    if at < 0:
+        return None
+    if not (number := _NUMBER.match(line, at + len(key))):
+        raise ValueError(f"no number after {key!r}")
+    return float(number[1])
 
 
 def _damaged_line(path, number):
@@ -255,7 +259,7 @@ def read_statistics(path):
                         columns.setdefault(key, []).append((number - 1, value))
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise _damaged_line(path, number) from None
-    history = {"step": np.array(steps, np.int64)}
+    history: dict[str, np.ndarray] = {"step": np.array(steps, np.int64)}
     for key, items in columns.items():
         history[key] = np.full(len(steps), np.nan, np.float32)
         history[key][[i for i, _ in items]] = [value for _, value in items]
@@ -420,10 +424,11 @@ def _arm_of(run):
     config = run.config
     rest = {"at_rest": config.get("weights_at_rest", "float32"), "optimizer": config.get("optimizer", "adamw")}
     if not config.get("use_fp8", False):
-        return Arm({"bfloat16": REFERENCE}.get(config["compute_dtype"], config["compute_dtype"]), **rest)
+        return Arm(REFERENCE if config["compute_dtype"] == "bfloat16" else config["compute_dtype"], **rest)
     formats, operands = _operands((run.manifest.get("formats") or {}).get("layers") or [])
     if operands:
-        return Arm(*formats, operands, **rest)
+        (name,) = formats
+        return Arm(name, operands, **rest)
     if operands is None:  # named by one of its runs; runs of equal rules are one arm whatever they are called
         return Arm("mixed: " + ", ".join(config["formats"]), **rest)
     stored = {rule.rpartition("=")[2] for rule in config.get("store_formats", ())} - {REFERENCE}

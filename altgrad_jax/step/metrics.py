@@ -8,13 +8,13 @@ The reductions are grouped by what they read, because at small batch their cost 
 gradients before the update, one over (parameter, moments, update) that the compiler can merge with the update itself.
 """
 
-import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from altgrad_jax.numerics.histograms import rank_health
+from altgrad_jax.numerics.rules import model_order
 
 
 def by_layer(tree):
@@ -23,16 +23,7 @@ def by_layer(tree):
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         *layer, name = (key.key for key in path)
         layers.setdefault("/".join(layer), {})[name] = leaf
-    return dict(sorted(layers.items(), key=lambda item: _model_order(item[0])))
-
-
-_STAGES = ("embed", "pos_embed", "block", "ln_f")
-_IN_BLOCK = ("ln_1", "attn_qkv", "attn_out", "ln_2", "mlp_up", "mlp_down")
-
-
-def _model_order(layer):
-    stage, index, part = re.fullmatch(r"([a-z_]+?)(?:_(\d+)/(\w+))?", layer).groups()
-    return _STAGES.index(stage), int(index or 0), _IN_BLOCK.index(part) if part else 0
+    return dict(sorted(layers.items(), key=lambda item: model_order(item[0])))
 
 
 def neuron_layers(params):

@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from altgrad_jax.data.dataset import gather_windows, permute_windows
 from altgrad_jax.errors import UserError
-from altgrad_jax.models.gpt2 import GPT, GPTConfig, Quantized
+from altgrad_jax.models.gpt2 import GPTConfig, Quantized
 from altgrad_jax.numerics import histograms
 from altgrad_jax.numerics.products import empty_statistics, named_statistics
 from altgrad_jax.step import metrics, quantization, stability, update
@@ -45,13 +45,14 @@ def run(step: Step, names, state: TrainState, data, n_steps, inputs: Inputs):
     """A dispatch of n_steps updates: (state, float32 [K, M]); see StepFunctions.run. `names`: the metrics of a row."""
     o = step.options
     K, B, block_size = o.steps_per_dispatch, o.batch_size, step.plain.block_size
+    index_KB = None
     if o.data_on_device:
         numbers = state.step.astype(jnp.uint32) * B + jnp.arange(K * B, dtype=jnp.uint32)
         index_KB = permute_windows(numbers, step.n_train_windows, o.data_seed, xp=jnp).reshape(K, B)
 
     def body(carry):
         i, state, rows_KM = carry
-        windows = gather_windows(data, index_KB[i], block_size, xp=jnp) if o.data_on_device else data[i]
+        windows = data[i] if index_KB is None else gather_windows(data, index_KB[i], block_size, xp=jnp)
         if o.grad_accum_steps == 1:
             windows = constrain(windows, over_batch(step.mesh), step.mesh)
         state, row = update.train_step(step, state, windows, inputs)
@@ -69,11 +70,10 @@ def run(step: Step, names, state: TrainState, data, n_steps, inputs: Inputs):
 
 def evaluate(model: GPTConfig, batch_size, mesh, operands_of, params, windows, *formats):
     """float32 mean loss over windows [E, L+1] in nats per token; see make_evaluate."""
-    loss_fn = update.make_loss(GPT(model))
     layout = over_batch(mesh) if batch_size % mesh.size == 0 else replicated(mesh)
 
     def batch_loss(batch):
-        return loss_fn(params, constrain(batch, layout, mesh), None, quantized)[0]
+        return update.loss(model, params, constrain(batch, layout, mesh), None, quantized)[0]
 
     params = gather(params, mesh)  # once for all batches
     quantized = Quantized(operands_of(*formats), {}) if model.rules else None
@@ -107,10 +107,9 @@ def diagnose(plain: GPTConfig, quant, mesh, params, windows, quant_state=None, t
     operands = update.operands_at(quant, quant_state, table)
     nothing = jnp.zeros(2 * histograms.HISTOGRAMS, jnp.float32)
     probes = {layer: jnp.concatenate([probe, nothing]) for layer, probe in quantization.g_probes(quant).items()}
-    loss_fn = update.make_loss(GPT(model))
 
     def loss(params, probes):
-        return loss_fn(params, windows, None, Quantized(operands, probes))
+        return update.loss(model, params, windows, None, Quantized(operands, probes))
 
     (_, output), (_, of_g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, probes)
     vectors_Q3S = quantization.gather_statistics(

@@ -20,6 +20,7 @@ emergency shift   after `emergency_patience` bad updates in a row, every quantiz
 Axes: Q quantized layers, 3 operands (W, A, G), H history, S statistics fields, E levels (1 + emergency formats).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,13 +42,14 @@ from altgrad_jax.numerics.products import (
 )
 from altgrad_jax.numerics.rounding import FormatParams, Grid, format_params, stochastic_seed, to_grid
 from altgrad_jax.numerics.rules import FLOAT8, HEAD, OPERANDS, LayerFormats, resolve_rules
+from altgrad_jax.numerics.scales import LARGEST_SCALED
 
 
 @dataclass(frozen=True)
 class QuantOptions:
     """Static choices, by their names in the config.
 
-    layers: the quantized layers with the names of their formats (format_rules.resolve_rules). scaling, stochastic: of
+    layers: the quantized layers with the names of their formats (rules.resolve_rules). scaling, stochastic: of
     W, A and G.
     """
 
@@ -80,12 +82,13 @@ def options_of(config) -> QuantOptions | None:
     """The options that a run's settings (a mapping, as in the config or a checkpoint) ask for; None without formats."""
     if not config["use_fp8"]:
         return None
+    w, a, g = for_operands(config["operand_rounding"])
     same_name = ("amax_history", "saturate", "weights_at_rest", "range_clip", "emergency_patience")
     return QuantOptions(
         layers=resolve_rules(tuple(config["formats"]), config["n_layer"]),
         scaling=for_operands(config["scaling"]),
         power_of_two=config["scale_rounding"] == "power_of_two",
-        stochastic=tuple(choice == "stochastic" for choice in for_operands(config["operand_rounding"])),
+        stochastic=(w == "stochastic", a == "stochastic", g == "stochastic"),
         native=config["products"] == "native",
         emergency_formats=tuple(config["emergency_formats"]),
         **{name: config[name] for name in same_name},
@@ -114,7 +117,10 @@ def rules(options: QuantOptions) -> tuple[tuple[str, Rule], ...]:
     for layer in options.layers:
         names = [name for name in layer.wag if name] + list(options.emergency_formats)
         wide = any(get_format(name).mantissa_bits > 7 for name in names)
-        native = tuple(FLOAT8[name] for name in layer.wag) if options.native else None
+        native = None
+        if options.native:
+            assert layer.w and layer.a and layer.g, "the config refuses native products with an operand of no format"
+            native = FLOAT8[layer.w], FLOAT8[layer.a], FLOAT8[layer.g]
         w, a, g = options.scaling
         out.append(
             (layer.layer, Rule(w, a, g, float32_operands=wide, power_of_two=options.power_of_two, native=native))
@@ -217,6 +223,11 @@ def g_probes(options: QuantOptions) -> dict:
     return {layer.layer: empty_statistics() for layer in options.layers if layer.g}
 
 
+def no_statistics(options: QuantOptions):
+    """float32 [Q, 3, S] that changes nothing when combined with the statistics of a pass."""
+    return jnp.broadcast_to(empty_statistics(), (len(options.layers), 3, len(empty_statistics())))
+
+
 def gather_statistics(options: QuantOptions, forward: dict, backward: dict, nothing=None):
     """float32 [Q, 3, S] from the forward pass's {layer: Statistics} and the probes' gradients {layer: [S]}; `nothing`
     (default: empty_statistics) for operands without a format."""
@@ -233,7 +244,7 @@ def push_history(options: QuantOptions, history_Q3H, statistics_Q3S, formats_Q3:
     field = {name: statistics_Q3S[..., i] for i, name in enumerate(FIELDS)}
     amax_Q3 = field["amax"]
     if options.range_clip:
-        reach = jnp.minimum(formats_Q3.max_finite, products.LARGEST_SCALED) * jnp.exp2(
+        reach = jnp.minimum(formats_Q3.max_finite, LARGEST_SCALED) * jnp.exp2(
             (formats_Q3.mantissa_bits - formats_Q3.min_exponent).astype(jnp.float32)
         )
         limit = options.range_clip * reach * jnp.sqrt(field["signal"] / jnp.maximum(field["count"], 1))
@@ -242,7 +253,7 @@ def push_history(options: QuantOptions, history_Q3H, statistics_Q3S, formats_Q3:
     return products.push_amax(history_Q3H, amax_Q3)
 
 
-def faults(options: QuantOptions, state: QuantState) -> dict:
+def faults(options: QuantOptions, state: QuantState) -> dict[str, tuple[Sequence[str], jax.Array]]:
     """What of the state no step can be made from: {kind of alert: (layers or `layer/operand`, float32 counts)}.
 
     nonfinite_amax: in the histories that a scale comes from. nonfinite_scale: of stored weights, not finite or not
@@ -256,7 +267,8 @@ def faults(options: QuantOptions, state: QuantState) -> dict:
     ]
     rows, columns = np.array(read, int).reshape(-1, 2).T
     count_Q3 = jnp.sum(~jnp.isfinite(state.amax_history_Q3H), axis=-1, dtype=jnp.float32)
-    found = {"nonfinite_amax": ([f"{options.layers[q].layer}/{OPERANDS[i]}" for q, i in read], count_Q3[rows, columns])}
+    names = [f"{options.layers[q].layer}/{OPERANDS[i]}" for q, i in read]
+    found: dict[str, tuple[Sequence[str], jax.Array]] = {"nonfinite_amax": (names, count_Q3[rows, columns])}
     if options.stored:
         scales = jnp.stack([state.rest_scale[key_of(layer)] for layer in options.stored])
         found["nonfinite_scale"] = options.stored, jnp.float32(~(jnp.isfinite(scales) & (scales > 0)))

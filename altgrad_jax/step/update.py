@@ -1,24 +1,26 @@
 """One update of a training run, as pure functions of a `Step` and arrays.
 
-`Step` holds every choice that is static; all else is data. `train_step` is the whole update; the functions it is made
-of are below it in the order in which it calls them, and each can be called, traced and tested by itself. Nothing here
+`Step` holds every choice that is static; all else is data. `train_step` is the whole update. The functions it is made
+of follow below it in the order in which it calls them; each can be called, traced and tested alone. Nothing here
 compiles: `program` does.
 
-What a non-finite step does: nothing but be counted. A loss, gradient or gradient norm that is not finite, or an amax
-history, scale or residual from which no step can be made, leaves parameters, moments and Adam's count as they were;
-`state.step` advances. A damaged moment shows only in the update, which is then under way: its element is not applied,
-the others are, and the step counts as non-finite.
+A step that is not finite changes nothing but counters. If the loss, a gradient or the gradient norm is not finite, or
+no step can be made from an amax history, a scale or a residual, then parameters, moments and Adam's count stay as they
+were and `state.step` advances. A damaged moment shows only in the update, when the step is already under way: the
+damaged elements are not applied, the others are, and the step counts as non-finite.
 
 Seed, learning rate and number formats are data (`Inputs`), so that runs which differ in nothing else share one compiled
-program. Formats come as a table (quantization.format_table), and the state carries what they remember. Without formats
-neither exists, and the program is the baseline's. The shadow is the gradient of the same parameters on the same batch
-in float32 and without formats, computed beside the step's own.
+program. Formats come as a table (quantization.format_table), and the state carries their scales and histories. Without
+formats neither exists, and the program is the baseline's. The shadow is the gradient of the same parameters on the same
+batch in float32 and without formats, computed beside the step's own.
 
-Columns named `sparse/NAME` stand for the metric NAME where they are not NaN: it was not measured at that step, or does
-not apply.
+Names: `step` is the `Step`, the frozen choices; `state.step` and `number` count updates, as the column `step` of the
+record does.
 
-Axes: B batch, L block_size, A micro-batches, S layers (of statistics: fields), Q quantized layers, G matrices of one
-shape.
+A column `sparse/NAME` stands for the metric NAME. It is NaN where the metric was not measured or does not apply.
+
+Axes: B batch, L block_size, A micro-batches, S layers (of statistics: fields), Q quantized layers, E levels (1 +
+emergency formats), G matrices of one shape.
 """
 
 import dataclasses
@@ -32,10 +34,10 @@ import optax
 from jax.sharding import Mesh
 
 from altgrad_jax.config import METRIC_GROUPS
-from altgrad_jax.models.gpt2 import GPT, GPTConfig, GPTOutput, Quantized, init_params, weights_of, with_weights
+from altgrad_jax.models.gpt2 import GPTConfig, GPTOutput, Quantized, forward, init_params, weights_of, with_weights
 from altgrad_jax.numerics import ledger, optimizers
 from altgrad_jax.numerics.cross_entropy import cross_entropy, tied_cross_entropy
-from altgrad_jax.numerics.products import combine_statistics, empty_statistics
+from altgrad_jax.numerics.products import combine_statistics
 from altgrad_jax.numerics.rounding import FormatParams, stochastic_seed
 from altgrad_jax.step import metrics, quantization, stability
 from altgrad_jax.step.mesh import constrain, gather, over_batch, replicated, scatter, split_like_parameters
@@ -46,9 +48,9 @@ _AT_REST_STREAM, _OPTIMIZER_STREAM = 2**24, 2**25
 
 
 class TrainState(NamedTuple):
-    """Everything a run is, between two steps. `step` = updates attempted."""
+    """Everything a run is, between two steps."""
 
-    step: jax.Array  # int32
+    step: jax.Array  # int32: updates attempted
     params: Any  # nested dict of float32
     opt_state: Any
     monitor: stability.Monitor
@@ -58,15 +60,17 @@ class TrainState(NamedTuple):
 class Inputs(NamedTuple):
     """What a run gives the compiled step as data."""
 
-    seed: Any  # int32: of the dropout masks and of stochastic rounding (the initialization's is an argument of init)
+    seed: Any  # int32: of the dropout masks and of stochastic rounding; the initialization has its own, see init
     learning_rate: Any  # float32, the peak
     formats: FormatParams | None = None  # quantization.format_table; None without number formats
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Choices of a training step; names and units as in the config. Static but for the learning rate and the names of
-    the formats, which only enter `StepFunctions.inputs`."""
+    """Choices of a training step; names and units as in the config.
+
+    All are static but for the learning rate and the names of the formats, which only enter `StepFunctions.inputs`.
+    """
 
     batch_size: int
     steps_per_dispatch: int
@@ -84,8 +88,8 @@ class StepOptions:
     adam_eps: float = 1e-8
     grad_clip: float = 1.0
     data_seed: int = 0
-    metric_groups: tuple = METRIC_GROUPS
-    data_on_device: bool = True  # else a dispatch is given its batches by the host
+    metric_groups: tuple[str, ...] = METRIC_GROUPS
+    data_on_device: bool = True  # False: the host brings the batches of each dispatch
     optimizer: str = "adamw"
     quant: quantization.QuantOptions | None = None
     use_shadow: bool = False
@@ -96,9 +100,11 @@ class StepOptions:
 class Step:
     """Every static choice of a run's compiled functions, hashable; what follows from the choices is a property.
 
-    plain: the model without formats. mesh: from mesh.data_mesh; its size must divide batch_size / grad_accum_steps.
-    n_train_windows: windows in the training data, for the order of the epochs. eval_batch_size: evaluation windows per
-    forward pass; must divide the number of windows given to evaluate.
+    Attributes:
+      plain: the model without formats.
+      mesh: from mesh.data_mesh; its size must divide batch_size / grad_accum_steps.
+      n_train_windows: windows in the training data, for the order of the epochs.
+      eval_batch_size: evaluation windows per forward pass; must divide the number of windows given to evaluate.
     """
 
     plain: GPTConfig
@@ -140,21 +146,53 @@ class Step:
 
     @property
     def update_rule(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer, up to the learning rate."""
         o = self.options
-
-        def is_quantized(params):
-            """Tree of booleans: the weight matrices that have a format."""
-            no = jax.tree.map(lambda leaf: False, params)
-            return with_weights(no, dict.fromkeys(self.weight_layers, True))
-
         return optimizers.make(
             o.optimizer,
             beta1=o.beta1,
             beta2=o.beta2,
             eps=o.adam_eps,
             weight_decay=o.weight_decay,
-            is_quantized=is_quantized,
+            is_quantized=partial(_is_quantized, self.weight_layers),
         )
+
+
+def _is_quantized(weight_layers, params):
+    """Tree of booleans like the parameters: the weight matrices of these layers."""
+    no = jax.tree.map(lambda leaf: False, params)
+    return with_weights(no, dict.fromkeys(weight_layers, True))
+
+
+class Batch(NamedTuple):
+    """The windows of an update, and what its dropout masks depend on."""
+
+    windows: Any  # [B, L+1]
+    number: Any  # int32: of the update
+    seed: Any  # int32
+
+
+class MicroBatch(NamedTuple):
+    """A part of a batch that takes one forward and backward pass."""
+
+    windows: Any  # [B / A, L+1]
+    dropout_key: jax.Array | None  # None without dropout
+    number: Any  # int32: within the batch
+
+
+class Formats(NamedTuple):
+    """The number formats of an update, before it is made."""
+
+    options: quantization.QuantOptions
+    state: quantization.QuantState
+    table: FormatParams  # [E, Q, 3], of every level
+    in_use_Q3: FormatParams  # at the state's level
+    seed: Any  # int32: of the run
+    number: Any  # int32: of the update
+
+    def noise(self, stream) -> jax.Array:
+        """The seed of stochastic rounding of one tensor: uint32 [2]. No two tensors of an update share a stream."""
+        return stochastic_seed(self.seed, self.number, stream)
 
 
 class Gradients(NamedTuple):
@@ -185,8 +223,8 @@ class Update(NamedTuple):
 
     learning_rate: jax.Array
     clip_factor: jax.Array
-    raw: Any  # as computed, of whatever values
-    applied: Any  # 0 where not finite, and everywhere at a step that is not
+    raw: Any  # as the optimizer gave it, finite or not
+    applied: Any  # raw with 0 for elements that are not finite; 0 everywhere at a step that is not finite
     params: Any
     opt_state: Any
 
@@ -203,11 +241,20 @@ class Counts(NamedTuple):
     bad: jax.Array  # bool: whether the step counts as non-finite
 
 
+class Change(NamedTuple):
+    """An update of the weights that have a format, as it is handed to the functions of the formats."""
+
+    old: dict  # {layer: weights before the update}
+    update: dict  # {layer: the float32 update}
+    finite: jax.Array  # bool: whether the step is finite
+    bad: jax.Array  # bool: whether the step counts towards the emergency shift
+
+
 class AfterFormats(NamedTuple):
     """What number formats make of an update."""
 
     params: Any  # with stored weights on their grids
-    quant: quantization.QuantState | None
+    quant: quantization.QuantState
     entries: dict  # {layer: ledger entries}
     rises: jax.Array  # bool: whether the emergency level rose
 
@@ -223,39 +270,49 @@ class Watched(NamedTuple):
     overflow_names: Any  # the operands that `begins["overflow"]` is about, `layer/operand`
 
 
-def make_loss(model: GPT):
-    """loss(params, windows [B, L+1], dropout key or None, Quantized or None) -> (mean, GPTOutput without hidden and
-    logits). All logits exist at once only where the head's product is quantized."""
-    config = model.config
-    whole = "head" in dict(config.rules)
+class Outcome(NamedTuple):
+    """All that is known of an update once it is made: what its row of metrics is taken from."""
 
-    def loss(params, windows, dropout_key, quantized=None):
-        tokens_BL, targets_BL = windows[:, :-1].astype(jnp.int32), windows[:, 1:].astype(jnp.int32)
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        output = model.apply(
-            {"params": params}, tokens_BL, train=dropout_key is not None, rngs=rngs, quantized=quantized, head=whole
+    found: Gradients
+    health: Health
+    update: Update
+    counts: Counts
+    after: AfterFormats | None  # None without number formats
+    watched: Watched
+
+
+def loss(model: GPTConfig, params, windows, dropout_key, quantized: Quantized | None = None):
+    """Mean loss in nats per token of windows [B, L+1]: (float32 scalar, GPTOutput without hidden and logits).
+
+    All logits exist at once only where the head's product is quantized.
+
+    Args:
+      dropout_key: None turns dropout off. quantized: the operands of the layers in model.rules.
+    """
+    whole = "head" in dict(model.rules)
+    tokens_BL, targets_BL = windows[:, :-1].astype(jnp.int32), windows[:, 1:].astype(jnp.int32)
+    output = forward(model, params, tokens_BL, dropout_key=dropout_key, quantized=quantized, head=whole)
+    if whole:
+        mean = cross_entropy(output.logits, targets_BL)
+    else:
+        mean = tied_cross_entropy(
+            output.hidden,
+            weights_of(params, "head"),
+            targets_BL,
+            compute_dtype=model.compute_dtype,
+            tile_bytes=model.loss_tile_bytes,
         )
-        if whole:
-            mean = cross_entropy(output.logits, targets_BL)
-        else:
-            mean = tied_cross_entropy(
-                output.hidden,
-                weights_of(params, "head"),
-                targets_BL,
-                compute_dtype=config.compute_dtype,
-                tile_bytes=config.loss_tile_bytes,
-            )
-        return mean, output._replace(hidden=None, logits=None)
-
-    return loss
+    return mean, output._replace(hidden=None, logits=None)
 
 
-def state_shardings(state, mesh):
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """The sharding of every array of a TrainState (of arrays or of their shapes)."""
     out = jax.tree.map(lambda leaf: replicated(mesh), state)
-    quant = state.quant and out.quant._replace(
-        residual=split_like_parameters(mesh, state.quant.residual), age=split_like_parameters(mesh, state.quant.age)
-    )
+    quant = None
+    if state.quant is not None:
+        quant = out.quant._replace(
+            residual=split_like_parameters(mesh, state.quant.residual), age=split_like_parameters(mesh, state.quant.age)
+        )
     return out._replace(
         params=split_like_parameters(mesh, state.params),
         opt_state=split_like_parameters(mesh, state.opt_state),
@@ -263,13 +320,18 @@ def state_shardings(state, mesh):
     )
 
 
-def init(step: Step, seed, table=None) -> TrainState:
-    """The state before the first update. `table`: the formats; left out where there are none."""
+def init(step: Step, seed, table: FormatParams | None = None) -> TrainState:
+    """The state before the first update.
+
+    Args:
+      table: the formats (quantization.format_table); None where there are none.
+    """
     params = init_params(step.model, seed)
     quant_state = None
     if step.quant is not None:
+        assert table is not None, "a step with number formats is given their table"
         quant_state, at_rest = quantization.init_state(
-            step.quant, _weights(step, params), quantization.formats_at(table, 0), step.ages
+            step.quant, _weights(step.quant, params), quantization.formats_at(table, 0), step.ages
         )
         params = with_weights(params, at_rest)
     monitor = stability.init_monitor(
@@ -282,133 +344,139 @@ def init(step: Step, seed, table=None) -> TrainState:
     return TrainState(jnp.int32(0), params, step.update_rule.init(params), monitor, quant_state)
 
 
-def train_step(step: Step, state: TrainState, windows, inputs: Inputs):
+def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[TrainState, dict]:
     """One update on windows [B, L+1]: (the next state, its row of metrics {name: float32 scalar})."""
     state = constrain(state, state_shardings(state, step.mesh), step.mesh)
-    formats_Q3 = operands = None
-    if step.quant is not None:
-        formats_Q3 = quantization.formats_at(inputs.formats, state.quant.level)
-        operands = partial(noisy_operands, step, state, inputs.seed, formats_Q3)
+    formats, batch = formats_of(step, state, inputs), Batch(windows, state.step, inputs.seed)
 
-    found = gradients(step, step.model, state.params, windows, state.step, inputs.seed, operands)
-    health = judge(step, state, found)
-    update = propose_update(step, state, inputs, found.grads, health, formats_Q3)
+    found = gradients(step, step.model, state.params, batch, formats)
+    health = judge(found, formats)
+    update = propose_update(step, state, inputs, found.grads, health, formats)
     counts = count_nonfinite(state, update, health)
-
-    after = AfterFormats(update.params, state.quant, {}, jnp.bool_(False))
-    if step.quant is not None:
-        # Judged by the losses before this one, for the monitor comes later: it wants to know what was lost.
-        spike = stability.robust_z(found.loss, state.monitor.losses_W) > step.options.thresholds.spike_threshold
-        after = apply_formats(
-            step,
-            state,
-            update.params,
-            update.applied,
-            inputs,
-            found.statistics_Q3S,
-            ok=health.finite,
-            bad=counts.bad | spike | state.monitor.active["divergence"],
+    after = None
+    if formats is not None:
+        change = Change(
+            old=_weights(formats.options, state.params),
+            update=_weights(formats.options, update.applied),
+            finite=health.finite,
+            bad=counts_towards_shift(step, state.monitor, found.loss, counts),
         )
-    watched = watch(step, state, found, health, counts, after.entries)
+        after = apply_formats(step, formats, change, update.params, found.statistics_Q3S)
+    watched = watch(step, state, found, health, counts, after)
 
-    row = step_metrics(found, health, update, counts, watched)
-    row |= group_metrics(step, found, health, update, counts, watched, after.entries)
+    outcome = Outcome(found, health, update, counts, after, watched)
+    row = step_metrics(outcome) | group_metrics(step, outcome)
     if step.options.use_shadow:
-        row |= shadow_metrics(step, state.params, windows, state.step, inputs.seed, found.grads)
-    if step.quant is not None and step.quant.emergency_formats:
-        row["format_level"] = state.quant.level.astype(jnp.float32)
-    row |= alert_columns(health, counts, watched, row["nonfinite_loss"])
-    if step.quant is not None:
-        row |= format_alert_columns(step, state.quant, after, watched, health.faults)
-    state = TrainState(state.step + 1, after.params, update.opt_state, watched.monitor, after.quant)
+        row |= shadow_metrics(step, state.params, batch, found.grads)
+    if formats is not None and formats.options.emergency_formats:
+        row["format_level"] = formats.state.level.astype(jnp.float32)
+    row |= alert_columns(outcome, row["nonfinite_loss"])
+    params, quant = update.params, None
+    if formats is not None and after is not None:
+        row |= format_alert_columns(formats, after, outcome)
+        params, quant = after.params, after.quant
+    state = TrainState(state.step + 1, params, update.opt_state, watched.monitor, quant)
     return constrain(state, state_shardings(state, step.mesh), step.mesh), row
 
 
-def operands_at(quant: quantization.QuantOptions, quant_state, table):
-    """{layer: Operands} of a pass from this state, every one rounded to nearest."""
-    return quantization.operands(quant, quant_state, quantization.formats_at(table, quant_state.level))
+def formats_of(step: Step, state: TrainState, inputs: Inputs) -> Formats | None:
+    """The number formats of the update from this state; None without any."""
+    if step.quant is None:
+        return None
+    assert state.quant is not None and inputs.formats is not None, "made for a step with number formats"
+    in_use_Q3 = quantization.formats_at(inputs.formats, state.quant.level)
+    return Formats(step.quant, state.quant, inputs.formats, in_use_Q3, inputs.seed, state.step)
 
 
-def noisy_operands(step: Step, state: TrainState, seed, formats_Q3, micro_batch):
-    """{layer: Operands} of the training pass over a micro-batch, rounded as the options say."""
-    noise = None
-    if any(step.quant.stochastic):
-        noise = stochastic_seed(seed, state.step, micro_batch)
-    return quantization.operands(step.quant, state.quant, formats_Q3, noise)
+def operands_at(
+    options: quantization.QuantOptions | None,
+    quant_state: quantization.QuantState | None,
+    table: FormatParams | None,
+) -> dict:
+    """{layer: Operands} of a pass from this state, every one rounded to nearest. Only for a step with formats."""
+    assert options is not None and quant_state is not None and table is not None
+    return quantization.operands(options, quant_state, quantization.formats_at(table, quant_state.level))
 
 
-def gradients(step: Step, model: GPTConfig, params, windows, number, seed, operands=None) -> Gradients:
-    """Mean loss, mean gradient, model output, and with `operands` the statistics [Q, 3, S], over the batch in A equal
-    micro-batches.
+def noisy_operands(formats: Formats, micro_batch) -> dict:
+    """{layer: Operands} of the training pass over the micro-batch of this number, rounded as the options say."""
+    noise = formats.noise(micro_batch) if any(formats.options.stochastic) else None
+    return quantization.operands(formats.options, formats.state, formats.in_use_Q3, noise)
+
+
+def gradients(step: Step, model: GPTConfig, params, batch: Batch, formats: Formats | None = None) -> Gradients:
+    """Mean loss, mean gradient, model output and, with `formats`, statistics [Q, 3, S], over the batch.
+
+    The batch is taken in grad_accum_steps equal micro-batches.
 
     Args:
-      model: trained, plain or shadow. number: of the update, for the dropout masks. operands: micro-batch number ->
-        {layer: Operands}; None for a model without formats.
+      model: trained, plain or shadow. formats: None for a model without.
     """
     mesh, A = step.mesh, step.options.grad_accum_steps
-    key = jax.random.fold_in(jax.random.key(seed), number) if model.dropout > 0 else None
-    value_and_grad = partial(_micro_gradients, step, make_loss(GPT(model)), gather(params, mesh), operands)
+    key = jax.random.fold_in(jax.random.key(batch.seed), batch.number) if model.dropout > 0 else None
+    pass_over = partial(_micro_gradients, mesh, model, gather(params, mesh), formats)
     if A == 1:
-        return value_and_grad(windows, key, 0)
+        return pass_over(MicroBatch(batch.windows, key, 0))
 
     layout = replicated(mesh), split_like_parameters(mesh, params)
 
-    def micro_batch(carry, item):
+    def add(carry, item):
         windows, i = item
         windows = constrain(windows, over_batch(mesh), mesh)
         sums, seen_Q3S = carry
         sums = constrain(sums, layout, mesh)
-        found = value_and_grad(windows, None if key is None else jax.random.fold_in(key, i), i)
+        found = pass_over(MicroBatch(windows, None if key is None else jax.random.fold_in(key, i), i))
         if found.statistics_Q3S is not None:
             seen_Q3S = combine_statistics(seen_Q3S, found.statistics_Q3S)
         return (jax.tree.map(jnp.add, sums, (found.loss, found.grads)), seen_Q3S), found.output
 
     zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    nothing = (
-        None
-        if operands is None
-        else jnp.broadcast_to(empty_statistics(), (len(step.quant.layers), 3, len(empty_statistics())))
-    )
-    ((loss, grads), statistics_Q3S), outputs = jax.lax.scan(
-        micro_batch, (zeros, nothing), (windows.reshape(A, len(windows) // A, -1), jnp.arange(A))
+    nothing = None if formats is None else quantization.no_statistics(formats.options)
+    ((total, grads), statistics_Q3S), outputs = jax.lax.scan(
+        add, (zeros, nothing), (batch.windows.reshape(A, len(batch.windows) // A, -1), jnp.arange(A))
     )
     output = outputs._replace(
         act_amax_N=outputs.act_amax_N.max(0), act_rms_N=jnp.sqrt(jnp.square(outputs.act_rms_N).mean(0))
     )
-    return Gradients(loss / A, jax.tree.map(lambda g: g / A, grads), output, statistics_Q3S)
+    return Gradients(total / A, jax.tree.map(lambda g: g / A, grads), output, statistics_Q3S)
 
 
-def _micro_gradients(step, loss_fn, gathered, operands, windows, key, i) -> Gradients:
-    """`gradients` of micro-batch i, not split further."""
-    # Said once more inside the loop over micro-batches, where it costs nothing: the partitioner forgets it.
-    whole = gather(gathered, step.mesh)
-    if operands is None:
-        (loss, output), grads = jax.value_and_grad(loss_fn, has_aux=True)(whole, windows, key)
-        return Gradients(loss, scatter(grads, step.mesh), output, None)
+def _micro_gradients(mesh: Mesh, model: GPTConfig, params, formats: Formats | None, micro: MicroBatch) -> Gradients:
+    """`gradients` of one micro-batch, of parameters that are already gathered."""
+    # The partitioner forgets inside the loop over micro-batches that they are whole. To repeat it costs nothing.
+    whole = gather(params, mesh)
+    if formats is None:
+        (mean, output), grads = jax.value_and_grad(partial(loss, model), has_aux=True)(
+            whole, micro.windows, micro.dropout_key
+        )
+        return Gradients(mean, scatter(grads, mesh), output, None)
 
     def with_probes(params, g_probes):
-        return loss_fn(params, windows, key, Quantized(operands(i), g_probes))
+        operands = noisy_operands(formats, micro.number)
+        return loss(model, params, micro.windows, micro.dropout_key, Quantized(operands, g_probes))
 
-    (loss, output), (grads, of_g) = jax.value_and_grad(with_probes, argnums=(0, 1), has_aux=True)(
-        whole, quantization.g_probes(step.quant)
+    (mean, output), (grads, of_g) = jax.value_and_grad(with_probes, argnums=(0, 1), has_aux=True)(
+        whole, quantization.g_probes(formats.options)
     )
-    statistics_Q3S = quantization.gather_statistics(step.quant, output.statistics, of_g)
-    return Gradients(loss, scatter(grads, step.mesh), output._replace(statistics={}), statistics_Q3S)
+    statistics_Q3S = quantization.gather_statistics(formats.options, output.statistics, of_g)
+    return Gradients(mean, scatter(grads, mesh), output._replace(statistics={}), statistics_Q3S)
 
 
-def judge(step: Step, state: TrainState, found: Gradients) -> Health:
+def judge(found: Gradients, formats: Formats | None) -> Health:
     """Statistics of the unclipped gradient, and whether a step can be made from it and from the state."""
     stats = metrics.gradient_stats(found.grads)
     grad_norm = jnp.sqrt(sum(stats.square_sum.values()))
     nonfinite_grads_S = jnp.stack(list(stats.nonfinite.values()))
-    faults = quantization.faults(step.quant, state.quant) if step.quant is not None else {}
+    faults = {} if formats is None else quantization.faults(formats.options, formats.state)
     finite = jnp.isfinite(found.loss) & jnp.isfinite(grad_norm) & (nonfinite_grads_S.sum() == 0)
     for _, counts in faults.values():
         finite &= counts.sum() == 0
     return Health(stats, grad_norm, nonfinite_grads_S, faults, finite)
 
 
-def propose_update(step: Step, state: TrainState, inputs: Inputs, grads, health: Health, formats_Q3) -> Update:
+def propose_update(
+    step: Step, state: TrainState, inputs: Inputs, grads, health: Health, formats: Formats | None
+) -> Update:
     """Clipping, the optimizer and the learning rate; a step that is not finite leaves everything as it was."""
     o = step.options
     factor = optimizers.clip_factor(health.grad_norm, o.grad_clip)
@@ -424,15 +492,17 @@ def propose_update(step: Step, state: TrainState, inputs: Inputs, grads, health:
     clipped = jax.tree.map(lambda g: g * factor, grads)
     extra = {}
     if o.optimizer != "adamw":
-        grids = quantization.weight_grids(step.quant, state.quant, formats_Q3, _weights(step, state.params))
+        assert formats is not None, "only adamw trains without number formats"
+        weights = _weights(formats.options, state.params)
+        grids = quantization.weight_grids(formats.options, formats.state, formats.in_use_Q3, weights)
         none = jax.tree.map(lambda leaf: None, state.params)
         extra = {
             "grids": with_weights(none, grids),
             "learning_rate": lr,
-            "seed": stochastic_seed(inputs.seed, state.step, _OPTIMIZER_STREAM),
+            "seed": formats.noise(_OPTIMIZER_STREAM),
         }
     directions, opt_state = step.update_rule.update(clipped, state.opt_state, state.params, **extra)
-    # Divided by the root of an infinite second moment an update is 0, and would pass for one.
+    # Dividing by the root of an infinite second moment gives 0, which would look like a sound update.
     raw = jax.tree.map(
         lambda d, nu: jnp.where(jnp.isfinite(nu), -lr * d, jnp.nan), directions, optimizers.adam_moments(opt_state).nu
     )
@@ -443,7 +513,7 @@ def propose_update(step: Step, state: TrainState, inputs: Inputs, grads, health:
 
 
 def count_nonfinite(state: TrainState, update: Update, health: Health) -> Counts:
-    """What of the update, the moments after it and the parameters before it is not finite, with their statistics."""
+    """What is not finite of the update, the moments after it and the parameters before it, with their statistics."""
     layers = health.layers
     nonfinite_updates_S = jnp.stack(
         [
@@ -451,7 +521,7 @@ def count_nonfinite(state: TrainState, update: Update, health: Health) -> Counts
             for arrays in metrics.by_layer(update.raw).values()
         ]
     )
-    # A damaged moment makes its update non-finite, so that healthy steps need not look at them.
+    # A damaged moment makes its update non-finite, so the moments are read only where an update is.
     nonfinite_moments_S = jax.lax.cond(
         nonfinite_updates_S.sum() > 0,
         lambda: metrics.nonfinite_moments(optimizers.adam_moments(update.opt_state)),
@@ -468,74 +538,72 @@ def count_nonfinite(state: TrainState, update: Update, health: Health) -> Counts
     )
 
 
-def apply_formats(
-    step: Step, state: TrainState, params, updates, inputs: Inputs, statistics_Q3S, ok, bad
-) -> AfterFormats:
-    """What number formats do after the float32 update that led to `params`.
+def counts_towards_shift(step: Step, monitor: stability.Monitor, mean_loss, counts: Counts) -> jax.Array:
+    """Whether an update counts towards the emergency shift: not finite, a loss spike, or made during divergence.
 
-    Args:
-      ok: whether the step was finite. bad: whether it counts towards the emergency shift.
+    The monitor is the one before the update, because the one after it depends on what the formats lose.
     """
-    quant = step.quant
-    formats_Q3 = quantization.formats_at(inputs.formats, state.quant.level)
-    level, streak, rises = quantization.next_level(quant, state.quant, bad)
-    next_Q3 = quantization.formats_at(inputs.formats, level)
-    history = quantization.push_history(quant, state.quant.amax_history_Q3H, statistics_Q3S, formats_Q3)
-    if quant.saturate:
-        history = jnp.where(ok, history, state.quant.amax_history_Q3H)
-    # Where overflow becomes infinity, the amax that overflowed must enter, or every later step would overflow too.
-    next_quant = state.quant._replace(amax_history_Q3H=history, level=level, bad_streak=streak)
-    old, update_of = _weights(step, state.params), _weights(step, updates)
-    grids = quantization.weight_grids(quant, state.quant, formats_Q3, old)
-    if step.stored:
-        at_rest, next_quant = store_weights(
-            step,
-            state,
-            inputs.seed,
-            next_quant,
-            old,
-            update_of,
-            grids,
-            quantization.weight_formats(quant, next_Q3),
-            ok,
-            rises,
-        )
+    spike = stability.robust_z(mean_loss, monitor.losses_W) > step.options.thresholds.spike_threshold
+    return counts.bad | spike | monitor.active["divergence"]
+
+
+def apply_formats(step: Step, formats: Formats, change: Change, params, statistics_Q3S) -> AfterFormats:
+    """What number formats do after the float32 update that led to `params`."""
+    options = formats.options
+    formats_Q3 = quantization.formats_at(formats.table, formats.state.level)
+    level, streak, rises = quantization.next_level(options, formats.state, change.bad)
+    next_Q3 = quantization.formats_at(formats.table, level)
+    history = quantization.push_history(options, formats.state.amax_history_Q3H, statistics_Q3S, formats_Q3)
+    # Where overflow becomes infinity the amax that overflowed enters, or every later step would overflow too.
+    if options.saturate:
+        history = jnp.where(change.finite, history, formats.state.amax_history_Q3H)
+    next_quant = formats.state._replace(amax_history_Q3H=history, level=level, bad_streak=streak)
+    grids = quantization.weight_grids(options, formats.state, formats_Q3, change.old)
+    if options.stored:
+        next_formats = quantization.weight_formats(options, next_Q3)
+        at_rest, next_quant = store_weights(formats, change, grids, next_quant, next_formats, rises)
         params = with_weights(params, at_rest)
     entries = {}
-    if step.stored or "ledger" in step.options.metric_groups:
-        new = _weights(step, params)
-        next_grids = quantization.weight_grids(quant, next_quant, next_Q3, new)
-        entries, age = enter_ledger(step, state, next_quant, old, new, update_of, grids, next_grids, ok)
+    if options.stored or "ledger" in step.options.metric_groups:
+        new = _weights(options, params)
+        next_grids = quantization.weight_grids(options, next_quant, next_Q3, new)
+        entries, age = enter_ledger(formats, change, new, next_quant, grids, next_grids)
         next_quant = next_quant._replace(age=age)
     return AfterFormats(params, next_quant, entries, rises)
 
 
-# Both treat matrices of one shape together (axis G): a fraction of the operations to compile and to launch.
+# The next two treat matrices of one shape together (axis G), which takes a fraction of the operations to compile and to
+# launch.
 
 
-def store_weights(step: Step, state: TrainState, seed, next_quant, old, update_of, grids, next_formats, ok, rises):
-    """({layer: weights at rest after the update}, QuantState with their scales and residuals)."""
-    weights, rest_scale, residual = {}, {}, {}
-    for layers in quantization.by_shape(old):
+def store_weights(
+    formats: Formats, change: Change, grids: dict, next_quant: quantization.QuantState, next_formats: dict, rises
+) -> tuple[dict, quantization.QuantState]:
+    """The stored weights after an update: ({layer: weights at rest}, next_quant with their scales and residuals).
+
+    Args:
+      grids: {layer: Grid} before the update. next_formats: {layer: FormatParams} after it.
+      rises: bool, whether the formats change at this step.
+    """
+    options, weights, rest_scale, residual = formats.options, {}, {}, {}
+    for layers in quantization.by_shape(change.old):
         keys = [quantization.key_of(layer) for layer in layers]
         noise = owed = None
-        if step.quant.weights_at_rest == "stochastic":
-            noise = jnp.stack(
-                [stochastic_seed(seed, state.step, _AT_REST_STREAM + step.stored.index(layer)) for layer in layers]
-            )
-        if step.quant.weights_at_rest == "error_feedback":
-            owed = _stack([state.quant.residual[key] for key in keys])
+        if options.weights_at_rest == "stochastic":
+            noise = jnp.stack([formats.noise(_AT_REST_STREAM + options.stored.index(layer)) for layer in layers])
+        if options.weights_at_rest == "error_feedback":
+            owed = _stack([formats.state.residual[key] for key in keys])
         old_G, update_G, grid_G, format_G = (
-            _stack([tree[layer] for layer in layers]) for tree in (old, update_of, grids, next_formats)
+            _stack([tree[layer] for layer in layers]) for tree in (change.old, change.update, grids, next_formats)
         )
         after = jax.vmap(partial(ledger.store, force=rises))(
             old_G, update_G, grid_G, format_G, residual=owed, seed=noise
         )
         # A step that is not finite changes nothing, unless the format itself changes after it. The scale before is
         # the state's: `grids` has another where that one cannot be used.
-        scale_G = jnp.stack([state.quant.rest_scale[key] for key in keys]).reshape(grid_G.scale.shape)
+        scale_G = jnp.stack([formats.state.rest_scale[key] for key in keys]).reshape(grid_G.scale.shape)
         after = jax.tree.map(
-            lambda new, before: jnp.where(ok | rises, new, before),
+            lambda new, before: jnp.where(change.finite | rises, new, before),
             after,
             ledger.Stored(old_G, owed, grid_G._replace(scale=scale_G)),
         )
@@ -546,39 +614,48 @@ def store_weights(step: Step, state: TrainState, seed, next_quant, old, update_o
     return weights, next_quant._replace(rest_scale=rest_scale, residual=residual)
 
 
-def enter_ledger(step: Step, state: TrainState, next_quant, old, new, update_of, grids, next_grids, ok):
-    """({layer: ledger entries}, {key: ages of the codes})."""
-    entries, age = {}, {}
-    for layers in quantization.by_shape(old):
+def enter_ledger(
+    formats: Formats, change: Change, new: dict, next_quant: quantization.QuantState, grids: dict, next_grids: dict
+) -> tuple[dict, dict]:
+    """({layer: ledger entries}, {key: ages of the codes}) of an update that led to the weights {layer: new}.
+
+    Args:
+      grids, next_grids: {layer: Grid} before and after the update.
+    """
+    options, entries, age = formats.options, {}, {}
+    for layers in quantization.by_shape(change.old):
         keys = [quantization.key_of(layer) for layer in layers]
         old_G, new_G, update_G, grid_G, next_G = (
-            _stack([tree[layer] for layer in layers]) for tree in (old, new, update_of, grids, next_grids)
+            _stack([tree[layer] for layer in layers]) for tree in (change.old, new, change.update, grids, next_grids)
         )
         age_G = unlost = None
-        if step.ages:
-            age_G = _stack([state.quant.age[key] for key in keys])
-        if step.quant.weights_at_rest == "error_feedback":
-            unlost = _stack([next_quant.residual[key] != state.quant.residual[key] for key in keys])
+        if formats.state.age:
+            age_G = _stack([formats.state.age[key] for key in keys])
+        if options.weights_at_rest == "error_feedback":
+            unlost = _stack([next_quant.residual[key] != formats.state.residual[key] for key in keys])
         # Stored weights are counted on the grid they end on; operands on the one they were rounded on.
         sums_G, new_age_G = jax.vmap(ledger.entries)(
-            old_G, new_G, update_G, next_G if step.stored else grid_G, age=age_G, unlost=unlost
+            old_G, new_G, update_G, next_G if options.stored else grid_G, age=age_G, unlost=unlost
         )
-        flips_G = ledger.scale_flips(old_G if step.stored else new_G, grid_G, next_G)
+        flips_G = ledger.scale_flips(old_G if options.stored else new_G, grid_G, next_G)
         sums_G = ledger.with_scale_flips(sums_G, flips_G)
         for i, (layer, key) in enumerate(zip(layers, keys)):
             entries[layer] = sums_G[i]
-            if step.ages:
-                age[key] = jnp.where(ok, new_age_G[i], age_G[i])
+            if age_G is not None and new_age_G is not None:
+                age[key] = jnp.where(change.finite, new_age_G[i], age_G[i])
     return entries, age
 
 
-def watch(step: Step, state: TrainState, found: Gradients, health: Health, counts: Counts, entries) -> Watched:
+def watch(
+    step: Step, state: TrainState, found: Gradients, health: Health, counts: Counts, after: AfterFormats | None
+) -> Watched:
     """The monitor after this step."""
     thresholds = step.options.thresholds
-    overflow_names, overflow_O = (), None
+    overflow_names, overflow_O, lost_S = (), None, None
     if step.quant is not None:
         overflow_names, overflow_O = quantization.overflow_of(step.quant, found.statistics_Q3S)
-    lost_S = jnp.stack([ledger.lost_share(entries[layer]) for layer in step.stored]) if step.stored else None
+    if step.stored and after is not None:
+        lost_S = jnp.stack([ledger.lost_share(after.entries[layer]) for layer in step.stored])
     streaks, dead_metrics = stability.update_dead_streaks(
         state.monitor, health.stats.neuron_square_sum, thresholds, ok=~counts.bad
     )
@@ -599,8 +676,9 @@ def watch(step: Step, state: TrainState, found: Gradients, health: Health, count
     return Watched(monitor, z, begins, norm_overflow, dead_metrics, overflow_names)
 
 
-def step_metrics(found: Gradients, health: Health, update: Update, counts: Counts, watched: Watched) -> dict:
+def step_metrics(outcome: Outcome) -> dict:
     """The columns that every run has, whatever its metric groups."""
+    found, health, update, counts, _, watched = outcome
     row = {
         "loss": found.loss,
         "perplexity": jnp.exp(found.loss),
@@ -617,10 +695,9 @@ def step_metrics(found: Gradients, health: Health, update: Update, counts: Count
     return row | {kind: faulty.sum() for kind, (_, faulty) in health.faults.items()}
 
 
-def group_metrics(
-    step: Step, found: Gradients, health: Health, update: Update, counts: Counts, watched: Watched, entries
-) -> dict:
+def group_metrics(step: Step, outcome: Outcome) -> dict:
     """The columns of the metric groups that are chosen."""
+    found, health, update, counts, after, watched = outcome
     o, groups, row = step.options, step.options.metric_groups, {}
     if "grad" in groups:
         row |= metrics.gradient_metrics(health.stats)
@@ -635,19 +712,19 @@ def group_metrics(
         row |= metrics.activation_metrics(found.output)
     if step.quant is not None and "format" in groups:
         row |= _sparse(quantization.format_metrics(step.quant, found.statistics_Q3S))
-    if step.quant is not None and "ledger" in groups:
-        row |= _sparse(ledger.ledger_metrics(entries, stored=bool(step.stored), ages=step.ages))
+    if after is not None and "ledger" in groups:
+        row |= _sparse(ledger.ledger_metrics(after.entries, stored=bool(step.stored), ages=step.ages))
     return row
 
 
-def shadow_metrics(step: Step, params, windows, number, seed, grads) -> dict:
+def shadow_metrics(step: Step, params, batch: Batch, grads) -> dict:
     """Fidelity of the step's gradient, and of the bfloat16 one, to the float32 gradient; `sparse` columns."""
 
     def measure():
-        reference = gradients(step, step.shadow, params, windows, number, seed).grads
+        reference = gradients(step, step.shadow, params, batch).grads
         found = metrics.gradient_fidelity(grads, reference)
         if step.quant is not None:
-            plain = gradients(step, step.plain, params, windows, number, seed).grads
+            plain = gradients(step, step.plain, params, batch).grads
             found |= metrics.gradient_fidelity(plain, reference, f"_{step.model.compute_dtype}")
         return _sparse(found)
 
@@ -656,11 +733,12 @@ def shadow_metrics(step: Step, params, windows, number, seed, grads) -> dict:
         return measure()
     nothing = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), jax.eval_shape(measure))
     # Row k + 1 is the k-th update's: the shadow is taken at rows 1, 1 + interval, ...
-    return jax.lax.cond(number % interval == 0, measure, lambda: nothing)
+    return jax.lax.cond(batch.number % interval == 0, measure, lambda: nothing)
 
 
-def alert_columns(health: Health, counts: Counts, watched: Watched, nonfinite_loss) -> dict:
+def alert_columns(outcome: Outcome, nonfinite_loss) -> dict:
     """{`alert/kind[/layer]`: value where the condition begins at this step, else 0} (see stability)."""
+    health, counts, watched = outcome.health, outcome.counts, outcome.watched
     layers, begins = health.layers, watched.begins
     columns = {
         "alert/nonfinite_loss": nonfinite_loss,
@@ -680,29 +758,35 @@ def alert_columns(health: Health, counts: Counts, watched: Watched, nonfinite_lo
     return columns
 
 
-def format_alert_columns(step: Step, before, after: AfterFormats, watched: Watched, faults) -> dict:
-    """Alerts that only formats raise: damaged histories, scales and residuals, clipping, stalls of stored weights, and
-    the events of their scales and levels. `before`: the QuantState the step was made from."""
+def format_alert_columns(formats: Formats, after: AfterFormats, outcome: Outcome) -> dict:
+    """Alerts that only formats raise.
+
+    They are: damaged histories, scales and residuals; clipping; stalls of stored weights; and the moves of their scales
+    and of the emergency level.
+    """
+    options, begins = formats.options, outcome.watched.begins
     columns = {
-        f"alert/{kind}/{name}": counts[i] for kind, (names, counts) in faults.items() for i, name in enumerate(names)
+        f"alert/{kind}/{name}": counts[i]
+        for kind, (names, counts) in outcome.health.faults.items()
+        for i, name in enumerate(names)
     }
-    for kind, names in (("overflow", watched.overflow_names), ("bit_stall", step.stored)):
-        columns |= {f"alert/{kind}/{name}": watched.begins[kind][i] for i, name in enumerate(names)}
-    for layer in step.stored:
+    for kind, names in (("overflow", outcome.watched.overflow_names), ("bit_stall", options.stored)):
+        columns |= {f"alert/{kind}/{name}": begins[kind][i] for i, name in enumerate(names)}
+    for layer in options.stored:
         key = quantization.key_of(layer)
-        moved = before.rest_scale[key] != after.quant.rest_scale[key]
+        moved = formats.state.rest_scale[key] != after.quant.rest_scale[key]
         columns[f"alert/scale_moved/{layer}"] = jnp.where(moved, after.quant.rest_scale[key], 0.0)
-    if step.quant.emergency_formats:
+    if options.emergency_formats:
         columns["alert/format_shift"] = jnp.where(after.rises, after.quant.level, 0).astype(jnp.float32)
     return columns
 
 
-def _weights(step, tree):
+def _weights(options: quantization.QuantOptions, tree) -> dict:
     """{layer: its weights} of a tree like the parameters, layers whose weights have a format."""
-    return {layer: weights_of(tree, layer) for layer in step.weight_layers}
+    return {layer: weights_of(tree, layer) for layer in options.weight_layers}
 
 
-def _sparse(columns):
+def _sparse(columns: dict) -> dict:
     return {SPARSE + name: value for name, value in columns.items()}
 
 

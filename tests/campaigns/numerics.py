@@ -135,7 +135,7 @@ def _sites(params):
 @contextlib.contextmanager
 def faults_ride_on_batches():
     """While this is entered, programs that are built act on the faults of their batches."""
-    make_loss, product = update.make_loss, gpt2._product
+    loss, product = update.loss, gpt2._product
     fault_of = []  # the function of the loss that is being traced
 
     def faulty_product(config, layer, *args, **choices):
@@ -146,37 +146,31 @@ def faults_ride_on_batches():
         y = y.at[first_token].add(fault_of[-1]("output", layer))
         return _in_gradient(y, fault_of[-1]("output's gradient", layer), first_token)
 
-    def make_faulty_loss(gpt):
-        loss = make_loss(gpt)
+    def faulty_loss(model, params, windows, *args):
+        code, sites = jnp.max(windows[:, 0]).astype(jnp.int32) // CODE - 1, _sites(params)
+        values = jnp.array([*BROUGHT.values()], jnp.float32)
+        site, kind = code // len(BROUGHT), code % len(BROUGHT)
 
-        def faulty_loss(params, windows, *args):
-            code, sites = jnp.max(windows[:, 0]).astype(jnp.int32) // CODE - 1, _sites(params)
-            values = jnp.array([*BROUGHT.values()], jnp.float32)
-            site, kind = code // len(BROUGHT), code % len(BROUGHT)
+        def fault(place, layer=""):
+            return jnp.where((code >= 0) & (site == sites.index((place, layer))), values[kind], 0.0)
 
-            def fault(place, layer=""):
-                return jnp.where((code >= 0) & (site == sites.index((place, layer))), values[kind], 0.0)
+        def leaf(path, x):
+            *layer, name = (key.key for key in path)
+            return x if name == "bias" else _in_gradient(x, fault("gradient", "/".join(layer)), (0,) * x.ndim)
 
-            def leaf(path, x):
-                *layer, name = (key.key for key in path)
-                return x if name == "bias" else _in_gradient(x, fault("gradient", "/".join(layer)), (0,) * x.ndim)
+        fault_of.append(fault)
+        try:
+            faulty = jax.tree_util.tree_map_with_path(leaf, params)
+            mean, output = loss(model, faulty, windows.at[:, 0].set(windows[:, 0] % CODE), *args)
+        finally:
+            fault_of.pop()
+        return mean + fault("loss"), output
 
-            fault_of.append(fault)
-            try:
-                mean, output = loss(
-                    jax.tree_util.tree_map_with_path(leaf, params), windows.at[:, 0].set(windows[:, 0] % CODE), *args
-                )
-            finally:
-                fault_of.pop()
-            return mean + fault("loss"), output
-
-        return faulty_loss
-
-    update.make_loss, gpt2._product = make_faulty_loss, faulty_product
+    update.loss, gpt2._product = faulty_loss, faulty_product
     try:
         yield
     finally:
-        update.make_loss, gpt2._product = make_loss, product
+        update.loss, gpt2._product = loss, product
 
 
 # -------------------------------------------------------------------------------------------------- states and programs

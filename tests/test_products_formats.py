@@ -26,7 +26,6 @@ from altgrad_jax.numerics.products import (
     named_statistics,
     push_amax,
     quant_dot,
-    scale_for,
     weight_gradient,
 )
 from altgrad_jax.numerics.rounding import format_params, stochastic_seed
@@ -234,26 +233,6 @@ def test_wide_formats_take_float32_operands(name):
     assert_product(dw, qx.T, qg)
     with pytest.raises(UserError, match="float32_operands=True"):
         products(x, w, g, operands, Rule())
-
-
-def test_scales_against_a_search():
-    rng = np.random.default_rng(0)
-    amax = np.concatenate([2.0 ** rng.uniform(-110, 120, 200), 2.0 ** np.arange(-100, 100, 7)]).astype(np.float32)
-    for name in (*DEFAULT_8BIT, "BF16", "FP16", "E0M15"):
-        fmt = get_format(name)
-        largest = np.float32(min(fmt.max_finite, 2.0**16))
-        edges = np.float32([np.nextafter(largest, np.float32(0)), largest, np.nextafter(largest, np.float32(np.inf))])
-        a = np.concatenate([amax, edges, edges * 2.0**-30])
-        got = np.asarray(scale_for(a, format_params(fmt)))
-        np.testing.assert_array_equal(got, [reference_scale(float(v), fmt) for v in a])
-
-
-def test_scale_of_what_has_none_and_of_extremes():
-    params = format_params(get_format("E0M7"))
-    np.testing.assert_array_equal(scale_for(np.float32([0, np.inf, np.nan, 1e-40]), params), 1.0)
-    extremes = np.asarray(scale_for(np.float32([2.0**-126, 3e38]), format_params(get_format("E7M0"))))
-    np.testing.assert_array_equal(extremes, [2.0**126, 2.0**-112])
-    assert scale_for(np.float32(3e38), params) == 2.0**-126
 
 
 def test_delayed_scaling_clips_and_says_how_much():
@@ -571,15 +550,6 @@ def test_scales_that_are_no_powers_of_two_are_taken_off_the_results(scaling, nat
     assert_product(y, q["a"], q["w"])
     assert_product(dx, q["g"], q["w"].T)
     assert_product(dw, q["a"].T, q["g"])
-
-
-def test_a_float32_scale_brings_the_amax_to_the_largest_number():
-    amax = np.float32(2.0) ** np.random.default_rng(0).uniform(-60, 60, 1000).astype(np.float32)
-    for name in ("E4M3", "E0M7", "E7M0"):
-        fmt = get_format(name)
-        got = np.asarray(scale_for(amax, format_params(fmt), power_of_two=False), np.float64)
-        np.testing.assert_allclose(got * amax, min(fmt.max_finite, 2.0**16), rtol=1e-7)
-    np.testing.assert_array_equal(scale_for(np.float32([0, np.inf, np.nan, 1e-40]), format_params(fmt), False), 1)
 
 
 def test_a_scale_from_the_own_amax_clips_nothing_whatever_its_rounding():
