@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from altgrad_jax.config import default_config
 
 if TYPE_CHECKING:
-    from altgrad_jax.run.training import train
+    from altgrad_jax.run.train import train
 
 __all__ = ["default_config", "train"]
 

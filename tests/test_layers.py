@@ -10,7 +10,8 @@ PACKAGE = ROOT / "altgrad_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A module imports from lower floors and from its own room.
 FLOORS = [
-    {"errors", "files"},
+    {"errors"},
+    {"files"},
     {"numerics", "data"},
     {"config"},
     {"models", "step", "cli"},
@@ -21,7 +22,7 @@ FLOORS = [
 WITHIN_A_FLOOR = {("step", "models")}
 OWNERS = {
     "flax": {"models.gpt2"},
-    "orbax": {"run.checkpoint", "bench.checkpoint"},
+    "orbax": {"run.checkpoint"},
     "wandb": {"run.wandb"},
     "tiktoken": {"data.tokenizer"},
     "torch": {"bench.torch_peer"},
@@ -83,7 +84,9 @@ def test_imports_point_down(path):
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    graph = {name_of(path): internal_imports(path) - {name_of(path)} for path in MODULES if name_of(path) != "__init__"}
+    # Importing a module of a package runs the package's own file first, which is no cycle of ours.
+    packages = {name_of(path) for path in MODULES if path.name == "__init__.py"}
+    graph = {name_of(path): internal_imports(path) - packages for path in MODULES}
     done = set()
     while len(done) < len(graph):
         free = {name for name, needs in graph.items() if name not in done and needs <= done}
@@ -116,5 +119,6 @@ def test_numerics_know_no_config_and_only_the_top_sees_the_config_dict():
 
 
 def test_scripts_hold_flags_and_one_call():
-    for path in (ROOT / "scripts").glob("*.py"):
+    # compare_checkouts imports the package of two other checkouts, so it cannot keep its logic in this one.
+    for path in set((ROOT / "scripts").glob("*.py")) - {ROOT / "scripts" / "compare_checkouts.py"}:
         assert len(path.read_text().splitlines()) < 140, f"{path.name} holds logic that tests cannot import"

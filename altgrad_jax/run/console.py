@@ -12,6 +12,7 @@ import math
 import sys
 import threading
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -37,7 +38,7 @@ def make_console(mode, max_steps, stream=None, clock=time.monotonic):
     """
     if mode not in MODES:
         raise UserError(f"console is {mode!r}; allowed are {', '.join(MODES)}")
-    stream = Lasting(sys.stdout if stream is None else stream)
+    stream: Any = Lasting(sys.stdout if stream is None else stream)
     if mode == "quiet":
         return QuietConsole(stream)
     if mode == "live" or (

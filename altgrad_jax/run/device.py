@@ -33,7 +33,7 @@ PACKAGES = (
 
 def _backend_is_started():
     try:
-        return jax._src.xla_bridge.backends_are_initialized()  # jax has no public way to ask
+        return jax._src.xla_bridge.backends_are_initialized()  # pyright: ignore[reportAttributeAccessIssue]  # jax has no public way to ask
     except AttributeError:
         return False
 
@@ -53,7 +53,7 @@ def use_deterministic_operations():
 
 def expects_nvidia_gpu():
     """Whether jax will compute on an NVIDIA GPU, as far as can be known without starting it."""
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return False
     plugin = any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin"))
@@ -121,7 +121,7 @@ def _quoted(path):
 def use_compilation_cache():
     """Keeps compiled programs beside the downloads, so that a second start, or a resume, does not compile again. jax's
     own setting (JAX_COMPILATION_CACHE_DIR) comes first."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
 
 

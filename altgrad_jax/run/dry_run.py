@@ -119,7 +119,8 @@ def describe_memory(program: Program) -> Iterator[str]:
     columns = "arguments", "outputs", "temporaries", "aliased", "together"
     yield f"{'MiB on each device':<20}" + "".join(f"{name:>13}" for name in columns)
     for name, compiled in zip(("training step", "evaluation", "diagnosis"), program.compiled, strict=True):
-        m = compiled.memory_analysis()
+        if (m := compiled.memory_analysis()) is None:
+            continue
         sizes = (
             m.argument_size_in_bytes,
             m.output_size_in_bytes,

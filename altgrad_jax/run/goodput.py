@@ -47,7 +47,7 @@ class Goodput:
         return {"wall_s": round(sum(spent.values()), 3)} | spent
 
 
-def total(events: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+def total(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The sum of a run's goodput events, over its starts.
 
     Args:

@@ -237,7 +237,7 @@ def look(
             state = program.state_of(training.state, lane)
             ranks, observed = training.compute(program.diagnose, state, training.diagnosed_windows, run.inputs)
             found |= {name: float(value) for name, value in ranks.items()}
-            if observed is not None and run.quant is not None:
+            if observed is not None and run.quant is not None and state.quant is not None:
                 of_operands, lines = diagnosis(run.quant, int(state.quant.level), run.step, observed)
                 found |= of_operands
         looks[lane] = (found or None, lines)

@@ -277,8 +277,8 @@ def memory_limit(device):
     if "bytes_limit" in stats:
         return MEMORY_SHARE * stats["bytes_limit"]
     with contextlib.suppress(OSError, ValueError, IndexError):
-        line = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return MEMORY_SHARE * 1024 * int(line[1]) / jax.device_count()
+        available = re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return MEMORY_SHARE * 1024 * int(available[0]) / jax.device_count()
     return MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.device_count()
 
 

@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -140,7 +141,7 @@ def _max_steps(run_dir):
         return None
 
 
-def make_verdict(run_dir, *, max_steps=None, stopped=None):
+def make_verdict(run_dir: str | Path, *, max_steps: int | None = None, stopped: str | None = None) -> dict[str, Any]:
     """What the record in run_dir says about the run, as JSON-serializable facts.
 
     Args:
@@ -344,7 +345,8 @@ def print_verdict(verdict, stream=None, seconds=None):
     facts = list(_facts(verdict))
     if seconds is not None:
         facts.append(("wall time", show_duration(seconds)))
-    console = Console(file=Lasting(sys.stdout if stream is None else stream), highlight=False)
+    lasting: Any = Lasting(sys.stdout if stream is None else stream)
+    console = Console(file=lasting, highlight=False)
     if console.is_terminal:
         # Long paths fold rather than being cut: they are there to be copied.
         style = "bold green" if verdict["sound"] else "bold red"

@@ -380,7 +380,7 @@ class Program:
     def stack(self, trees: Sequence[Any]) -> Any:
         """States or Inputs of the runs, in the order of their lanes, as the program takes them; a lane without a run is
         given the first one's."""
-        if self.members is None:
+        if self.members is None or self.width is None:
             (tree,) = trees
             return tree
         return self.members.stack([*trees, *[trees[0]] * (self.width - len(trees))])
