@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.numerics import formats, optimizers
+from altgrad_jax.numerics import formats, optimizers, rules
 from altgrad_jax.numerics.products import scale_for
 from altgrad_jax.numerics.rounding import Grid, format_params, stochastic_seed, to_grid
 
@@ -18,7 +18,7 @@ def rates(schedule, **overrides):
     return np.array([optimizers.learning_rate(k, schedule=schedule, **{**SETTINGS, **overrides}) for k in range(100)])
 
 
-@pytest.mark.parametrize("schedule", optimizers.SCHEDULES)
+@pytest.mark.parametrize("schedule", rules.SCHEDULES)
 def test_warm_up_is_linear_and_reaches_the_peak_at_its_last_update(schedule):
     np.testing.assert_allclose(rates(schedule)[:10], 6e-4 * np.arange(1, 11) / 10, rtol=1e-6)
 

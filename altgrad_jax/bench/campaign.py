@@ -12,11 +12,12 @@ import math
 import numpy as np
 
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
+from altgrad_jax.numerics.rules import AT_REST
 from altgrad_jax.run import verdict
 from altgrad_jax.run.training import train
 
 ABLATIONS = ("W", "A", "G")
-AT_REST = ("nearest", "stochastic", "error_feedback")
+STORED = AT_REST[1:]  # the ways without a float32 master
 LAST = 0.1  # of the steps: statistics are means over them
 # Column heading -> metric; {at_rest} is "lost" or "not_flipped".
 STATISTICS = {
@@ -46,7 +47,7 @@ def plan(formats=DEFAULT_8BIT, *, shadow_interval, seeds):
     shadow = {"use_shadow": True, "shadow_interval": shadow_interval}
     for name in formats:
         runs[name] = {"use_fp8": True, "formats": (name,), **shadow}
-        for at_rest in AT_REST:
+        for at_rest in STORED:
             runs[f"{name}-{at_rest}"] = runs[name] | {"weights_at_rest": at_rest}
         runs[f"{name}-nearest-ulp_adamw"] = runs[f"{name}-nearest"] | {"optimizer": "ulp_adamw"}
         for operand in ABLATIONS:
@@ -151,7 +152,7 @@ def report(out, formats, seeds):
         + ".\n",
     ]
     losses = {name: found[name] for name in ("bf16", "float32") if name in found}
-    kinds = ["", *(f"-{at_rest}" for at_rest in AT_REST), "-nearest-ulp_adamw"]
+    kinds = ["", *(f"-{at_rest}" for at_rest in STORED), "-nearest-ulp_adamw"]
     losses |= {name + kind: found[name + kind] for name in formats for kind in kinds if name + kind in found}
     parts.append(table(["train", "val", "gap", "nonfinite"], losses))
     parts.append("\n### Where each format costs: gap of the validation loss with one operand in the format\n")
@@ -161,10 +162,10 @@ def report(out, formats, seeds):
             f"only {operand}": found.get(f"{name}-only{operand}", {}).get("gap") for operand in ABLATIONS
         }
         ablations[name] |= {"all": found.get(name, {}).get("gap")}
-        ablations[name] |= {f"stored, {at_rest}": found.get(f"{name}-{at_rest}", {}).get("gap") for at_rest in AT_REST}
+        ablations[name] |= {f"stored, {at_rest}": found.get(f"{name}-{at_rest}", {}).get("gap") for at_rest in STORED}
         ablations[name] = {f"gap {key}": value for key, value in ablations[name].items()}
         ablations[name]["costs most"] = costs_most(ablations[name], max(map(abs, noise), default=0.0))
-    columns = [f"only {operand}" for operand in ABLATIONS] + ["all"] + [f"stored, {at_rest}" for at_rest in AT_REST]
+    columns = [f"only {operand}" for operand in ABLATIONS] + ["all"] + [f"stored, {at_rest}" for at_rest in STORED]
     parts.append(
         "`costs most`: the largest of the three operands' gaps and of what storing the weights to nearest "
         "adds to the gap of all three, where it exceeds the largest difference between two seeds of bfloat16; "
@@ -180,7 +181,7 @@ def report(out, formats, seeds):
                 f"-{at_rest}",
                 [*list(STATISTICS)[9:12], "lost", *list(STATISTICS)[16:]],
             )
-            for at_rest in AT_REST
+            for at_rest in STORED
         ),
     ):
         parts.append(f"\n### {title}\n")

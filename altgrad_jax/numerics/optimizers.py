@@ -42,9 +42,7 @@ from altgrad_jax.numerics.rounding import (
     to_grid,
     ulp,
 )
-
-SCHEDULES = ("constant", "cosine", "wsd")
-OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "grid")
+from altgrad_jax.numerics.rules import OPTIMIZERS
 
 _MOST_CODES = 2**22  # round_to_format takes at most 22 mantissa bits
 

@@ -64,9 +64,8 @@ from jax import lax
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format
+from altgrad_jax.numerics.rules import PER_TENSOR, SCALINGS
 
-SCALINGS = ("delayed", "tensor", "channel", "block32", "block128", "none")
-PER_TENSOR = ("delayed", "tensor", "none")
 LARGEST_SCALED = 2.0**16
 
 # How the vectors of several micro-batches become one, field by field.
