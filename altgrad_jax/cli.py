@@ -183,7 +183,7 @@ def help_text(usage: str, own: flags.FlagValues, config: bool) -> str:
     lines = [usage.strip(), "", "Flags"]
     if config:
         lines += settings.entry("--config=FILE.py", f"its get_config() returns the settings, such as {_BASELINE}")
-    for name in own:
+    for name in _names(own):
         flag = own[name]
         default = "" if flag.value is None or flag.boolean else f" [default {_as_text(flag.value)}]"
         lines += settings.entry(f"--{'[no]' if flag.boolean else ''}{name}", f"{flag.help}{default}")
@@ -196,6 +196,10 @@ def help_text(usage: str, own: flags.FlagValues, config: bool) -> str:
             settings.describe(),
         ]
     return "\n".join(lines)
+
+
+def _names(own: flags.FlagValues) -> list[str]:
+    return [name for name in own if own[name].name == name]  # without short names
 
 
 def _as_text(value: Any) -> str:
@@ -228,7 +232,7 @@ def parse(
             raise UserError(f"no config is given: add --config={_BASELINE}, or the path of your own config file")
         result, given, rest = overridden(load_config(spec), rest, known=list(values))
         result = _finished(result, given)
-    found = {name: values[name].value for name in own}
+    found = {name: values[name].value for name in _names(own)}
     if result is not None and "data_dir" in found:
         found["data_dir"] = found["data_dir"] or f"data/{result.tokenizer}"
     return result, found | _arguments(rest, arguments)
@@ -249,7 +253,7 @@ def overridden(
             guess = settings.nearest_field(named[1])
             hint = f"did you mean --config.{guess}?" if guess else "--help lists the settings"
             raise UserError(f"there is no setting --config.{named[1]}; {hint}")
-    if any(name not in config for name in settings.FIELDS):
+    if set(settings.values_of(config)) != set(settings.FIELDS):
         settings.validate(config)
     config_flags.register_flag_parser_for_type(tuple, _Items())
     values = flags.FlagValues()
@@ -268,10 +272,11 @@ def overridden(
 def _finished(config: ml_collections.ConfigDict, given: frozenset[str]) -> ml_collections.ConfigDict:
     """The config as it is run: settings that nobody gave fitted, names derived anew, validated and locked."""
     config, said = settings.fitted(config, given)
+    settings.validate(config)
     derive = getattr(sys.modules[_MODULE], "derive", None)
     if derive is not None:
         derive(_Kept(config, given))
-    settings.validate(config)
+        settings.validate(config)
     for sentence in said:
         print(f"note: {sentence}", file=sys.stderr)
     config.lock()
@@ -286,6 +291,8 @@ class _Kept:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
+
+    __getitem__ = __getattr__
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._given:

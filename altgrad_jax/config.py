@@ -14,6 +14,7 @@ No jax here, so that `--help` and every complaint about a setting come at once.
 import difflib
 import math
 import os
+import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -344,10 +345,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
     The message is one sentence; if several settings are wrong it has one line for each of them.
     """
-    _raise_for(problems(_values_of(config)))
+    _raise_for(problems(values_of(config)))
 
 
-def _values_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def values_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """{name: value} of whatever a config holds; UserError for something else than a config."""
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f"a config must be the ConfigDict that default_config() returns, not a {type(config).__name__}; "
@@ -727,11 +729,12 @@ def fitted(
       config: ConfigDict; it is not changed.
       given: names that were given as flags; None: every setting that differs from its default.
     """
-    values = _values_of(config)
+    values = values_of(config)
     if _single_problems(values):
         return config, []
     unlike = {name for name, field in FIELDS.items() if values[name] != field.default}
-    rank = {name: (name in unlike) + 2 * (name in (unlike if given is None else given)) for name in FIELDS}
+    given = unlike if given is None else given
+    rank = {name: 2 if name in given else int(name in unlike) for name in FIELDS}
     said = []
     for fit in (_fit_formats, _fit_model, _fit_batches, _fit_schedule):
         for name, others, value, why in fit(values):
@@ -794,6 +797,13 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------- JSON and records
+
+
+def numbers_in(config: ml_collections.ConfigDict) -> str:
+    """What a run computes in, for names: "bf16", "float32", or its formats such as "e4m3-block-g-e5m2"."""
+    if config.use_fp8:
+        return re.sub("[^a-z0-9_]+", "-", "-".join(config.formats).lower()).strip("-")
+    return "bf16" if config.compute_dtype == "bfloat16" else config.compute_dtype
 
 
 def metric_groups(metrics: str) -> tuple[str, ...]:

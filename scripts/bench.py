@@ -70,7 +70,8 @@ def run(config, **values):
     values["suite"] = suites(values["suite"])
     if values["peers"] == "torch" and not peers.torch_importable():
         raise UserError(
-            f"--peers=torch needs torch and transformers, which are not installed: {peers.INSTALL}, or give --peers=none"
+            f"--peers=torch needs torch and transformers, which are not installed: {peers.INSTALL}, or "
+            "give --peers=none"
         )
     if values["nanogpt"] is not None:
         values["nanogpt"] = peers.require_nanogpt(values["nanogpt"])

@@ -12,6 +12,7 @@ from absl import flags
 from altgrad_jax import cli
 from altgrad_jax.errors import UserError
 
+ARGUMENTS = ("checkpoint",)
 FLAGS = cli.new_flags(device=True)
 flags.DEFINE_integer("step", None, "checkpoint of the run folder (default: the newest)", flag_values=FLAGS)
 flags.DEFINE_string("data_dir", None, "folder of token files; its val.bin is used", flag_values=FLAGS)
@@ -37,4 +38,4 @@ def run(*, checkpoint, device, step, data_dir, tokens, all):
 
 
 if __name__ == "__main__":
-    cli.main(run, FLAGS, usage=__doc__, arguments=("checkpoint",))
+    cli.main(run, FLAGS, usage=__doc__, arguments=ARGUMENTS)

@@ -17,6 +17,7 @@ from altgrad_jax.errors import UserError
 TOKENIZER_KEY = "altgrad_tokenizer"  # our own key in config.json; transformers keeps what it does not know
 
 
+ARGUMENTS = ("source", "out")
 FLAGS = cli.new_flags(device=True)
 flags.DEFINE_bool("import", False, "from Hugging Face instead of to it", flag_values=FLAGS)
 flags.DEFINE_integer("step", None, "checkpoint of the run folder to export (default: the newest)", flag_values=FLAGS)
@@ -113,4 +114,4 @@ def tokenizer_of(config_json):
 
 
 if __name__ == "__main__":
-    cli.main(run, FLAGS, usage=__doc__, arguments=("source", "out"))
+    cli.main(run, FLAGS, usage=__doc__, arguments=ARGUMENTS)

@@ -16,6 +16,7 @@ from absl import flags
 from altgrad_jax import cli, report
 from altgrad_jax.errors import UserError
 
+ARGUMENTS = ("runs...",)
 FLAGS = cli.new_flags()
 flags.DEFINE_multi_string(
     "output",
@@ -44,4 +45,4 @@ def run(*, runs, output, data, live, seconds):
 
 
 if __name__ == "__main__":
-    cli.main(run, FLAGS, usage=__doc__, arguments=("runs...",))
+    cli.main(run, FLAGS, usage=__doc__, arguments=ARGUMENTS)

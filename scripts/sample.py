@@ -11,6 +11,7 @@ from absl import flags
 
 from altgrad_jax import cli
 
+ARGUMENTS = ("checkpoint",)
 FLAGS = cli.new_flags(device=True)
 flags.DEFINE_integer("step", None, "checkpoint of the run folder (default: the newest)", flag_values=FLAGS)
 flags.DEFINE_string("prompt", "", "text to continue; empty = the start of a document", flag_values=FLAGS)
@@ -60,4 +61,4 @@ def run(*, checkpoint, device, step, prompt, max_new_tokens, temperature, top_k,
 
 
 if __name__ == "__main__":
-    cli.main(run, FLAGS, usage=__doc__, arguments=("checkpoint",))
+    cli.main(run, FLAGS, usage=__doc__, arguments=ARGUMENTS)

@@ -22,7 +22,7 @@ flags.DEFINE_enum(
     "member_loop",
     "auto",
     ("auto", "map", "vmap"),
-    "map = one after the other in the program, to the bit as alone; vmap = together; auto = map on a CPU, vmap on a GPU",
+    "map = one after the other in the program, to the bit as alone; vmap = together; auto = map on a CPU, else vmap",
     flag_values=FLAGS,
 )
 flags.DEFINE_integer("width", 0, "runs side by side; 0 = as many as fit", 0, 65536, flag_values=FLAGS)

@@ -15,6 +15,7 @@ from altgrad_jax import cli
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
 from altgrad_jax.numerics.whatif import of_run
 
+ARGUMENTS = ("run",)
 FLAGS = cli.new_flags()
 flags.DEFINE_integer("step", None, "which diagnosis (default: the last)", flag_values=FLAGS)
 flags.DEFINE_bool("layers", False, "a row for every layer, not only all together", flag_values=FLAGS)
@@ -31,4 +32,4 @@ def run(*, run, step, layers):
 
 
 if __name__ == "__main__":
-    cli.main(run, FLAGS, usage=__doc__, arguments=("run",))
+    cli.main(run, FLAGS, usage=__doc__, arguments=ARGUMENTS)

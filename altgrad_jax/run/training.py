@@ -131,6 +131,9 @@ def train(config, *, data_dir=None, workdir=None, resume="auto", age=0.0) -> Res
       UserError: any setting, file or folder that cannot be used; before the first step.
     """
     goodput = Goodput(age)
+    config, said = settings.fitted(config)
+    for sentence in said:
+        print(f"note: {sentence}", file=sys.stderr)
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
     _refuse_arguments(config, resume)
     try:
