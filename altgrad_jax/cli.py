@@ -41,7 +41,10 @@ class Parser(flags.ArgumentParser):
         self._function, self.syntactic_help = parse, words
 
     def parse(self, argument: Any) -> Any:
-        return self._function(argument) if isinstance(argument, str) else argument
+        try:
+            return self._function(argument) if isinstance(argument, str) else argument
+        except OSError as error:  # a name that is too long, say
+            raise ValueError from error
 
 
 def _folder(text: str) -> str:
@@ -203,7 +206,7 @@ def _names(own: flags.FlagValues) -> list[str]:
 
 
 def _as_text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing
@@ -233,6 +236,9 @@ def parse(
         result, given, rest = overridden(load_config(spec), rest, known=list(values))
         result = _finished(result, given)
     found = {name: values[name].value for name in _names(own)}
+    for name, value in found.items():
+        if value != value:  # absl's limits let NaN pass
+            raise UserError(f"--{name}=nan cannot be used: give {_words(values[name].parser)}")
     if result is not None and "data_dir" in found:
         found["data_dir"] = found["data_dir"] or f"data/{result.tokenizer}"
     return result, found | _arguments(rest, arguments)

@@ -21,9 +21,18 @@ from altgrad_jax.bench import peers
 from altgrad_jax.errors import UserError
 
 SUITES = ("metrics", "dispatch", "sizes", "formats", "attention", "rounding", "scaling")
+RULE = f"some of {', '.join(SUITES)} joined by commas, or all (all but scaling)"
+
+
+def suites(text):
+    names = set(text.split(","))
+    if not names <= {*SUITES, "all"}:
+        raise ValueError
+    return names | (set(SUITES) - {"scaling"} if "all" in names else set())
+
 
 FLAGS = cli.new_flags(device=True)
-flags.DEFINE_list("suite", "all", f"some of {', '.join(SUITES)}, or all (all but scaling)", flag_values=FLAGS)
+flags.DEFINE(cli.Parser(suites, RULE), "suite", "all", RULE, flag_values=FLAGS)
 flags.DEFINE_bool(
     "quick",
     False,
@@ -55,7 +64,8 @@ flags.DEFINE_enum(
     "other implementations of the same step; by default torch where it is installed",
     flag_values=FLAGS,
 )
-flags.DEFINE_string("nanogpt", None, "folder of a nanoGPT checkout, timed as a further peer", flag_values=FLAGS)
+NANOGPT = cli.Parser(peers.require_nanogpt, "the folder of a nanoGPT checkout, which holds its model.py")
+flags.DEFINE(NANOGPT, "nanogpt", None, "folder of a nanoGPT checkout, timed as a further peer", flag_values=FLAGS)
 flags.DEFINE(
     cli.FOLDER,
     "profile",
@@ -67,14 +77,11 @@ flags.DEFINE(cli.OUTPUT_FILE, "json", None, "file for all figures, every single 
 
 
 def run(config, **values):
-    values["suite"] = suites(values["suite"])
     if values["peers"] == "torch" and not peers.torch_importable():
         raise UserError(
             f"--peers=torch needs torch and transformers, which are not installed: {peers.INSTALL}, or "
             "give --peers=none"
         )
-    if values["nanogpt"] is not None:
-        values["nanogpt"] = peers.require_nanogpt(values["nanogpt"])
     from altgrad_jax.run.device import use_deterministic_operations, use_device
 
     use_device(values.pop("device"))
@@ -86,15 +93,6 @@ def run(config, **values):
 
     with contextlib.ExitStack() as resources:
         return report.run(config, values, resources)
-
-
-def suites(names):
-    if not names or not set(names) <= {*SUITES, "all"}:
-        raise UserError(
-            f"--suite={','.join(names)} cannot be used: give some of {', '.join(SUITES)} joined by commas, or all (all "
-            "but scaling)"
-        )
-    return set(names) | (set(SUITES) - {"scaling"} if "all" in names else set())
 
 
 if __name__ == "__main__":

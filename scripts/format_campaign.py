@@ -16,7 +16,11 @@ from altgrad_jax.numerics.formats import DEFAULT_8BIT, get_format
 
 FLAGS = cli.new_flags(device=True, data_dir=True)
 flags.DEFINE(cli.FOLDER, "out", "runs/formats", "folder of the run folders", flag_values=FLAGS)
-flags.DEFINE_list("formats", list(DEFAULT_8BIT), "names of formats", flag_values=FLAGS)
+FORMATS = cli.Parser(
+    lambda text: tuple(get_format(name).name for name in text.split(",")),
+    f"names of formats joined by commas, such as {','.join(DEFAULT_8BIT)}",
+)
+flags.DEFINE(FORMATS, "formats", DEFAULT_8BIT, "names joined by commas", flag_values=FLAGS)
 flags.DEFINE(
     cli.WHOLE_NUMBERS,
     "seeds",
@@ -31,15 +35,14 @@ flags.DEFINE(cli.OUTPUT_FILE, "report", None, "file for the tables, Markdown", f
 
 
 def run(config, *, device, out, formats, seeds, shadow_interval, data_dir, report):
-    formats, seeds = tuple(get_format(name).name for name in formats), tuple(seeds)
     from altgrad_jax.bench import campaign
     from altgrad_jax.run.device import use_device
 
     use_device(device)
     out = Path(out).absolute()
-    plan = campaign.plan(formats, shadow_interval=shadow_interval, seeds=seeds)
+    plan = campaign.plan(formats, shadow_interval=shadow_interval, seeds=tuple(seeds))
     campaign.run(config, out, plan, data_dir=data_dir, say=lambda text: print(text, flush=True))
-    text = campaign.report(out, formats, seeds)
+    text = campaign.report(out, formats, tuple(seeds))
     print("\n" + text)
     if report:
         Path(report).write_text(text)

@@ -98,12 +98,11 @@ def say(text):
 
 
 def run(**values):
-    args = types.SimpleNamespace(
-        **(FULL | (QUICK if values["quick"] else {}) | {k: v for k, v in values.items() if v is not None})
-    )
-    for part in args.parts:
-        if part not in TITLES:
-            raise UserError(f"--parts={part} cannot be used: give some of {', '.join(TITLES)}")
+    for name, default in (QUICK if values["quick"] else FULL).items():
+        values[name] = values[name] or default
+    args = types.SimpleNamespace(**values)
+    if not args.parts or not set(args.parts) <= set(TITLES):
+        raise UserError(f"--parts={','.join(args.parts)} cannot be used: give some of {', '.join(TITLES)}")
     data_dir, folder, out = (
         None if values[name] is None else Path(values[name]).absolute() for name in ("data_dir", "folder", "out")
     )

@@ -1703,20 +1703,10 @@ def config_files(originals):
         ("NaN", lines("c.learning_rate = float('nan')"), "learning_rate=nan"),
         ("None", lines("c.seed = None"), "seed=None"),
         ("True", lines("c.max_steps = True"), "max_steps"),
-        (
-            "a placeholder that is never set",
-            lines(
-                "import ml_collections\n    with c.unlocked(): c.seed = "
-                "ml_collections.config_dict.required_placeholder(int)"
-            ),
-            "my.py",
-        ),
         ("a setting taken out", lines("with c.unlocked(): del c.seed"), "seed"),
         ("a setting too many", lines("with c.unlocked(): c.novel = 1"), "novel"),
         ("a setting whose name is a number", lines("with c.unlocked(): c[5] = 1"), "name"),
         ("settings nested", lines("with c.unlocked(): c.model = {'n_layer': 2}"), "model"),
-        ("a lambda", lines("with c.unlocked(): c.seed = lambda: 3"), "seed"),
-        ("NumPy's number", lines("import numpy; c.seed = numpy.int64(3)"), "seed"),
         (
             "three wrong at once",
             lines("c.seed = -1; c.max_steps = 0; c.beta1 = 1.0"),
@@ -1809,7 +1799,7 @@ def flags(originals):
         (["-x"], "-x"),
         ([""], "''"),
         (["--config.tags=a,a"], "tags"),
-        (["--config.learning_rate=1e999"], "learning_rate=1e999"),
+        (["--config.learning_rate=1e999"], "learning_rate=inf"),
         (["--config.seed=" + "9" * 5000], "seed"),
         (["--config.run_name=\ud800"], "run_name"),
         (["--config.use_fp8=vrai"], "vrai"),
@@ -1839,7 +1829,6 @@ def flags(originals):
         (["--axes=seed=1", "--shard=a/b"], "a/b"),
         (["--axes=seed=1", "--shard=\u0661/\u0662"], "--shard"),
         (["--axes=seed=1", "--member_loop=pmap"], "pmap"),
-        (["--axes=seed=1", "--width=\u0663"], "--width"),
         (["--width=-1"], "--width=-1"),
         (["--width=65537"], "65537"),
         (["--width=\u00b2"], "--width"),
@@ -1952,7 +1941,7 @@ def arguments(originals):
         for step in ("x", "1.5", "", "nan"):
             yield case(script, ["{run}", f"--step={step}"], "--step", step)
         yield case(script, ["{run}", "--step=-1"], "diagnostics.jsonl" if script == "what_if.py" else "-1")
-        yield case(script, ["{run}", "--step=" + "9" * 400], "999")
+        yield case(script, ["{run}", "--step=" + "9" * 400], "diagnostics.jsonl" if script == "what_if.py" else "999")
     yield case("evaluate.py", ["{run}", "--data_dir=x", "--tokens=y"], "--tokens")
     yield case("evaluate.py", ["{run}", "--tokens={folder}"], "{folder}")
     for name, values in {
@@ -2046,7 +2035,7 @@ def command_lines(originals):
         )
 
     yield train("a setting out of range", "--config.beta1=1.0", names=("beta1=1.0",))
-    yield train("an infinite setting", "--config.learning_rate=1e999", names=("learning_rate=1e999",))
+    yield train("an infinite setting", "--config.learning_rate=1e999", names=("learning_rate=inf",))
     yield train("settings that contradict each other", "--config.n_head=3", names=("n_head=3", "n_embd"))
     yield train("no config file", names=("{folder}/no.py",), config="--config={folder}/no.py")
     yield train(
