@@ -35,14 +35,21 @@ _MODULE = "altgrad_jax_config_file"
 
 
 class Parser(flags.ArgumentParser):
-    """A parser for `flags.DEFINE`, made of a function that raises ValueError and of words that complete "give ..."."""
+    """A parser for `flags.DEFINE`, made of a function that raises ValueError and of words that complete "give ...".
+
+    Empty text is never right.
+    """
 
     def __init__(self, parse: Callable[[str], Any], words: str):
         self._function, self.syntactic_help = parse, words
 
     def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str):
+            return argument  # a default
+        if not argument:
+            raise ValueError
         try:
-            return self._function(argument) if isinstance(argument, str) else argument
+            return self._function(argument)
         except OSError as error:  # a name that is too long, say
             raise ValueError from error
 
@@ -56,7 +63,7 @@ def _folder(text: str) -> str:
 
 def _output_file(text: str) -> str:
     where = os.path.dirname(text) or "."
-    if not text or os.path.isdir(text) or not os.access(text if os.path.exists(text) else where, os.W_OK):
+    if os.path.isdir(text) or not os.access(text if os.path.exists(text) else where, os.W_OK):
         raise ValueError
     return text
 
@@ -67,28 +74,8 @@ def _whole_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _resume(text: str) -> str | int:
-    if text in ("auto", "never"):
-        return text
-    if not re.fullmatch("[0-9]{1,10}", text) or int(text) > settings.INT32_MAX:
-        raise ValueError
-    return int(text)
-
-
-def _some_text(text: str) -> str:
-    if not text:
-        raise ValueError
-    return text
-
-
 FOLDER = Parser(_folder, "the path of a local folder; it need not exist, and no file may have its name")
 OUTPUT_FILE = Parser(_output_file, "the name of a file in a folder that exists and that you may write to")
-RESUME = Parser(
-    _resume,
-    "auto (go on from the newest checkpoint, if there is one), never (start anew), or the step of a checkpoint such as "
-    "1000",
-)
-SOME_TEXT = Parser(_some_text, "some text")
 WHOLE_NUMBERS = Parser(_whole_numbers, "whole numbers from 1 joined by commas, such as 1,4,16")
 
 
@@ -268,7 +255,8 @@ def overridden(
     with _sentences([*known, "help"]):
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         rest = values(argv)[1:]
-    changed = values["config"].override_values
+    flag: Any = values["config"]
+    changed = flag.override_values
     for name, value in changed.items():
         if isinstance(value, tuple) and "" in value:  # an empty override removes those before it
             config[name] = value[len(value) - value[::-1].index("") :]
@@ -314,8 +302,8 @@ def parse_value(field: settings.Field, text: str) -> Any:
 
 
 @contextlib.contextmanager
-def _sentences(known: flags.FlagValues | list[str]) -> Iterator[None]:
-    """A context in which what absl says of a mistake becomes one sentence. known: the flags there are."""
+def _sentences(known: Any) -> Iterator[None]:
+    """A context in which what absl says of a mistake becomes one sentence. known: FlagValues, or names of flags."""
     try:
         yield
     except flags.UnrecognizedFlagError as error:

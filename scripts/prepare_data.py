@@ -15,6 +15,7 @@ from altgrad_jax.data.tokenizer import TOKENIZERS, get_tokenizer
 from altgrad_jax.errors import UserError
 
 FLAGS = cli.new_flags()
+SOME_TEXT = cli.Parser(str, "some text")
 flags.DEFINE_enum(
     "source",
     None,
@@ -23,15 +24,15 @@ flags.DEFINE_enum(
     flag_values=FLAGS,
 )
 flags.DEFINE(
-    cli.SOME_TEXT,
+    SOME_TEXT,
     "input",
     None,
     "local documents instead: JSONL (.gz, .zst), JSON, TXT, parquet, EURLEX57K's zip, a folder",
     flag_values=FLAGS,
 )
-flags.DEFINE(cli.SOME_TEXT, "out", None, "folder where the token files go (default: data/TOKENIZER)", flag_values=FLAGS)
+flags.DEFINE(SOME_TEXT, "out", None, "folder where the token files go (default: data/TOKENIZER)", flag_values=FLAGS)
 flags.DEFINE_enum("tokenizer", "gpt2", list(TOKENIZERS), "which one", flag_values=FLAGS)
-flags.DEFINE(cli.SOME_TEXT, "text_field", None, "the field of --input's records that holds the text", flag_values=FLAGS)
+flags.DEFINE(SOME_TEXT, "text_field", None, "the field of --input's records that holds the text", flag_values=FLAGS)
 flags.DEFINE_integer(
     "split_seed",
     prepare.SPLIT_SEED,
@@ -40,7 +41,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_float("val_fraction", prepare.VAL_FRACTION, "their share of the documents", flag_values=FLAGS)
 flags.DEFINE(
-    cli.SOME_TEXT,
+    SOME_TEXT,
     "cache_dir",
     None,
     f"folder where downloads are kept (default: {sources.default_cache_dir()})",

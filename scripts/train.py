@@ -9,16 +9,29 @@ Exit codes: 0 finished, 1 a disk failed or the last checkpoint was not saved, 2 
 stopped by non-finite steps, 130, 143 or 129 interrupted and saved (the same command continues; docs/faults.md).
 """
 
+import re
+
 from absl import flags
 
 from altgrad_jax import cli
+from altgrad_jax.config import INT32_MAX
+
+
+def resume_choice(text):
+    if text in ("auto", "never"):
+        return text
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) > INT32_MAX:
+        raise ValueError
+    return int(text)
+
 
 FLAGS = cli.new_flags(device=True, data_dir=True)
 flags.DEFINE(
     cli.FOLDER, "workdir", None, "folder of this run, in place of the config's checkpoint_dir", flag_values=FLAGS
 )
+RESUME = "auto (go on from the newest checkpoint, if any), never (start anew), or the step of a checkpoint such as 1000"
 flags.DEFINE(
-    cli.RESUME,
+    cli.Parser(resume_choice, RESUME),
     "resume",
     "auto",
     "auto = go on from the newest checkpoint that restores, if there is one; never = start anew, in an empty folder; a "

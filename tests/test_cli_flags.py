@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ def in_the_repository(monkeypatch):
 def some_flags():
     own = cli.new_flags(device=True, data_dir=True)
     flags.DEFINE(cli.FOLDER, "workdir", None, "a folder", flag_values=own)
-    flags.DEFINE(cli.RESUME, "resume", "auto", "how to go on", flag_values=own)
+    train = runpy.run_path(str(ROOT / "scripts" / "train.py"))
+    flags.DEFINE(cli.Parser(train["resume_choice"], train["RESUME"]), "resume", "auto", "how to go on", flag_values=own)
     flags.DEFINE(cli.WHOLE_NUMBERS, "widths", None, "numbers", flag_values=own)
     flags.DEFINE_integer("rounds", 9, "how often", 1, 1000, short_name="r", flag_values=own)
     flags.DEFINE_bool("quick", False, "less of all", flag_values=own)

@@ -12,6 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors", "files"},
     {"numerics", "data"},
+    {"conflicts"},
     {"config"},
     {"models", "step", "cli"},
     {"run"},
@@ -30,7 +31,7 @@ OWNERS = {
 # `numerics.rounding` compiles the canary: rounding as the device at hand does it.
 MAY_COMPILE = {"step.program", "inference.generate", "bench.programs", "numerics.rounding"}
 # What a script needs before it has understood its command line must start at once.
-WITHOUT_JAX = {"errors", "files", "config", "cli", "numerics.formats", "numerics.rules", "numerics.whatif"}
+WITHOUT_JAX = {"errors", "files", "conflicts", "config", "cli", "numerics.formats", "numerics.rules", "numerics.whatif"}
 ROOMS_WITHOUT_JAX = {"report"}
 
 
