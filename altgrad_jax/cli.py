@@ -1,462 +1,404 @@
-"""How every script reads its command line and how it ends.
+"""How every script reads its command line, and how it ends: absl flags, and ml_collections' config flags.
 
-The flags are those of ml_collections' config_flags: `--config FILE`, `--config=FILE:ARGUMENT` (the argument
-goes to get_config), `--config.FIELD=VALUE` or `--config.FIELD VALUE`, `--config.FLAG` and `--noconfig.FLAG`
-for a yes-or-no field, a tuple as `--config.tags=a,b` or by repeating the flag; else the last of two values
-wins. The parsing is our own, for config_flags answers a typo with a traceback, wants `--config` before the
-overrides, says nothing of `x=8` without its dashes or of a missing file, and makes one tag of `a,b`.
+A script defines its flags on an `absl.flags.FlagValues` of its own and calls `main`. With `config=True` it also takes
+`--config=FILE.py` or `--config=FILE.py:ARGUMENT`, and `--config.SETTING=VALUE` as config_flags reads it. Two things are
+added: the order of flags is free, and `--config.tags=a,b` is two tags. The config file is loaded here, because
+config_flags makes a ValueError with a traceback for text of every mistake in it.
 
-A mistake of the user (UserError) is one `error: ...` on stderr and exit code 2, a machine that failed (MachineError)
-the same with exit code 1; any other exception is a defect and keeps its traceback (exit code 1). No jax here: help
-comes at once, and a script may set XLA's flags before jax starts.
+A mistake is one `error: ...` on stderr and exit code 2, before jax starts. An exception in the user's own config file
+keeps its traceback. No jax here, so help comes at once.
 """
 
-import argparse
 import contextlib
+import copy
 import inspect
 import os
 import re
 import sys
-import textwrap
-import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import require_file
 
-_YES = ("true", "t", "1", "yes")
-_NO = ("false", "f", "0", "no")
 _BASELINE = "configs/bf16_baseline.py"
+_MODULE = "altgrad_jax_config_file"
 
 
-@dataclass(frozen=True)
-class Flag:
-    """A flag of one script, `--name=VALUE`, which reaches its run function as the keyword `name`.
+class Parser(flags.ArgumentParser):
+    """A parser for `flags.DEFINE`, made of a function that raises ValueError and of words that complete "give ...".
 
-    `default` is text that `parse` accepts; a {field} in it is replaced by that setting's value. None: the
-    keyword is None where the flag is absent. `parse` turns text into the value, or raises UserError naming
-    the flag. `bare` is the text that the flag without a value stands for; None: it needs one.
+    Empty text is never right.
     """
 
-    name: str
-    default: str | None
-    meaning: str
-    parse: Callable[[str], Any] = str
-    bare: str | None = None
+    def __init__(self, parse: Callable[[str], Any], words: str):
+        self._function, self.syntactic_help = parse, words
 
-
-def yes_no(flag: str) -> Callable[[str], bool]:
-    """A parser for a flag that is yes or no."""
-
-    def parse(text: str) -> bool:
-        if text not in ("yes", "no"):
-            raise UserError(f"--{flag}={text} cannot be used: give yes or no")
-        return text == "yes"
-
-    return parse
-
-
-def folder(flag: str) -> Callable[[str], str]:
-    """A parser for a flag that names a folder, which need not exist yet."""
-
-    def parse(text: str) -> str:
-        if not settings.FIELDS["checkpoint_dir"].rule.accepts(text):
-            raise UserError(f"--{flag}={text!r} cannot be used: give the path of a local folder")
+    def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str):
+            return argument  # a default
+        if not argument:
+            raise ValueError
         try:
-            is_file = Path(text).exists() and not Path(text).is_dir()
-        except OSError as error:
-            raise UserError(f"--{flag}={text} cannot be used ({error.strerror}): give the path of a folder") from None
-        if is_file:
-            raise UserError(f"--{flag}={text} is a file: give a folder")
-        return os.path.expanduser(text)
-
-    return parse
+            return self._function(argument)
+        except OSError as error:  # a name that is too long, say
+            raise ValueError from error
 
 
-def output_file(flag: str) -> Callable[[str], str]:
-    """A parser for a flag that names a file to write in the end: what cannot be written is refused at the beginning."""
-
-    def parse(text: str) -> str:
-        where = os.path.dirname(text) or "."
-        if not text or os.path.isdir(text) or not os.path.isdir(where):
-            raise UserError(f"--{flag}={text} cannot be used: give the name of a file in a folder that exists")
-        if not os.access(text if os.path.exists(text) else where, os.W_OK):
-            raise UserError(f"--{flag}={text} cannot be written: give a file in a folder that you may write to")
-        return text
-
-    return parse
+def _folder(text: str) -> str:
+    path = os.path.expanduser(text)
+    if not settings.FIELDS["checkpoint_dir"].accepts(text) or (Path(path).exists() and not Path(path).is_dir()):
+        raise ValueError
+    return path
 
 
-def resume_choice(text: str) -> str | int:
-    """The value of --resume: "auto", "never", or the step of a checkpoint."""
-    if text in ("auto", "never"):
-        return text
-    if re.fullmatch("[0-9]{1,10}", text) and int(text) <= settings.INT32_MAX:
-        return int(text)
-    raise UserError(
-        f"--resume={text} cannot be used: give auto (go on from the newest checkpoint, if there is one), "
-        "never (start anew), or the step of a checkpoint such as 1000"
-    )
-
-
-TRAIN_FLAGS = (
-    Flag(
-        "data_dir", "data/{tokenizer}", "folder of the token files (train.bin, val.bin, meta.json)", folder("data_dir")
-    ),
-    Flag("workdir", None, "folder of this run, in place of the config's checkpoint_dir", folder("workdir")),
-    Flag(
-        "resume",
-        "auto",
-        "auto = go on from the newest checkpoint that restores, if there is one; never = start anew, in an "
-        "empty folder; a number = go on from that step's checkpoint",
-        resume_choice,
-    ),
-)
-
-
-DRY_RUN = Flag(
-    "dry_run",
-    "no",
-    "yes, or the flag alone = only say what would be trained, in which memory and time",
-    yes_no("dry_run"),
-    bare="yes",
-)
-
-
-def number(flag: str, low: int) -> Callable[[str], int]:
-    """A parser for a flag that is a whole number from `low`."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,6}", text) or int(text) < low:
-            raise UserError(f"--{flag}={text} cannot be used: give a whole number from {low}")
-        return int(text)
-
-    return parse
-
-
-def _distributed_choice(text: str) -> str:
-    if text not in ("off", "auto"):
-        raise UserError(
-            f"--distributed={text} cannot be used: give auto (several processes, as the SLURM, Open MPI or "
-            "Kubernetes job around them says) or off"
-        )
+def _output_file(text: str) -> str:
+    where = os.path.dirname(text) or "."
+    if os.path.isdir(text) or not os.access(text if os.path.exists(text) else where, os.W_OK):
+        raise ValueError
     return text
 
 
-# How several processes that train one run find each other.
-PROCESS_FLAGS = (
-    Flag(
-        "distributed",
-        "off",
-        "auto = one of the processes of the SLURM, Open MPI or Kubernetes job around it",
-        _distributed_choice,
-    ),
-    Flag("coordinator", None, "HOST:PORT of process 0, with the next two for processes that are started by hand"),
-    Flag("num_processes", None, "how many processes train the run together", number("num_processes", 1)),
-    Flag("process_id", None, "which of them this is, from 0", number("process_id", 0)),
-)
+def _whole_numbers(text: str) -> list[int]:
+    if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text) or "0" in text.split(","):
+        raise ValueError
+    return [int(part) for part in text.split(",")]
+
+
+FOLDER = Parser(_folder, "the path of a local folder; it need not exist, and no file may have its name")
+OUTPUT_FILE = Parser(_output_file, "the name of a file in a folder that exists and that you may write to")
+WHOLE_NUMBERS = Parser(_whole_numbers, "whole numbers from 1 joined by commas, such as 1,4,16")
+
+
+class _Items(tuple_parser.TupleParser):
+    """Items joined by commas, in brackets or not. Text without any is one empty item, which `overridden` removes."""
+
+    def parse(self, argument: Any) -> tuple[str, ...]:
+        if not isinstance(argument, str):
+            return super().parse(argument)
+        text = argument.strip()
+        if text[:1] + text[-1:] in ("()", "[]"):
+            text = text[1:-1].strip().removesuffix(",")
+        items = tuple(item.strip().strip("'\"") for item in text.split(","))
+        if len(items) > 1 and "" in items:
+            raise ValueError("an item is empty")
+        return items
+
+
+# ---------------------------------------------------------------------------------------------------- a script's main
+
+
+def new_flags(*, device: bool = False, data_dir: bool = False) -> flags.FlagValues:
+    """The flags of a script, with those that several share: --device of all that compute, --data_dir."""
+    own = flags.FlagValues()
+    if device:
+        meaning = "where to compute; auto = what JAX_PLATFORMS says, else a GPU if there is one"
+        flags.DEFINE_enum("device", "auto", ("auto", "cpu", "gpu"), meaning, flag_values=own)
+    if data_dir:
+        flags.DEFINE(FOLDER, "data_dir", None, "folder of the token files (default: data/TOKENIZER)", flag_values=own)
+    return own
 
 
 def main(
-    run: Callable[..., int],
+    run: Callable[..., int | None],
+    own: flags.FlagValues,
     *,
     usage: str,
-    flags: Sequence[Flag] = TRAIN_FLAGS,
+    config: bool = False,
+    arguments: Sequence[str] = (),
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
-    """Reads the command line, calls `run(config, **{flag.name: value})` and exits with the code it returns.
+    """Reads the command line, calls `run` and exits with the code it returns (None is 0).
 
     Args:
-      run: takes the validated, locked ConfigDict and a keyword for each of `flags`.
+      run: takes a keyword for each flag and argument; with `config` the validated, locked ConfigDict before them.
+      own: the script's flags.
       usage: what --help prints first; usually the script's docstring.
-      flags: the script's own flags, beside --config, --config.FIELD and --help.
-      argv: the arguments without the program's name; those of the process by default.
+      config: whether the script is about a config; it then needs --config.
+      arguments: names of the arguments without dashes; a last one that ends in "..." takes one or more.
+      argv: the words behind the program's name; those of the process by default.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
 
-    def parse_and_run() -> int:
-        if "--help" in argv or "-h" in argv:
-            _print_to_reader(help_text(usage, flags))
+    def parse_and_run() -> int | None:
+        if {"--help", "-h", "-help"} & set(words):
+            print(help_text(usage, own, config))
             return 0
-        config, values = parse(argv, flags)
-        return run(config, **values)
+        parsed, values = parse(words, own, config=config, arguments=arguments)
+        return run(parsed, **values) if config else run(**values)
 
     run_script(parse_and_run)
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse for a script whose arguments are not flags of a config: abbreviations are refused, and a mistake is a
-    UserError as everywhere else."""
-
-    def __init__(self, description):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists what to give")
-
-
-def whole_number(text: str) -> int:
-    """The type of an argument that is a whole number: ASCII digits alone, for int() takes more (1_0)."""
-    if not re.fullmatch("-?[0-9]{1,19}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def some_text(text: str) -> str:
-    """The type of an argument that must not be empty."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty")
-    return text
-
-
 def run_script(function: Callable[[], int | None]) -> NoReturn:
-    """Calls `function` and exits: with the code it returns (None is 0), a UserError's own (mostly 2), or 130."""
+    """Calls `function` and exits with its code. The one place where exceptions become exit codes and sentences."""
     try:
-        code = function()
+        code = function() or 0
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
+        code = _say(str(error), error.exit_code)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends what Python still waits for
         print("interrupted", file=sys.stderr)
         code = 130
-    if code and code > 128:
-        # Threads may still be compiling, and Python would wait for them.
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code or 0)
-
-
-def _print_to_reader(text: str) -> None:
-    """print, to a reader who may leave early, as the one of `--help | head` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # Python would try once more at exit, and complain
+    except BrokenPipeError:  # the reader of `| head` left; Python would write once more at exit, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        what = f"{error.filename} cannot be used ({error.strerror})" if error.filename else str(error)
+        code = _say(f"{what}: put that right, then give the same command again", 1)
+    except RuntimeError as error:
+        if not str(error).startswith("Unable to initialize backend"):
+            raise
+        code = _say(f"{' '.join(str(error).split())}: give --device=cpu, or another JAX_PLATFORMS", 2)
+    sys.exit(code)
 
 
-def help_text(usage: str, flags: Sequence[Flag]) -> str:
-    """What --help prints: the usage, the script's flags, and every setting of a config."""
+def _say(sentence: str, code: int) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return code
+
+
+def help_text(usage: str, own: flags.FlagValues, config: bool) -> str:
+    """What --help prints: the usage, the script's flags and, with `config`, every setting."""
     lines = [usage.strip(), "", "Flags"]
-    config_flag = Flag(
-        "config", None, f"Python file whose get_config() returns the settings, such as {_BASELINE}; required"
-    )
-    for flag in (config_flag, *flags):
-        default = "" if flag.default is None else f" [default {flag.default}]"
-        lines += textwrap.wrap(
-            flag.meaning + default,
-            width=100,
-            initial_indent=f"  --{flag.name} ".ljust(16),
-            subsequent_indent=" " * 16,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    lines += [
-        "",
-        "Settings: the config file holds them, and --config.NAME=VALUE overrides one. The values here are",
-        "the baseline's. Those marked * may be changed when a run is resumed.",
-        "",
-        settings.describe(),
-    ]
+    if config:
+        lines += settings.entry("--config=FILE.py", f"its get_config() returns the settings, such as {_BASELINE}")
+    for name in _names(own):
+        flag = own[name]
+        default = "" if flag.value is None or flag.boolean else f" [default {_as_text(flag.value)}]"
+        lines += settings.entry(f"--{'[no]' if flag.boolean else ''}{name}", f"{flag.help}{default}")
+    if config:
+        lines += [
+            "",
+            "Settings: the config file holds them, and --config.NAME=VALUE overrides one. The values here are",
+            "the baseline's. Those marked * may be changed when a run is resumed.",
+            "",
+            settings.describe(),
+        ]
     return "\n".join(lines)
 
 
-def parse(argv: Sequence[str], flags: Sequence[Flag]) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
-    """The validated, locked config and the values of `flags` by name that `argv` asks for, or UserError."""
-    texts, overrides = _split(argv, flags)
-    values = {flag.name: flag.parse(texts[flag.name]) for flag in flags if flag.name in texts}
-    if "config" not in texts:
-        raise UserError(f"no config is given: add --config {_BASELINE}, or the path of your own config file")
-    config = load_config(texts["config"])
-    with config.unlocked():
-        for name, value in overrides.items():
-            try:
-                config[name] = value
-            except (TypeError, ValueError):
-                there = f"{settings.show(config[name])} of type {type(config[name]).__name__}"
-                raise UserError(
-                    f"--config.{name} cannot replace what {texts['config']} gave {name}, {there}: start from "
-                    "default_config() there"
-                ) from None
+def _names(own: flags.FlagValues) -> list[str]:
+    return [name for name in own if own[name].name == name]  # without short names
+
+
+def _as_text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------------------- parsing
+
+
+def parse(
+    argv: Sequence[str], own: flags.FlagValues, *, config: bool = True, arguments: Sequence[str] = ()
+) -> tuple[ml_collections.ConfigDict | None, dict[str, Any]]:
+    """(The validated, locked config or None, {name: value} of the script's flags and arguments), or UserError.
+
+    Settings that nobody gave are fitted to those that were given (`config.fitted`), and a config file's derive(config)
+    is called again, so that names it derives follow the flags; what changed is printed to stderr.
+    """
+    values = copy.deepcopy(own)
+    values.set_gnu_getopt(True)
+    if config:
+        flags.DEFINE_string("config", None, "", flag_values=values)
+    with _sentences(values):
+        # Here unknown flags are left for config_flags, in their order.
+        rest = values(["", *argv], known_only=config)[1:]
+    result = None
+    if config:
+        spec = values["config"].value
+        if spec is None:
+            _refuse_arguments([word for word in rest if not word.startswith("-")])
+            raise UserError(f"no config is given: add --config={_BASELINE}, or the path of your own config file")
+        result, given, rest = overridden(load_config(spec), rest, known=list(values))
+        result = _finished(result, given)
+    found = {name: values[name].value for name in _names(own)}
+    for name, value in found.items():
+        if value != value:  # absl's limits let NaN pass
+            raise UserError(f"--{name}=nan cannot be used: give {_words(values[name].parser)}")
+    if result is not None and "data_dir" in found:
+        found["data_dir"] = found["data_dir"] or f"data/{result.tokenizer}"
+    return result, found | _arguments(rest, arguments)
+
+
+def overridden(
+    config: ml_collections.ConfigDict, words: Sequence[str], known: Collection[str] = ()
+) -> tuple[ml_collections.ConfigDict, frozenset[str], list[str]]:
+    """(`config` with the overrides among `words`, their names, the words without dashes); UserError for other flags.
+
+    Args:
+      config: changed in place.
+      known: names of flags that there are beside the settings, for the hint at a wrong one.
+    """
+    for word in words:
+        named = re.match(r"--?(?:no)?config\.([^=]*)", word)
+        if named and named[1] not in settings.FIELDS:
+            guess = settings.nearest_field(named[1])
+            hint = f"did you mean --config.{guess}?" if guess else "--help lists the settings"
+            raise UserError(f"there is no setting --config.{named[1]}; {hint}")
+    if set(settings.values_of(config)) != set(settings.FIELDS):
+        settings.validate(config)
+    config_flags.register_flag_parser_for_type(tuple, _Items())
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    argv = ["", *words]
+    with _sentences([*known, "help"]):
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        rest = values(argv)[1:]
+    flag: Any = values["config"]
+    changed = flag.override_values
+    for name, value in changed.items():
+        if isinstance(value, tuple) and "" in value:  # an empty override removes those before it
+            config[name] = value[len(value) - value[::-1].index("") :]
+    return config, frozenset(changed), rest
+
+
+def _finished(config: ml_collections.ConfigDict, given: frozenset[str]) -> ml_collections.ConfigDict:
+    """The config as it is run: settings that nobody gave fitted, names derived anew, validated and locked."""
+    config, said = settings.fitted(config, given)
     settings.validate(config)
+    derive = getattr(sys.modules[_MODULE], "derive", None)
+    if derive is not None:
+        derive(_Kept(config, given))
+        settings.validate(config)
+    for sentence in said:
+        print(f"note: {sentence}", file=sys.stderr)
     config.lock()
-    for flag in flags:
-        if flag.name not in values:
-            text = flag.default and flag.default.format_map(settings.to_dict(config))
-            values[flag.name] = None if text is None else flag.parse(text)
-    return config, values
+    return config
 
 
-def _split(argv: Sequence[str], flags: Sequence[Flag]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The text of --config and of each of `flags` that is given, and the parsed value of each override."""
-    names = {"config", *(flag.name for flag in flags)}
-    bare = {flag.name: flag.bare for flag in flags}
-    texts: dict[str, str] = {}
-    overrides: dict[str, Any] = {}
-    waiting = list(argv)
-    while waiting:
-        argument = waiting.pop(0)
-        if not re.match("--?[A-Za-z_]", argument):
-            raise UserError(_stray(argument))
-        name, equals, text = argument.lstrip("-").partition("=")
-        given = text if equals else None
-        prefix, dot, field_name = name.partition(".")
-        if dot and prefix in ("config", "noconfig"):
-            field = settings.FIELDS.get(field_name)
-            if field is None:
-                raise UserError(_unknown_override(field_name))
-            value = _override(field, given, waiting, negated=prefix == "noconfig")
-            if field.kind is tuple and field_name in overrides:
-                value = overrides[field_name] + value
-            overrides[field_name] = value
-        elif name in names:
-            if given is None and bare.get(name) is not None and (not waiting or waiting[0] not in ("yes", "no")):
-                given = bare[name]
-            texts[name] = _value_of(f"--{name}", given, waiting)
-        else:
-            raise UserError(_unknown_flag(name, names))
-    return texts, overrides
+class _Kept:
+    """A config whose given settings keep their values, for derive(config)."""
 
+    def __init__(self, config: ml_collections.ConfigDict, given: frozenset[str]):
+        self.__dict__.update(_config=config, _given=given)
 
-def _override(field: settings.Field, given: str | None, waiting: list[str], negated: bool) -> Any:
-    """The value of --config.FIELD (--noconfig.FIELD if `negated`), from `given` or from what follows it."""
-    if negated:
-        if field.kind is not bool or given is not None:
-            raise UserError(
-                f"--noconfig.{field.name} is only for a yes-or-no setting, without a value: "
-                f"write --config.{field.name}=VALUE"
-            )
-        return False
-    if field.kind is bool and given is None:
-        # config_flags would take the flag as True and drop a False that follows.
-        follows = waiting and waiting[0].lower() in _YES + _NO
-        return parse_value(field, waiting.pop(0)) if follows else True
-    return parse_value(field, _value_of(f"--config.{field.name}", given, waiting))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
 
+    __getitem__ = __getattr__
 
-def _value_of(flag: str, given: str | None, waiting: list[str]) -> str:
-    if given is not None:
-        return given
-    if not waiting or re.match("--?[A-Za-z_]", waiting[0]):
-        raise UserError(f"{flag} needs a value: write {flag}=VALUE")
-    return waiting.pop(0)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._given:
+            setattr(self._config, name, value)
 
 
 def parse_value(field: settings.Field, text: str) -> Any:
-    """The value that `text` writes for `field`, of its type and in its range; UserError if there is none."""
+    """The value that `text` writes for `field`, as --config.NAME=`text` reads it; UserError if there is none."""
+    config, _, _ = overridden(settings.default_config(), [f"--config.{field.name}={text}"])
+    if problem := settings.problem(field, config[field.name]):
+        raise UserError(f"--config.{problem}")
+    return config[field.name]
+
+
+@contextlib.contextmanager
+def _sentences(known: Any) -> Iterator[None]:
+    """A context in which what absl says of a mistake becomes one sentence. known: FlagValues, or names of flags."""
     try:
-        value = _READERS[field.kind](text)
-        if field.rule.accepts(value):
-            return value
-    except ValueError:
-        pass
-    shown = text if text.isprintable() and len(text) <= 80 else settings.show(text)
-    raise UserError(f"--config.{settings.cannot_use(field, shown)}")
+        yield
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown_flag(error.flagname, list(known))) from None
+    except flags.IllegalFlagValueError as error:
+        # absl's text is "flag --NAME=TEXT: WHY", and its context the exception that says why.
+        name, _, text = str(error).removeprefix("flag --").removesuffix(f": {error.__context__}").partition("=")
+        shown = text if text.isprintable() and len(text) <= 80 else settings.show(text)
+        field = settings.FIELDS.get(name.removeprefix("config."))
+        if field is not None and name.startswith("config."):
+            raise UserError(f"--config.{settings.cannot_use(field, shown)}") from None
+        raise UserError(f"--{name}={shown} cannot be used: give {_words(known[name].parser)}") from None
+    except (flags.Error, ValueError) as error:  # a flag without its value, a flagfile that is not there
+        text = str(error).removeprefix("Missing value for flag ")
+        if text != str(error):
+            raise UserError(f"{text} needs a value: write {text}=VALUE") from None
+        raise UserError(f"{' '.join(text.removeprefix('ERROR:: ').split())}: --help lists what to give") from None
 
 
-def _read_bool(text: str) -> bool:
-    if text.lower() in _YES + _NO:
-        return text.lower() in _YES
-    raise ValueError(text)
+def _words(parser: Any) -> str:
+    if hasattr(parser, "enum_values"):
+        return f"one of {', '.join(parser.enum_values)}"
+    return parser.syntactic_help or "true or false"
 
 
-def _read_tuple(text: str) -> tuple[str, ...]:
-    inside = text.strip()
-    if inside[:1] + inside[-1:] in ("()", "[]"):
-        inside = inside[1:-1].strip().removesuffix(",")
-    return tuple(item.strip().strip("'\"") for item in inside.split(",")) if inside else ()
+def _unknown_flag(name: str, known: list[str]) -> str:
+    plain = name.replace("-", "_").removeprefix("noconfig.")
+    field = settings.nearest_field(plain) if "config" in known else None
+    guess = (
+        f"config.{field}" if field and "." in plain else settings.nearest(plain, known) or field and f"config.{field}"
+    )
+    return f"there is no flag --{name}; {f'did you mean --{guess}?' if guess else '--help lists the flags'}"
 
 
-def _ascii(text: str) -> str:
-    """`text`, unless it holds digits that Python reads and a reader may not, such as \u0663."""
-    if not text.isascii():
-        raise ValueError(text)
-    return text
+def _arguments(words: list[str], names: Sequence[str]) -> dict[str, Any]:
+    """{name: word}; the rest as a list for a last name that ends in "..."."""
+    many = bool(names) and names[-1].endswith("...")
+    if len(words) < len(names):
+        raise UserError(f"{names[len(words)].removesuffix('...')} is missing: --help lists what to give")
+    if not many:
+        _refuse_arguments(words[len(names) :])
+        return dict(zip(names, words))
+    last = len(names) - 1
+    return dict(zip(names[:last], words)) | {names[last].removesuffix("..."): words[last:]}
 
 
-_READERS: Mapping[type, Callable[[str], Any]] = {
-    bool: _read_bool,
-    int: lambda text: int(_ascii(text)),
-    float: lambda text: float(_ascii(text)),
-    str: str,
-    tuple: _read_tuple,
-}
+def _refuse_arguments(words: list[str]) -> None:
+    if not words:
+        return
+    word = words[0]
+    name, equals, value = word.removeprefix("config.").partition("=")
+    if word.endswith(".py"):
+        fix = f"write --config={word}"
+    elif equals and name in settings.FIELDS:
+        fix = f"a setting needs its dashes, write --config.{name}={value}"
+    else:
+        fix = "--help lists what to give"
+    raise UserError(f"unexpected argument {word!r}: {fix}")
 
 
-def _stray(argument: str) -> str:
-    name, equals, value = argument.removeprefix("config.").partition("=")
-    if argument.endswith(".py"):
-        return f"unexpected argument {argument!r}: write --config {argument}"
-    if equals and name in settings.FIELDS:
-        return f"unexpected argument {argument!r}: a setting needs its dashes, write --config.{name}={value}"
-    return f"unexpected argument {argument!r}: write flags only, such as --config {_BASELINE} or --config.seed=1"
-
-
-def _unknown_override(name: str) -> str:
-    guess = settings.nearest_field(name)
-    hint = f"did you mean --config.{guess}?" if guess else "--help lists the settings"
-    return f"there is no setting --config.{name}; {hint}"
-
-
-def _unknown_flag(name: str, names: set[str]) -> str:
-    plain = name.replace("-", "_")
-    guess = settings.nearest(plain.partition(".")[0], names | {"help"})
-    if "." in name and guess == "config":
-        guess = f"config.{settings.nearest_field(name) or 'NAME'}"
-    elif plain in settings.FIELDS or guess is None and settings.nearest_field(plain):
-        guess = f"config.{settings.nearest_field(plain)}"
-    hint = f"did you mean --{guess}?" if guess else "--help lists the flags"
-    return f"there is no flag --{name}; {hint}"
+# --------------------------------------------------------------------------------------------------------- config files
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-    """What get_config() of a config file returns, not validated yet.
+    """What get_config() of a config file returns, neither fitted nor validated.
 
     Args:
       spec: `PATH` or `PATH:ARGUMENT`; get_config is called with the argument, a string, where there is one.
 
     Raises:
-      UserError: the file is missing, fails, has no get_config, or returns something else than a ConfigDict.
+      UserError: there is no such file, it has no get_config, or that takes or returns something else.
     """
     path, colon, argument = spec.partition(":")
-    if not path or os.path.isdir(path):
-        raise UserError(f"--config={spec} is not a file: give a config file, such as --config {_BASELINE}")
     if not os.path.exists(path):
         folders = (os.path.dirname(path), "configs")
         files = [str(file) for place in folders if os.path.isdir(place) for file in sorted(Path(place).glob("*.py"))]
         guess = settings.nearest(path, files)
         hint = f"did you mean {guess}?" if guess else f"give one, such as the baseline {_BASELINE}"
         raise UserError(f"--config={path} does not exist in {Path.cwd()}; {hint}")
-    require_file(path, f"give a config file, such as --config {_BASELINE}")
-
-    # Compiled from the source each time: Python's cache goes by the second and the size, and would miss
-    # `seed = 2` written over `seed = 1`.
-    module = types.ModuleType("altgrad_jax_config_file")
+    require_file(path, f"give a config file, such as --config={_BASELINE}")
+    # Compiled from the source each time: Python's cache goes by the second and the size of a file.
+    module = types.ModuleType(_MODULE)
     module.__file__ = path
-    sys.modules[module.__name__] = module
+    sys.modules[_MODULE] = module
+    exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"{path} has no function get_config(), so it is no config file; see {_BASELINE} for one")
     try:
-        exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)
-        get_config = getattr(module, "get_config", None)
-        if not callable(get_config):
-            raise UserError(f"{path} has no function get_config(), so it is no config file; see {_BASELINE} for one")
-        arguments = (argument,) if colon else ()
-        _check_takes(get_config, arguments, path)
-        config = get_config(*arguments)
-        sys.modules[module.__name__] = module  # it may have loaded another one meanwhile
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(_failure_of(path, error)) from error
+        inspect.signature(get_config).bind(*[argument] if colon else [])
+    except TypeError:
+        wants = f"takes no argument, and --config gives it {argument!r}: write --config={path}"
+        wants = wants if colon else f"needs an argument: write --config={path}:ARGUMENT"
+        raise UserError(f"get_config() of {path} {wants}") from None
+    config = get_config(*[argument] if colon else [])
+    sys.modules[_MODULE] = module  # it may have loaded another one meanwhile
     if not isinstance(config, ml_collections.ConfigDict) or isinstance(config, ml_collections.FrozenConfigDict):
         raise UserError(
             f"get_config() of {path} returned a {type(config).__name__}; it must return the ConfigDict of "
@@ -467,58 +409,14 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
 
 def sweep_of(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     """What get_sweep(config) of the config file that was loaded last returns: the points of a sweep."""
-    module = sys.modules["altgrad_jax_config_file"]
+    module = sys.modules[_MODULE]
     get_sweep = getattr(module, "get_sweep", None)
     if not callable(get_sweep):
         raise UserError(
             f"{module.__file__} has no function get_sweep(config), so it names no members: add one, or "
             "give --axes, such as --axes='learning_rate=1e-3,2e-3;seed=0,1'"
         )
-    try:
-        points = get_sweep(config)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(_failure_of(module.__file__, error)) from error
+    points = get_sweep(config)
     if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
         raise UserError(f"get_sweep() of {module.__file__} must return a list of {{setting: value}}")
     return points
-
-
-def _check_takes(get_config: Callable[..., Any], arguments: tuple[str, ...], path: str) -> None:
-    try:
-        inspect.signature(get_config).bind(*arguments)
-    except TypeError:
-        if arguments:
-            raise UserError(
-                f"get_config() of {path} takes no argument, but --config gave it {arguments[0]!r}: "
-                f"write --config {path}"
-            ) from None
-        raise UserError(f"get_config() of {path} needs an argument: write --config {path}:ARGUMENT") from None
-
-
-def _failure_of(path: str, error: BaseException) -> str:
-    """One sentence: where in the config file, and what."""
-    if isinstance(error, SyntaxError):
-        line, what = error.lineno, error.msg
-    else:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((frame.lineno for frame in reversed(frames) if frame.filename == path), None)
-        try:
-            what = str(error).strip().partition("\n")[0]
-        except Exception:  # its own fault, in an exception of the config file's
-            what = ""
-    unknown = re.search('Key "([^"]*)" does not exist', what)
-    # ml_collections' words.
-    mistyped = re.match(
-        r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*?)'>", what
-    )
-    if unknown:
-        what = settings.unknown_field(unknown[1])
-    elif mistyped and mistyped[1] in settings.FIELDS:
-        what = settings.cannot_use(settings.FIELDS[mistyped[1]], f"{settings.show(mistyped[2])} ({mistyped[3]})")
-    else:
-        what = f"{type(error).__name__}: {what}" if what else type(error).__name__
-        what = what if len(what) <= 200 else what[:200] + "..."
-    where = f"line {line} of {path}" if line else path
-    return f"{where} fails: {what}"

@@ -12,8 +12,16 @@ Every field with its meaning and unit stands in altgrad_jax/config.py, whose def
 
 import ml_collections
 
-from altgrad_jax.config import default_config
+from altgrad_jax.config import default_config, numbers_in
 
 
 def get_config() -> ml_collections.ConfigDict:
     return default_config()
+
+
+def derive(config: ml_collections.ConfigDict) -> None:
+    """Names the run by the numbers it computes in, when flags have changed them."""
+    numbers = numbers_in(config)
+    config.run_name = f"{numbers}-baseline"
+    config.checkpoint_dir = f"checkpoints/{config.run_name.replace('-', '_')}"
+    config.tags = ("baseline", numbers, "eurlex")

@@ -5,16 +5,17 @@ Command:   python scripts/train.py --config configs/fp8.py:E5M2
 Argument:  FORMAT[,optimizer][,weights]: the format of weights, activations and output gradients in every linear
            layer of the blocks; an optimizer (adamw, ulp_precondition_before_adam, ulp_adamw, grid); how the
            weights are kept (float32, nearest, stochastic, error_feedback).
-Formats:   E0M7 E1M6 E2M5 E3M4 E4M3 E5M2 E6M1 E7M0, and every other name in altgrad_jax/formats.py.
+Formats:   E0M7 E1M6 E2M5 E3M4 E4M3 E5M2 E6M1 E7M0, and every other name in altgrad_jax/numerics/formats.py.
 Time:      longer than the baseline's, for operands are rounded and measured; not measured for this model.
 Expected:  a gap to the baseline that depends on the format: docs/results/formats-small.md.
 """
 
 import ml_collections
 
-from altgrad_jax.config import AT_REST, OPTIMIZERS, default_config
+from altgrad_jax.config import FIELDS, default_config, numbers_in
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics.formats import get_format
+from altgrad_jax.numerics.rules import AT_REST, OPTIMIZERS
 
 
 def get_config(argument: str) -> ml_collections.ConfigDict:
@@ -33,7 +34,14 @@ def get_config(argument: str) -> ml_collections.ConfigDict:
             raise UserError(f"configs/fp8.py:{argument} gives {field} twice: give it once")
         given.add(field)
         config[field] = choice
-    config.run_name = "-".join([config.formats[0].lower(), *choices])
-    config.checkpoint_dir = f"checkpoints/{config.run_name}"
-    config.tags = (config.formats[0].lower(), "eurlex", *choices)
+    derive(config)
     return config
+
+
+def derive(config: ml_collections.ConfigDict) -> None:
+    """Names the run by its settings; called again when flags have changed them."""
+    numbers = numbers_in(config)
+    unlike = [config[name] for name in ("optimizer", "weights_at_rest") if config[name] != FIELDS[name].default]
+    config.run_name = "-".join([numbers, *unlike])
+    config.checkpoint_dir = f"checkpoints/{config.run_name}"
+    config.tags = (numbers, "eurlex", *unlike)

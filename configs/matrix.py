@@ -26,7 +26,7 @@ SAME_GRID = "E1M6"  # as E0M7
 
 def get_config() -> ml_collections.ConfigDict:
     config = default_config()
-    config.tokenizer, config.vocab_size = "bytes", 256
+    config.tokenizer = "bytes"
     config.n_layer, config.n_head, config.n_embd, config.block_size = 2, 4, 64, 64
     config.batch_size, config.max_steps, config.warmup_steps, config.learning_rate = 16, 400, 40, 2e-3
     config.checkpoint_interval, config.eval_interval, config.eval_windows = 400, 100, 128

@@ -29,7 +29,12 @@ def get_config(argument: str = "BF16,E3M4,BF16") -> ml_collections.ConfigDict:
     config.formats = tuple(
         f"{pattern}={name}" for pattern, name in zip(("block_*/attn_*", "block_*/mlp_*", "head"), names)
     )
-    config.run_name = "mixed-" + "-".join(name.lower() for name in names)
-    config.checkpoint_dir = f"checkpoints/{config.run_name}"
     config.tags = ("mixed", "eurlex")
+    derive(config)
     return config
+
+
+def derive(config: ml_collections.ConfigDict) -> None:
+    """Names the run by its formats; called again when flags have changed them."""
+    config.run_name = "mixed-" + "-".join(rule.rpartition("=")[2].lower() for rule in config.formats)
+    config.checkpoint_dir = f"checkpoints/{config.run_name}"

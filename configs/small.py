@@ -8,16 +8,22 @@ Expected:  initial loss 5.4 to 5.7; on 942 EU acts the validation loss after 500
 
 import ml_collections
 
-from altgrad_jax.config import default_config
+from altgrad_jax.config import default_config, numbers_in
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = default_config()
-    config.tokenizer, config.vocab_size = "bytes", 256
+    config.tokenizer = "bytes"
     config.n_layer, config.n_head, config.n_embd, config.block_size = 2, 4, 128, 128
     config.batch_size, config.max_steps, config.warmup_steps, config.learning_rate = 8, 500, 50, 2e-3
     config.checkpoint_interval, config.eval_interval, config.eval_windows = 250, 100, 64
     config.dead_neuron_window = 50
-    config.run_name, config.checkpoint_dir = "small", "checkpoints/small"
-    config.tags = ("small", "bf16", "bytes")
+    config.run_name = "small"
+    derive(config)
     return config
+
+
+def derive(config: ml_collections.ConfigDict) -> None:
+    """Names folder and tags by the settings; called again when flags have changed them."""
+    config.checkpoint_dir = f"checkpoints/{config.run_name}"
+    config.tags = ("small", numbers_in(config), config.tokenizer)

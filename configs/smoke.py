@@ -8,16 +8,22 @@ Expected:  initial loss 5.4 to 5.7 (an even guess over 256 bytes is 5.55), falli
 
 import ml_collections
 
-from altgrad_jax.config import default_config
+from altgrad_jax.config import default_config, numbers_in
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = default_config()
-    config.tokenizer, config.vocab_size = "bytes", 256
+    config.tokenizer = "bytes"
     config.n_layer, config.n_head, config.n_embd, config.block_size = 2, 2, 64, 64
     config.batch_size, config.max_steps, config.warmup_steps = 8, 200, 20
     config.checkpoint_interval, config.eval_interval, config.eval_windows = 50, 50, 32
     config.dead_neuron_window = 20
-    config.run_name, config.checkpoint_dir = "smoke", "checkpoints/smoke"
-    config.tags = ("smoke", "bf16", "bytes")
+    config.run_name = "smoke"
+    derive(config)
     return config
+
+
+def derive(config: ml_collections.ConfigDict) -> None:
+    """Names folder and tags by the settings; called again when flags have changed them."""
+    config.checkpoint_dir = f"checkpoints/{config.run_name}"
+    config.tags = ("smoke", numbers_in(config), config.tokenizer)

@@ -6,30 +6,23 @@ Each checkout runs once a round in a process of its own, first in every other ro
 of here / there. The folder's disk is what is measured; it is left empty.
 """
 
-import re
+from absl import flags
 
 from altgrad_jax import cli
-from altgrad_jax.errors import UserError
+
+FLAGS = cli.new_flags(device=True)
+flags.DEFINE(cli.FOLDER, "folder", "bench_checkpoint", "an empty folder on the disk to measure", flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 5, "how often every checkout is timed", 1, 1000, flag_values=FLAGS)
+flags.DEFINE(cli.FOLDER, "against", None, "another checkout of this project to compare with", flag_values=FLAGS)
 
 
-def whole(text):
-    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= 1000:
-        raise UserError(f"--rounds={text} cannot be used: give a whole number from 1 to 1000")
-    return int(text)
-
-
-def run(config, *, folder, rounds, against):
+def run(config, *, device, folder, rounds, against):
     from altgrad_jax.bench.checkpoint import bench_checkpoint
+    from altgrad_jax.run.device import use_device
 
+    use_device(device)
     bench_checkpoint(config, folder=folder, rounds=rounds, against=against)
-    return 0
 
-
-FLAGS = (
-    cli.Flag("folder", "bench_checkpoint", "an empty folder on the disk to measure", cli.folder("folder")),
-    cli.Flag("rounds", "5", "how often every checkout is timed", whole),
-    cli.Flag("against", None, "another checkout of this project to compare with", cli.folder("against")),
-)
 
 if __name__ == "__main__":
-    cli.main(run, flags=FLAGS, usage=__doc__)
+    cli.main(run, FLAGS, usage=__doc__, config=True)

@@ -1,7 +1,7 @@
 """What training many runs as one program saves: whole processes side by side with a sweep, and a step of many with one.
 
   python scripts/bench_sweep.py --config configs/small.py --axes="seed=1,2,3,4,5,6"
-  python scripts/bench_sweep.py --config configs/bf16_baseline.py --axes="seed=1,2" --processes=no --widths=1,4,16
+  python scripts/bench_sweep.py --config configs/bf16_baseline.py --axes="seed=1,2" --noprocesses --widths=1,4,16
 
 Processes: the members of --axes are trained by scripts/train.py one after the other, then all by scripts/sweep.py, in
 alternating rounds, each in fresh folders; programs come from the compilation cache, which one round before the first
@@ -9,7 +9,6 @@ fills. Steps: a compiled step of so many runs, against that of one run alone, in
 """
 
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -17,30 +16,28 @@ import tempfile
 import time
 from pathlib import Path
 
+from absl import flags
+
 from altgrad_jax import cli
-from altgrad_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def numbers(flag):
-    def parse(text):
-        if not all(re.fullmatch("[0-9]{1,9}", part) and 1 <= int(part) <= 4096 for part in text.split(",")):
-            raise UserError(
-                f"--{flag}={text} cannot be used: give whole numbers from 1 joined by commas, such as 1,4,16"
-            )
-        return [int(part) for part in text.split(",")]
-
-    return parse
-
-
-def yes_no(text):
-    if text not in ("yes", "no"):
-        raise UserError(f"--processes={text} cannot be used: give yes or no")
-    return text == "yes"
+FLAGS = cli.new_flags(device=True, data_dir=True)
+flags.DEFINE_string("axes", "seed=1,2,3,4", "members: SETTING=VALUE,VALUE;SETTING=VALUE,...", flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 3, "times that everything is timed", 1, 4096, flag_values=FLAGS)
+flags.DEFINE_bool("processes", True, "time whole processes too, not only steps", flag_values=FLAGS)
+flags.DEFINE(
+    cli.WHOLE_NUMBERS, "widths", None, "runs side by side whose step is timed, such as 1,4,16", flag_values=FLAGS
+)
+flags.DEFINE_list("member_loops", "map,vmap", "for those: map, vmap or both", flag_values=FLAGS)
+flags.DEFINE(
+    cli.WHOLE_NUMBERS, "cpu_devices", None, "sweeps with a CPU divided into so many devices, too", flag_values=FLAGS
+)
+flags.DEFINE(cli.OUTPUT_FILE, "json", None, "file for every timing", flag_values=FLAGS)
 
 
-def time_processes(config, axes, rounds, data_dir, cpu_devices):
+def time_processes(config, axes, rounds, data_dir, cpu_devices, device):
     """[{"alone": seconds, "map": ..., ...}] a round, for the members of the axes."""
     from altgrad_jax import config as settings
     from altgrad_jax.run import sweep
@@ -54,7 +51,7 @@ def time_processes(config, axes, rounds, data_dir, cpu_devices):
             "from altgrad_jax.config import from_dict\n\n\ndef get_config():\n"
             f"    return from_dict({settings.to_dict(config)!r})\n"
         )
-        common = [f"--config={file}", f"--data_dir={data_dir}"]
+        common = [f"--config={file}", f"--data_dir={data_dir}", f"--device={device}"]
         ways = {"alone": None, "sweep": [], **{f"sweep, {n} CPU devices": [f"--cpu_devices={n}"] for n in cpu_devices}}
         for number in range(rounds + 1):
             row = {}
@@ -95,12 +92,15 @@ def time_processes(config, axes, rounds, data_dir, cpu_devices):
     return len(points), found
 
 
-def run(config, *, axes, rounds, processes, widths, member_loops, cpu_devices, data_dir, **paths):
+def run(config, *, device, axes, rounds, processes, widths, member_loops, cpu_devices, data_dir, **paths):
+    from altgrad_jax.run.device import use_device
+
+    use_device(device)
     with config.unlocked():
         config.wandb_mode, config.console = "disabled", "quiet"
     result = {}
     if processes:
-        n, rows = time_processes(config, axes, rounds, data_dir, cpu_devices or [])
+        n, rows = time_processes(config, axes, rounds, data_dir, cpu_devices or [], device)
         print(f"\n| {n} members | seconds | / one after the other |\n|---|---|---|")
         for way in rows[0]:
             ratio = statistics.median(row[way] / row["alone"] for row in rows)
@@ -112,7 +112,7 @@ def run(config, *, axes, rounds, processes, widths, member_loops, cpu_devices, d
         rows = programs.bench_members(
             config,
             widths,
-            member_loops.split(","),
+            member_loops,
             data_dir=data_dir,
             rounds=rounds,
             say=lambda text: print(text, flush=True),
@@ -121,19 +121,7 @@ def run(config, *, axes, rounds, processes, widths, member_loops, cpu_devices, d
         result["steps"] = rows
     if paths["json"]:
         Path(paths["json"]).write_text(json.dumps(result, indent=1) + "\n")
-    return 0
 
-
-FLAGS = (
-    cli.Flag("axes", "seed=1,2,3,4", "members: SETTING=VALUE,VALUE;SETTING=VALUE,..."),
-    cli.Flag("rounds", "3", "times that everything is timed", lambda text: numbers("rounds")(text)[0]),
-    cli.Flag("processes", "yes", "no = only steps", yes_no),
-    cli.Flag("widths", None, "runs side by side whose step is timed, such as 1,4,16", numbers("widths")),
-    cli.Flag("member_loops", "map,vmap", "for those: map, vmap or both"),
-    cli.Flag("cpu_devices", None, "sweeps with a CPU divided into so many devices, too", numbers("cpu_devices")),
-    cli.Flag("data_dir", "data/{tokenizer}", "folder of the token files", cli.folder("data_dir")),
-    cli.Flag("json", None, "file for every timing", cli.output_file("json")),
-)
 
 if __name__ == "__main__":
-    cli.main(run, flags=FLAGS, usage=__doc__)
+    cli.main(run, FLAGS, usage=__doc__, config=True)

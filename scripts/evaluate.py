@@ -7,29 +7,30 @@ Without --data_dir or --tokens it is the validation data of the run; on a CPU th
 record, to the bit.
 """
 
-from altgrad_jax.cli import ArgumentParser, run_script, whole_number
+from absl import flags
+
+from altgrad_jax import cli
+from altgrad_jax.errors import UserError
+
+ARGUMENTS = ("checkpoint",)
+FLAGS = cli.new_flags(device=True)
+flags.DEFINE_integer("step", None, "checkpoint of the run folder (default: the newest)", flag_values=FLAGS)
+flags.DEFINE_string("data_dir", None, "folder of token files; its val.bin is used", flag_values=FLAGS)
+flags.DEFINE_string("tokens", None, "a file of uint16 tokens, of the checkpoint's tokenizer", flag_values=FLAGS)
+flags.DEFINE_bool(
+    "all", False, "the whole file, but for a last incomplete batch, not the run's fixed choice", flag_values=FLAGS
+)
 
 
-def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("checkpoint", help="run folder, or one checkpoint in it")
-    parser.add_argument("--step", type=whole_number, help="checkpoint of the run folder (default: the newest)")
-    data = parser.add_mutually_exclusive_group()
-    data.add_argument("--data_dir", help="folder of token files; its val.bin is used")
-    data.add_argument("--tokens", help="a file of uint16 tokens, of the checkpoint's tokenizer")
-    parser.add_argument(
-        "--all", action="store_true", help="the whole file, but for a last incomplete batch, not the run's fixed choice"
-    )
-    return parser.parse_args(argv)
-
-
-def main(args):
+def run(*, checkpoint, device, step, data_dir, tokens, all):
+    if data_dir is not None and tokens is not None:
+        raise UserError(f"--data_dir={data_dir} and --tokens={tokens} name two places of data: give one of them")
     # Here, so that --help does not wait for jax.
     from altgrad_jax.inference.evaluate import evaluate_checkpoint
+    from altgrad_jax.run.device import use_device
 
-    result = evaluate_checkpoint(
-        args.checkpoint, step=args.step, data_dir=args.data_dir, token_file=args.tokens, all_windows=args.all
-    )
+    use_device(device)
+    result = evaluate_checkpoint(checkpoint, step=step, data_dir=data_dir, token_file=tokens, all_windows=all)
     print(
         f"loss {result.val_loss:.6f} nats/token, perplexity {result.val_perplexity:.3f}, on {result.n_windows:,} "
         f"windows ({result.n_tokens:,} tokens) of {result.file}"
@@ -37,4 +38,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse_args()))
+    cli.main(run, FLAGS, usage=__doc__, arguments=ARGUMENTS)

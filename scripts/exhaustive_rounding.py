@@ -16,8 +16,9 @@ import sys
 import time
 
 import numpy as np
+from absl import flags
 
-from altgrad_jax.cli import ArgumentParser, run_script
+from altgrad_jax import cli
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import writing
 
@@ -60,37 +61,35 @@ def check_chunk(fmt, rounding, saturate, rounded, start):
     return int(np.count_nonzero(differs & ((rounded != upper) | on_grid)))
 
 
-def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--formats", help="names with commas, or all (default: the eight 8-bit splits)")
-    parser.add_argument("--rounding", default="nearest,stochastic", help="one or both (default: %(default)s)")
-    parser.add_argument("--overflow", action="store_true", help="do not saturate")
-    parser.add_argument(
-        "--progress", default=".cache/exhaustive_rounding.jsonl", help="file of finished chunks (default: %(default)s)"
-    )
-    return parser.parse_args(argv)
+FLAGS = cli.new_flags(device=True)
+flags.DEFINE_list("formats", None, "names, or all (default: the eight 8-bit splits)", flag_values=FLAGS)
+flags.DEFINE_list("rounding", "nearest,stochastic", "one or both", flag_values=FLAGS)
+flags.DEFINE_bool("overflow", False, "do not saturate", flag_values=FLAGS)
+flags.DEFINE_string("progress", ".cache/exhaustive_rounding.jsonl", "file of finished chunks", flag_values=FLAGS)
 
 
-def main(args):
+def run(*, device, formats, rounding, overflow, progress):
     import jax
 
-    from altgrad_jax.numerics import formats
+    from altgrad_jax.numerics.formats import DEFAULT_8BIT, FORMATS, get_format
     from altgrad_jax.numerics.rounding import format_params, round_to_format, stochastic_seed
+    from altgrad_jax.run.device import use_device
 
-    names = {None: formats.DEFAULT_8BIT, "all": formats.FORMATS}.get(args.formats, (args.formats or "").split(","))
-    chosen = [formats.get_format(name) for name in names]
-    if args.overflow:
+    use_device(device)
+    chosen = [get_format(name) for name in (FORMATS if formats == ["all"] else formats or DEFAULT_8BIT)]
+    if overflow:
         chosen = [fmt for fmt in chosen if fmt.has_inf or fmt.has_nan]
-    roundings = args.rounding.split(",")
-    if not set(roundings) <= {"nearest", "stochastic"}:
-        raise UserError(f"--rounding={args.rounding} cannot be used: give nearest, stochastic, or both with a comma")
-    with writing(args.progress, "give another file with --progress"):
-        os.makedirs(os.path.dirname(args.progress) or ".", exist_ok=True)
+    if not set(rounding) <= {"nearest", "stochastic"}:
+        raise UserError(
+            f"--rounding={','.join(rounding)} cannot be used: give nearest, stochastic, or both with a comma"
+        )
+    with writing(progress, "give another file with --progress"):
+        os.makedirs(os.path.dirname(progress) or ".", exist_ok=True)
     done = {}
-    if os.path.exists(args.progress):
-        with open(args.progress) as file:
+    if os.path.exists(progress):
+        with open(progress) as file:
             whole = [line for line in file if line.endswith("]\n")]  # a killed run may leave half a line
-        with open(args.progress, "w") as file:
+        with open(progress, "w") as file:
             file.writelines(whole)
         done = {tuple(key): wrong for *key, wrong in map(json.loads, whole)}
 
@@ -104,25 +103,25 @@ def main(args):
     print("| format | rounding | overflow | inputs | mismatches |\n|---|---|---|---|---|", flush=True)
     wrong = 0
     for fmt in chosen:
-        params = format_params(fmt, saturate=not args.overflow)
-        for rounding in roundings:
+        params = format_params(fmt, saturate=not overflow)
+        for way in rounding:
             began = time.monotonic()
             for chunk in range(N_CHUNKS):
-                key = (fmt.name, rounding, not args.overflow, chunk)
+                key = (fmt.name, way, not overflow, chunk)
                 if key in done:
                     continue
-                seed = stochastic_seed(1, chunk, 0) if rounding == "stochastic" else None
+                seed = stochastic_seed(1, chunk, 0) if way == "stochastic" else None
                 out = np.asarray(compiled(np.uint32(chunk * CHUNK), params, seed))
-                done[key] = check_chunk(fmt, rounding, not args.overflow, out, chunk * CHUNK)
-                with open(args.progress, "a") as file:
+                done[key] = check_chunk(fmt, way, not overflow, out, chunk * CHUNK)
+                with open(progress, "a") as file:
                     file.write(json.dumps([*key, done[key]]) + "\n")
-            total = sum(done[fmt.name, rounding, not args.overflow, chunk] for chunk in range(N_CHUNKS))
+            total = sum(done[fmt.name, way, not overflow, chunk] for chunk in range(N_CHUNKS))
             wrong += total
-            overflow = "as the format has it" if args.overflow else "saturates"
-            print(f"| {fmt.name} | {rounding} | {overflow} | {N_CHUNKS * CHUNK:,} | {total:,} |", flush=True)
-            print(f"{fmt.name} {rounding}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+            shown = "as the format has it" if overflow else "saturates"
+            print(f"| {fmt.name} | {way} | {shown} | {N_CHUNKS * CHUNK:,} | {total:,} |", flush=True)
+            print(f"{fmt.name} {way}: {time.monotonic() - began:.0f} s", file=sys.stderr)
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse_args()))
+    cli.main(run, FLAGS, usage=__doc__)

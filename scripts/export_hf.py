@@ -8,47 +8,52 @@ with one checkpoint, of step 0, that holds parameters and settings but no optimi
 scripts/sample.py and scripts/evaluate.py need.
 """
 
+from absl import flags
+
+from altgrad_jax import cli
 from altgrad_jax import config as settings_table
-from altgrad_jax.cli import ArgumentParser, run_script, whole_number
 from altgrad_jax.errors import UserError
 
 TOKENIZER_KEY = "altgrad_tokenizer"  # our own key in config.json; transformers keeps what it does not know
 
 
-def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("source", help="run folder or checkpoint; with --import, the Hugging Face folder")
-    parser.add_argument("out", help="folder to write, which must not exist yet or be empty")
-    parser.add_argument("--import", dest="imports", action="store_true", help="from Hugging Face instead of to it")
-    parser.add_argument(
-        "--step", type=whole_number, help="checkpoint of the run folder to export (default: the newest)"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        choices=settings_table.VOCABULARY_OF,
-        help="with --import: tokenizer of the model (default: what config.json or vocab_size says)",
-    )
-    return parser.parse_args(argv)
+ARGUMENTS = ("source", "out")
+FLAGS = cli.new_flags(device=True)
+flags.DEFINE_bool("import", False, "from Hugging Face instead of to it", flag_values=FLAGS)
+flags.DEFINE_integer("step", None, "checkpoint of the run folder to export (default: the newest)", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "tokenizer",
+    None,
+    list(settings_table.VOCABULARY_OF),
+    "with --import: tokenizer of the model (default: what config.json or vocab_size says)",
+    flag_values=FLAGS,
+)
 
 
-def main(args):
-    if args.imports and args.step is not None:
-        raise UserError("--step cannot be used with --import: leave it out, for a Hugging Face folder holds one model.")
-    if not args.imports and args.tokenizer is not None:
-        raise UserError("--tokenizer is only for --import: leave it out, for a checkpoint records its own.")
-    (import_folder if args.imports else export_checkpoint)(args)
+def run(*, source, out, device, step, tokenizer, **others):
+    imports = others["import"]
+    if imports and step is not None:
+        raise UserError(
+            "--step cannot be used with --import: leave it out, because a Hugging Face folder has one model"
+        )
+    if not imports and tokenizer is not None:
+        raise UserError("--tokenizer is only for --import: leave it out, because a checkpoint records its own")
+    from altgrad_jax.run.device import use_device
+
+    use_device(device)
+    import_folder(source, out, tokenizer) if imports else export_checkpoint(source, out, step)
 
 
-def export_checkpoint(args):
+def export_checkpoint(source, out, step):
     # Here and below, so that --help does not wait for jax.
     from altgrad_jax.inference import hf
     from altgrad_jax.inference.generate import load_model
 
-    hf.refuse_occupied(args.out)
-    params, config, settings, operands = load_model(args.source, args.step)
+    hf.refuse_occupied(out)
+    params, config, settings, operands = load_model(source, step)
     tensors, config_json = hf.to_hf(params, config)
-    hf.write_folder(args.out, tensors, config_json | {TOKENIZER_KEY: settings["tokenizer"]})
-    print(f"wrote {args.out}: GPT-2 with {sum(array.size for array in tensors.values()):,} parameters, float32")
+    hf.write_folder(out, tensors, config_json | {TOKENIZER_KEY: settings["tokenizer"]})
+    print(f"wrote {out}: GPT-2 with {sum(array.size for array in tensors.values()):,} parameters, float32")
     if operands:
         print(
             "note: this run trained in number formats; the files hold its weights, and a program that loads them "
@@ -56,19 +61,19 @@ def export_checkpoint(args):
         )
 
 
-def import_folder(args):
+def import_folder(source, out, tokenizer):
     import jax.numpy as jnp
     from jax import tree
 
     from altgrad_jax.inference import hf
     from altgrad_jax.run.checkpoint import open_checkpoints
 
-    out = hf.refuse_occupied(args.out)
-    tensors, config_json = hf.read_folder(args.source)
+    out = hf.refuse_occupied(out)
+    tensors, config_json = hf.read_folder(source)
     params, sizes = hf.from_hf(tensors, config_json)
     config = settings_table.default_config()
     config.update(sizes)
-    config.tokenizer = args.tokenizer or tokenizer_of(config_json)
+    config.tokenizer = tokenizer or tokenizer_of(config_json)
     # float32: the imported model then computes what transformers computes with these files.
     config.compute_dtype, config.run_name, config.checkpoint_dir = "float32", "imported", str(out)
     settings_table.validate(config)
@@ -109,4 +114,4 @@ def tokenizer_of(config_json):
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse_args()))
+    cli.main(run, FLAGS, usage=__doc__, arguments=ARGUMENTS)

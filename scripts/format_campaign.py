@@ -7,60 +7,46 @@ Every run is a folder below --out, as scripts/train.py writes it; a campaign tha
 command. All runs see the same batches; only the settings that a run's name says differ from the config.
 """
 
-import re
 from pathlib import Path
 
+from absl import flags
+
 from altgrad_jax import cli
-from altgrad_jax.config import INT32_MAX
-from altgrad_jax.errors import UserError
 from altgrad_jax.numerics.formats import DEFAULT_8BIT, get_format
 
+FLAGS = cli.new_flags(device=True, data_dir=True)
+flags.DEFINE(cli.FOLDER, "out", "runs/formats", "folder of the run folders", flag_values=FLAGS)
+FORMATS = cli.Parser(
+    lambda text: tuple(get_format(name).name for name in text.split(",")),
+    f"names of formats joined by commas, such as {','.join(DEFAULT_8BIT)}",
+)
+flags.DEFINE(FORMATS, "formats", DEFAULT_8BIT, "names joined by commas", flag_values=FLAGS)
+flags.DEFINE(
+    cli.WHOLE_NUMBERS,
+    "seeds",
+    [1, 2],
+    "further seeds of the bfloat16 run, for the noise floor",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer(
+    "shadow_interval", 10, "updates between two comparisons with the float32 gradient", 1, flag_values=FLAGS
+)
+flags.DEFINE(cli.OUTPUT_FILE, "report", None, "file for the tables, Markdown", flag_values=FLAGS)
 
-def formats(text):
-    return tuple(get_format(name).name for name in text.split(","))
 
-
-def seeds(text):
-    numbers = text.split(",") if text else []
-    if not all(re.fullmatch("[0-9]{1,10}", number) and int(number) <= INT32_MAX for number in numbers):
-        raise UserError(
-            f"--seeds={text} cannot be used: give whole numbers from 0 to {INT32_MAX} joined by commas, such as 1,2"
-        )
-    return tuple(map(int, numbers))
-
-
-def interval(text):
-    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
-        raise UserError(f"--shadow_interval={text} cannot be used: give a whole number from 1 to 999999999")
-    return int(text)
-
-
-def run(config, *, out, formats, seeds, shadow_interval, data_dir, report):
+def run(config, *, device, out, formats, seeds, shadow_interval, data_dir, report):
     from altgrad_jax.bench import campaign
+    from altgrad_jax.run.device import use_device
 
+    use_device(device)
     out = Path(out).absolute()
-    campaign.run(
-        config,
-        out,
-        campaign.plan(formats, shadow_interval=shadow_interval, seeds=seeds),
-        data_dir=data_dir,
-        say=lambda text: print(text, flush=True),
-    )
-    text = campaign.report(out, formats, seeds)
+    plan = campaign.plan(formats, shadow_interval=shadow_interval, seeds=tuple(seeds))
+    campaign.run(config, out, plan, data_dir=data_dir, say=lambda text: print(text, flush=True))
+    text = campaign.report(out, formats, tuple(seeds))
     print("\n" + text)
     if report:
         Path(report).write_text(text)
-    return 0
 
-
-FLAGS = (
-    cli.Flag("out", "runs/formats", "folder of the run folders", cli.folder("out")),
-    cli.Flag("formats", ",".join(DEFAULT_8BIT), "names joined by commas", formats),
-    cli.Flag("seeds", "1,2", "further seeds of the bfloat16 run, for the noise floor", seeds),
-    cli.Flag("shadow_interval", "10", "updates between two comparisons with the float32 gradient", interval),
-    cli.Flag("data_dir", "data/{tokenizer}", "folder of the token files", cli.folder("data_dir")),
-    cli.Flag("report", None, "file for the tables, Markdown", cli.output_file("report")),
-)
 
 if __name__ == "__main__":
-    cli.main(run, flags=FLAGS, usage=__doc__)
+    cli.main(run, FLAGS, usage=__doc__, config=True)

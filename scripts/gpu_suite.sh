@@ -40,7 +40,7 @@ pack "$runs/bf16_baseline" baseline
 timeout 380 python3 scripts/bench.py --config configs/bf16_baseline.py --budget_s=330 --json "$out/bench.json" \
     2>&1 | tee "$out/bench.log" | tail -n 40
 
-JAX_PLATFORMS=cuda timeout 90 python3 scripts/fault_campaign.py --quick --parts=numerics --out "$out/faults.md" \
+JAX_PLATFORMS=cuda timeout 90 python3 tests/fault_campaign.py --quick --parts=numerics --out "$out/faults.md" \
     2>&1 | tee "$out/faults.log" | tail -n 5
 
 for how in emulated native; do
@@ -50,7 +50,7 @@ for how in emulated native; do
     pack "$runs/fp8-$how" "fp8-$how"
 done
 
-timeout 150 python3 scripts/bench_sweep.py --config configs/bf16_baseline.py --data_dir "$data" --processes=no \
+timeout 150 python3 scripts/bench_sweep.py --config configs/bf16_baseline.py --data_dir "$data" --noprocesses \
     --widths=1,4,16 --member_loops=vmap --rounds=5 --json "$out/members.json" 2>&1 | tee "$out/members.log" | tail -n 8
 
 timeout 300 python3 scripts/sweep.py --config configs/matrix.py --data_dir "$bytes" --out "$runs/matrix" 2>&1 \

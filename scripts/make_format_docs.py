@@ -7,7 +7,9 @@ import math
 import os
 from fractions import Fraction
 
-from altgrad_jax.cli import ArgumentParser, run_script
+from absl import flags
+
+from altgrad_jax import cli
 from altgrad_jax.files import writing
 from altgrad_jax.numerics import formats
 
@@ -116,15 +118,15 @@ def plot(path):
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def main(args):
-    with writing(args.folder, "give another folder with --folder"):
-        os.makedirs(args.folder, exist_ok=True)
-        with open(os.path.join(args.folder, "formats.md"), "w") as file:
+def run(*, folder):
+    with writing(folder, "give another folder with --folder"):
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "formats.md"), "w") as file:
             file.write(page())
-        plot(os.path.join(args.folder, "formats.png"))
+        plot(os.path.join(folder, "formats.png"))
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--folder", default="docs", help="default: %(default)s")
-    run_script(lambda: main(parser.parse_args()))
+    FLAGS = cli.new_flags()
+    flags.DEFINE_string("folder", "docs", "folder of the page and its figure", flag_values=FLAGS)
+    cli.main(run, FLAGS, usage=__doc__)

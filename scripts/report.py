@@ -11,43 +11,39 @@ numbers of every table and figure are in it as CSV. Runs of other data, another 
 
 from pathlib import Path
 
-from altgrad_jax import report
-from altgrad_jax.cli import ArgumentParser, run_script, whole_number
+from absl import flags
+
+from altgrad_jax import cli, report
 from altgrad_jax.errors import UserError
 from altgrad_jax.report import tables
 
-
-def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", help="run folders, or folders of run folders")
-    parser.add_argument(
-        "-o",
-        "--output",
-        action="append",
-        help="report.html, or a name that ends in .md; may be repeated (default: report.html)",
-    )
-    parser.add_argument("--data", metavar="DIR", help="write the CSV files there too")
-    parser.add_argument("--live", action="store_true", help="make the page anew until every run is finished")
-    parser.add_argument("--seconds", type=whole_number, default=30, help="between two pages of --live (default: 30)")
-    return parser.parse_args(argv)
+ARGUMENTS = ("runs...",)
+FLAGS = cli.new_flags()
+flags.DEFINE_multi_string(
+    "output",
+    ["report.html"],
+    "a name that ends in .html or .md; may be repeated",
+    short_name="o",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string("data", None, "write the CSV files to this folder too", flag_values=FLAGS)
+flags.DEFINE_bool("live", False, "make the page anew until every run is finished", flag_values=FLAGS)
+flags.DEFINE_integer("seconds", 30, "between two pages of --live", 1, flag_values=FLAGS)
 
 
-def main(args):
-    outputs = args.output or ["report.html"]
-    for path in outputs:
+def run(*, runs, output, data, live, seconds):
+    for path in output:
         if Path(path).suffix not in (".html", ".md"):
             raise UserError(f"--output={path} cannot be used: give a name that ends in .html or .md")
-    if args.seconds < 1:
-        raise UserError(f"--seconds={args.seconds} cannot be used: give a whole number from 1")
-    if args.live:
-        report.live(args.runs, outputs, args.data, seconds=args.seconds, say=lambda text: print(text, flush=True))
+    if live:
+        report.live(runs, output, data, seconds=seconds, say=lambda text: print(text, flush=True))
     else:
-        page = report.build(args.runs)
-        report.write(page, outputs, args.data)
+        page = report.build(runs)
+        report.write(page, output, data)
         for heading, sentence in tables.answer(page.c):
             print(f"{heading}: {sentence}")
-    print("written: " + ", ".join(outputs))
+    print("written: " + ", ".join(output))
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse_args()))
+    cli.main(run, FLAGS, usage=__doc__, arguments=ARGUMENTS)

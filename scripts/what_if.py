@@ -9,28 +9,27 @@ range. A run in any format has the histograms; formats=BF16 trains exactly as th
 
 from pathlib import Path
 
-from altgrad_jax.cli import ArgumentParser, run_script, whole_number
+from absl import flags
+
+from altgrad_jax import cli
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
 from altgrad_jax.numerics.whatif import of_run
 
-
-def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("--step", type=whole_number, help="which diagnosis (default: the last)")
-    parser.add_argument("--layers", action="store_true", help="a row for every layer, not only all together")
-    return parser.parse_args(argv)
+ARGUMENTS = ("run",)
+FLAGS = cli.new_flags()
+flags.DEFINE_integer("step", None, "which diagnosis (default: the last)", flag_values=FLAGS)
+flags.DEFINE_bool("layers", False, "a row for every layer, not only all together", flag_values=FLAGS)
 
 
-def main(args):
-    step, rows = of_run(Path(args.run) / "diagnostics.jsonl", args.step)
+def run(*, run, step, layers):
+    step, rows = of_run(Path(run) / "diagnostics.jsonl", step)
     print(f"underflow at step {step}, % of elements\n")
     print(f"{'layer':<20} operand " + " ".join(f"{name:>8}" for name in DEFAULT_8BIT))
     for row in rows:
-        if args.layers or row["layer"] == "all":
+        if layers or row["layer"] == "all":
             shares = " ".join(f"{100 * row[name][0]:>8.3g}" for name in DEFAULT_8BIT)
             print(f"{row['layer']:<20} {row['operand']:<7} {shares}")
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse_args()))
+    cli.main(run, FLAGS, usage=__doc__, arguments=ARGUMENTS)

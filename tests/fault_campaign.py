@@ -1,8 +1,8 @@
 """Puts the program under faults of every kind, counts how it answers, and writes a table.
 
-    python scripts/fault_campaign.py                                  # everything, about 35 minutes on two CPU cores
-    python scripts/fault_campaign.py --quick                          # a little of everything, ten minutes
-    python scripts/fault_campaign.py --parts kills,corruption --folder /scratch/me/faults --seed 7
+    python tests/fault_campaign.py                                  # everything, about 35 minutes on two CPU cores
+    python tests/fault_campaign.py --quick                          # a little of everything, ten minutes
+    python tests/fault_campaign.py --parts kills,corruption --folder /scratch/me/faults --seed 7
 
 Parts: kills (kill -9 in every phase, then equal to the bit), corruption (damaged checkpoints), environment (full and
 read-only disks, a clock set back, two processes, signals), inputs (bad settings, files, flags), numerics (NaN and
@@ -11,16 +11,19 @@ the disk that --folder lies on, so that a cluster's own file system can be put t
 same faults. Exits with 1 if anything was not answered as it should be, or not everything was done within the budget.
 """
 
-import math
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
+from absl import flags
+
 from altgrad_jax import cli
+from altgrad_jax.errors import UserError
 from altgrad_jax.files import writing
 
 # The campaign is about one machine's CPU: its runs are small, and a GPU would be shared by all of them.
@@ -38,46 +41,35 @@ FULL = dict(kills=200, corruptions=200, inputs=300, soak_steps=60_000)
 QUICK = dict(kills=12, corruptions=25, inputs=100, soak_steps=2_000)
 
 
-def parse_args(argv=None):
-    parser = cli.ArgumentParser(__doc__)
-    add = parser.add_argument
-    add("--parts", default=",".join(TITLES), help="some of them, joined by commas (default: all)")
-    add("--seed", type=cli.whole_number, default=0, help="decides every random choice (default: %(default)s)")
-    add("--quick", action="store_true", help="a little of everything")
-    for name, meaning in (
-        ("kills", "moments of kill -9"),
-        ("corruptions", "damaged checkpoints"),
-        ("inputs", "generated bad settings"),
-        ("soak_steps", "steps of the long run"),
-    ):
-        add(f"--{name}", type=cli.whole_number, help=f"{meaning} (default: {FULL[name]}, with --quick {QUICK[name]})")
-    add(
-        "--budget_minutes",
-        type=float,
-        help="begin nothing new after this time; inputs and numerics, once begun, are done whole (default: no end)",
-    )
-    add("--data_dir", help="token files of the byte tokenizer (default: made up)")
-    add("--folder", help="where the runs lie while they are needed (default: a temporary folder)")
-    add("--out", help="file that gets the report (default: printed only)")
-    args = parser.parse_args(argv)
-    # Before hours of work, not after them.
-    for name, parse in (("data_dir", cli.folder), ("folder", cli.folder), ("out", cli.output_file)):
-        if (text := getattr(args, name)) is not None:
-            setattr(args, name, Path(parse(name)(text)).absolute())
-    for name, default in (QUICK if args.quick else FULL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}={getattr(args, name)} cannot be used: give a whole number from 1")
-    if not 0 <= args.seed < 2**31:
-        parser.error(f"--seed={args.seed} cannot be used: give a whole number from 0 to {2**31 - 1}")
-    if args.budget_minutes is not None and not 0 <= args.budget_minutes < math.inf:
-        parser.error(f"--budget_minutes={args.budget_minutes} cannot be used: give a number from 0, or leave it out")
-    args.parts = args.parts.split(",")
-    for part in args.parts:
-        if part not in TITLES:
-            parser.error(f"--parts={part} cannot be used: give some of {', '.join(TITLES)}")
-    return args
+FLAGS = cli.new_flags()
+flags.DEFINE_list("parts", list(TITLES), "some of them", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "decides every random choice", 0, 2**31 - 1, flag_values=FLAGS)
+flags.DEFINE_bool("quick", False, "a little of everything", flag_values=FLAGS)
+for name, meaning in {
+    "kills": "moments of kill -9",
+    "corruptions": "damaged checkpoints",
+    "inputs": "generated bad settings",
+    "soak_steps": "steps of the long run",
+}.items():
+    meaning = f"{meaning} (default: {FULL[name]}, with --quick {QUICK[name]})"
+    flags.DEFINE_integer(name, None, meaning, 1, flag_values=FLAGS)
+flags.DEFINE_float(
+    "budget_minutes",
+    None,
+    "begin nothing new after this time; inputs and numerics, once begun, are done whole (default: no end)",
+    0.0,
+    1e6,
+    flag_values=FLAGS,
+)
+flags.DEFINE(cli.FOLDER, "data_dir", None, "token files of the byte tokenizer (default: made up)", flag_values=FLAGS)
+flags.DEFINE(
+    cli.FOLDER,
+    "folder",
+    None,
+    "where the runs lie while they are needed (default: a temporary folder)",
+    flag_values=FLAGS,
+)
+flags.DEFINE(cli.OUTPUT_FILE, "out", None, "file that gets the report (default: printed only)", flag_values=FLAGS)
 
 
 def run_part(name, folder, data_dir, args, deadline):
@@ -105,49 +97,61 @@ def say(text):
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def main(args):
+def run(**values):
+    for name, default in (QUICK if values["quick"] else FULL).items():
+        values[name] = values[name] or default
+    args = types.SimpleNamespace(**values)
+    if not args.parts or not set(args.parts) <= set(TITLES):
+        raise UserError(f"--parts={','.join(args.parts)} cannot be used: give some of {', '.join(TITLES)}")
+    data_dir, folder, out = (
+        None if values[name] is None else Path(values[name]).absolute() for name in ("data_dir", "folder", "out")
+    )
+    return campaign(args, data_dir, folder, out)
+
+
+def campaign(args, data_dir, folder, out):
     # Not before the arguments are known to be good: jax takes seconds to start.
     from campaigns import runs
 
     from altgrad_jax.data.dataset import load_token_data
     from altgrad_jax.run.device import git_commit, versions
 
-    if args.data_dir:
-        load_token_data(args.data_dir, vocab_size=256, block_size=runs.SMALL["block_size"], tokenizer="bytes")
+    if data_dir:
+        load_token_data(data_dir, vocab_size=256, block_size=runs.SMALL["block_size"], tokenizer="bytes")
     commit = git_commit() or {}  # now: somebody may commit while it runs
     deadline = runs.Deadline(None if args.budget_minutes is None else 60 * args.budget_minutes)
-    with writing(args.folder or tempfile.gettempdir(), "give another --folder"):
-        if args.folder:
-            args.folder.mkdir(parents=True, exist_ok=True)
-        root = Path(tempfile.mkdtemp(prefix="faults-", dir=args.folder))
+    with writing(folder or tempfile.gettempdir(), "give another --folder"):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        root = Path(tempfile.mkdtemp(prefix="faults-", dir=folder))
     try:
-        data_dir = args.data_dir or runs.make_tokens(root / "data", args.seed)
+        data_dir = data_dir or runs.make_tokens(root / "data", args.seed)
         parts = []
         for name in args.parts:
-            folder = root / name
-            folder.mkdir()
+            place = root / name
+            place.mkdir()
             print(f"{name} ...", file=sys.stderr, flush=True)
             started = time.monotonic()
-            part = run_part(name, folder, data_dir, args, deadline)
+            part = run_part(name, place, data_dir, args, deadline)
             part.seconds = time.monotonic() - started
             parts.append(part)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
         machine = f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}"
         text = "\n".join(
             [
                 f"{time.strftime('%Y-%m-%d')}, {machine}, jax {versions()['jax']}, commit "
-                f"{commit.get('commit', 'unknown')[:10]}: `python scripts/fault_campaign.py {' '.join(sys.argv[1:])}`",
+                f"{commit.get('commit', 'unknown')[:10]}: `python tests/fault_campaign.py {' '.join(sys.argv[1:])}`",
                 "",
                 *runs.summary(parts),
             ]
         )
         print(text, flush=True)
-        if args.out:
-            args.out.write_text(text + "\n")
+        if out:
+            out.write_text(text + "\n")
         return any(part.failures or part.done < part.wanted for part in parts)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    cli.run_script(lambda: main(parse_args()))
+    cli.main(run, FLAGS, usage=__doc__)

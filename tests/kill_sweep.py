@@ -1,6 +1,6 @@
 """Kill a sweep with SIGKILL at random moments, continue it, and compare it with one that was left alone, to the bit.
 
-    python scripts/kill_sweep.py --kills 5 --seed 0 --data_dir data/bytes
+    python tests/kill_sweep.py --kills 5 --seed 0 --data_dir data/bytes
 
 One sweep of ten members in three programs (bfloat16; E4M3 and E5M2 with a float32 master, and stored stochastically;
 two seeds each, a shrunk smoke config) is killed when a random number of rows has been written by all members together
@@ -19,7 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from altgrad_jax.cli import ArgumentParser, folder, run_script, whole_number
+from absl import flags
+
+from altgrad_jax import cli
 
 CONFIG = """
 from altgrad_jax.cli import load_config
@@ -70,26 +72,20 @@ def report_of(out):
     }
 
 
-def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--kills", type=whole_number, default=5, help="default: %(default)s")
-    parser.add_argument("--seed", type=whole_number, default=0, help="chooses the moments (default: %(default)s)")
-    parser.add_argument("--data_dir", default="data/bytes", help="token files of the byte tokenizer")
-    args = parser.parse_args(argv)
-    args.data_dir = folder("data_dir")(args.data_dir)
-    if not 1 <= args.kills <= 500:  # the sweep has some 600 rows
-        parser.error(f"--kills={args.kills} cannot be used: give a whole number from 1 to 500")
-    return args
+FLAGS = cli.new_flags()
+flags.DEFINE_integer("kills", 5, "how often it is killed", 1, 500, flag_values=FLAGS)  # the sweep has some 600 rows
+flags.DEFINE_integer("seed", 0, "chooses the moments", flag_values=FLAGS)
+flags.DEFINE(cli.FOLDER, "data_dir", "data/bytes", "token files of the byte tokenizer", flag_values=FLAGS)
 
 
-def main(args):
+def run(*, kills, seed, data_dir):
     from campaigns.runs import fingerprint
 
     from altgrad_jax.data.dataset import load_token_data
     from altgrad_jax.run.checkpoint import list_steps
 
-    load_token_data(args.data_dir, vocab_size=256, block_size=64, tokenizer="bytes")
-    rng = random.Random(args.seed)
+    load_token_data(data_dir, vocab_size=256, block_size=64, tokenizer="bytes")
+    rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
         config = temporary / "config.py"
@@ -101,7 +97,7 @@ def main(args):
                 str(ROOT / "scripts" / "sweep.py"),
                 f"--config={config}",
                 f"--out={out}",
-                f"--data_dir={args.data_dir}",
+                f"--data_dir={data_dir}",
             ]
 
         whole, out = temporary / "whole", temporary / "killed"
@@ -111,7 +107,7 @@ def main(args):
         print(f"{len(members)} members, {total} rows\n")
         print("| kill | at row | lived s | rows left | checkpoints | members at their end |")
         print("|---|---|---|---|---|---|", flush=True)
-        for number, row in enumerate(sorted(rng.sample(range(1, total), args.kills)), 1):
+        for number, row in enumerate(sorted(rng.sample(range(1, total), kills)), 1):
             started = time.monotonic()
             process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, start_new_session=True)
             while process.poll() is None and (not out.exists() or rows_of_all(out) < row):
@@ -147,4 +143,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse_args()))
+    cli.main(run, FLAGS, usage=__doc__)

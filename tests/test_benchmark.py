@@ -17,6 +17,7 @@ import pytest
 from altgrad_jax import cli
 from altgrad_jax.bench import peers, programs, roofline, suites, tables, timing, torch_peer, trace
 from altgrad_jax.cli import load_config
+from altgrad_jax.config import fitted
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.flops import training_flops_per_token
 from altgrad_jax.models.gpt2 import GPTConfig, count_params, init_params
@@ -39,7 +40,7 @@ def script():
 
 
 def tiny(**changes):
-    config = load_config(str(ROOT / "configs" / "smoke.py"))
+    config = fitted(load_config(str(ROOT / "configs" / "smoke.py")))[0]
     shape = {**SHAPE, "batch_size": 2, "compute_dtype": "float32", **changes}
     return programs.changed(config, shape)
 
@@ -414,7 +415,7 @@ def test_torch_does_the_same_work_in_its_own_process(tmp_path):
 
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_every_suite_can_be_planned_and_its_rows_have_names_of_their_own(suite):
-    plan = suites.Plan(load_config(str(ROOT / "configs" / "bf16_baseline.py")), programs.Bench(), 1, 1, None)
+    plan = suites.Plan(fitted(load_config(str(ROOT / "configs" / "bf16_baseline.py")))[0], programs.Bench(), 1, 1, None)
     sections = suites.sections_of(plan, {suite}, "E4M3")
     assert bool(sections) == (suite != "rounding")
     for section in sections:
@@ -466,7 +467,7 @@ def ran(tmp_path_factory):
             *shape,
             "--config.n_layer=1",
             "--config.batch_size=2",
-            "--quick=yes",
+            "--quick",
             "--rounds=2",
             "--peers=none",
             f"--json={file}",

@@ -1,22 +1,26 @@
 """The command line of every script: what it accepts, as config_flags would, and how it refuses the rest."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from absl import flags as absl_flags
+from absl import flags
 from ml_collections import config_flags
 
 from altgrad_jax import cli
 from altgrad_jax.config import FIELDS, default_config
 from altgrad_jax.errors import UserError
+from altgrad_jax.run.device import use_device
 from altgrad_jax.run.processes import check_flags
 
 ROOT = Path(__file__).parents[1]
 BASELINE = "configs/bf16_baseline.py"
 CONFIG = f"--config={BASELINE}"
+GOOD = "from altgrad_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
 
 
 @pytest.fixture(autouse=True)
@@ -24,25 +28,33 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def some_flags():
+    own = cli.new_flags(device=True, data_dir=True)
+    flags.DEFINE(cli.FOLDER, "workdir", None, "a folder", flag_values=own)
+    train = runpy.run_path(str(ROOT / "scripts" / "train.py"))
+    flags.DEFINE(cli.Parser(train["resume_choice"], train["RESUME"]), "resume", "auto", "how to go on", flag_values=own)
+    flags.DEFINE(cli.WHOLE_NUMBERS, "widths", None, "numbers", flag_values=own)
+    flags.DEFINE_integer("rounds", 9, "how often", 1, 1000, short_name="r", flag_values=own)
+    flags.DEFINE_bool("quick", False, "less of all", flag_values=own)
+    return own
+
+
 def parse(*argv):
-    return cli.parse(argv, cli.TRAIN_FLAGS)
+    return cli.parse(argv, some_flags())
 
 
 def refusal(*argv) -> str:
     with pytest.raises(UserError) as caught:
         parse(*argv)
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 400
     return message
 
 
-def config_file(folder: Path, body: str, name: str = "mine.py") -> str:
-    path = folder / name
+def config_file(folder: Path, body: str) -> str:
+    path = folder / "mine.py"
     path.write_text(body)
     return str(path)
-
-
-GOOD = "from altgrad_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
 
 
 # --- what is accepted -----------------------------------------------------------------------------
@@ -59,102 +71,159 @@ GOOD = "from altgrad_jax.config import default_config\ndef get_config():\n    co
         ["--config.learning_rate=1e-3", "--config.dropout=0", "--config.grad_clip", "2"],
         ["--config.deterministic"],
         ["--config.deterministic=true"],
-        ["--config.deterministic=False"],
-        ["--noconfig.deterministic"],
+        ["--config.deterministic", "--noconfig.deterministic"],
         ["--config.tags=a", "--config.tags=b"],
         ["--config.tags=('a', 'b')"],
         ["--config.tags=('a',)"],
-        ["--config.tags=()"],
         ["--config.tags", "a-b"],
         ["--config.run_name=x=y", "--config.wandb_entity="],
+        ["--config.wandb_entity=x", "--config.wandb_entity="],
         ["--config.checkpoint_dir", "runs/a b"],
         ["--config.use_fp8", "--config.formats=E4M3", "--config.formats=block_*:G=E5M2"],
-        ["--config.use_fp8=true", "--config.formats=('E4M3', 'block_*/mlp_*:WA=E3M4')", "--config.range_clip=1"],
     ],
 )
 def test_a_good_command_line_means_what_config_flags_takes_it_for(arguments):
     argv = ["train.py", *arguments]
-    values = absl_flags.FlagValues()
+    values = flags.FlagValues()
     # The dict, not the file: config_flags loads a file by a method that Python warns is to go.
     oracle = config_flags.DEFINE_config_dict("config", default_config(), flag_values=values, sys_argv=argv)
     values(argv)
-    assert parse(CONFIG, *arguments)[0].to_dict() == oracle.value.to_dict()
+    config = parse(CONFIG, *arguments)[0]
+    derived = {"vocab_size", "run_name", "checkpoint_dir", "tags"}  # in what follows, unless they are given
+    given = {word.lstrip("-").removeprefix("config.").split("=")[0] for word in arguments}
+    for name in FIELDS:
+        if name not in derived or name in given:
+            assert config[name] == oracle.value[name], name
 
 
 @pytest.mark.parametrize(
-    "text, tags",
+    "words, tags",
     [
-        ("a,b", ("a", "b")),
-        ("a, b", ("a", "b")),
-        ("[a,b]", ("a", "b")),
-        ("a", ("a",)),
-        ("", ()),
+        (["=a,b"], ("a", "b")),
+        (["=a, b"], ("a", "b")),
+        (["=[a,b]"], ("a", "b")),
+        (["="], ()),
+        (["=()"], ()),
+        (["=a", "="], ()),
+        (["=a", "=", "=b,c"], ("b", "c")),
     ],
 )
-def test_tags_are_split_at_commas(text, tags):
-    assert parse(CONFIG, f"--config.tags={text}")[0].tags == tags
+def test_tags_are_split_at_commas_and_a_later_empty_one_wins(words, tags):
+    assert parse(CONFIG, *(f"--config.tags{word}" for word in words))[0].tags == tags
 
 
-@pytest.mark.parametrize(
-    "text, formats",
-    [
-        ("E4M3", ("E4M3",)),
+def test_rules_are_split_at_commas():
+    for text, formats in (
         ("E4M3,block_*:G=E5M2", ("E4M3", "block_*:G=E5M2")),
         ("block_[01]/*=E3M4, head:WA=E4M3", ("block_[01]/*=E3M4", "head:WA=E4M3")),
-    ],
-)
-def test_rules_are_split_at_commas(text, formats):
-    assert parse(CONFIG, "--config.use_fp8", f"--config.formats={text}")[0].formats == formats
-    assert parse("--config=configs/fp8.py:E6M1", f"--config.formats={text}")[0].formats == formats  # not added to E6M1
+    ):
+        assert parse("--config=configs/fp8.py:E6M1", f"--config.formats={text}")[0].formats == formats  # not added
 
 
-def test_the_order_of_flags_is_free():
-    config, values = parse("--config.n_layer=3", "--resume", "200", "--config.n_head=8", "--config", BASELINE)
-    assert (config.n_layer, config.n_head, values["resume"]) == (3, 8, 200)
-
-
-def test_a_false_after_a_space_is_false():
-    assert parse(CONFIG, "--config.deterministic", "False")[0].deterministic is False
-    assert parse("--config.deterministic", CONFIG)[0].deterministic is True
-
-
-def test_the_config_that_comes_back_is_locked(tmp_path):
-    assert parse(CONFIG, "--config.seed=1")[0].is_locked
-    path = config_file(tmp_path, GOOD + "    config.unlock()\n    return config\n")
-    assert parse(f"--config={path}", "--config.seed=1")[0].is_locked
-
-
-def test_flags_of_the_training_script():
-    assert parse(CONFIG)[1] == {"data_dir": "data/gpt2", "workdir": None, "resume": "auto"}
-    assert parse("--config=configs/smoke.py")[1]["data_dir"] == "data/bytes"
-    own = parse(CONFIG, "--data_dir=d", "--workdir", "w", "--resume=never")[1]
-    assert own == {"data_dir": "d", "workdir": "w", "resume": "never"}
-
-
-def test_a_config_file_may_take_an_argument(tmp_path):
-    path = config_file(
-        tmp_path,
-        GOOD.replace("get_config()", "get_config(name='none')") + "    config.run_name = name\n    return config\n",
+def test_the_order_of_flags_is_free_and_a_flagfile_is_read(tmp_path):
+    config, values = parse(
+        "--config.n_layer=3", "--resume", "200", "--config.n_head=8", "--config", BASELINE, "--quick"
     )
+    assert (config.n_layer, config.n_head, values["resume"], values["quick"]) == (3, 8, 200, True)
+    (tmp_path / "flags").write_text(f"{CONFIG}\n--config.seed=3\n# a comment\n--rounds=4\n")
+    config, values = parse("--config.seed=1", f"--flagfile={tmp_path / 'flags'}", "--config.n_layer=2", "--")
+    assert (config.seed, config.n_layer, values["rounds"]) == (3, 2, 4)
+
+
+def test_the_flags_of_a_script_and_their_defaults():
+    none = dict(device="auto", workdir=None, resume="auto", widths=None, rounds=9, quick=False)
+    assert parse(CONFIG)[1] == {"data_dir": "data/gpt2", **none}
+    assert parse("--config=configs/smoke.py")[1] == {"data_dir": "data/bytes", **none}
+    got = parse(CONFIG, "--workdir", "w", "--data_dir=~", "--resume=never", "--widths=1,4", "-r=2", "--noquick")[1]
+    home = os.path.expanduser("~")
+    assert got == none | dict(data_dir=home, workdir="w", resume="never", widths=[1, 4], rounds=2)
+
+
+def test_flags_can_be_parsed_again():
+    own = some_flags()
+    assert cli.parse([CONFIG, "--rounds=3"], own)[1]["rounds"] == 3
+    assert cli.parse([CONFIG], own)[1]["rounds"] == 9
+
+
+def test_arguments_without_dashes():
+    def values(words, *names):
+        return cli.parse(words, cli.new_flags(), config=False, arguments=names)[1]
+
+    assert values(["a", "b"], "source", "out") == {"source": "a", "out": "b"}
+    assert values(["a", "--", "-b"], "runs...") == {"runs": ["a", "-b"]}
+    for words, names, message in (
+        (["a"], ("source", "out"), "out is missing: "),
+        ([], ("runs...",), "runs is missing: "),
+        (["a", "b"], ("run",), "unexpected argument 'b': "),
+        (["a", "--st=1"], ("run",), "there is no flag --st; "),
+    ):
+        with pytest.raises(UserError, match=message):
+            values(words, *names)
+
+
+def test_a_config_file_may_take_an_argument_and_is_read_anew(tmp_path):
+    named = GOOD.replace("get_config()", "get_config(name='none')") + "    config.run_name = name\n    return config\n"
+    path = config_file(tmp_path, named)
     assert parse(f"--config={path}:E5M2:x")[0].run_name == "E5M2:x"
     assert parse(f"--config={path}")[0].run_name == "none"
-
-
-def test_a_config_file_is_read_anew_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for seed in "12":  # equal in size and time: what Python's cache of compiled files cannot tell apart
-        path = config_file(tmp_path, GOOD + f"    config.seed = {seed}\n    return config\n")
+        path = config_file(tmp_path, GOOD + f"    config.unlock(); config.seed = {seed}\n    return config\n")
         os.utime(path, (1, 1))
-        assert parse(f"--config={path}")[0].seed == int(seed)
+        config = parse(f"--config={path}")[0]
+        assert config.seed == int(seed) and config.is_locked
 
 
-def test_a_reference_in_a_config_file_follows_an_override(tmp_path):
-    path = config_file(
-        tmp_path,
-        GOOD + "    with config.unlocked():\n"
-        "        config.warmup_steps = config.get_ref('max_steps') // 10\n    return config\n",
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_can_be_set_by_a_flag(name):
+    default = FIELDS[name].default
+    text = ",".join(default) if isinstance(default, tuple) else str(default)
+    config, given, _ = cli.overridden(default_config(), [f"--config.{name}={text}"])
+    assert config[name] == default and type(config[name]) is type(default) and given == {name}
+
+
+# --- what follows from flags ----------------------------------------------------------------------
+
+
+def test_what_nobody_set_is_fitted_and_told(capsys):
+    assert parse("--config=configs/smoke.py", "--config.max_steps=12")[0].warmup_steps == 1
+    assert capsys.readouterr().err == (
+        "note: warmup_steps=1 is used, because warmup_steps=20 does not fit into max_steps=12 with "
+        "schedule='constant'\n"
     )
-    assert parse(f"--config={path}", "--config.max_steps=500")[0].warmup_steps == 50
+    assert "warmup_steps=20 is more than max_steps=12" in refusal(
+        "--config=configs/smoke.py", "--config.max_steps=12", "--config.warmup_steps=20"
+    )
+    assert parse("--config=configs/smoke.py", "--config.tokenizer=gpt2")[0].vocab_size == 50257
+
+
+@pytest.mark.parametrize(
+    "words, run_name, checkpoint_dir, tags",
+    [
+        (["fp8.py:E4M3", "--config.formats=E5M2"], "e5m2", "checkpoints/e5m2", ("e5m2", "eurlex")),
+        (["fp8.py:E4M3", "--noconfig.use_fp8"], "bf16", "checkpoints/bf16", ("bf16", "eurlex")),
+        (["fp8.py:E4M3", "--config.run_name=mine"], "mine", "checkpoints/mine", ("e4m3", "eurlex")),
+        (["fp8.py:E4M3,grid", "--config.checkpoint_dir=x"], "e4m3-grid", "x", ("e4m3", "eurlex", "grid")),
+        (["fp8.py:E4M3", "--config.tags="], "e4m3", "checkpoints/e4m3", ()),
+        (
+            ["fp8.py:E4M3", "--config.formats=E4M3,block_*:G=E5M2"],
+            "e4m3-block_-g-e5m2",
+            "checkpoints/e4m3-block_-g-e5m2",
+            ("e4m3-block_-g-e5m2", "eurlex"),
+        ),
+        (["bf16_baseline.py"], "bf16-baseline", "checkpoints/bf16_baseline", ("baseline", "bf16", "eurlex")),
+        (
+            ["bf16_baseline.py", "--config.compute_dtype=float32"],
+            "float32-baseline",
+            "checkpoints/float32_baseline",
+            ("baseline", "float32", "eurlex"),
+        ),
+        (["small.py", "--config.run_name=a"], "a", "checkpoints/a", ("small", "bf16", "bytes")),
+        (["mixed.py", "--config.formats=head=E4M3"], "mixed-e4m3", "checkpoints/mixed-e4m3", ("mixed", "eurlex")),
+    ],
+)
+def test_names_that_a_config_derives_follow_the_flags(words, run_name, checkpoint_dir, tags):
+    config = parse(f"--config=configs/{words[0]}", *words[1:])[0]
+    assert (config.run_name, config.checkpoint_dir, config.tags) == (run_name, checkpoint_dir, tags)
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -163,66 +232,60 @@ def test_a_reference_in_a_config_file_follows_an_override(tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--config.batchsize=8"], ["no setting --config.batchsize", "did you mean --config.batch_size?"]),
-        (["--config.lr=1"], ["--config.lr", "--config.learning_rate"]),
-        (["--noconfig.determinstic"], ["--config.deterministic"]),
-        (["--config.model.n_layer=3"], ["--config.model.n_layer", "--config.n_layer"]),
-        (["--config.qqq=3"], ["--config.qqq", "--help"]),
-        (["--config.=3"], ["no setting --config."]),
-        (["--batch_size=8"], ["no flag --batch_size", "--config.batch_size"]),
-        (["--lr=8"], ["no flag --lr", "--config.learning_rate"]),
-        (["--confg.n_layer=3"], ["--config.n_layer"]),
-        (["--data-dir=x"], ["no flag --data-dir", "--data_dir"]),
-        (["--resum=auto"], ["--resume"]),
-        (["--qqq"], ["no flag --qqq", "--help"]),
+        (["--config.n_layr=2"], ["there is no setting --config.n_layr", "did you mean --config.n_layer?"]),
+        (["--config.lr=1"], ["--config.learning_rate"]),
+        (["--config.model.n_layer=2"], ["did you mean --config.n_layer?"]),
+        (["--config.zzz=2"], ["--help lists the settings"]),
+        (["--workdr=x"], ["there is no flag --workdr; did you mean --workdir?"]),
+        (["--confg.seed=3"], ["did you mean --config.seed?"]),
+        (["--batch_size=8"], ["did you mean --config.batch_size?"]),
+        (["--qqq"], ["there is no flag --qqq; --help"]),
         (["x=8"], ["unexpected argument 'x=8'"]),
         (["batch_size=8"], ["'batch_size=8'", "write --config.batch_size=8"]),
         (["config.batch_size=8"], ["write --config.batch_size=8"]),
-        (["configs/smoke.py"], ["write --config configs/smoke.py"]),
-        (["--"], ["unexpected argument '--'"]),
-        (["-5"], ["unexpected argument '-5'"]),
-        (["--config.n_layer"], ["--config.n_layer needs a value"]),
+        (["configs/smoke.py"], ["write --config=configs/smoke.py"]),
+        (["--config.deterministic", "False"], ["unexpected argument 'False'"]),
+        (["--config.n_layer"], ["--config.n_layer needs a value: write --config.n_layer=VALUE"]),
         (["--config.n_layer", "--resume=auto"], ["--config.n_layer needs a value"]),
         (["--resume"], ["--resume needs a value"]),
-        (["--noconfig.n_layer"], ["--noconfig.n_layer", "yes-or-no"]),
-        (["--noconfig.deterministic=true"], ["--noconfig.deterministic"]),
-        (["--config.n_layer=six"], ["--config.n_layer=six", "a whole number from 1 to 1024"]),
+        (["--noconfig.n_layer"], ["--noconfig.n_layer", "did you mean --config.n_layer?"]),
+        (["--noconfig.deterministic=true"], ["noconfig.deterministic=true does not take an argument"]),
+        (["--config.n_layer=six"], ["--config.n_layer=six cannot be used: give a whole number from 1 to 1024"]),
         (["--config.n_layer=6.0"], ["--config.n_layer=6.0"]),
         (["--config.n_layer="], ["--config.n_layer= cannot"]),
-        (["--config.max_steps=2e3"], ["--config.max_steps=2e3", "whole number"]),
         (["--config.max_steps=" + "9" * 5000], ["--config.max_steps='999"]),
-        (["--config.seed", "-1"], ["--config.seed=-1", "from 0"]),
+        (["--config.seed", "-1"], ["seed=-1", "from 0"]),
         (["--config.learning_rate=fast"], ["--config.learning_rate=fast", "a number"]),
-        (["--config.learning_rate=nan"], ["--config.learning_rate=nan"]),
-        (["--config.grad_clip=-inf"], ["--config.grad_clip=-inf"]),
+        (["--config.learning_rate=nan"], ["learning_rate=nan"]),
         (["--config.deterministic=maybe"], ["--config.deterministic=maybe", "True or False"]),
-        (["--config.run_name=None"], ["--config.run_name=None"]),
-        (["--config.run_name=a\nb"], ["--config.run_name='a\\nb'"]),
+        (["--config.run_name=None"], ["run_name='None'"]),
+        (["--config.run_name=a\nb"], ["run_name='a\\nb'"]),
         (["--config.tags=a,,b"], ["--config.tags=a,,b"]),
         (["--config.tags=a", "--config.tags=a"], ["tags=('a', 'a')"]),
-        (["--config.schedule=linear"], ["--config.schedule=linear", "one of constant, cosine, wsd"]),
+        (["--config.schedule=linear"], ["schedule='linear'", "one of constant, cosine, wsd"]),
+        (["--config.loggers=wandb,aim"], ["loggers=('wandb', 'aim')", "one of wandb, tensorboard"]),
         (["--config.use_fp8"], ["use_fp8=True needs to know the formats", "--config.formats=E4M3"]),
-        (["--config.formats=E4M3"], ["formats=('E4M3',) has no effect with use_fp8=False", "set use_fp8=True"]),
-        (["--config.use_fp8", "--config.formats=E4M9"], ["a rule 'E4M9'", "give one of E4M3"]),
-        (["--config.formats=E4M3,E4M3"], ["--config.formats=E4M3,E4M3", "each once"]),
-        (["--config.scaling=delayed,tensor"], ["--config.scaling=delayed,tensor", "three of them for W, A and G"]),
-        (["--config.optimizer=sgd"], ["--config.optimizer=sgd", "adamw", "ulp_adamw"]),
+        (["--config.formats=E4M3", "--noconfig.use_fp8"], ["formats=('E4M3',) has no effect with use_fp8=False"]),
+        (["--config.use_fp8", "--config.formats=float8_e4m3fn"], ["a rule 'float8_e4m3fn'", "give one of E4M3"]),
         (["--config.n_head=5"], ["n_embd=384", "n_head=5"]),
-        (["--resume=maybe"], ["--resume=maybe", "auto", "never", "1000"]),
+        (["--resume=maybe"], ["--resume=maybe cannot be used: give auto", "never", "1000"]),
         (["--resume=-1"], ["--resume=-1"]),
         (["--resume=2147483648"], ["--resume=2147483648"]),
-        (["--resume="], ["--resume= cannot"]),
-        (["--data_dir="], ["--data_dir=''"]),
-        (["--workdir=gs://bucket/x"], ["--workdir='gs://bucket/x'", "local folder"]),
-        (["--workdir=pyproject.toml"], ["--workdir=pyproject.toml is a file"]),
-        (["--data_dir=pyproject.toml"], ["--data_dir=pyproject.toml is a file"]),
+        (["--data_dir="], ["--data_dir= cannot"]),
+        (["--workdir=gs://bucket/x"], ["--workdir=gs://bucket/x", "local folder"]),
+        (["--workdir=~no-such-user/x"], ["~no-such-user/x", "local folder"]),
+        (["--workdir=pyproject.toml"], ["--workdir=pyproject.toml", "no file may have its name"]),
+        (["--device=tpu"], ["--device=tpu cannot be used: give one of auto, cpu, gpu"]),
+        (["--rounds=0"], ["--rounds=0 cannot be used: give an integer in the range [1, 1000]"]),
+        (["--widths=1,x"], ["--widths=1,x", "joined by commas"]),
+        (["--quick=yes"], ["--quick=yes cannot be used: give true or false"]),
+        (["--flagfile=nowhere"], ["Unable to open flagfile", "nowhere"]),
     ],
 )
 def test_refused(arguments, words):
     message = refusal(CONFIG, *arguments)
     for word in words:
         assert word in message
-    assert len(message) < 400
 
 
 @pytest.mark.parametrize(
@@ -231,8 +294,7 @@ def test_refused(arguments, words):
         ("configs/smok.py", ["configs/smok.py does not exist", "did you mean configs/smoke.py?"]),
         ("smoke", ["does not exist", BASELINE]),
         ("configs", ["not a file", BASELINE]),
-        ("", ["not a file"]),
-        ("x" * 5000, ["does not exist"]),
+        ("", ["does not exist"]),
         ("a\0b.py", ["a\\x00b.py does not exist"]),
         ("/dev/zero", ["/dev/zero is a device, not a file"]),
         (f"{BASELINE}:E5M2", ["takes no argument", "'E5M2'"]),
@@ -248,56 +310,50 @@ def test_refused_config_paths(spec, words):
 @pytest.mark.parametrize(
     "body, words",
     [
-        ("x = (", ["line 1 of", "SyntaxError"]),
-        ("\n1 / 0", ["line 2 of", "ZeroDivisionError: division by zero"]),
-        ("import no_such_module", ["line 1 of", "No module named 'no_such_module'"]),
-        ("import sys\nsys.exit(0)", ["line 2 of", "SystemExit"]),
-        ("\0", ["null bytes"]),
         ("get_config = 3", ["no function get_config()"]),
         ("def get_config(): return {}", ["returned a dict", "ConfigDict"]),
         ("def get_config(): pass", ["returned a NoneType"]),
         ("def get_config(name): pass", ["needs an argument", ":ARGUMENT"]),
-        (GOOD + "    config.batchsize = 8\n", ["line 4 of", "'batchsize'", "did you mean batch_size?"]),
-        (
-            GOOD + "    config.n_layer = 'six'\n",
-            ["line 4 of", "n_layer='six' (str) cannot be used: give a whole number from 1"],
-        ),
         (GOOD + "    with config.unlocked(): config[5] = 1\n    return config\n", ["whose name is no text"]),
         ("import ml_collections\nget_config = ml_collections.FrozenConfigDict", ["returned a FrozenConfigDict"]),
-        ("class E(Exception):\n    def __str__(self): 1 / 0\nraise E", ["line 3 of", "E"]),
-        ("raise ValueError('\\x1b[31m')", ["ValueError: \\x1b[31m"]),
+        ("import ml_collections\nget_config = ml_collections.ConfigDict", ["the setting n_layer is missing"]),
         (GOOD + "    config.dropout = float('nan')\n    return config\n", ["dropout=nan cannot be used"]),
         (GOOD + "    config.n_layer = True\n    return config\n", ["n_layer=True (bool)"]),
-        (
-            "import ml_collections\ndef get_config(): return ml_collections.ConfigDict({'seed': {}})\n",
-            ["--config.seed cannot replace", "default_config()"],
-        ),
+        ("from altgrad_jax.errors import UserError\nraise UserError('own words')", ["own words"]),
     ],
 )
 def test_refused_config_files(tmp_path, body, words):
-    path = config_file(tmp_path, body)
-    message = refusal(f"--config={path}", *(["--config.seed=1"] if "cannot replace" in words[0] else []))
+    with pytest.raises(UserError) as caught:
+        parse(f"--config={config_file(tmp_path, body)}")
     for word in words:
-        assert word in message
+        assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("body", ["raise UserError('own words')", "def get_config(): raise UserError('own words')"])
-def test_a_config_file_may_refuse_in_its_own_words(tmp_path, body):
-    path = config_file(tmp_path, "from altgrad_jax.errors import UserError\n" + body)
-    assert refusal(f"--config={path}") == "own words"
+def test_an_exception_of_the_users_own_file_stays_what_it_is(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        parse(f"--config={config_file(tmp_path, '1 / 0')}")
+    with pytest.raises(AttributeError, match="Did you mean.*batch_size"):
+        parse(f"--config={config_file(tmp_path, GOOD + '    config.batchsize = 8')}")
 
 
 def test_no_config_names_the_baseline():
-    assert f"--config {BASELINE}" in refusal()
-    assert f"--config {BASELINE}" in refusal("--config.seed=1")
+    assert f"--config={BASELINE}" in refusal()
+    assert f"--config={BASELINE}" in refusal("--config.seed=1")
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_every_field_can_be_set_by_a_flag(name):
-    default = FIELDS[name].default
-    text = ",".join(default) if isinstance(default, tuple) else str(default)
-    config, _ = parse(CONFIG, f"--config.{name}={text}")
-    assert config[name] == default and type(config[name]) is type(default)
+@pytest.mark.parametrize("text", ["", "{folder}", "{folder}/none/a.json", "/proc/none/a.json"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, text):
+    own = cli.new_flags()
+    flags.DEFINE(cli.OUTPUT_FILE, "json", None, "figures", flag_values=own)
+    with pytest.raises(UserError, match="--json=.* cannot be used: give the name of a file in a folder that exists"):
+        cli.parse([f"--json={text.format(folder=tmp_path)}"], own, config=False)
+    assert cli.parse([f"--json={tmp_path}/a.json"], own, config=False)[1] == {"json": f"{tmp_path}/a.json"}
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "99999", "x", ""])
+def test_a_coordinator_needs_a_port(port):
+    with pytest.raises(UserError, match=f"--coordinator=node:{port} cannot be used"):
+        check_flags("off", f"node:{port}", 2, 0)
 
 
 # --- how a script ends ----------------------------------------------------------------------------
@@ -310,61 +366,100 @@ def ends(capsys, function, *arguments, **keywords):
     return caught.value.code, *capsys.readouterr()
 
 
+def fails(error):
+    raise error
+
+
 def test_main_runs_with_the_config_and_exits_with_its_code(capsys):
-    def run(config, *, data_dir, workdir, resume):
-        print(config.seed, data_dir, workdir, resume)
+    def run(config, *, resume, workdir, **others):
+        print(config.seed, workdir, resume)
         return 3
 
-    got = ends(capsys, cli.main, run, usage="", argv=[CONFIG, "--config.seed=7", "--workdir=w"])
-    assert got == (3, "7 data/gpt2 w auto\n", "")
-
-
-def test_main_says_what_is_wrong_and_does_not_run(capsys):
-    code, out, err = ends(capsys, cli.main, pytest.fail, usage="", argv=[CONFIG, "--config.seed=x"])
+    argv = [CONFIG, "--config.seed=7", "--workdir=w"]
+    assert ends(capsys, cli.main, run, some_flags(), usage="", config=True, argv=argv) == (3, "7 w auto\n", "")
+    code, out, err = ends(
+        capsys, cli.main, pytest.fail, some_flags(), usage="", config=True, argv=[CONFIG, "--config.seed=x"]
+    )
     assert (code, out) == (2, "")
     assert err.startswith("error: --config.seed=x cannot be used") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], [CONFIG, "--config.nonsense=1", "--help"]])
 def test_help(capsys, argv):
-    flags = (*cli.TRAIN_FLAGS, cli.Flag("extra", "7", "an extra flag", int))
     usage = "\nTrains.\n\n  By example.\n"
-    code, out, err = ends(capsys, cli.main, pytest.fail, usage=usage, flags=flags, argv=argv)
+    code, out, err = ends(capsys, cli.main, pytest.fail, some_flags(), usage=usage, config=True, argv=argv)
     assert (code, err) == (0, "")
-    assert out.startswith("Trains.\n\n  By example.\n")
-    assert max(map(len, out.split("\n"))) <= 100
-    for name in ("config", "data_dir", "workdir", "resume", "extra"):
-        assert f"  --{name} " in out
-    assert "[default 7]" in out
+    assert out.startswith("Trains.\n\n  By example.\n") and max(map(len, out.split("\n"))) <= 100
+    for name in ("config", "data_dir", "workdir", "resume", "rounds", "[no]quick"):
+        assert f"  --{name}" in out
+    assert "how often [default 9]" in out and "--r " not in out
     for name in FIELDS:
         assert f"\n  {name}=" in out
 
 
-def test_run_script(capsys):
-    def fails(error):
-        raise error
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (UserError("no."), 2, "error: no.\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            OSError(28, "No space left on device", "/x/y"),
+            1,
+            "error: /x/y cannot be used (No space left on device): put",
+        ),
+        (ConnectionError("gone"), 1, "error: gone: put that right"),
+        (
+            RuntimeError("Unable to initialize backend 'tpu': no"),
+            2,
+            "error: Unable to initialize backend 'tpu': no: give",
+        ),
+    ],
+)
+def test_how_exceptions_end_a_script(capsys, error, code, said):
+    got = ends(capsys, cli.run_script, lambda: fails(error))
+    assert got[:2] == (code, "") and got[2].startswith(said) and got[2].count("\n") == 1
 
+
+def test_codes_are_passed_on_and_a_defect_keeps_its_traceback(capsys):
     assert ends(capsys, cli.run_script, lambda: 5)[0] == 5
     assert ends(capsys, cli.run_script, lambda: None)[0] == 0
-    assert ends(capsys, cli.run_script, lambda: fails(UserError("no."))) == (2, "", "error: no.\n")
-    assert ends(capsys, cli.run_script, lambda: fails(KeyboardInterrupt())) == (130, "", "interrupted\n")
-    with pytest.raises(ZeroDivisionError):  # a defect keeps its traceback
-        cli.run_script(lambda: fails(ZeroDivisionError()))
+    for error in (ZeroDivisionError(), RuntimeError("other")):
+        with pytest.raises(type(error)):
+            cli.run_script(lambda: fails(error))
+
+
+@pytest.mark.parametrize("asked, name", [("", "gpu"), ("cuda", "auto"), ("cpu", "gpu")])
+def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch, asked, name):
+    import jax
+
+    monkeypatch.setattr("os.path.exists", lambda path: False)
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", asked)
+        with pytest.raises(
+            UserError, match="--device=gpu asks for" if name == "gpu" else "JAX_PLATFORMS=cuda asks for"
+        ):
+            use_device(name)
+        use_device("cpu")
+        assert jax.config.jax_platforms == "cpu"
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 def test_as_a_process(tmp_path):
-    """By path, from elsewhere, as scripts/train.py is run: sys.path[0] is the script's folder."""
+    """By path, from elsewhere, as scripts/train.py is run: sys.path[0] is the script's folder. jax must not start."""
+    (tmp_path / "jax.py").write_text("raise ImportError('jax was imported')\n")
     script = tmp_path / "script.py"
     script.write_text(
-        "from altgrad_jax import cli\ncli.main(lambda config, **flags: print(config.run_name) or 7, usage='U')\n"
+        "from altgrad_jax import cli\n"
+        "cli.main(lambda config, **flags: print(config.run_name) or 7, cli.new_flags(), usage='U', config=True)\n"
     )
 
     def process(*argv, **keywords):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(
             [sys.executable, str(script), *argv],
             cwd=tmp_path,
-            env=environment,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             text=True,
             stderr=subprocess.PIPE,
             stdout=keywords.get("stdout", subprocess.PIPE),
@@ -386,51 +481,18 @@ def test_as_a_process(tmp_path):
         os.close(write_end)
 
 
-@pytest.mark.parametrize(
-    "argument, words",
-    [
-        ("--config.seed=\u0663", ["seed=\u0663 cannot be used"]),  # int() reads it as 3
-        ("--config.learning_rate=\u0661.5", ["learning_rate=\u0661.5 cannot be used"]),
-        ("--workdir=~no-such-user/x", ["~no-such-user/x", "local folder"]),
-        ("--config.checkpoint_dir=~no-such-user/x", ["~no-such-user/x", "unknown user"]),
-    ],
-)
-def test_what_python_would_take_and_a_reader_would_not(argument, words):
-    message = refusal(CONFIG, argument)
-    for word in words:
-        assert word in message
-
-
-def test_a_home_folder_is_named_by_its_tilde(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert parse(CONFIG, "--data_dir=~/tokens")[1]["data_dir"] == "/home/someone/tokens"
-
-
-@pytest.mark.parametrize("text", ["", "{folder}", "{folder}/none/a.json", "/proc/none/a.json"])
-def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, text):
-    with pytest.raises(UserError, match="--json=.* cannot be used: give the name of a file in a folder that exists"):
-        cli.output_file("json")(text.format(folder=tmp_path))
-    assert cli.output_file("json")(f"{tmp_path}/a.json") == f"{tmp_path}/a.json"
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ([], "the following arguments are required: run; --help lists what to give"),
-        (["x", "--step=1_0"], "argument --step: '1_0' is not a whole number; --help lists what to give"),
-        (["x", "--step=\u0663"], "argument --step: '\u0663' is not a whole number; --help lists what to give"),
-        (["x", "--out="], "argument --out: it is empty; --help lists what to give"),
-        (["x", "--st=1"], "unrecognized arguments: --st=1; --help lists what to give"),
-    ],
-)
-def test_a_script_with_arguments_refuses_in_one_sentence(words, message):
-    parser = cli.ArgumentParser("what it does")
-    parser.add_argument("run")
-    parser.add_argument("--step", type=cli.whole_number)
-    parser.add_argument("--out", type=cli.some_text)
-    with pytest.raises(UserError) as caught:
-        parser.parse_args(words)
-    assert str(caught.value) == message
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+def test_help_and_mistakes_of_every_script_come_without_jax(tmp_path, name):
+    (tmp_path / "jax.py").write_text("raise ImportError('jax was imported')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for word, code in (("--help", 0), ("--no_such_flag", 2)):
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / name, word], text=True, capture_output=True, env=environment
+        )
+        assert done.returncode == code, done.stderr
+        if code and name != "compare_checkouts.py":  # its argparse prints its usage
+            assert re.match("error: (there is no flag --no_such_flag|no config is given)", done.stderr)
+            assert done.stderr.count("\n") == 1
 
 
 def test_an_error_can_be_printed_whatever_it_quotes():
@@ -438,9 +500,3 @@ def test_an_error_can_be_printed_whatever_it_quotes():
         r"\u00e9", "\u00e9"
     )
     assert str(UserError("2 settings:\n  - a\n  - b")) == "2 settings:\n  - a\n  - b"
-
-
-@pytest.mark.parametrize("port", ["0", "65536", "99999", "x", ""])
-def test_a_coordinator_needs_a_port(port):
-    with pytest.raises(UserError, match=f"--coordinator=node:{port} cannot be used"):
-        check_flags("off", f"node:{port}", 2, 0)

@@ -1,4 +1,4 @@
-"""A little of the fault campaign; the whole is scripts/fault_campaign.py, its results are docs/results/faults.md."""
+"""A little of the fault campaign; the whole is tests/fault_campaign.py, its results are docs/results/faults.md."""
 
 import os
 import random
@@ -105,7 +105,7 @@ def test_the_budget_ends_the_campaign_and_it_says_so(tokens, tmp_path):
     done = subprocess.run(
         [
             sys.executable,
-            str(ROOT / "scripts" / "fault_campaign.py"),
+            str(ROOT / "tests" / "fault_campaign.py"),
             "--parts=kills",
             "--budget_minutes=0",
             f"--data_dir={tokens}",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from altgrad_jax import cli
 from altgrad_jax.errors import UserError
 from altgrad_jax.inference import hf
 from altgrad_jax.models.gpt2 import GPTConfig, init_params
@@ -282,38 +283,43 @@ def test_nothing_is_overwritten_and_a_failed_write_leaves_nothing(exported, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
 
 
+def run(script, arguments):
+    _, values = cli.parse(arguments, script.FLAGS, config=False, arguments=script.ARGUMENTS)
+    script.run(**values)
+
+
 def test_script_imports_a_folder_and_exports_the_same(params, exported, tmp_path, script, capsys):
     hf.write_folder(tmp_path / "in", exported[0], exported[1] | {"attn_pdrop": 0.1})
     arguments = ["--import", str(tmp_path / "in"), str(tmp_path / "run")]
     with pytest.raises(UserError, match="--tokenizer"):
-        script.main(script.parse_args(arguments))
+        run(script, arguments)
     # A vocabulary of 31 is smaller than any tokenizer's.
     with pytest.raises(UserError, match="vocab_size=31 is too small"):
-        script.main(script.parse_args([*arguments, "--tokenizer", "bytes"]))
+        run(script, [*arguments, "--tokenizer", "bytes"])
     assert not (tmp_path / "run").exists()
 
     config = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=256, compute_dtype="float32")
     params = params | {"embed": {"embedding": np.random.default_rng(1).standard_normal((256, 8)).astype(np.float32)}}
     hf.write_folder(tmp_path / "in256", *hf.to_hf(params, config))
-    script.main(script.parse_args(["--import", str(tmp_path / "in256"), str(tmp_path / "run")]))
+    run(script, ["--import", str(tmp_path / "in256"), str(tmp_path / "run")])
     assert "step 0" in capsys.readouterr().out
     with pytest.raises(UserError, match="not an empty folder"):
-        script.main(script.parse_args(["--import", str(tmp_path / "in256"), str(tmp_path / "run")]))
+        run(script, ["--import", str(tmp_path / "in256"), str(tmp_path / "run")])
 
-    script.main(script.parse_args([str(tmp_path / "run"), str(tmp_path / "out"), "--step", "0"]))
+    run(script, [str(tmp_path / "run"), str(tmp_path / "out"), "--step", "0"])
     tensors, config_json = hf.read_folder(tmp_path / "out")
     got, sizes = hf.from_hf(tensors, config_json)
     assert_same_tree(got, jax.tree.map(np.asarray, params))
     assert GPTConfig(**sizes, compute_dtype="float32") == config
     assert config_json["altgrad_tokenizer"] == "bytes"
     with pytest.raises(UserError, match="step 7"):
-        script.main(script.parse_args([str(tmp_path / "run"), str(tmp_path / "other"), "--step", "7"]))
+        run(script, [str(tmp_path / "run"), str(tmp_path / "other"), "--step", "7"])
 
 
 @pytest.mark.parametrize("arguments", [["--import", "a", "b", "--step", "1"], ["a", "b", "--tokenizer", "gpt2"]])
 def test_script_refuses_flags_that_it_would_ignore(script, arguments):
     with pytest.raises(UserError, match="cannot be used|only for"):
-        script.main(script.parse_args(arguments))
+        run(script, arguments)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ FLOORS = [
     {"errors"},
     {"files"},
     {"numerics", "data"},
+    {"conflicts"},
     {"config"},
     {"models", "step", "cli"},
     {"run"},
@@ -34,6 +35,7 @@ MAY_COMPILE = {"step.program", "inference.generate", "bench.programs", "numerics
 WITHOUT_JAX = {
     "errors",
     "files",
+    "conflicts",
     "config",
     "cli",
     "numerics.formats",

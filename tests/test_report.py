@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from altgrad_jax import cli, report
 from altgrad_jax import config as settings
-from altgrad_jax import report
 from altgrad_jax.config import default_config
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics.whatif import sparse
@@ -850,9 +850,9 @@ def test_interrupting_live_is_a_clean_130(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(report.live, "__kwdefaults__", {**report.live.__kwdefaults__, "sleep": interrupted})
-    args = script.parse_args([str(tmp_path), "-o", str(tmp_path / "r.html"), "--live"])
+    argv = [str(tmp_path), "-o", str(tmp_path / "r.html"), "--live"]
     with pytest.raises(SystemExit) as stopped:
-        script.run_script(lambda: script.main(args))
+        cli.main(script.run, script.FLAGS, usage="", arguments=script.ARGUMENTS, argv=argv)
     assert stopped.value.code == 130 and (tmp_path / "r.html").exists()
 
 
@@ -894,7 +894,13 @@ def test_a_page_that_cannot_be_written_leaves_no_other(tmp_path):
     assert not (tmp_path / "a.md").exists()
 
 
-@pytest.mark.parametrize("version, added", [(1, settings.ADDED_IN_2 | settings.ADDED_IN_3), (2, settings.ADDED_IN_3)])
+@pytest.mark.parametrize(
+    "version, added",
+    [
+        (1, settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4),
+        (2, settings.ADDED_IN_3 | settings.ADDED_IN_4),
+    ],
+)
 def test_runs_of_earlier_versions_are_read(tmp_path, version, added):
     run = write_run(tmp_path / "old", val=3.0)
     path = run / "manifest.json"

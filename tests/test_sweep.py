@@ -490,11 +490,9 @@ def test_the_config_file_s_sweep_is_found(tmp_path):
     )
     config = cli.load_config(str(file))
     assert cli.sweep_of(config) == [{"run_name": "a", "seed": 43}]
-    for text, words in (("    return {}\n", "must return a list"), ("    1 / 0\n", "line 5 of .* ZeroDivisionError")):
-        file.write_text(file.read_text().rsplit("\n", 2)[0] + "\n" + text)
-        config = cli.load_config(str(file))
-        with pytest.raises(UserError, match=words):
-            cli.sweep_of(config)
+    file.write_text(file.read_text().rsplit("\n", 2)[0] + "\n    return {}\n")
+    with pytest.raises(UserError, match="must return a list"):
+        cli.sweep_of(cli.load_config(str(file)))
     file.write_text(file.read_text().split("def get_sweep")[0])
     with pytest.raises(UserError, match="has no function get_sweep"):
         cli.sweep_of(cli.load_config(str(file)))

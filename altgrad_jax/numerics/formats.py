@@ -27,6 +27,7 @@ import difflib
 import functools
 import hashlib
 import math
+import re
 
 import numpy as np
 
@@ -197,7 +198,9 @@ def get_format(name: str) -> FloatFormat:
     if known:
         return known
     names = [*FORMATS, *ALIASES]
-    near = difflib.get_close_matches(str(name).upper().replace("-", "_"), names, n=3, cutoff=0.5)
+    plain = str(name).upper().replace("-", "_")
+    split = re.search(r"E\d+M\d+", plain)  # as in float8_e4m3fn
+    near = [split[0]] if split and split[0] in names else difflib.get_close_matches(plain, names, n=3, cutoff=0.5)
     listed = ", ".join([*near, *(other for other in names if other not in near)])
     raise UserError(f"there is no number format {str(name)[:40]!r}: give one of {listed}")
 

@@ -37,6 +37,14 @@ BLOCK_LAYERS = ("ln_1", "attn_qkv", "attn_out", "ln_2", "mlp_up", "mlp_down")
 IN_BLOCK = tuple(layer for layer in BLOCK_LAYERS if not layer.startswith("ln_"))  # those that are products
 HEAD = "head"
 NONE = "none"
+# What a run may choose, by name: where an operand's scale comes from, how it is rounded, how weights are kept, what
+# updates them, and how the learning rate goes. Settings and the modules that compute share these lists.
+SCALINGS = ("delayed", "tensor", "channel", "block32", "block128", "none")
+PER_TENSOR = ("delayed", "tensor", "none")  # the scalings with one scale for each operand
+ROUNDINGS = ("nearest", "stochastic")
+AT_REST = ("float32", "nearest", "stochastic", "error_feedback")
+OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "grid")
+SCHEDULES = ("constant", "cosine", "wsd")
 FLOAT8 = {"E4M3": "float8_e4m3fn", "E5M2": "float8_e5m2"}  # what `native` products can compute with
 _RULE = re.compile(r"(?:(?P<pattern>[^:=]+)(?::(?P<operands>[^:=]*))?=)?(?P<format>[^:=]*)")
 

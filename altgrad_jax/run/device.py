@@ -51,13 +51,30 @@ def use_deterministic_operations():
     os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC_FLAG}".strip()
 
 
+def use_device(name: str) -> None:
+    """Has jax compute where --device says, before it starts; UserError where a GPU is asked for and there is none.
+
+    Args:
+      name: "cpu", "gpu", or "auto": what JAX_PLATFORMS says, else the best there is.
+    """
+    if name != "auto":
+        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,cpu"}[name])
+    asked = {"cuda", "gpu"} & set((jax.config.jax_platforms or "").split(","))
+    if asked and not expects_nvidia_gpu():
+        by = "--device=gpu" if name == "gpu" else f"JAX_PLATFORMS={jax.config.jax_platforms}"
+        raise UserError(
+            f"{by} asks for a GPU, and jax finds no NVIDIA driver or no plugin for it: install jax[cuda12] or "
+            "jax[cuda13] on a machine with a GPU, or give --device=cpu"
+        )
+
+
 def expects_nvidia_gpu():
     """Whether jax will compute on an NVIDIA GPU, as far as can be known without starting it."""
     platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return False
     plugin = any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin"))
-    return plugin and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
+    return bool(plugin) and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
 
 
 def nvidia_model():

@@ -31,6 +31,7 @@ _GROUP_NAMES = {"attn": "attention", "mlp": "MLP", "ln": "layer norms"}
 def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     """Says what training.train would do with the same arguments: compiles everything, trains nothing, and writes
     nothing into the run folder. Settings and files that train would refuse are refused alike. Returns exit code 0."""
+    config, said = settings.fitted(config)
     settings.validate(config)
     resolve_wandb_mode(config.wandb_mode)
     require_resume(resume)
@@ -38,6 +39,8 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     exists = _nearest_folder(run_dir)
     console = make_console("plain", config.max_steps)
     say = console.message
+    for sentence in said:
+        say(f"note: {sentence}")
     if resume == "auto" and is_finished(run_dir, config):
         say(f"next: nothing, for {run_dir} is finished with {config.max_steps} steps")
         return 0

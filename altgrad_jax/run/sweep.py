@@ -19,6 +19,7 @@ import math
 import os
 import re
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -150,6 +151,9 @@ def make_members(config, points, out):
             )
         if unknown := set(point) - set(settings.FIELDS):
             raise UserError(f"member {name}: {settings.unknown_field(sorted(unknown)[0])}")
+        member, said = settings.fitted(member)
+        for sentence in said:
+            print(f"note: member {name}: {sentence}", file=sys.stderr)
         try:
             settings.validate(member)
         except UserError as error:

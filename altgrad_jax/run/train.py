@@ -7,6 +7,7 @@ the data; compile; restore; loop; at the end the verdict.
 import contextlib
 import dataclasses
 import errno
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +85,9 @@ def train(
       UserError: any setting, file or folder that cannot be used; before the first step.
     """
     goodput = Goodput(age)
+    config, notes = settings.fitted(config)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
     settings.validate(config)
     resolve_wandb_mode(config.wandb_mode)

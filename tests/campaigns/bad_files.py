@@ -1670,7 +1670,7 @@ def config_files(originals):
             else:
                 write(folder / "my.py", content)
             given = (spec or "{folder}/my.py").format(folder=folder)
-            return lambda: cli.parse([f"--config={given}"], cli.TRAIN_FLAGS)
+            return lambda: cli.parse([f"--config={given}"], cli.new_flags())
 
         return Case("config files", what, make, names)
 
@@ -1688,13 +1688,6 @@ def config_files(originals):
         yield case(no_file, instead("my.py", no_file), "{folder}/my.py")
     for what, content, name in (
         ("empty", "", "get_config"),
-        ("not UTF-8", b"# \xff\n", "my.py"),
-        ("NUL bytes", b"\0\0", "my.py"),
-        ("a pickle", PICKLE, "my.py"),
-        ("broken syntax", "def get_config(:\n", "line 1"),
-        ("bad indentation", "def get_config():\nreturn 1\n", "line 2"),
-        ("a tab mix", "if 1:\n\tx=1\n        y=2\n", "my.py"),
-        ("UTF-16", "x=1".encode("utf-16"), "my.py"),
         ("no get_config", "x = 1\n", "get_config"),
         ("get_config no function", "get_config = 5\n", "get_config"),
         ("get_config wants an argument", "def get_config(x): return x\n", "argument"),
@@ -1707,35 +1700,13 @@ def config_files(originals):
             "def get_config():\n    c = ml_collections.FrozenConfigDict(default_config())\n    return c\n",
             "FrozenConfigDict",
         ),
-        ("raises", "1 / 0\n", "line 1"),
-        ("raises a long text", "raise ValueError('x\\n' * 10**6)\n", "ValueError"),
-        ("exits", "import sys\nsys.exit(0)\n", "SystemExit"),
-        ("exits with a text", "raise SystemExit('bye')\n", "bye"),
-        ("calls itself", "def get_config(): return get_config()\n", "RecursionError"),
-        ("imports what there is not", "import no_such_module_at_all\n", "no_such_module_at_all"),
-        ("is asserted", "assert False\n", "AssertionError"),
-        ("raises text that cannot be printed", "raise ValueError('\\x1b[31m\\x00')\n", "ValueError"),
-        ("an error that fails to tell", "class E(Exception):\n    def __str__(self): 1/0\nraise E\n", "my.py"),
-        ("an unknown setting", lines("c.learning_rat = 1.0"), "learning_rate"),
-        ("a wrong type", lines("c.seed = 'x'"), "seed"),
-        ("a float for a whole number", lines("c.seed = 1.5"), "seed"),
         ("NaN", lines("c.learning_rate = float('nan')"), "learning_rate=nan"),
         ("None", lines("c.seed = None"), "seed=None"),
         ("True", lines("c.max_steps = True"), "max_steps"),
-        (
-            "a placeholder that is never set",
-            lines(
-                "import ml_collections\n    with c.unlocked(): c.seed = "
-                "ml_collections.config_dict.required_placeholder(int)"
-            ),
-            "my.py",
-        ),
         ("a setting taken out", lines("with c.unlocked(): del c.seed"), "seed"),
         ("a setting too many", lines("with c.unlocked(): c.novel = 1"), "novel"),
         ("a setting whose name is a number", lines("with c.unlocked(): c[5] = 1"), "name"),
         ("settings nested", lines("with c.unlocked(): c.model = {'n_layer': 2}"), "model"),
-        ("a lambda", lines("with c.unlocked(): c.seed = lambda: 3"), "seed"),
-        ("NumPy's number", lines("import numpy; c.seed = numpy.int64(3)"), "seed"),
         (
             "three wrong at once",
             lines("c.seed = -1; c.max_steps = 0; c.beta1 = 1.0"),
@@ -1753,10 +1724,7 @@ def flags(originals):
                 # The script's table of flags, and its main part only where all of them are accepted.
                 parts = _script(script)
                 argv = [CONFIG, f"--workdir={folder}/out", *words] if script == "train.py" else [CONFIG, *words]
-                config, values = cli.parse(
-                    argv,
-                    (*parts["FLAGS"],) if "FLAGS" in parts else (*cli.TRAIN_FLAGS, cli.DRY_RUN, *cli.PROCESS_FLAGS),
-                )
+                config, values = cli.parse(argv, parts["FLAGS"])
                 if script == "train.py":
                     from altgrad_jax.run.processes import check_flags
 
@@ -1777,7 +1745,7 @@ def flags(originals):
 
     for words, *names in (
         (["seed=3"], "--config.seed=3"),
-        (["my.py"], "--config my.py"),
+        (["my.py"], "--config=my.py"),
         (["--confg.seed=3"], "--config.seed"),
         (["--config.sed=3"], "seed"),
         (["--config.=3"], "--help"),
@@ -1787,7 +1755,7 @@ def flags(originals):
         (["--config.seed"], "--config.seed"),
         (["--config.seed", "--dry_run"], "--config.seed"),
         (["--noconfig.seed"], "--noconfig.seed"),
-        (["--noconfig.use_fp8=1"], "--noconfig.use_fp8"),
+        (["--noconfig.use_fp8=1"], "noconfig.use_fp8"),
         (["--resum=auto"], "--resume"),
         (["--resume="], "--resume="),
         (["--resume=-1"], "--resume=-1"),
@@ -1797,7 +1765,7 @@ def flags(originals):
         (["--resume=None"], "--resume=None"),
         (["--resume=1.0"], "1.0"),
         (["--dry_run=maybe"], "maybe"),
-        (["--dry_run=True"], "True"),
+        (["--dry_run=yes"], "yes"),
         (["--dry_run="], "--dry_run="),
         (["--workdir="], "--workdir"),
         (["--workdir= x"], "--workdir"),
@@ -1820,7 +1788,6 @@ def flags(originals):
         (["--num_processes=-1"], "--num_processes=-1"),
         (["--num_processes=1e9"], "1e9"),
         (["--num_processes=99999999999"], "99999999999"),
-        (["--process_id=\u0661"], "--process_id"),
         (["--coordinator=x"], "--coordinator"),
         (["--coordinator=x", "--num_processes=2", "--process_id=0"], "--coordinator=x"),
         (["--coordinator=x:y", "--num_processes=2", "--process_id=0"], "x:y"),
@@ -1828,14 +1795,11 @@ def flags(originals):
         (["--coordinator=x:0", "--num_processes=2", "--process_id=0"], "x:0"),
         (["--coordinator=x:1", "--num_processes=2", "--process_id=2"], "--process_id=2"),
         (["---config.seed=1"], "---config.seed"),
-        (["--"], "--"),
         (["-"], "-"),
         (["-x"], "-x"),
         ([""], "''"),
         (["--config.tags=a,a"], "tags"),
-        (["--config.learning_rate=1e999"], "learning_rate=1e999"),
-        (["--config.seed=\u0663"], "seed=\u0663"),
-        (["--config.learning_rate=\u0661.5"], "learning_rate"),
+        (["--config.learning_rate=1e999"], "learning_rate=inf"),
         (["--config.seed=" + "9" * 5000], "seed"),
         (["--config.run_name=\ud800"], "run_name"),
         (["--config.use_fp8=vrai"], "vrai"),
@@ -1865,7 +1829,6 @@ def flags(originals):
         (["--axes=seed=1", "--shard=a/b"], "a/b"),
         (["--axes=seed=1", "--shard=\u0661/\u0662"], "--shard"),
         (["--axes=seed=1", "--member_loop=pmap"], "pmap"),
-        (["--axes=seed=1", "--width=\u0663"], "--width"),
         (["--width=-1"], "--width=-1"),
         (["--width=65537"], "65537"),
         (["--width=\u00b2"], "--width"),
@@ -1943,11 +1906,12 @@ def flags(originals):
 
 @functools.cache
 def _script(name):
-    return runpy.run_path(str(ROOT / "scripts" / name), run_name="bad-input")
+    folder = "tests" if name in ("fault_campaign.py", "kill_sweep.py") else "scripts"
+    return runpy.run_path(str(ROOT / folder / name), run_name="bad-input")
 
 
 def arguments(originals):
-    """Words for the scripts that read theirs with argparse."""
+    """Words for the scripts that take no config."""
 
     def case(script, words, *names):
         def make(folder):
@@ -1955,7 +1919,8 @@ def arguments(originals):
 
             def go():
                 parts = _script(script)
-                parts["main"](parts["parse_args"](given))
+                _, values = cli.parse(given, parts["FLAGS"], config=False, arguments=parts.get("ARGUMENTS", ()))
+                parts["run"](**values)
 
             return go
 
@@ -1966,21 +1931,21 @@ def arguments(originals):
             script, ["--unknown", "{run}", "{folder}/x"] if script != "prepare_data.py" else ["--unknown"], "--unknown"
         )
     for script in ("evaluate.py", "sample.py", "what_if.py", "report.py", "export_hf.py"):
-        yield case(script, [], "required")
+        yield case(script, [], "is missing")
     for script in ("evaluate.py", "sample.py", "what_if.py"):
         yield case(script, ["{folder}/none"], "{folder}/none")
         yield case(script, ["{folder}"], "{folder}")
         yield case(script, ["a\0b"], "a")
         yield case(script, ["x" * 5000], "xxx")
         yield case(script, ["gs://bucket/run"], "gs:")
-        for step in ("x", "1.5", "", "\u0663", "1_0", "nan"):
+        for step in ("x", "1.5", "", "nan"):
             yield case(script, ["{run}", f"--step={step}"], "--step", step)
         yield case(script, ["{run}", "--step=-1"], "diagnostics.jsonl" if script == "what_if.py" else "-1")
-        yield case(script, ["{run}", "--step=" + "9" * 400], "999")
+        yield case(script, ["{run}", "--step=" + "9" * 400], "diagnostics.jsonl" if script == "what_if.py" else "999")
     yield case("evaluate.py", ["{run}", "--data_dir=x", "--tokens=y"], "--tokens")
     yield case("evaluate.py", ["{run}", "--tokens={folder}"], "{folder}")
     for name, values in {
-        "num_samples": ("0", "-1", "x", "1.5", "\u0663"),
+        "num_samples": ("0", "-1", "x", "1.5"),
         "max_new_tokens": ("0", "-5", "x", "1e3"),
         "temperature": ("-1", "nan", "inf", "x", "1e999"),
         "top_k": ("-1", "257", "x"),
@@ -2026,7 +1991,6 @@ def arguments(originals):
         (["--parts=kills,moon"], "moon"),
         (["--parts="], "--parts"),
         (["--kills=0"], "--kills=0"),
-        (["--kills=1_0"], "1_0"),
         (["--seed=-1"], "--seed=-1"),
         (["--soak_steps=x"], "x"),
         (["--budget_minutes=nan"], "nan"),
@@ -2071,7 +2035,7 @@ def command_lines(originals):
         )
 
     yield train("a setting out of range", "--config.beta1=1.0", names=("beta1=1.0",))
-    yield train("an infinite setting", "--config.learning_rate=1e999", names=("learning_rate=1e999",))
+    yield train("an infinite setting", "--config.learning_rate=1e999", names=("learning_rate=inf",))
     yield train("settings that contradict each other", "--config.n_head=3", names=("n_head=3", "n_embd"))
     yield train("no config file", names=("{folder}/no.py",), config="--config={folder}/no.py")
     yield train(

@@ -14,7 +14,7 @@ and only what they leave outside the place for output counts. And settings at th
 accepted; one that is not counts as refused wrongly.
 
 `run` makes every input in a folder of its own and gives it to the program in a thread, or to a script in a process.
-What the inputs are: bad_configs (drawn, with an oracle of its own) and bad_files (a catalogue).
+What the inputs are: strategies (settings, drawn from the limits of the fields) and bad_files (a catalogue).
 """
 
 import contextlib
@@ -31,8 +31,9 @@ import time
 import traceback
 from pathlib import Path
 
+from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
-from campaigns import bad_configs, bad_files
+from campaigns import bad_files, strategies
 from campaigns.case import ROOT, Case, Script
 from campaigns.runs import Part, table
 
@@ -257,37 +258,21 @@ def judge(case, folder, here, limit_s=LIMIT_S):
 
 
 def config_cases(seed, n):
-    """n wrong values of settings; for every three of those a contradiction between settings, and a right value."""
+    """n wrong values of settings, and for every three of those one at an edge of its limits or inside."""
     cases = []
-    for bad in bad_configs.draw(bad_configs.bad_values, n, seed=seed, key=lambda bad: bad.text):
-        cases.append(
-            Case(
-                f"setting: {bad.problem}",
-                bad.text,
-                lambda folder, bad=bad: lambda: bad_configs.give(bad, str(ROOT / bad_configs.CONFIG_FILE)),
-                (bad.name, bad.shown),
-            )
-        )
-    for changes, names in bad_configs.draw_conflicts(n // 3, seed=seed):
-        cases.append(
-            Case(
-                "settings that contradict each other",
-                repr(changes),
-                lambda folder, changes=changes: lambda: bad_configs.give_together(changes),
-                names,
-            )
-        )
-    for name, value, values in bad_configs.draw(
-        bad_configs.good_values, n // 3, seed=seed, key=lambda good: repr(good[:2])
-    ):
-        cases.append(
-            Case(
-                "setting at an edge of its range or inside: to be accepted",
-                f"{name}={value!r}",
-                lambda folder, values=values: lambda: bad_configs.accept(values),
-                expected="accepted",
-            )
-        )
+    for bad in strategies.draw(strategies.bad_values(), n, of_seed=seed):
+        kind = "setting: by a flag" if bad.is_flag else "setting: from Python"
+        what = f"{bad.name}: {settings.show(bad.value)} ({type(bad.value).__name__})"
+        config_file = str(ROOT / "configs" / "smoke.py")
+        cases.append(Case(kind, what, lambda folder, bad=bad: lambda: strategies.give(bad, config_file), (bad.name,)))
+    for name, value in strategies.draw(strategies.good_values(), n // 3, of_seed=seed):
+
+        def accept(name=name, value=value):
+            if problem := settings.problem(settings.FIELDS[name], value):
+                raise UserError(problem)
+
+        kind = "setting inside its limits: to be accepted"
+        cases.append(Case(kind, f"{name}={settings.show(value)}", lambda folder, a=accept: a, expected="accepted"))
     return cases
 
 
