@@ -14,6 +14,7 @@ import copy
 import inspect
 import os
 import re
+import signal
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -146,7 +147,6 @@ def run_script(function: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         code = _say(str(error), error.exit_code)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends what Python still waits for
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of `| head` left; Python would write once more at exit, and complain
@@ -159,6 +159,12 @@ def run_script(function: Callable[[], int | None]) -> NoReturn:
         if not str(error).startswith("Unable to initialize backend"):
             raise
         code = _say(f"{' '.join(str(error).split())}: give --device=cpu, or another JAX_PLATFORMS", 2)
+    if code > 128:
+        # Threads may still be compiling, and Python would wait for them.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
