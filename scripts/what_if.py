@@ -7,11 +7,10 @@ A share is that of all elements, in percent, at the scale that maps the operand'
 range. A run in any format has the histograms; formats=BF16 trains exactly as the baseline does and has them too.
 """
 
-from pathlib import Path
-
 from altgrad_jax.cli import ArgumentParser, run_script, whole_number
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
-from altgrad_jax.numerics.whatif import of_run
+from altgrad_jax.numerics.whatif import of_diagnoses
+from altgrad_jax.run.record import read_diagnostics
 
 
 def parse_args(argv=None):
@@ -23,7 +22,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    step, rows = of_run(Path(args.run) / "diagnostics.jsonl", args.step)
+    step, rows = of_diagnoses(read_diagnostics(args.run), args.step)
     print(f"underflow at step {step}, % of elements\n")
     print(f"{'layer':<20} operand " + " ".join(f"{name:>8}" for name in DEFAULT_8BIT))
     for row in rows:

@@ -13,6 +13,7 @@ import numpy as np
 
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
 from altgrad_jax.run import verdict
+from altgrad_jax.run.record import read_history
 from altgrad_jax.run.training import train
 
 ABLATIONS = ("W", "A", "G")
@@ -75,7 +76,7 @@ def run(config, out, runs, *, data_dir, say=print):
 def summarize(out, name):
     """{column: number} of one run: losses, and the mean of each statistic over the last LAST of the steps."""
     result = verdict.make_verdict(out / name)
-    history = verdict.read_history(out / name, list(STATISTICS.values()))
+    history = read_history(out / name, list(STATISTICS.values()))
     n = max(1, round(LAST * len(history["step"])))
 
     def mean(values):

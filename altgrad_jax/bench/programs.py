@@ -27,10 +27,11 @@ from altgrad_jax.models.gpt2 import GPT, init_params
 from altgrad_jax.numerics import optimizers
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.rounding import format_params, round_to_format, stochastic_seed
+from altgrad_jax.run.alerts import rules_of
 from altgrad_jax.run.console import make_console
-from altgrad_jax.run.logger import DispatchRecord, Record, ValRising, Writer
-from altgrad_jax.run.rank_alerts import RankFalling
+from altgrad_jax.run.record import Record
 from altgrad_jax.run.training import Program, model_config, model_flops_per_step, require_float8_kernels, step_options
+from altgrad_jax.run.writer import DispatchRecord, RunFacts, Writer
 from altgrad_jax.step.mesh import data_mesh
 from altgrad_jax.step.program import make_step_functions
 from altgrad_jax.step.update import make_loss
@@ -247,14 +248,15 @@ class Step:
         folder = resources.enter_context(tempfile.TemporaryDirectory())
         writer = Writer(
             Record.open(os.path.join(folder, "run")),
-            max_steps=10**9,
-            tokens_per_step=config.batch_size * config.block_size,
-            log_interval=config.log_interval,
-            layer_interval=config.layer_interval,
-            alert_interval=config.alert_interval,
-            val_rising=ValRising(config.val_patience),
-            rank_falling=RankFalling(config.rank_threshold, config.rank_threshold_strict, after=config.warmup_steps),
-            flops_per_step=model_flops_per_step(config),
+            RunFacts(
+                max_steps=10**9,
+                tokens_per_step=config.batch_size * config.block_size,
+                log_interval=config.log_interval,
+                layer_interval=config.layer_interval,
+                alert_interval=config.alert_interval,
+                flops_per_step=model_flops_per_step(config),
+            ),
+            rules=rules_of(config),
         )
         resources.callback(writer.close)
         waiting, made = [], 0
@@ -269,11 +271,9 @@ class Step:
             jax.device_get((monitor.bad_streak, monitor.first_bad_step))
             waiting.append(
                 DispatchRecord(
-                    made + 1,
-                    self.names,
-                    rows_KM,
-                    len(rows_KM),
-                    dispatched_at=started,
+                    first_step=made + 1,
+                    names=self.names,
+                    values=rows_KM,
                     seconds=time.perf_counter() - started,
                 )
             )

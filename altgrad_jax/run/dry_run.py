@@ -16,8 +16,8 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.run.checkpoint import SAVES_AT_ONCE, DamagedCheckpoint, list_steps, restore_path
 from altgrad_jax.run.console import make_console
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
-from altgrad_jax.run.logger import resolve_wandb_mode
 from altgrad_jax.run.process import StopRequest
+from altgrad_jax.run.sinks import require_sinks
 from altgrad_jax.run.training import Program, Run, is_finished, require_resume, require_wandb_keys
 
 # Share of a known device's peak that the prediction supposes. Nothing was measured on one: small models reach less, for
@@ -31,7 +31,7 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     """Says what training.train would do with the same arguments: compiles everything, trains nothing, and writes
     nothing into the run folder. Settings and files that train would refuse are refused alike. Returns exit code 0."""
     settings.validate(config)
-    resolve_wandb_mode(config.wandb_mode)
+    require_sinks(config)
     require_resume(resume)
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
     exists = _nearest_folder(run_dir)

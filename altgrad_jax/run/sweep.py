@@ -35,7 +35,7 @@ from altgrad_jax.run.console import make_console, show_duration
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.run.dry_run import program_bytes
 from altgrad_jax.run.goodput import Goodput, describe
-from altgrad_jax.run.logger import write_atomically
+from altgrad_jax.files import write_atomically
 from altgrad_jax.run.process import Interrupted, StopRequest, lock_folder
 from altgrad_jax.run.training import (
     NOT_SAVED,

@@ -42,6 +42,7 @@ from altgrad_jax.numerics import rules, whatif
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.rounding import canary
 from altgrad_jax.run import distributed, verdict
+from altgrad_jax.run.alerts import rules_of
 from altgrad_jax.run.checkpoint import list_steps, open_checkpoints, save_anomaly
 from altgrad_jax.run.console import make_console
 from altgrad_jax.run.device import (
@@ -55,27 +56,22 @@ from altgrad_jax.run.device import (
     versions,
 )
 from altgrad_jax.run.goodput import Goodput, describe, total
-from altgrad_jax.run.logger import (
-    ALERT,
-    ALERT_VALUE,
+from altgrad_jax.run.process import Interrupted, StopRequest, is_empty, lock_folder
+from altgrad_jax.run.record import (
     MANIFEST,
     METRICS,
-    SPARSE,
     TIMING_KEYS,
-    DispatchRecord,
     Record,
-    ValRising,
-    Writer,
     furthest_step,
-    matching,
     new_run_id,
-    open_wandb,
+    read_history,
     read_manifest,
-    resolve_wandb_mode,
+    read_timing,
     write_manifest,
 )
-from altgrad_jax.run.process import Interrupted, StopRequest, is_empty, lock_folder
-from altgrad_jax.run.rank_alerts import RankFalling
+from altgrad_jax.run.sinks import open_sinks, require_sinks
+from altgrad_jax.run.wandb import matching
+from altgrad_jax.run.writer import ALERT, ALERT_VALUE, SPARSE, DispatchRecord, RunFacts, Writer
 from altgrad_jax.step import quantization, stability
 from altgrad_jax.step.mesh import FSDP, data_mesh, place, replicated
 from altgrad_jax.step.program import make_step_functions, over_members
@@ -201,7 +197,7 @@ def _train(config, data_dir, run_dir, resume, goodput):
 
 def _refuse_arguments(config, resume):
     settings.validate(config)
-    resolve_wandb_mode(config.wandb_mode)
+    require_sinks(config)
     require_resume(resume)
 
 
@@ -221,7 +217,7 @@ def _claim(run_dir, config, resume, resources):
 def _result(exit_code, run_dir):
     if not distributed.is_lead():
         return Result(exit_code, run_dir, None, {})
-    history = verdict.read_history(run_dir) if (run_dir / METRICS).exists() else {}  # interrupted before its first row
+    history = read_history(run_dir) if (run_dir / METRICS).exists() else {}  # interrupted before its first row
     return Result(exit_code, run_dir, None if exit_code > 128 else _read_verdict(run_dir), history)
 
 
@@ -744,7 +740,9 @@ def loop(program, runs, stop):
         seconds = (time.perf_counter() - started) / len(fresh)
         for run, (evaluation, lines) in zip(fresh, looks, strict=True):
             with goodput.spend("logging_blocked"):
-                run.writer.submit(DispatchRecord(0, evaluation=evaluation, evaluation_s=seconds, diagnostics=lines))
+                run.writer.submit(
+                    DispatchRecord(first_step=0, evaluation=evaluation, evaluation_s=seconds, diagnostics=lines)
+                )
 
     while not stop.number and (going := [run for run in runs if run.goes_on]):
         step = min(run.step for run in going)
@@ -793,7 +791,6 @@ def loop(program, runs, stop):
                 rows_KM,
                 evaluation,
                 lines,
-                started=started,
                 seconds=(ended - started) / len(behind),
                 look_seconds=seconds if evaluation else None,
             )
@@ -977,7 +974,7 @@ class Run:
 
     def _start_again(self):
         """A folder with a manifest and no checkpoint: fine if none was ever saved, an error if they were taken away."""
-        _, events = verdict.read_timing(self.run_dir)
+        _, events = read_timing(self.run_dir)
         saved = [event["step"] for event in events if event.get("event") == "checkpoint"]
         if saved:
             raise UserError(
@@ -993,7 +990,7 @@ class Run:
         self.manifest = distributed.from_lead(self._write_manifest)
         self.run_id = self.manifest["run_id"]
         if not distributed.is_lead():
-            self.writer, self.wandb = _Silent(), None
+            self.writer, self.sinks = _Silent(), None
             return
         # What an earlier end said is no longer true.
         for name in (verdict.VERDICT, verdict.LOSS_PLOT):
@@ -1003,41 +1000,25 @@ class Run:
         record = Record.open(run_dir, resume_step, log_interval=config.log_interval)
         self.writer = Writer(
             record,
-            max_steps=config.max_steps,
-            tokens_per_step=program.tokens_per_step,
-            log_interval=config.log_interval,
-            layer_interval=config.layer_interval,
-            console=self.watch,
-            alert_interval=config.alert_interval,
-            hurried=lambda: self.stop.received is not None,
-            val_rising=ValRising(config.val_patience, record.val_losses),
-            rank_falling=RankFalling(
-                config.rank_threshold, config.rank_threshold_strict, record.ranks, after=config.warmup_steps
+            RunFacts(
+                max_steps=config.max_steps,
+                tokens_per_step=program.tokens_per_step,
+                log_interval=config.log_interval,
+                layer_interval=config.layer_interval,
+                alert_interval=config.alert_interval,
+                flops_per_step=program.flops_per_step,
+                peak_flops=program.peak_flops,
             ),
-            flops_per_step=program.flops_per_step,
-            peak_flops=program.peak_flops,
+            console=self.watch,
+            rules=rules_of(config),
         )
         self.resources.callback(self.writer.close)
         self.resources.callback(self._account)  # after an exception; else finish() has done it
-        self.wandb = open_wandb(
-            run_dir,
-            mode=config.wandb_mode,
-            run_id=self.run_id,
-            project=config.project,
-            name=config.run_name,
-            entity=config.wandb_entity or None,
-            group=config.wandb_group or None,
-            tags=self.tags,
-            config=settings.to_dict(config),
-            resume_step=self.step if self.resumed else None,
-            alert_interval=config.alert_interval,
-            keys=config.wandb_keys,
-            say=self.console.message,
-            event=self.writer.event,
+        self.sinks = open_sinks(
+            config, run_dir, self.manifest, resume_step=resume_step, say=self.console.message, event=self.writer.event
         )
-        if self.wandb is not None:
-            # After finish() there is nothing left to close; after an exception this ends W&B's process.
-            self.resources.callback(self.wandb.close, drain_timeout=5.0)
+        # After finish() there is nothing left to close; after an exception this ends the dashboards' runs.
+        self.resources.callback(self.sinks.close, drain_timeout=5.0)
 
     def _write_manifest(self):
         """Writes and returns what this run is. A resumed run keeps what was true at its start and adds how it was
@@ -1133,22 +1114,20 @@ class Run:
     def goes_on(self):
         return not self.frozen and self.step < self.config.max_steps
 
-    def record(self, rows_KM, evaluation, diagnostics, *, started, seconds, look_seconds):
+    def record(self, rows_KM, evaluation, diagnostics, *, seconds, look_seconds):
         """Hands the rows of a dispatch to the writer; `step` stands behind the last of them."""
         first_row = self.step - len(rows_KM) + 1
         self.evaluation = evaluation
         with self.goodput.spend("logging_blocked"):
             self.writer.submit(
                 DispatchRecord(
-                    first_row,
-                    self.program.functions.metric_names,
-                    rows_KM,
-                    len(rows_KM),
-                    evaluation,
-                    started,
-                    seconds,
-                    look_seconds,
-                    diagnostics,
+                    first_step=first_row,
+                    names=self.program.functions.metric_names,
+                    values=rows_KM,
+                    seconds=seconds,
+                    evaluation=evaluation,
+                    evaluation_s=look_seconds or 0.0,
+                    diagnostics=diagnostics,
                 )
             )
         self._save_anomaly(first_row, rows_KM)
@@ -1250,18 +1229,14 @@ class Run:
             if plot:
                 verdict.plot_loss(self.run_dir, title=self.config.run_name)
             verdict.write_verdict(self.run_dir, self.verdict)
-        if self.wandb is not None:
-            # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
-            with self.goodput.spend("logging_blocked"):
-                self.wandb.close(
-                    drain_timeout=5.0 if stop.received else 300.0,
-                    summary={} if interrupted else {"verdict": self.verdict["verdict"]},
-                )
+        # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
+        with self.goodput.spend("logging_blocked"):
+            self.sinks.close(drain_timeout=5.0 if stop.received else 300.0, summary=self.verdict)
         self._account()
         if self.account and self.verdict:
             # Once more: sending to W&B may have taken minutes, and a verdict does not wait for that.
             self.writer.flush()
-            self.verdict["goodput"] = total(verdict.read_timing(self.run_dir)[1])
+            self.verdict["goodput"] = total(read_timing(self.run_dir)[1])
             verdict.write_verdict(self.run_dir, self.verdict)
         return exit_code
 
