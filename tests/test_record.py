@@ -1,24 +1,39 @@
-"""The record holds every step to the bit through kills and resumes, and W&B can do nothing to the run."""
+"""The record holds every step to the bit through kills and resumes; one reader reads it back."""
 
 import errno
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.run import logger
-from altgrad_jax.run.logger import DispatchRecord, Record, ValRising, Writer, format_row, keep_row, parse_row
-from altgrad_jax.run.rank_alerts import RankFalling
+from altgrad_jax.files import write_atomically
+from altgrad_jax.numerics import whatif
+from altgrad_jax.run import record as record_module
+from altgrad_jax.run.alerts import AlertGate, RankFalling, ValRising
+from altgrad_jax.run.record import (
+    METRICS,
+    SCHEMA_VERSION,
+    Record,
+    Tail,
+    count_rows,
+    format_row,
+    keep_row,
+    parse_row,
+    read_diagnostics,
+    read_history,
+    read_manifest,
+    read_rows,
+    read_timing,
+    write_manifest,
+)
+from altgrad_jax.run.writer import DispatchRecord, Formatter, RunFacts, Writer
 
 NAMES = (
     "loss",
@@ -32,6 +47,12 @@ NAMES = (
 
 def _refuse_constant(name):
     raise AssertionError(f"{name} is not JSON")
+
+
+def open_writer(run_dir, resume_step=None, *, console=None, rules=(), **facts):
+    facts = RunFacts(**{"max_steps": 9, "tokens_per_step": 1} | facts)
+    record = Record.open(run_dir, resume_step, log_interval=facts.log_interval)
+    return Writer(record, facts, console=console, rules=rules)
 
 
 def strict_json(line):
@@ -110,7 +131,7 @@ def test_a_row_begins_with_its_step():
 
 
 def test_the_fast_formatter_equals_format_row():
-    formatter = logger._Formatter(NAMES)
+    formatter = Formatter(NAMES)
     for seed, nonfinite in ((0, None), (1, math.nan), (2, -math.inf)):
         values = packed([seed])[0]
         if nonfinite is not None:
@@ -149,7 +170,7 @@ def sparse_row(step, values, alerts=()):
     ],
 )
 def test_a_sparse_metric_is_left_out_where_it_is_nan_and_nowhere_else(values):
-    formatter = logger._Formatter(SPARSE_NAMES)
+    formatter = Formatter(SPARSE_NAMES)
     values = np.array(values, np.float32)
     alerts = formatter.alerts_of(values)
     assert alerts == ([{"kind": "overflow", "layer": "head/G", "value": 0.5}] if values[4] else [])
@@ -165,20 +186,12 @@ def test_rows_of_one_dispatch_may_have_different_metrics(tmp_path):
     values[:, 4] = 0
     values[[0, 2, 4], 1] = math.nan
     values[3:, 3] = math.nan
-    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=1)
-    writer.submit(DispatchRecord(1, SPARSE_NAMES, values))
+    writer = open_writer(tmp_path)
+    writer.submit(DispatchRecord(first_step=1, names=SPARSE_NAMES, values=values))
     writer.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines == [format_row(sparse_row(step, row)) for step, row in zip(range(1, 7), values)]
     assert len({tuple(parse_row(line)) for line in lines}) == 4
-
-
-def test_a_template_is_made_once_for_each_set_of_metrics():
-    plain, mixed = logger._Formatter(NAMES), logger._Formatter(SPARSE_NAMES)
-    for step in range(20):
-        plain.line(step, packed([step])[0], None, [])
-        mixed.line(step, np.array([1, math.nan if step % 3 else 1, 1, 1, 0], np.float32), None, [])
-    assert (len(plain.templates), len(mixed.templates)) == (1, 2)
 
 
 def test_which_rows_are_kept():
@@ -329,11 +342,11 @@ def test_a_fresh_run_refuses_old_diagnostics(tmp_path):
 
 KILLED = """
 import sys, numpy as np
-from altgrad_jax.run.logger import *
-writer = Writer(Record.open(sys.argv[1]), max_steps=10**9, tokens_per_step=1)
+from altgrad_jax.run.writer import *
+writer = Writer(Record.open(sys.argv[1]), RunFacts(max_steps=10**9, tokens_per_step=1))
 names = ("loss",) + tuple(f"norm/{i}" for i in range(99))
 for start in range(1, 10**9, 10):
-    writer.submit(DispatchRecord(start, names, np.full((10, 100), start, np.float32)))
+    writer.submit(DispatchRecord(first_step=start, names=names, values=np.full((10, 100), start, np.float32)))
     writer.flush(fsync=False)
     print(start + 9, flush=True)
 """
@@ -343,7 +356,7 @@ def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(logger.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(record_module.__file__).parents[2])},
     )
     with child:
         flushed = [child.stdout.readline() for _ in range(40)]
@@ -368,41 +381,22 @@ class ConsoleSpy:
         self.alerts.append(text)
 
 
-class NotReady:
-    """An array that is computed while somebody waits for it."""
-
-    def __init__(self, array, seconds=0.0):
-        self.array, self.seconds, self.thread = array, seconds, None
-
-    def __array__(self, dtype=None, copy=None):
-        self.thread = threading.current_thread()
-        time.sleep(self.seconds)
-        return np.asarray(self.array)
-
-
 def run_writer(
-    run_dir, steps, *, resume_step=None, per_dispatch=4, eval_every=5, val=lambda step: 5.0, alert_at=(), **settings
+    run_dir, steps, *, resume_step=None, per_dispatch=4, eval_every=5, val=lambda step: 5.0, alert_at=(), **more
 ):
-    first = 1 if resume_step is None else resume_step + 1
-    record = Record.open(run_dir, resume_step, log_interval=settings.get("log_interval", 1))
-    writer = Writer(
-        record,
-        max_steps=settings.pop("max_steps", steps),
-        tokens_per_step=100,
-        val_rising=ValRising(2, record.val_losses),
-        **settings,
-    )
+    """A writer that was given the rows up to `steps`; alerts at `alert_at`, evaluations every `eval_every` steps."""
+    more = {"rules": [ValRising(2)], "max_steps": steps, "tokens_per_step": 100} | more
+    writer = open_writer(run_dir, resume_step, **more)
     if resume_step is None:
-        writer.submit(DispatchRecord(0, evaluation={"val_loss": np.float32(val(0))}))
+        writer.submit(DispatchRecord(first_step=0, evaluation={"val_loss": np.float32(val(0))}))
+    first = 1 if resume_step is None else resume_step + 1
     while first <= steps:
         last = min(steps, first + per_dispatch - 1, (first - 1) // eval_every * eval_every + eval_every)
         values = packed(range(first, last + 1))
-        for step in alert_at:
-            if first <= step <= last:
-                values[step - first, 3] = 9.5
+        values[[step - first for step in alert_at if first <= step <= last], 3] = 9.5
         due = last % eval_every == 0 or last == steps
-        evaluation = {"val_loss": NotReady(np.float32(val(last)))} if due else None
-        writer.submit(DispatchRecord(first, NAMES, values, None, evaluation, time.perf_counter()))
+        evaluation = {"val_loss": np.float32(val(last))} if due else None
+        writer.submit(DispatchRecord(first_step=first, names=NAMES, values=values, seconds=1.0, evaluation=evaluation))
         first = last + 1
     return writer
 
@@ -446,18 +440,21 @@ RANKS = {0: (30, 30), 5: (20, 20), 10: (10, 10), 15: (6, 6), 20: (4, 8), 25: (4,
 
 
 def run_diagnosed(run_dir, steps, resume_step=None):
-    record = Record.open(run_dir, resume_step)
-    writer = Writer(record, max_steps=35, tokens_per_step=1, rank_falling=RankFalling(0.5, 0.7, record.ranks, after=5))
+    writer = open_writer(run_dir, resume_step, max_steps=35, rules=[RankFalling(0.5, 0.7, after=5)])
     for step in range(0 if resume_step is None else resume_step + 1, steps + 1):
         found = None
         if step in RANKS:
             found = dict(zip(("stable_rank/block_0/mlp_up", "stable_rank/embed"), np.float32(RANKS[step])))
             found = {"spectral_norm/embed": 1.0, **found}
-        lines = [{"step": step, "layer": "head", "operand": "W"}] if found else []
-        if step:
-            writer.submit(DispatchRecord(step, NAMES, packed([step]), None, found, diagnostics=lines))
-        else:
-            writer.submit(DispatchRecord(0, evaluation=found, diagnostics=lines))
+        writer.submit(
+            DispatchRecord(
+                first_step=step,
+                names=NAMES if step else (),
+                values=packed([step]) if step else None,
+                evaluation=found,
+                diagnostics=[{"step": step, "layer": "head", "operand": "W"}] if found else [],
+            )
+        )
     writer.close()
 
 
@@ -503,8 +500,12 @@ def test_layer_interval_thins_the_layers_out_and_nothing_else(tmp_path):
     values[:, 4] = 0
     values[1, 4] = 7
     for interval in (1, 4):
-        writer = Writer(Record.open(tmp_path / str(interval)), max_steps=10, tokens_per_step=1, layer_interval=interval)
-        writer.submit(DispatchRecord(1, names, values, evaluation={"val_loss": 5.0, "stable_rank/head": 2.0}))
+        writer = open_writer(tmp_path / str(interval), max_steps=10, layer_interval=interval)
+        writer.submit(
+            DispatchRecord(
+                first_step=1, names=names, values=values, evaluation={"val_loss": 5.0, "stable_rank/head": 2.0}
+            )
+        )
         writer.close()
     whole, thin = (rows_of(tmp_path / str(interval)) for interval in (1, 4))
     for before, after in zip(whole, thin, strict=True):
@@ -518,145 +519,100 @@ def test_layer_interval_thins_the_layers_out_and_nothing_else(tmp_path):
 def test_an_interruption_is_not_the_last_step(tmp_path):
     run_writer(tmp_path, 7, log_interval=5, eval_every=100, max_steps=20, val=lambda step: 5.0).close()
     assert [row["step"] for row in rows_of(tmp_path)] == [0, 5, 7]  # 7: it was evaluated
-    writer = Writer(Record.open(tmp_path / "x", log_interval=5), max_steps=20, tokens_per_step=1, log_interval=5)
-    writer.submit(DispatchRecord(1, NAMES, packed(range(1, 8))))
+    writer = open_writer(tmp_path / "x", max_steps=20, log_interval=5)
+    writer.submit(DispatchRecord(first_step=1, names=NAMES, values=packed(range(1, 8))))
     writer.close()
     assert [row["step"] for row in rows_of(tmp_path / "x")] == [5]
 
 
-def test_only_the_steps_that_were_made_become_rows(tmp_path):
-    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=1)
-    writer.submit(DispatchRecord(1, NAMES, packed(range(1, 9)), n_rows=NotReady(np.int32(3))))
-    writer.submit(DispatchRecord(4, NAMES, packed(range(4, 9)), n_rows=0, evaluation={"val_loss": 1.0}))
+def test_times_are_of_a_step_and_their_rates(tmp_path):
+    writer = open_writer(tmp_path, tokens_per_step=100, flops_per_step=50.0, peak_flops=100.0)
+    evaluated = {"evaluation": {"val_loss": 1.0}, "evaluation_s": 0.5}
+    writer.submit(DispatchRecord(first_step=1, names=NAMES, values=packed([1, 2]), seconds=4.0, **evaluated))
     writer.close()
-    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+    rows, events = read_timing(tmp_path)
+    assert [(row["step"], row["step_time_s"], row["tokens_per_s"], row["mfu"]) for row in rows] == [
+        (1, 2.0, 50.0, 0.25),
+        (2, 2.0, 50.0, 0.25),
+    ]
+    assert [(event["event"], event.get("seconds")) for event in events] == [("start", None), ("eval", 0.5)]
 
 
-def test_waiting_for_the_device_happens_on_the_thread(tmp_path):
-    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=1)
-    slow = NotReady(packed([1]), seconds=0.5)
-    start = time.perf_counter()
-    writer.submit(DispatchRecord(1, NAMES, slow))
-    assert time.perf_counter() - start < 0.4
-    writer.flush()
-    assert slow.thread is not threading.main_thread() and len(rows_of(tmp_path)) == 1
-    writer.close()
+def test_rows_are_written_beside_the_run_and_at_most_one_dispatch_waits(tmp_path):
+    class Slow:
+        def update(self, step, *_):
+            assert gate.wait(10)
 
-
-def test_step_time_counts_from_the_dispatch_or_the_one_before(tmp_path):
-    now = iter([12.0, 18.0, 19.0])
-    writer = Writer(
-        Record.open(tmp_path),
-        max_steps=9,
-        tokens_per_step=100,
-        flops_per_step=50.0,
-        peak_flops=100.0,
-        clock=lambda: next(now),
-    )
-    # Ready at 12, 18 and 19; the second was dispatched while the first ran, the third after a pause.
-    for first, dispatched_at in ((1, 10.0), (3, 11.0), (5, 18.5)):
-        writer.submit(DispatchRecord(first, NAMES, packed([first, first + 1]), dispatched_at=dispatched_at))
-    writer.close()
-    rows = [row for row in timing_of(tmp_path) if "event" not in row]
-    assert [row["step_time_s"] for row in rows] == [1.0, 1.0, 3.0, 3.0, 0.25, 0.25]
-    assert rows[0]["tokens_per_s"] == 100.0 and rows[0]["mfu"] == 0.5
-
-
-def test_a_full_queue_blocks_and_drops_nothing(tmp_path):
-    writer = Writer(Record.open(tmp_path), max_steps=99, tokens_per_step=1, queue_size=2)
-    gate = threading.Event()
-    writer.submit(gate.wait)
-    submitted = []
+    gate, submitted = threading.Event(), []
+    writer = open_writer(tmp_path, console=Slow())
 
     def produce():
-        for step in range(1, 21):
-            writer.submit(DispatchRecord(step, NAMES, packed([step])))
+        for step in (1, 2, 3):
+            writer.submit(DispatchRecord(first_step=step, names=NAMES, values=packed([step])))
             submitted.append(step)
 
     producer = threading.Thread(target=produce)
     producer.start()
     producer.join(0.3)
-    assert producer.is_alive() and len(submitted) <= 3
+    assert producer.is_alive() and submitted == [1]
     gate.set()
     producer.join()
+    writer.event("end", 3)
     writer.close()
-    assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, 21))
+    writer.event("late", 3)  # after the end: dropped
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
+    assert [event["event"] for event in read_timing(tmp_path)[1]] == ["start", "end"]
 
 
 @pytest.mark.parametrize("then", ["submit", "flush", "close"])
-def test_an_error_on_the_thread_reaches_the_caller(tmp_path, then):
-    writer = Writer(Record.open(tmp_path), max_steps=99, tokens_per_step=1, queue_size=2)
-    writer.submit(DispatchRecord(1, NAMES, packed([1])))
-    writer.flush()
-
-    def fail():
-        raise OSError(28, "No space left on device")
-
-    writer.submit(fail)
-    for step in range(2, 4):
-        writer._queue.put(DispatchRecord(step, NAMES, packed([step])))
-    wait_for(lambda: writer._error is not None)
-    with pytest.raises(OSError, match="No space left"):
-        {"submit": lambda: writer.submit(print), "flush": writer.flush, "close": writer.close}[then]()
+def test_a_full_disk_is_raised_at_the_next_call_and_names_the_file(tmp_path, then):
+    writer = open_writer(tmp_path)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, writer._record._metrics_fd)
+    os.close(full)
+    writer.submit(DispatchRecord(first_step=1, names=NAMES, values=packed([1])))
+    again = DispatchRecord(first_step=2, names=NAMES, values=packed([2]))
+    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl") as error:
+        {"submit": lambda: writer.submit(again), "flush": writer.flush, "close": writer.close}[then]()
+    assert error.value.errno == errno.ENOSPC
     with pytest.raises(OSError, match="No space left"):
         writer.close()
-    assert [row["step"] for row in rows_of(tmp_path)] == [1]
+    assert list(read_rows(tmp_path)) == []
 
 
-def test_a_full_disk_is_told_and_waited_for(tmp_path):
-    run = tmp_path / "run"
-    record = Record.open(run)
-    kept = os.dup(record._metrics_fd)
-    full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, record._metrics_fd)
-    os.close(full)
-    told = []
-    console = types.SimpleNamespace(alert=told.append, update=lambda *_: None)
-    writer = Writer(record, max_steps=9, tokens_per_step=1, console=console)
-    writer.submit(DispatchRecord(1, NAMES, packed([1])))
-    wait_for(lambda: told)
-    os.dup2(kept, record._metrics_fd)  # space again
-    os.close(kept)
-    writer.submit(DispatchRecord(2, NAMES, packed([2])))
-    writer.close()
-    assert [row["step"] for row in rows_of(run)] == [1, 2]
-    (text,) = told
-    assert text.startswith(f"the disk of {run} is full: the run waits up to 10 minutes")
+def test_what_a_full_disk_took_of_a_line_is_taken_back(tmp_path, monkeypatch):
+    record = Record.open(tmp_path)
+    write, before = os.write, (tmp_path / "timing.jsonl").read_bytes()
+
+    def half(fd, data):
+        if len(data) < 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data[: len(data) // 2])
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(OSError, match=r"timing\.jsonl"):
+        record.event("x", 1, reason="y" * 100)
+    record.close()
+    assert (tmp_path / "timing.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("what", ["removed", "replaced"])
 def test_a_record_that_is_taken_away_is_noticed_at_the_next_flush(tmp_path, what):
-    record = Record.open(tmp_path)
-    record.flush()
-    (tmp_path / logger.METRICS).unlink()
+    writer = open_writer(tmp_path)
+    writer.flush()
+    (tmp_path / METRICS).unlink()
     if what == "replaced":
-        (tmp_path / logger.METRICS).touch()
-    with pytest.raises(OSError, match=r"removed or replaced while the run wrote to it.*metrics\.jsonl"):
-        record.flush()
-    record.close()
-
-
-@pytest.mark.parametrize("why", ["a signal", "patience"])
-def test_a_full_disk_that_stays_full_ends_the_waiting_and_names_the_file(tmp_path, monkeypatch, why):
-    record = Record.open(tmp_path / "run")
-    full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, record._metrics_fd)
-    os.close(full)
-    if why == "patience":
-        monkeypatch.setattr(logger, "SPACE_PATIENCE_S", 0.0)
-    writer = Writer(record, max_steps=9, tokens_per_step=1, hurried=lambda: why == "a signal")
-    writer.submit(DispatchRecord(1, NAMES, packed([1])))
-    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl") as error:
+        (tmp_path / METRICS).touch()
+    with pytest.raises(OSError, match=r"removed or replaced while the run wrote to it.*metrics\.jsonl") as error:
         writer.flush(fsync=False)
-    assert error.value.errno == errno.ENOSPC
-    with pytest.raises(OSError, match="No space left"):
-        writer.close()
+    assert error.value.errno == errno.ESTALE
+    writer.close()
 
 
 def test_wrong_shapes_are_an_error(tmp_path):
-    writer = Writer(Record.open(tmp_path), max_steps=9, tokens_per_step=1)
-    writer.submit(DispatchRecord(1, NAMES, packed([1])[:, :-1]))
-    with pytest.raises(ValueError, match=r"float32\[1, 5\], expected float32 \[>= 1, 6\]"):
+    writer = open_writer(tmp_path)
+    writer.submit(DispatchRecord(first_step=1, names=NAMES, values=packed([1])[:, :-1]))
+    with pytest.raises(ValueError, match=r"float32\[1, 5\], expected float32 \[n, 6\]"):
         writer.close()
 
 
@@ -665,13 +621,13 @@ def test_wrong_shapes_are_an_error(tmp_path):
 
 def test_rising_validation_begins_once_and_is_rearmed():
     losses = [5, 4, 4.1, 4.2, 4.3, math.nan, 4.4, 4.0, 4.1, math.nan, 4.2]
-    rule = ValRising(2)
-    assert [i for i, loss in enumerate(losses) if rule.begins(loss)] == [3, 10]
-    assert not any(ValRising(0).begins(loss) for loss in (1, 2, 3, 4))
+    rule, never = ValRising(2), ValRising(0)
+    assert [i for i, loss in enumerate(losses) if rule.begins(i, {"val_loss": loss})] == [3, 10]
+    assert not any(never.begins(i, {"val_loss": i}) for i in range(4)) and not rule.begins(9, {"stable_rank/a": 1.0})
 
 
 def test_alerts_are_limited_per_kind_and_say_what_was_held_back():
-    gate = logger.AlertGate(100)
+    gate = AlertGate(100)
 
     def alerts(kind, *layers):
         return [{"kind": kind, "layer": layer, "value": 0.75} for layer in layers]
@@ -686,18 +642,106 @@ def test_alerts_are_limited_per_kind_and_say_what_was_held_back():
     ]
 
 
+# ----------------------------------------------------------------------------------------------------- reading
+
+
+def test_history_has_nan_where_a_row_has_no_such_value_and_a_selection_equals_the_whole(tmp_path):
+    run_writer(tmp_path, 7, eval_every=3, alert_at=(2,)).close()
+    whole = read_history(tmp_path)
+    assert whole["step"].dtype == np.int64 and whole["loss"].dtype == np.float32 and len(whole["100%s"]) == 8
+    assert np.isfinite(whole["val_loss"]).tolist() == [True, False, False, True, False, False, True, True]
+    some = read_history(tmp_path, ["val_loss", "100%s", "nothing"])
+    assert list(some) == ["step", "val_loss", "100%s", "nothing"] and np.isnan(some["nothing"]).all()
+    for name in ("val_loss", "100%s"):
+        np.testing.assert_array_equal(some[name], whole[name])
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "[1]", "noise", '{"step": 1, "loss": 2.0}', '{"step": 9, "loss": "x"}', "\0" * 9]
+)
+@pytest.mark.parametrize("keys", [None, ("loss",)])
+def test_damage_before_the_end_is_named_and_a_torn_end_is_passed_over(tmp_path, line, keys):
+    fill(tmp_path, 3)
+    with open(tmp_path / METRICS, "a") as file:
+        file.write(line)
+    assert len(list(read_rows(tmp_path, keys))) == 4
+    with open(tmp_path / METRICS, "a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged in line 5"):
+        list(read_rows(tmp_path, keys))
+
+
+def test_the_tail_of_a_growing_record_gives_every_row_once_with_its_last_timing(tmp_path):
+    fill(tmp_path, 5)
+    fill(tmp_path, 3, resume_step=2)
+    tail = Tail(tmp_path, 1)
+    seen = [(row["step"], timing) for row, timing in tail.rows()]
+    assert seen == [(2, {"time": 1.0}), (3, {"time": 1.0})]
+    line = format_row({"step": 4, "loss": 1.0, "alerts": []}) + "\n"
+    for part, rows in ((line[:9], []), (line[9:], [4]), ("", [])):
+        with open(tmp_path / METRICS, "a") as file:
+            file.write(part)
+        assert [row["step"] for row, _ in tail.rows()] == rows
+    tail.close()
+    assert count_rows(tmp_path, 2) == 2 and count_rows(tmp_path / "none", 2) == 0
+
+
+GOOD_LINE = {
+    "step": 1,
+    "layer": "block_0/mlp_up",
+    "operand": "W",
+    "format": "E4M3",
+    "scale": 1.0,
+    "amax": 1.0,
+    "magnitudes": {"bins": 2220, "first": [1000], "counts": [[5]]},
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "\xff",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        *(
+            json.dumps({**GOOD_LINE, **change})
+            for change in (
+                {"step": "x"},
+                {"operand": 5},
+                {"amax": -1.0},
+                {"magnitudes": 5},
+                {"magnitudes": {"bins": 10**15}},
+                {"magnitudes": {"bins": 2220, "first": [2219], "counts": [[1, 2]]}},
+                {"magnitudes": {"bins": 2220, "first": [-5], "counts": [[1]]}},
+            )
+        ),
+    ],
+)
+def test_a_damaged_diagnosis_is_named(tmp_path, line):
+    path = tmp_path / "diagnostics.jsonl"
+    path.write_bytes(f"{json.dumps(GOOD_LINE)}\n{line}\n".encode("latin-1"))
+    with pytest.raises(UserError, match="diagnostics.jsonl is damaged in line 2"):
+        read_diagnostics(tmp_path)
+    path.write_text(json.dumps(GOOD_LINE) + '\n{"torn')
+    lines = read_diagnostics(tmp_path)
+    assert whatif.of_diagnoses(lines)[0] == 1 and lines[0]["magnitudes"][1000] == 5
+    with pytest.raises(UserError, match="no diagnosis at step 3: give one of 1"):
+        whatif.of_diagnoses(lines, 3)
+
+
 # --------------------------------------------------------------------------------------------------- manifest
 
 
 def test_manifest_round_trip_and_its_errors(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
-        logger.read_manifest(tmp_path)
+        read_manifest(tmp_path)
     manifest = {"config": {"lr": 6e-4}, "a": [1, "é"], "data": {"fingerprint": "f"}, "starts": [], "run_id": "r"}
-    logger.write_manifest(tmp_path, manifest)
-    assert logger.read_manifest(tmp_path) == {**manifest, "schema_version": 3}
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == {**manifest, "schema_version": SCHEMA_VERSION}
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     for text, error in (
-        ('{"schema_version": 4}', "schema_version 4, this program reads 1, 2, 3: use the version"),
+        ('{"schema_version": 5}', "schema_version 5, this program reads 1, 2, 3, 4: use the version"),
         ('{"schema_version": "2"}', "'2'"),
         ("{}", "None"),
         ("[1]", "None"),
@@ -717,20 +761,20 @@ def test_manifest_round_trip_and_its_errors(tmp_path):
     ):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=error):
-            logger.read_manifest(tmp_path)
+            read_manifest(tmp_path)
     (tmp_path / "manifest.json").unlink()
     os.mkfifo(tmp_path / "manifest.json")
     with pytest.raises(UserError, match="is a pipe, not a file: restore it"):
-        logger.read_manifest(tmp_path)
+        read_manifest(tmp_path)
 
 
 def test_a_manifest_of_version_1_is_read_as_it_is_and_written_as_the_present_one(tmp_path):
     written = {"schema_version": 1, "config": {"seed": 1}, "data": {"fingerprint": "f"}, "starts": [], "run_id": "r"}
     (tmp_path / "manifest.json").write_text(json.dumps(written))
-    manifest = logger.read_manifest(tmp_path)
+    manifest = read_manifest(tmp_path)
     assert manifest == written
-    logger.write_manifest(tmp_path, manifest)
-    assert logger.read_manifest(tmp_path)["schema_version"] == logger.SCHEMA_VERSION == 3
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path)["schema_version"] == SCHEMA_VERSION == 4
 
 
 @pytest.mark.parametrize(
@@ -743,7 +787,7 @@ def test_a_manifest_of_version_1_is_read_as_it_is_and_written_as_the_present_one
     ],
 )
 def test_a_damaged_row_is_refused_and_the_folder_left_as_it_was(tmp_path, row):
-    record = logger.Record.open(tmp_path)
+    record = Record.open(tmp_path)
     record.write([{"step": 0, "val_loss": 5.5}, {"step": 1, "loss": 5.5}])
     record.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -752,12 +796,12 @@ def test_a_damaged_row_is_refused_and_the_folder_left_as_it_was(tmp_path, row):
         file.write('{"torn')
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match="metrics.jsonl lacks 1 of the rows up to step 2, the first at step 2"):
-        logger.Record.open(tmp_path, 2)
+        Record.open(tmp_path, 2)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    logger.write_atomically(tmp_path / "f", b"old")
+    write_atomically(tmp_path / "f", b"old")
     with pytest.raises(TypeError):
-        logger.write_atomically(tmp_path / "f", "not bytes")
+        write_atomically(tmp_path / "f", "not bytes")
     assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

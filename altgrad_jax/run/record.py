@@ -198,7 +198,7 @@ def read_history(run_dir: str | Path, keys: Collection[str] | None = None) -> di
                 column.extend([math.nan] * (len(steps) - len(column)))
                 column.append(value)
         steps.append(row["step"])
-    history = {"step": np.array(steps, np.int64)}
+    history: dict[str, np.ndarray] = {"step": np.array(steps, np.int64)}
     for key, column in columns.items():
         history[key] = np.array(column + [math.nan] * (len(steps) - len(column)), np.float32)
     return history

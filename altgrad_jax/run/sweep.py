@@ -28,14 +28,13 @@ import numpy as np
 
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import writing
+from altgrad_jax.files import write_atomically, writing
 from altgrad_jax.numerics import rules
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.run.console import make_console, show_duration
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.run.dry_run import program_bytes
 from altgrad_jax.run.goodput import Goodput, describe
-from altgrad_jax.files import write_atomically
 from altgrad_jax.run.process import Interrupted, StopRequest, lock_folder
 from altgrad_jax.run.training import (
     NOT_SAVED,

@@ -1111,8 +1111,7 @@ def records(originals):
             changed(originals.run, folder / "run", change)
 
             def go():
-                from altgrad_jax.run.record import Record
-                from altgrad_jax.run.record import read_history
+                from altgrad_jax.run.record import Record, read_history
 
                 if reading:
                     read_history(folder / "run")
