@@ -1,10 +1,11 @@
 """Dashboards fed from the record as it grows: Weights & Biases, TensorBoard.
 
 The record is the queue. A daemon thread for each dashboard follows the files that the writer appends to and hands every
-new row on. So a slow, hanging or failing dashboard costs its own rows and nothing else, and a resumed run sends the rows
-that the dashboard lacks.
+new row on. So a slow, hanging or failing dashboard costs its own rows and nothing else, and a resumed run sends what
+the dashboard lacks.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -222,20 +223,20 @@ class Follower:
             self._sink.finish(self._summary)
         except _Abandoned:
             pass
-        except Exception as error:
+        except BaseException as error:  # wandb may call sys.exit
             self._warn(f"gave up ({brief(error)})")
             self._sink.abandon()
 
     def _follow(self):
-        tail = Tail(self._run_dir, self.last_sent)
-        while True:
-            finishing, last = self._finishing.is_set(), self.last_sent
-            for row, timing in tail.rows():
-                self._send(row, timing)
-            if self.last_sent == last:
-                if finishing:
-                    return tail.close()
-                self._finishing.wait(POLL_S)
+        with contextlib.closing(Tail(self._run_dir, self.last_sent)) as tail:
+            while True:
+                finishing, last = self._finishing.is_set(), self.last_sent
+                for row, timing in tail.rows():
+                    self._send(row, timing)
+                if self.last_sent == last:
+                    if finishing:
+                        return
+                    self._finishing.wait(POLL_S)
 
     def _send(self, row, timing):
         step, alerts = row.pop("step"), row.pop("alerts", ())
