@@ -73,6 +73,8 @@ class FakeRun:
 class FakeWandb(types.ModuleType):
     """Plays wandb. A fault is a function that is called within one of its calls."""
 
+    run = None
+
     def __init__(self, log=None, init=None, finish=None, starting_step=0):
         super().__init__("wandb")
         self.faults, self.starting_step = {"log": log, "init": init, "finish": finish}, starting_step
@@ -293,7 +295,7 @@ def test_a_server_that_does_not_answer_makes_the_run_offline(tmp_path, fake):
     wandb = fake(init=refuse)
     first, second = Feed(tmp_path / "1"), Feed(tmp_path / "2")
     assert first.close() == second.close() == 0
-    assert [init["mode"] for init in wandb.inits] == ["offline"] * 2 and len(wandb.sent) == 13 and wandb.torn_down
+    assert [init["mode"] for init in wandb.inits] == ["offline"] * 2 and len(wandb.sent) == 13 and wandb.torn_down == 2
     assert len(first.said) == 1 and "so it is kept offline; to send it later: wandb sync" in first.said[0]
 
 

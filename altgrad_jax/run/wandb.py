@@ -91,6 +91,7 @@ class WandbSink:
 
     def start(self, say: Callable[[str], None], warn: Callable[[str], None]) -> int:
         """Online, W&B says what it has; offline, the files that earlier starts left behind do."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # at its exit Python would wait 30 s for its server
         import wandb
 
         with _lock:
@@ -147,23 +148,28 @@ class WandbSink:
             self._run.alert(title=kind, text=text, level="WARN", wait_duration=0.001)  # 0 is a minute to wandb
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Waits until wandb-core has uploaded everything."""
+        """Waits until wandb-core has uploaded everything, and ends it, because the end of Python would wait for it."""
+        import wandb
+
         for key in SUMMARY:
             if key in summary:
                 self._run.summary[key] = summary[key]
         self._run.finish()
         with _lock:
             _open.discard(self)
+            if not _open and wandb.run is None:  # neither other runs of a sweep nor the user's own
+                wandb.teardown()
 
     def abandon(self) -> None:
-        """Kills wandb-core, for which Python would wait at its exit without a limit, unless other runs still use it."""
+        """Kills wandb-core, unless other runs use it still."""
         _open.discard(self)
-        if _open:
-            return
         setup = sys.modules.get("wandb.sdk.wandb_setup")
         connection = getattr(getattr(setup, "_singleton", None), "_connection", None)
-        if process := getattr(getattr(connection, "_proc", None), "_process", None):
-            process.kill()
+        if setup is not None and connection is not None and not _open:
+            connection._cleanup()  # unregisters the waiting at the end of Python
+            connection._proc._process.kill()
+            setup._singleton = None  # a later run of this process starts another
+            os.environ.pop("WANDB_SERVICE", None)
 
 
 # ---------------------------------------------------------------------------------------------- what W&B's files hold
