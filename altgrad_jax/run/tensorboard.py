@@ -37,9 +37,10 @@ class TensorBoardSink:
 
     def log(self, step: int, values: Mapping[str, float], alerts: Sequence[tuple[str, str]]) -> None:
         """One event for the whole row, so that a file holds all of it or nothing."""
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         row = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        assert self._writer.file_writer is not None
         self._writer.file_writer.add_summary(row, step, values.get("perf/time"))
         for _, text in alerts:
             self._writer.add_text("alerts", text, step)
@@ -57,7 +58,7 @@ def last_written_step(folder: Path) -> int:
 
     A file is a sequence of (length u64, checksum u32, protobuf Event, checksum u32); a torn end is passed over.
     """
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
     last = -1
     for path in folder.glob("events.out.tfevents.*"):

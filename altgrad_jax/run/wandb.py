@@ -168,7 +168,8 @@ class WandbSink:
         if setup is not None and connection is not None and not _open:
             connection._cleanup()  # unregisters the waiting at the end of Python
             connection._proc._process.kill()
-            setup._singleton = None  # a later run of this process starts another
+            # A later run of this process starts another.
+            setup._singleton = None  # pyright: ignore[reportAttributeAccessIssue]
             os.environ.pop("WANDB_SERVICE", None)
 
 
@@ -181,7 +182,7 @@ def stored_records(path: Path) -> Iterator[Any]:
     The file is a LevelDB log (https://github.com/google/leveldb/blob/main/doc/log_format.md) behind 7 bytes of header:
     blocks of 32 KiB with chunks of (checksum u32, length u16, kind u8, data); kinds 1 whole, 2 first, 3 middle, 4 last.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     data, at, record = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
