@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import stat
+from pathlib import Path
 
 from altgrad_jax.errors import UserError
 
@@ -75,3 +76,26 @@ def writing(path, fix):
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}): {fix}") from None
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Writes a file so that a reader, or a restart after a power cut, sees the old contents or the new ones.
+
+    Raises:
+      OSError: it names `path`.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # Python does not name the file of a write that failed
+        raise
+    sync(path.parent)

@@ -7,13 +7,12 @@ A share is that of all elements, in percent, at the scale that maps the operand'
 range. A run in any format has the histograms; formats=BF16 trains exactly as the baseline does and has them too.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from altgrad_jax import cli
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
-from altgrad_jax.numerics.whatif import of_run
+from altgrad_jax.numerics.whatif import of_diagnoses
+from altgrad_jax.run.record import read_diagnostics
 
 ARGUMENTS = ("run",)
 FLAGS = cli.new_flags()
@@ -22,7 +21,7 @@ flags.DEFINE_bool("layers", False, "a row for every layer, not only all together
 
 
 def run(*, run, step, layers):
-    step, rows = of_run(Path(run) / "diagnostics.jsonl", step)
+    step, rows = of_diagnoses(read_diagnostics(run), step)
     print(f"underflow at step {step}, % of elements\n")
     print(f"{'layer':<20} operand " + " ".join(f"{name:>8}" for name in DEFAULT_8BIT))
     for row in rows:

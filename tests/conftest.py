@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["WANDB_MODE"] = "disabled"  # a test that wants W&B asks for a mode itself
-for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY"):
+for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_TAGS", "WANDB_DISABLED"):
     os.environ.pop(name, None)
 
 # Many tests compile the same small programs: with a cache, only the distinct ones take time.
@@ -38,7 +38,7 @@ LONG_FILES = (
     "test_generate",
     "test_gpt2",
     "test_faults_numerics",
-    "test_logger",
+    "test_wandb",
     "test_optimizers",
     "test_faults_inputs",
     "test_report",

@@ -10,7 +10,8 @@ import pytest
 from test_training import make_data, tiny
 
 from altgrad_jax import train
-from altgrad_jax.run import goodput, verdict
+from altgrad_jax.run import goodput
+from altgrad_jax.run.record import read_timing
 from altgrad_jax.run.signals import process_age
 from altgrad_jax.step.program import Program
 
@@ -21,7 +22,7 @@ def data_dir(tmp_path_factory):
 
 
 def accounts_of(run_dir):
-    return [event for event in verdict.read_timing(run_dir)[1] if event["event"] == "goodput"]
+    return [event for event in read_timing(run_dir)[1] if event["event"] == "goodput"]
 
 
 def test_every_second_is_booked_once_also_in_nested_contexts():
@@ -103,7 +104,7 @@ def test_a_run_accounts_for_its_time_and_for_steps_made_twice(data_dir, tmp_path
     # Back to step 10: the ten steps behind it are made again; then ten new ones.
     config.max_steps = 30
     result = train(config, data_dir=data_dir, workdir=run_dir, resume=10)
-    rows, events = verdict.read_timing(run_dir)
+    rows, events = read_timing(run_dir)
     again = sum(row["step_time_s"] for row in rows[20:] if row["step"] <= 20)
     new = sum(row["step_time_s"] for row in rows[20:] if row["step"] > 20)
     second = accounts_of(run_dir)[-1]

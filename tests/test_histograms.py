@@ -9,7 +9,7 @@ from altgrad_jax.models import gpt2
 from altgrad_jax.numerics import formats, histograms, whatif
 from altgrad_jax.numerics.formats import FORMATS
 from altgrad_jax.numerics.rounding import Grid, format_params
-from altgrad_jax.run.rank_alerts import RankFalling
+from altgrad_jax.run.alerts import RankFalling
 from altgrad_jax.step import metrics
 
 rank_health = jax.jit(histograms.rank_health)
@@ -205,27 +205,36 @@ def test_magnitudes():
     np.testing.assert_array_equal(got, expected)
 
 
+def begun(rule, ranks, step=100):
+    """[(layer, share)] of the alerts that begin with these stable ranks."""
+    alerts = rule.begins(step, {f"stable_rank/{layer}": value for layer, value in ranks.items()})
+    assert all(alert["kind"] == "rank_falling" for alert in alerts)
+    return [(alert["layer"], alert["value"]) for alert in alerts]
+
+
 def test_rank_falling_begins_once_and_is_rearmed():
-    alert = RankFalling(0.5, 0.7)
-    seen = [alert.begins({"block_0/mlp_up": value}) for value in (100, 51, 49, 40, 50, 49.5)]
+    rule = RankFalling(0.5, 0.7)
+    seen = [begun(rule, {"block_0/mlp_up": value}) for value in (100, 51, 49, 40, 50, 49.5)]
     assert seen == [[], [], [("block_0/mlp_up", 0.49)], [], [], [("block_0/mlp_up", 0.495)]]
 
 
 def test_rank_falling_is_strict_where_rank_cannot_be_made_good():
     layers = ("embed", "block_3/attn_out", "block_3/mlp_down", "block_3/attn_qkv", "block_3/mlp_up")
-    alert = RankFalling(0.5, 0.7, [(0, dict.fromkeys(layers, 10.0))])
-    assert alert.begins(dict.fromkeys(layers, 6.5)) == [(layer, 0.65) for layer in layers[:3]]
-    assert alert.begins(dict.fromkeys(layers, 4.5)) == [(layer, 0.45) for layer in layers[3:]]
+    rule = RankFalling(0.5, 0.7)
+    assert begun(rule, dict.fromkeys(layers, 10.0)) == []
+    assert begun(rule, dict.fromkeys(layers, 6.5)) == [(layer, 0.65) for layer in layers[:3]]
+    assert begun(rule, dict.fromkeys(layers, 4.5)) == [(layer, 0.45) for layer in layers[3:]]
 
 
 def test_rank_falling_passes_over_what_is_not_a_number():
-    alert = RankFalling(0.5, 0.7)
+    rule = RankFalling(0.5, 0.7)
     for value in (np.nan, np.inf, 0.0, 100.0, 40.0):
-        begun = alert.begins({"a": value})
-    assert begun == [("a", 0.4)]
-    assert alert.begins({"a": np.nan}) == [] and alert.begins({"a": 40.0}) == []  # still the same alert
-    assert RankFalling(0.0, 0.0, [(0, {"a": 9.0})]).begins({"a": 0.0}) == []
-    assert alert.begins({}) == [] and alert.begins({"new": 1.0}) == []
+        found = begun(rule, {"a": value})
+    assert found == [("a", 0.4)]
+    assert begun(rule, {"a": np.nan}) == [] and begun(rule, {"a": 40.0}) == []  # still the same alert
+    never = RankFalling(0.0, 0.0)
+    assert begun(never, {"a": 9.0}) == begun(never, {"a": 0.0}) == []
+    assert begun(rule, {}) == [] and begun(rule, {"new": 1.0}) == []
 
 
 def test_rank_falling_decides_the_same_after_a_resume():
@@ -243,8 +252,10 @@ def test_rank_falling_decides_the_same_after_a_resume():
     ]
     record = [(step, {layer: float(str(value)) for layer, value in values.items()}) for step, values in rows]
     whole = RankFalling(0.5, 0.7)
-    decided = [whole.begins({layer: float(value) for layer, value in values.items()}) for _, values in rows]
+    decided = [begun(whole, {layer: float(value) for layer, value in values.items()}) for _, values in rows]
     assert sum(map(len, decided)) > 5
     for cut in range(60):
-        resumed = RankFalling(0.5, 0.7, record[:cut])
-        assert [resumed.begins(values) for _, values in record[cut:]] == decided[cut:]
+        resumed = RankFalling(0.5, 0.7)
+        for _, values in record[:cut]:
+            begun(resumed, values)
+        assert [begun(resumed, values) for _, values in record[cut:]] == decided[cut:]

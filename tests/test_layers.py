@@ -25,6 +25,7 @@ OWNERS = {
     "flax": {"models.gpt2"},
     "orbax": {"run.checkpoint"},
     "wandb": {"run.wandb"},
+    "tensorboardX": {"run.tensorboard"},
     "tiktoken": {"data.tokenizer"},
     "torch": {"bench.torch_peer"},
     "transformers": {"bench.torch_peer"},

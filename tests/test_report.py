@@ -20,7 +20,7 @@ from altgrad_jax import cli, report
 from altgrad_jax import config as settings
 from altgrad_jax.config import default_config
 from altgrad_jax.errors import UserError
-from altgrad_jax.numerics.whatif import sparse
+from altgrad_jax.numerics.whatif import N_BINS, sparse
 from altgrad_jax.report import analysis, figures, panels, tables
 from altgrad_jax.report.analysis import Comparison
 from altgrad_jax.report.runs import (
@@ -34,8 +34,8 @@ from altgrad_jax.report.runs import (
     find,
     read_curves,
 )
-from altgrad_jax.run.logger import Record, write_manifest
-from altgrad_jax.run.verdict import make_verdict, read_history, write_verdict
+from altgrad_jax.run.record import Record, read_history, write_manifest
+from altgrad_jax.run.verdict import make_verdict, write_verdict
 
 STEPS, EVERY = 20, 5
 SEEDS, RATES = (1, 2, 3, 4, 5), (0.001, 0.002, 0.004)
@@ -130,7 +130,7 @@ def write_run(
                 "format": fmt,
                 "scale": 1.0,
                 "amax": 1.0,
-                "magnitudes": {},
+                "magnitudes": sparse(np.zeros(N_BINS, int)),
                 "codes": sparse(counts),
             }
             for step, layer, operand, fmt, counts in codes or ()
@@ -624,7 +624,7 @@ def test_curves_cut_from_the_lines_equal_the_parsed_record(tmp_path):
         val=2.0,
         statistics={"grad_loss": 9.0, "nonfinite_loss": 1.0, "loss": {3: math.nan, 4: math.inf}},
     )
-    steps, values, val_steps, val_values, last = read_curves(tmp_path / "r" / "metrics.jsonl")
+    steps, values, val_steps, val_values, last = read_curves(tmp_path / "r")
     history = read_history(tmp_path / "r", ["loss", "val_loss"])
     np.testing.assert_array_equal(steps, history["step"][1:])
     np.testing.assert_array_equal(values, history["loss"][1:])

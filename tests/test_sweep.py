@@ -16,9 +16,10 @@ from test_training import make_data, rows_of, state_bytes, tiny
 
 from altgrad_jax import cli, train
 from altgrad_jax.errors import UserError
-from altgrad_jax.run import sweep, verdict
+from altgrad_jax.run import sweep
 from altgrad_jax.run.checkpoint import list_steps
 from altgrad_jax.run.folder import RunFolder
+from altgrad_jax.run.record import read_timing
 from altgrad_jax.run.setup import open_data, set_up
 from altgrad_jax.run.sweep import axis, grid, make_members, only, program_key
 from altgrad_jax.step.from_config import flops_per_step
@@ -111,8 +112,8 @@ def test_rows_between_carry_no_layers(swept):
 
 
 def test_times_are_shares(swept):
-    rows, _ = verdict.read_timing(swept[0] / "E4M3")
-    other, _ = verdict.read_timing(swept[0] / "E5M2-G")
+    rows, _ = read_timing(swept[0] / "E4M3")
+    other, _ = read_timing(swept[0] / "E5M2-G")
     assert [row["step_time_s"] for row in rows] == [row["step_time_s"] for row in other]
 
 

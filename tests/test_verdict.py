@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.run import logger, verdict
-from altgrad_jax.run.logger import Record
-from altgrad_jax.run.verdict import make_verdict, read_history, read_rows
+from altgrad_jax.run import verdict
+from altgrad_jax.run.record import Record, read_history, read_rows, write_manifest
+from altgrad_jax.run.verdict import make_verdict
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -18,7 +18,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def make_run(run_dir, losses, max_steps=None, validation=None, alerts=None, extra=None):
     """A run folder with one row per loss, from step 1 on."""
     run_dir.mkdir(exist_ok=True)
-    logger.write_manifest(run_dir, {"config": {"max_steps": len(losses) if max_steps is None else max_steps}})
+    write_manifest(run_dir, {"config": {"max_steps": len(losses) if max_steps is None else max_steps}})
     record = Record.open(run_dir)
     validation = {0: 10.0} if validation is None else validation
     if 0 in validation:

@@ -15,6 +15,7 @@ import numpy as np
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
 from altgrad_jax.numerics.rules import AT_REST
 from altgrad_jax.run import verdict
+from altgrad_jax.run.record import read_history
 from altgrad_jax.run.train import train
 
 ABLATIONS = ("W", "A", "G")
@@ -78,7 +79,7 @@ def run(config, out, runs, *, data_dir, say=print):
 def summarize(out, name) -> dict[str, float]:
     """{column: number} of one run: losses, and the mean of each statistic over the last LAST of the steps."""
     result = cast(dict, verdict.make_verdict(out / name))
-    history = verdict.read_history(out / name, list(STATISTICS.values()))
+    history = read_history(out / name, list(STATISTICS.values()))
     n = max(1, round(LAST * len(history["step"])))
 
     def mean(values):

@@ -28,9 +28,10 @@ from altgrad_jax.models.gpt2 import init_params
 from altgrad_jax.numerics import optimizers
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.rounding import format_params, round_to_format, stochastic_seed
-from altgrad_jax.run.logger import DispatchRecord, Record, ValRising, Writer
-from altgrad_jax.run.rank_alerts import RankFalling
+from altgrad_jax.run.alerts import rules_of
+from altgrad_jax.run.record import Record
 from altgrad_jax.run.setup import Feed, open_data, set_up
+from altgrad_jax.run.writer import DispatchRecord, RunFacts, Writer
 from altgrad_jax.step import update
 from altgrad_jax.step.from_config import flops_per_step, model_config, step_options
 from altgrad_jax.step.mesh import data_mesh
@@ -250,14 +251,15 @@ class Step:
         folder = resources.enter_context(tempfile.TemporaryDirectory())
         writer = Writer(
             Record.open(os.path.join(folder, "run")),
-            max_steps=10**9,
-            tokens_per_step=config.batch_size * config.block_size,
-            log_interval=config.log_interval,
-            layer_interval=config.layer_interval,
-            alert_interval=config.alert_interval,
-            val_rising=ValRising(config.val_patience),
-            rank_falling=RankFalling(config.rank_threshold, config.rank_threshold_strict, after=config.warmup_steps),
-            flops_per_step=flops_per_step(config),
+            RunFacts(
+                max_steps=10**9,
+                tokens_per_step=config.batch_size * config.block_size,
+                log_interval=config.log_interval,
+                layer_interval=config.layer_interval,
+                alert_interval=config.alert_interval,
+                flops_per_step=flops_per_step(config),
+            ),
+            rules=rules_of(config),
         )
         resources.callback(writer.close)
         waiting, made = [], 0
@@ -272,11 +274,9 @@ class Step:
             jax.device_get((monitor.bad_streak, monitor.first_bad_step))
             waiting.append(
                 DispatchRecord(
-                    made + 1,
-                    self.names,
-                    rows_KM,
-                    len(rows_KM),
-                    dispatched_at=started,
+                    first_step=made + 1,
+                    names=self.names,
+                    values=rows_KM,
                     seconds=time.perf_counter() - started,
                 )
             )

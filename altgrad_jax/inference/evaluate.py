@@ -9,7 +9,7 @@ import numpy as np
 from altgrad_jax.data.dataset import choose_windows, load_token_data, open_token_file
 from altgrad_jax.errors import UserError
 from altgrad_jax.inference.generate import load_model
-from altgrad_jax.run.logger import MANIFEST, read_manifest
+from altgrad_jax.run.record import MANIFEST, read_manifest
 from altgrad_jax.step.mesh import data_mesh
 from altgrad_jax.step.program import make_evaluate
 

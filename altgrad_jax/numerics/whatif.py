@@ -26,18 +26,14 @@ Sources: the shares are those of `altgrad_jax.numerics.products` (overflow, unde
 Migacz 2017, "8-bit inference with TensorRT".
 """
 
-import json
 import math
-import os
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import open_file
 from altgrad_jax.numerics import formats
 from altgrad_jax.numerics.formats import FloatFormat
-from altgrad_jax.numerics.rules import OPERANDS
 from altgrad_jax.numerics.scales import scale_for
 
 ZERO_BIN, INFINITY_BIN, NAN_BIN, N_BINS = 0, 2218, 2219, 2220
@@ -182,59 +178,28 @@ def operand_row(codes, magnitudes, scale, amax, fmt: FloatFormat):
     }
 
 
-def _read_lines(path):
-    """The lines of diagnostics.jsonl, their magnitudes as int64 [N_BINS]; UserError for one that is none."""
-    fix = "restore it from a copy, or resume the run from a checkpoint before that line"
-    lines = []
-    with open_file(path, fix) as file:
-        for number, text in enumerate(file, 1):
-            if not text.endswith(b"\n"):  # a killed run leaves a torn last line
-                break
-            try:
-                line = json.loads(text)
-                stored, amax = line["magnitudes"], line["amax"]
-                if (
-                    not line.keys() >= {"layer", "format"}
-                    or type(line["step"]) is not int
-                    or line["operand"] not in OPERANDS
-                    or stored["bins"] != N_BINS
-                    or any(first < 0 for first in stored["first"])
-                    or isinstance(amax, float)
-                    and amax < 0
-                ):
-                    raise ValueError
-                lines.append({**line, "magnitudes": dense(stored)})
-            except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-                raise UserError(f"{path} is damaged in line {number}: {fix}") from None
-    return lines
-
-
-def of_run(path, step=None):
+def of_diagnoses(lines: Sequence[Mapping], step: int | None = None) -> tuple[int, list[dict]]:
     """What the eight formats would have done to the operands of a run at one diagnosis.
 
     Args:
-      path: diagnostics.jsonl of a run. step: None is the last diagnosis.
+      lines: of the run's diagnostics.jsonl, `magnitudes` dense: run.record.read_diagnostics.
+      step: None is the last diagnosis.
 
     Returns:
       (step, [{layer, operand, format, and per format name (underflow, overflow)}]): shares at the scale that the
       operand's own amax gives each format; last for each operand `all`: over the elements of all layers together.
 
     Raises:
-      UserError: there is no such file or diagnosis, or it is damaged.
+      UserError: there is no such diagnosis.
     """
-    path = Path(path)
-    if not os.path.lexists(path):
-        raise UserError(
-            f"{path} does not exist: only a run in number formats keeps histograms (formats=BF16 trains as "
-            "the baseline does, and keeps them); give such a run's folder"
-        )
-    lines = _read_lines(path)
     steps = sorted({line["step"] for line in lines})
-    wanted = steps[-1] if step is None and steps else step
     if not steps:
-        raise UserError(f"{path} holds no diagnosis yet: give it after the first diagnostic_interval of the run")
+        raise UserError("diagnostics.jsonl holds no diagnosis yet: give it after the run's first diagnostic_interval")
+    wanted = steps[-1] if step is None else step
     if wanted not in steps:
-        raise UserError(f"{path} holds no diagnosis at step {wanted}: give one of {', '.join(map(str, steps))}")
+        raise UserError(
+            f"diagnostics.jsonl holds no diagnosis at step {wanted}: give one of {', '.join(map(str, steps))}"
+        )
     rows, totals = [], {}
     for line in lines:
         if line["step"] != wanted or not isinstance(line["amax"], float):

@@ -13,11 +13,10 @@ import time
 from pathlib import Path
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import writing
+from altgrad_jax.files import write_atomically, writing
 from altgrad_jax.report.analysis import Comparison
 from altgrad_jax.report.page import Report
 from altgrad_jax.report.runs import UNFINISHED, Reader
-from altgrad_jax.run.logger import write_atomically
 
 
 def build(paths, reader=None, seconds=None):

@@ -18,7 +18,7 @@ import numpy as np
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
 from altgrad_jax.report import statistics
 from altgrad_jax.report.runs import FINISHED, LOST, OPERANDS, REFERENCE, Arm, check_comparable, name_variants
-from altgrad_jax.run.rank_alerts import is_bottleneck
+from altgrad_jax.run.alerts import is_bottleneck
 
 MIN_RATES = 3
 ADAMW = "adamw"

@@ -22,7 +22,6 @@ statistics of all layers are parsed only for runs that the report shows them of.
 import json
 import math
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +30,19 @@ import numpy as np
 
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import open_file, read_json
-from altgrad_jax.numerics.whatif import dense
-from altgrad_jax.run.logger import DIAGNOSTICS, MANIFEST, METRICS, TIMING, parse_row, read_manifest
-from altgrad_jax.run.verdict import UNSOUND_ALERTS, VERDICT, read_timing
+from altgrad_jax.files import read_json
+from altgrad_jax.run.record import (
+    DIAGNOSTICS,
+    MANIFEST,
+    METRICS,
+    TIMING,
+    read_diagnostics,
+    read_history,
+    read_manifest,
+    read_rows,
+    read_timing,
+)
+from altgrad_jax.run.verdict import UNSOUND_ALERTS, VERDICT
 
 FINISHED, LOST, UNFINISHED, DAMAGED = "finished", "lost", "unfinished", "damaged"
 OPERANDS = ("W", "A", "G")
@@ -185,103 +193,36 @@ def _names(folders):
 
 # ---------------------------------------------------------------------------------------------------- reading
 
-_STEP = re.compile(rb'\{"step": (\d{1,30})[,}]')
-_NUMBER = re.compile(rb'"?(-?(?:[0-9][0-9.e+-]*|NaN|Infinity))')
 
-
-def _value(line, key):
-    at = line.find(key)
-    if at < 0:
-        return None
-    if not (number := _NUMBER.match(line, at + len(key))):
-        raise ValueError(f"no number after {key!r}")
-    return float(number[1])
-
-
-def _damaged_line(path, number):
-    return UserError(
-        f"{path} is damaged in line {number}: restore it from a copy, or resume the run from a checkpoint "
-        "before that row"
-    )
-
-
-def read_curves(path):
-    """(steps, losses, val_steps, val_losses, last step) of metrics.jsonl; a torn last line is passed over.
-
-    Raises:
-      UserError: the file is missing, or a line is not a row of the record, or steps do not increase.
-    """
-    rows, validation, last = [], [], -1
-    with open_file(path, "restore it from a copy") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            match = _STEP.match(line)
-            if (
-                not match
-                or not line.endswith(b"}\n")
-                or not line.isascii()
-                or b"\0" in line
-                or not last < int(match[1]) < 2**63
-            ):
-                raise _damaged_line(path, number)
-            last = int(match[1])
-            try:
-                loss, val_loss = _value(line, b'"loss": '), _value(line, b'"val_loss": ')
-            except (TypeError, ValueError):
-                raise _damaged_line(path, number) from None
-            if loss is not None:
-                rows.append((last, loss))
-            if val_loss is not None:
-                validation.append((last, val_loss))
+def read_curves(run_dir):
+    """(steps, losses, val_steps, val_losses, last step) of the rows that have a loss or a validation loss."""
+    losses, validation, last = [], [], -1
+    for row in read_rows(run_dir, ("loss", "val_loss")):
+        last = row["step"]
+        for key, pairs in (("loss", losses), ("val_loss", validation)):
+            if key in row:
+                pairs.append((last, row[key]))
 
     def columns(pairs):
         return np.array([s for s, _ in pairs], np.int64), np.array([v for _, v in pairs], np.float32)
 
-    return *columns(rows), *columns(validation), last
+    return *columns(losses), *columns(validation), last
 
 
-def read_statistics(path):
+def read_statistics(run_dir):
     """{"step": int64 [rows], name: float32 [rows]} of the metrics in STATISTICS; NaN where a row has none."""
-    steps, columns, wanted = [], {}, {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                row = parse_row(line)
-                steps.append(row["step"])
-                for key, value in row.items():
-                    keep = wanted.get(key)
-                    if keep is None:
-                        keep = wanted[key] = key.partition("/")[0] in STATISTICS
-                    if keep:
-                        columns.setdefault(key, []).append((number - 1, value))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise _damaged_line(path, number) from None
-    history: dict[str, np.ndarray] = {"step": np.array(steps, np.int64)}
-    for key, items in columns.items():
-        history[key] = np.full(len(steps), np.nan, np.float32)
-        history[key][[i for i, _ in items]] = [value for _, value in items]
-    return history
+    history = read_history(run_dir)
+    return {name: values for name, values in history.items() if name == "step" or name.partition("/")[0] in STATISTICS}
 
 
-def read_codes(path):
+def read_codes(run_dir):
     """(step, {(layer, operand): (format, int64 [256])}) of the last diagnosis with codes, or (None, {})."""
-    found = {}
-    if not path.exists():
+    if not (run_dir / DIAGNOSTICS).exists():
         return None, {}
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or b'"codes"' not in line:
-                continue
-            try:
-                row = json.loads(line)
-                found.setdefault(row["step"], {})[row["layer"], row["operand"]] = row["format"], dense(row["codes"])
-            except (ValueError, KeyError, TypeError):
-                continue  # one histogram less; the rest of the run stands
-    step = max(found, default=None)
-    return step, found.get(step, {})
+    lines = [line for line in read_diagnostics(run_dir) if "codes" in line]
+    last = max((line["step"] for line in lines), default=None)
+    of_last = [line for line in lines if line["step"] == last]
+    return last, {(line["layer"], line["operand"]): (line["format"], line["codes"]) for line in of_last}
 
 
 def _refuse_settings(path, config):
@@ -300,7 +241,7 @@ def _read_run(folder, name):
         run.config = run.manifest["config"]
         _refuse_settings(folder / MANIFEST, run.config)
         run.arm = _arm_of(run)
-        run.steps, run.losses, run.val_steps, run.val_losses, run.last_step = read_curves(folder / METRICS)
+        run.steps, run.losses, run.val_steps, run.val_losses, run.last_step = read_curves(folder)
     except UserError as error:
         run.reason = str(error)
         return run
@@ -389,16 +330,18 @@ class Reader:
 
     def statistics(self, run):
         """`read_statistics` of a run; {} where its record turns out to be damaged inside a row."""
-        path = run.path / METRICS
-        try:
-            return self._cached("statistics", (path,), lambda: read_statistics(path))
-        except UserError as error:
-            run.reason = str(error)
-            return {}
+        return self._readable(run, METRICS, read_statistics, {})
 
     def codes(self, run):
-        path = run.path / DIAGNOSTICS
-        return self._cached("codes", (path,), lambda: read_codes(path))
+        """`read_codes` of a run; (None, {}) where its diagnostics.jsonl is damaged."""
+        return self._readable(run, DIAGNOSTICS, read_codes, (None, {}))
+
+    def _readable(self, run, file, read, otherwise):
+        try:
+            return self._cached(file, (run.path / file,), lambda: read(run.path))
+        except UserError as error:
+            run.reason = str(error)
+            return otherwise
 
     def timing(self, run):
         """(rows, events) of timing.jsonl."""

@@ -15,9 +15,9 @@ from altgrad_jax.run.console import make_console
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.run.folder import Claim, claim, is_finished, require_resume
 from altgrad_jax.run.goodput import Goodput
-from altgrad_jax.run.logger import resolve_wandb_mode
 from altgrad_jax.run.look import require_wandb_keys
 from altgrad_jax.run.setup import Setup, open_data, set_up
+from altgrad_jax.run.sinks import require_sinks
 from altgrad_jax.run.train import compile_program
 from altgrad_jax.step.program import Program
 
@@ -33,7 +33,7 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     nothing into the run folder. Settings and files that train would refuse are refused alike. Returns exit code 0."""
     config, said = settings.fitted(config)
     settings.validate(config)
-    resolve_wandb_mode(config.wandb_mode)
+    require_sinks(config)
     require_resume(resume)
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
     exists = _nearest_folder(run_dir)

@@ -26,25 +26,24 @@ from altgrad_jax.data.dataset import permute_windows
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.gpt2 import count_params
 from altgrad_jax.run import processes, verdict
+from altgrad_jax.run.alerts import rules_of
 from altgrad_jax.run.checkpoint import list_steps, open_checkpoints, save_anomaly
 from altgrad_jax.run.device import git_commit, versions
 from altgrad_jax.run.goodput import Goodput, describe, total
 from altgrad_jax.run.lock import is_empty
-from altgrad_jax.run.logger import (
+from altgrad_jax.run.record import (
     MANIFEST,
     METRICS,
-    DispatchRecord,
     Record,
-    ValRising,
-    Writer,
     furthest_step,
     new_run_id,
-    open_wandb,
     read_manifest,
+    read_timing,
     write_manifest,
 )
-from altgrad_jax.run.rank_alerts import RankFalling
 from altgrad_jax.run.setup import Setup, certify
+from altgrad_jax.run.sinks import Sinks, open_sinks
+from altgrad_jax.run.writer import DispatchRecord, RunFacts, Writer
 from altgrad_jax.step import quantization, stability
 from altgrad_jax.step.from_config import inputs_of
 from altgrad_jax.step.mesh import FSDP
@@ -187,7 +186,8 @@ class RunFolder:
         self.evaluation: Mapping[str, Any] | None = None
         self.account: dict[str, float] | None = None
         self.verdict: dict[str, Any] | None = None
-        self.writer = self.wandb = None
+        self.writer: Writer | None = None
+        self.sinks: Sinks | None = None
         self.tags = [*self.config.tags, *setup.data.tags]
 
     # The start.
@@ -233,7 +233,7 @@ class RunFolder:
 
     def _start_again(self) -> None:
         """A folder with a manifest and no checkpoint: fine if none was ever saved, an error if they were taken away."""
-        _, events = verdict.read_timing(self.run_dir)
+        _, events = read_timing(self.run_dir)
         saved = [event["step"] for event in events if event.get("event") == "checkpoint"]
         if saved:
             raise UserError(
@@ -243,7 +243,7 @@ class RunFolder:
         self.console.message("no checkpoint was saved in this folder yet: starting again at step 0")
 
     def open_record(self, resources: contextlib.ExitStack) -> None:
-        """Writes the manifest, opens the record where the run goes on, and W&B."""
+        """Writes the manifest, opens the record where the run goes on, and the dashboards."""
         config, run_dir, setup = self.config, self.run_dir, self.setup
         was_new = self.manifest is None
         self.manifest = processes.from_lead(self._write_manifest)
@@ -257,40 +257,25 @@ class RunFolder:
         record = Record.open(run_dir, resume_step, log_interval=config.log_interval)
         self.writer = Writer(
             record,
-            max_steps=config.max_steps,
-            tokens_per_step=setup.tokens_per_step,
-            log_interval=config.log_interval,
-            layer_interval=config.layer_interval,
-            console=self.watch,
-            alert_interval=config.alert_interval,
-            val_rising=ValRising(config.val_patience, record.val_losses),
-            rank_falling=RankFalling(
-                config.rank_threshold, config.rank_threshold_strict, record.ranks, after=config.warmup_steps
+            RunFacts(
+                max_steps=config.max_steps,
+                tokens_per_step=setup.tokens_per_step,
+                log_interval=config.log_interval,
+                layer_interval=config.layer_interval,
+                alert_interval=config.alert_interval,
+                flops_per_step=setup.flops_per_step,
+                peak_flops=setup.peak_flops,
             ),
-            flops_per_step=setup.flops_per_step,
-            peak_flops=setup.peak_flops,
+            console=self.watch,
+            rules=rules_of(config),
         )
         resources.callback(self.writer.close)
         resources.callback(self._account)  # after an exception; else finish() has done it
-        self.wandb = open_wandb(
-            run_dir,
-            mode=config.wandb_mode,
-            run_id=self.manifest["run_id"],
-            project=config.project,
-            name=config.run_name,
-            entity=config.wandb_entity or None,
-            group=config.wandb_group or None,
-            tags=self.tags,
-            config=settings.to_dict(config),
-            resume_step=self.step if self.resumed else None,
-            alert_interval=config.alert_interval,
-            keys=config.wandb_keys,
-            say=self.console.message,
-            event=self.writer.event,
+        self.sinks = open_sinks(
+            config, run_dir, self.manifest, resume_step=resume_step, say=self.console.message, event=self.writer.event
         )
-        if self.wandb is not None:
-            # After finish() there is nothing left to close; after an exception this ends it.
-            resources.callback(self.wandb.close, drain_timeout=5.0)
+        # After finish() there is nothing left to close; after an exception this ends the dashboards' runs.
+        resources.callback(self.sinks.close, drain_timeout=5.0)
 
     def _write_manifest(self) -> dict:
         """Writes and returns what this run is. A resumed run keeps what was true at its start and adds how it was
@@ -477,29 +462,27 @@ class RunFolder:
     # The end.
 
     def finish(self, signal_number: int | None, *, plot: bool = True) -> int:
-        """Writes the verdict and the plot of the loss, unless the run was interrupted, ends W&B, and returns the exit
+        """Writes the verdict and the plot of the loss, unless the run was interrupted, ends the dashboards' runs, and returns the exit
         code. Whoever opened the record closes it."""
         self.exit_code = self._exit_code(signal_number)
         if not processes.is_lead():
             return self.exit_code
         self._flush()
         interrupted = self.exit_code > 128
-        summary = {}
         if not interrupted:
             self.verdict = found = verdict.make_verdict(self.run_dir, stopped=self._why_it_stopped())
             if plot:
                 verdict.plot_loss(self.run_dir, title=self.config.run_name)
             verdict.write_verdict(self.run_dir, found)
-            summary = {"verdict": found["verdict"]}
-        if self.wandb is not None:
+        if self.sinks is not None:
             # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
             with self.goodput.spend("logging_blocked"):
-                self.wandb.close(drain_timeout=5.0 if signal_number else 300.0, summary=summary)
+                self.sinks.close(drain_timeout=5.0 if signal_number else 300.0, summary=self.verdict)
         self._account()
         if self.account and self.verdict:
             # Once more: sending to W&B may have taken minutes, and a verdict does not wait for that.
             self._flush()
-            self.verdict["goodput"] = total(verdict.read_timing(self.run_dir)[1])
+            self.verdict["goodput"] = total(read_timing(self.run_dir)[1])
             verdict.write_verdict(self.run_dir, self.verdict)
         return self.exit_code
 

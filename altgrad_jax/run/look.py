@@ -7,8 +7,10 @@ from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import rules, whatif
 from altgrad_jax.numerics.formats import get_format
-from altgrad_jax.run.logger import ALERT, ALERT_VALUE, TIMING_KEYS, matching
+from altgrad_jax.run.record import TIMING_KEYS
 from altgrad_jax.run.setup import Setup
+from altgrad_jax.run.wandb import matching
+from altgrad_jax.run.writer import ALERT, ALERT_VALUE
 from altgrad_jax.step.program import Observed
 from altgrad_jax.step.quantization import QuantOptions
 from altgrad_jax.step.update import SPARSE

@@ -21,10 +21,10 @@ from altgrad_jax.config import Config
 from altgrad_jax.run import processes
 from altgrad_jax.run.folder import RunFolder
 from altgrad_jax.run.goodput import Goodput
-from altgrad_jax.run.logger import DispatchRecord
 from altgrad_jax.run.look import diagnosis, evaluation_of
 from altgrad_jax.run.setup import Feed, Setup
 from altgrad_jax.run.signals import StopRequest
+from altgrad_jax.run.writer import DispatchRecord
 from altgrad_jax.step.mesh import place
 from altgrad_jax.step.program import Dispatch, Program
 from altgrad_jax.step.update import Inputs, TrainState
@@ -143,7 +143,9 @@ def look_at_the_start(training: Training, stop: StopRequest) -> None:
     seconds = (time.perf_counter() - started) / len(fresh)
     for lane in fresh:
         evaluation, lines = looks[lane]
-        training.runs[lane].record(DispatchRecord(0, evaluation=evaluation, evaluation_s=seconds, diagnostics=lines))
+        training.runs[lane].record(
+            DispatchRecord(first_step=0, evaluation=evaluation, evaluation_s=seconds, diagnostics=lines)
+        )
 
 
 def agree_on_a_dispatch(training: Training, stop: StopRequest, behind: Sequence[int], step: int) -> tuple[int, bool]:
@@ -196,7 +198,7 @@ def dispatch(training: Training, behind: Sequence[int], step: int, n: int, save_
         look_seconds = (time.perf_counter() - ended) / len(whole)
     for lane in behind:
         evaluation, lines = looks.get(lane, (None, []))
-        record(training, lane, rows[lane], evaluation, lines, started, (ended - started) / len(behind), look_seconds)
+        record(training, lane, rows[lane], evaluation, lines, (ended - started) / len(behind), look_seconds)
         if runs[lane].is_at_its_end or is_due(config, step, config.checkpoint_interval):
             runs[lane].save(training.program.state_of(training.state, lane))
         elif save_interim:
@@ -250,7 +252,6 @@ def record(
     rows_KM: np.ndarray,
     evaluation: dict[str, float] | None,
     diagnostics: list[dict],
-    started: float,
     seconds: float,
     look_seconds: float | None,
 ) -> None:
@@ -263,15 +264,13 @@ def record(
     first_row = run.step - len(rows_KM) + 1
     run.record(
         DispatchRecord(
-            first_row,
-            names,
-            rows_KM,
-            len(rows_KM),
-            evaluation,
-            started,
-            seconds,
-            look_seconds if evaluation else None,
-            diagnostics,
+            first_step=first_row,
+            names=names,
+            values=rows_KM,
+            seconds=seconds,
+            evaluation=evaluation,
+            evaluation_s=look_seconds or 0.0,
+            diagnostics=diagnostics,
         )
     )
     if first_row <= run.first_bad_step <= run.step:

@@ -29,7 +29,7 @@ import numpy as np
 
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import writing
+from altgrad_jax.files import write_atomically, writing
 from altgrad_jax.numerics import rules
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.run.console import make_console, show_duration
@@ -38,7 +38,6 @@ from altgrad_jax.run.dry_run import program_bytes
 from altgrad_jax.run.folder import NOT_SAVED, claim, has_ended, open_run
 from altgrad_jax.run.goodput import Goodput, describe
 from altgrad_jax.run.lock import locked
-from altgrad_jax.run.logger import write_atomically
 from altgrad_jax.run.loop import loop
 from altgrad_jax.run.setup import Feed, Setup, open_data, set_up
 from altgrad_jax.run.signals import Interrupted, StopRequest

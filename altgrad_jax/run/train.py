@@ -30,11 +30,12 @@ from altgrad_jax.run.folder import (
 )
 from altgrad_jax.run.goodput import Goodput
 from altgrad_jax.run.lock import locked
-from altgrad_jax.run.logger import METRICS, resolve_wandb_mode
 from altgrad_jax.run.look import require_wandb_keys
 from altgrad_jax.run.loop import loop
+from altgrad_jax.run.record import METRICS, read_history
 from altgrad_jax.run.setup import open_data, set_up
 from altgrad_jax.run.signals import Interrupted, StopRequest
+from altgrad_jax.run.sinks import require_sinks
 from altgrad_jax.step.program import Program
 
 # What becomes one sentence when it happens to a file of the run.
@@ -90,7 +91,7 @@ def train(
         print(f"note: {note}", file=sys.stderr)
     run_dir = Path(workdir or config.checkpoint_dir).expanduser().absolute()
     settings.validate(config)
-    resolve_wandb_mode(config.wandb_mode)
+    require_sinks(config)
     require_resume(resume)
     try:
         with disk_failures_as_one_sentence(lambda: how_it_goes_on(run_dir, resume)):
@@ -180,5 +181,5 @@ def _result(exit_code: int, run_dir: Path) -> Result:
     if not processes.is_lead():
         return Result(exit_code, run_dir, None, {})
     # A run that was interrupted before its first row has no record.
-    history = verdict.read_history(run_dir) if (run_dir / METRICS).exists() else {}
+    history = read_history(run_dir) if (run_dir / METRICS).exists() else {}
     return Result(exit_code, run_dir, None if exit_code > 128 else verdict.read_verdict(run_dir), history)

@@ -8,7 +8,6 @@ that took them and still learned is sound.
 
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -21,80 +20,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from altgrad_jax.errors import UserError
-from altgrad_jax.files import open_file
+from altgrad_jax.files import write_atomically
 from altgrad_jax.run import goodput
 from altgrad_jax.run.console import Lasting, show_duration, show_rate
-from altgrad_jax.run.logger import MANIFEST, METRICS, TIMING, parse_row, write_atomically
+from altgrad_jax.run.record import MANIFEST, METRICS, read_rows, read_timing
 
 SHARE = 0.05  # of the steps, at either end
 UNSOUND_ALERTS = {"divergence": "the loss rose above where it began", "val_rising": "the validation loss kept rising"}
 VERDICT = "verdict.json"
 LOSS_PLOT = "loss.png"
-
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-def read_rows(run_dir):
-    """The rows of metrics.jsonl in order: {"step": int, name: float, ..., "alerts": [...]}.
-
-    A torn last line, which a killed run leaves, is passed over. UserError where the file is missing, or
-    damaged before its end.
-    """
-    path = Path(run_dir) / METRICS
-    if not os.path.lexists(path):
-        raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a run")
-    with open_file(path, "restore it from a copy") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                try:
-                    row = parse_row(line)
-                    if not all(isinstance(value, int | float) for key, value in row.items() if key != "alerts"):
-                        raise ValueError
-                    yield row
-                except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                    raise UserError(
-                        f"{path} is damaged in line {number}; restore it from a copy, or resume "
-                        "the run from a checkpoint before that row"
-                    ) from None
-
-
-def read_timing(run_dir):
-    """(rows, events) of timing.jsonl, empty if missing. Damaged lines are passed over."""
-    rows, events = [], []
-    path = Path(run_dir) / TIMING
-    if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                    row["step"], row["time"]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    continue
-                (events if "event" in row else rows).append(row)
-    return rows, events
-
-
-def read_history(run_dir, keys=None):
-    """Columns of the record: {"step": int64 [rows], name: float32 [rows], ...}, NaN where a row has no such.
-
-    Args:
-      keys: the names wanted; None: every name of any row (alerts are not a column). A name no row has gives
-        all NaN.
-    """
-    steps, columns = [], {key: [] for key in keys or ()}
-    for row in read_rows(run_dir):
-        for key in row if keys is None else keys:
-            if key in row and key not in ("step", "alerts"):
-                column = columns.setdefault(key, [])
-                column.extend([math.nan] * (len(steps) - len(column)))
-                column.append(row[key])
-        steps.append(row["step"])
-    history = {"step": np.array(steps, np.int64)}
-    for key, column in columns.items():
-        history[key] = np.array(column + [math.nan] * (len(steps) - len(column)), np.float32)
-    return history
 
 
 # ---------------------------------------------------------------------------------------------------- verdict

@@ -110,7 +110,7 @@ class Originals:
 
         from altgrad_jax.models.gpt2 import GPTConfig, init_params
         from altgrad_jax.run.checkpoint import open_checkpoints
-        from altgrad_jax.run.logger import Record, write_manifest
+        from altgrad_jax.run.record import Record, write_manifest
 
         folder, config = self.dir / "run", tiny()
         meta = prepare.read_meta(self.tokens)
@@ -1064,7 +1064,7 @@ def records(originals):
             changed(originals.run, folder / "run", change)
 
             def read():
-                from altgrad_jax.run.logger import read_manifest
+                from altgrad_jax.run.record import read_manifest
 
                 read_manifest(folder / "run")
 
@@ -1111,8 +1111,7 @@ def records(originals):
             changed(originals.run, folder / "run", change)
 
             def go():
-                from altgrad_jax.run.logger import Record
-                from altgrad_jax.run.verdict import read_history
+                from altgrad_jax.run.record import Record, read_history
 
                 if reading:
                     read_history(folder / "run")
@@ -1182,9 +1181,10 @@ def records(originals):
                 write(path, content)
 
             def read():
-                from altgrad_jax.numerics.whatif import of_run
+                from altgrad_jax.numerics.whatif import of_diagnoses
+                from altgrad_jax.run.record import read_diagnostics
 
-                of_run(path, step)
+                of_diagnoses(read_diagnostics(folder), step)
 
             return read
 
@@ -1472,12 +1472,12 @@ def folders(originals):
         hf.read_folder(it)
 
     def load_manifest(it):
-        from altgrad_jax.run.logger import read_manifest
+        from altgrad_jax.run.record import read_manifest
 
         read_manifest(it)
 
     def load_record(it):
-        from altgrad_jax.run.verdict import read_history
+        from altgrad_jax.run.record import read_history
 
         read_history(it)
 

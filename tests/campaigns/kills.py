@@ -25,7 +25,7 @@ import sys
 import time
 
 from altgrad_jax.run.checkpoint import DELETED
-from altgrad_jax.run.logger import METRICS
+from altgrad_jax.run.record import METRICS
 from campaigns.runs import (
     PATIENCE_S,
     ROOT,

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from altgrad_jax.run.checkpoint import list_steps, read_document
-from altgrad_jax.run.logger import DIAGNOSTICS, METRICS, TIMING
+from altgrad_jax.run.record import DIAGNOSTICS, METRICS, TIMING
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = dict(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from altgrad_jax.run.logger import METRICS
+from altgrad_jax.run.record import METRICS
 from campaigns.runs import Part, command, n_rows, start, table
 
 FLAT_MIB = 32.0
