@@ -21,7 +21,7 @@ FLOORS = [
 WITHIN_A_FLOOR = {("step", "models")}
 OWNERS = {
     "flax": {"models.gpt2"},
-    "orbax": {"run.checkpoint", "bench.checkpoint"},
+    "orbax": {"run.checkpoint"},
     "wandb": {"run.wandb"},
     "tiktoken": {"data.tokenizer"},
     "torch": {"bench.torch_peer"},
