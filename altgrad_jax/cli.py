@@ -112,7 +112,7 @@ def main(
     run: Callable[..., int | None],
     own: flags.FlagValues,
     *,
-    usage: str,
+    usage: str | None,
     config: bool = False,
     arguments: Sequence[str] = (),
     argv: Sequence[str] | None = None,
@@ -122,7 +122,7 @@ def main(
     Args:
       run: takes a keyword for each flag and argument; with `config` the validated, locked ConfigDict before them.
       own: the script's flags.
-      usage: what --help prints first; usually the script's docstring.
+      usage: what --help prints first; usually the script's docstring, which python -OO takes away.
       config: whether the script is about a config; it then needs --config.
       arguments: names of the arguments without dashes; a last one that ends in "..." takes one or more.
       argv: the words behind the program's name; those of the process by default.
@@ -131,7 +131,7 @@ def main(
 
     def parse_and_run() -> int | None:
         if {"--help", "-h", "-help"} & set(words):
-            print(help_text(usage, own, config))
+            print(help_text(usage or "", own, config))
             return 0
         parsed, values = parse(words, own, config=config, arguments=arguments)
         return run(parsed, **values) if config else run(**values)

@@ -328,7 +328,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType({field.name: field for _, group i
 RESUMABLE_FIELDS = frozenset(field.name for field in FIELDS.values() if field.resumable)
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Config:
     """The baseline: every field at its default, locked (no new names) and type-safe."""
     return _build({name: field.default for name, field in FIELDS.items()})
 
@@ -479,9 +479,7 @@ def _without_effect(c: Any) -> Iterator[str]:
 # --------------------------------------------------------------------------------------- what follows from what is set
 
 
-def fitted(
-    config: ml_collections.ConfigDict, given: Collection[str] | None = None
-) -> tuple[ml_collections.ConfigDict, list[str]]:
+def fitted(config: ml_collections.ConfigDict, given: Collection[str] | None = None) -> tuple[Config, list[str]]:
     """The config with settings that nobody set fitted to those that somebody set, and a sentence for each.
 
     A setting gives way to one that was set closer to the start: a default to the config file, both to a flag. What was

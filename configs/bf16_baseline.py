@@ -10,16 +10,14 @@ Expected:  initial loss 10.7 to 11.0 (an even guess over 50,257 tokens is 10.82)
 Every field with its meaning and unit stands in altgrad_jax/config.py, whose defaults are this run.
 """
 
-import ml_collections
-
-from altgrad_jax.config import default_config, numbers_in
+from altgrad_jax.config import Config, default_config, numbers_in
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     return default_config()
 
 
-def derive(config: ml_collections.ConfigDict) -> None:
+def derive(config: Config) -> None:
     """Names the run by the numbers it computes in, when flags have changed them."""
     numbers = numbers_in(config)
     config.run_name = f"{numbers}-baseline"

@@ -10,15 +10,13 @@ Time:      longer than the baseline's, for operands are rounded and measured; no
 Expected:  a gap to the baseline that depends on the format: docs/results/formats-small.md.
 """
 
-import ml_collections
-
-from altgrad_jax.config import FIELDS, default_config, numbers_in
+from altgrad_jax.config import FIELDS, Config, default_config, numbers_in
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.rules import AT_REST, OPTIMIZERS
 
 
-def get_config(argument: str) -> ml_collections.ConfigDict:
+def get_config(argument: str) -> Config:
     name, *choices = argument.split(",")
     config = default_config()
     config.use_fp8, config.formats = True, (get_format(name).name,)
@@ -38,7 +36,7 @@ def get_config(argument: str) -> ml_collections.ConfigDict:
     return config
 
 
-def derive(config: ml_collections.ConfigDict) -> None:
+def derive(config: Config) -> None:
     """Names the run by its settings; called again when flags have changed them."""
     numbers = numbers_in(config)
     unlike = [config[name] for name in ("optimizer", "weights_at_rest") if config[name] != FIELDS[name].default]

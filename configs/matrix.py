@@ -13,9 +13,7 @@ Expected:  bfloat16 at its best rate ends near a validation loss of 2.1 nats per
 The base of the sweep is any config: --config.max_steps=2000 trains every member longer.
 """
 
-import ml_collections
-
-from altgrad_jax.config import default_config
+from altgrad_jax.config import Config, default_config
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
 from altgrad_jax.run.sweep import axis, grid, only
 
@@ -24,7 +22,7 @@ SEEDS = (1, 2, 3, 4, 5)
 SAME_GRID = "E1M6"  # as E0M7
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     config = default_config()
     config.tokenizer = "bytes"
     config.n_layer, config.n_head, config.n_embd, config.block_size = 2, 4, 64, 64

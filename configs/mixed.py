@@ -8,15 +8,13 @@ Time:      longer than the baseline's, for operands are rounded and measured; no
 Expected:  not measured for this split; docs/results/formats-small.md has whole models in one format.
 """
 
-import ml_collections
-
-from altgrad_jax.config import default_config
+from altgrad_jax.config import Config, default_config
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.rules import NONE
 
 
-def get_config(argument: str = "BF16,E3M4,BF16") -> ml_collections.ConfigDict:
+def get_config(argument: str = "BF16,E3M4,BF16") -> Config:
     parts = argument.split(",")
     if len(parts) != 3:
         raise UserError(
@@ -34,7 +32,7 @@ def get_config(argument: str = "BF16,E3M4,BF16") -> ml_collections.ConfigDict:
     return config
 
 
-def derive(config: ml_collections.ConfigDict) -> None:
+def derive(config: Config) -> None:
     """Names the run by its formats; called again when flags have changed them."""
     config.run_name = "mixed-" + "-".join(rule.rpartition("=")[2].lower() for rule in config.formats)
     config.checkpoint_dir = f"checkpoints/{config.run_name}"

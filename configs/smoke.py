@@ -6,12 +6,10 @@ Expected:  initial loss 5.4 to 5.7 (an even guess over 256 bytes is 5.55), falli
            validation loss after 200 steps is 2.665.
 """
 
-import ml_collections
-
-from altgrad_jax.config import default_config, numbers_in
+from altgrad_jax.config import Config, default_config, numbers_in
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     config = default_config()
     config.tokenizer = "bytes"
     config.n_layer, config.n_head, config.n_embd, config.block_size = 2, 2, 64, 64
@@ -23,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def derive(config: ml_collections.ConfigDict) -> None:
+def derive(config: Config) -> None:
     """Names folder and tags by the settings; called again when flags have changed them."""
     config.checkpoint_dir = f"checkpoints/{config.run_name}"
     config.tags = ("smoke", numbers_in(config), config.tokenizer)

@@ -602,7 +602,9 @@ def test_whatever_is_listed_after_kill_9_is_whole(tmp_path):
             cwd=Path(__file__).parent,
         )
         assert child.stdout.readline() == "ready\n", child.communicate()[1]
-        time.sleep(rng.uniform(0.5, 1.2))
+        while max(checkpoint.list_steps(tmp_path), default=0) <= newest and child.poll() is None:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0.0, 0.4))
         child.send_signal(signal.SIGKILL)
         assert child.communicate() == ("", "")  # no failed save, and not a word from Orbax
         steps = checkpoint.list_steps(tmp_path)

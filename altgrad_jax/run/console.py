@@ -12,6 +12,7 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -28,7 +29,7 @@ WORKING_S = 30.0  # between two signs of life while the program compiles
 _SETTLE_S = 0.05  # rows of one dispatch arrive closer together than this
 
 
-def make_console(mode, max_steps, stream=None, clock=time.monotonic):
+def make_console(mode: str, max_steps: int, stream: Any = None, clock: Callable[[], float] = time.monotonic):
     """A console on `stream` (default: standard output). `auto`: live where it is a terminal, else plain.
 
     `quiet` prints alerts alone.
@@ -38,7 +39,7 @@ def make_console(mode, max_steps, stream=None, clock=time.monotonic):
     """
     if mode not in MODES:
         raise UserError(f"console is {mode!r}; allowed are {', '.join(MODES)}")
-    stream: Any = Lasting(sys.stdout if stream is None else stream)
+    stream = Lasting(sys.stdout if stream is None else stream)
     if mode == "quiet":
         return QuietConsole(stream)
     if mode == "live" or (

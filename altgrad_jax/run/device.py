@@ -59,18 +59,23 @@ def use_device(name: str) -> None:
     """
     if name != "auto":
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,cpu"}[name])
-    asked = {"cuda", "gpu"} & set((jax.config.jax_platforms or "").split(","))
-    if asked and not expects_nvidia_gpu():
-        by = "--device=gpu" if name == "gpu" else f"JAX_PLATFORMS={jax.config.jax_platforms}"
+    platforms = _platforms()
+    if {"cuda", "gpu"} & set(platforms.split(",")) and not expects_nvidia_gpu():
+        by = "--device=gpu" if name == "gpu" else f"JAX_PLATFORMS={platforms}"
         raise UserError(
             f"{by} asks for a GPU, and jax finds no NVIDIA driver or no plugin for it: install jax[cuda12] or "
             "jax[cuda13] on a machine with a GPU, or give --device=cpu"
         )
 
 
+def _platforms() -> str:
+    """The platforms that jax is told to use, in order; empty where it chooses."""
+    return jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+
+
 def expects_nvidia_gpu():
     """Whether jax will compute on an NVIDIA GPU, as far as can be known without starting it."""
-    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+    platforms = _platforms()
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return False
     plugin = any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin"))

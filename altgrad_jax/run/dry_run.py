@@ -31,7 +31,7 @@ _GROUP_NAMES = {"attn": "attention", "mlp": "MLP", "ln": "layer norms"}
 def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     """Says what training.train would do with the same arguments: compiles everything, trains nothing, and writes
     nothing into the run folder. Settings and files that train would refuse are refused alike. Returns exit code 0."""
-    config, said = settings.fitted(config)
+    config, notes = settings.fitted(config)
     settings.validate(config)
     require_sinks(config)
     require_resume(resume)
@@ -39,8 +39,8 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     exists = _nearest_folder(run_dir)
     console = make_console("plain", config.max_steps)
     say = console.message
-    for sentence in said:
-        say(f"note: {sentence}")
+    for note in notes:
+        say(f"note: {note}")
     if resume == "auto" and is_finished(run_dir, config):
         say(f"next: nothing, for {run_dir} is finished with {config.max_steps} steps")
         return 0

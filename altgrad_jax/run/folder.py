@@ -462,8 +462,8 @@ class RunFolder:
     # The end.
 
     def finish(self, signal_number: int | None, *, plot: bool = True) -> int:
-        """Writes the verdict and the plot of the loss, unless the run was interrupted, ends the dashboards' runs, and returns the exit
-        code. Whoever opened the record closes it."""
+        """Writes the verdict and the plot of the loss, unless the run was interrupted; ends the dashboards' runs;
+        returns the exit code. Whoever opened the record closes it."""
         self.exit_code = self._exit_code(signal_number)
         if not processes.is_lead():
             return self.exit_code

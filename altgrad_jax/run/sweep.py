@@ -74,7 +74,7 @@ _NOT_COMPILED = frozenset(
 class Member:
     """One run of a sweep: a validated ConfigDict, whose run_name and checkpoint_dir are its own."""
 
-    config: settings.ml_collections.ConfigDict
+    config: settings.Config
 
     @property
     def name(self) -> str:

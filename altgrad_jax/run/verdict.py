@@ -124,7 +124,7 @@ def make_verdict(run_dir: str | Path, *, max_steps: int | None = None, stopped: 
     final_val_loss = validation[-1][1] if validation else None
     mild = {kind: n for kind, n in alerts.items() if kind not in UNSOUND_ALERTS}
     remark = f", with alerts: {_count(mild)}" if mild else ""
-    return _jsonable(
+    found: Any = _jsonable(
         {
             "verdict": "not sound: " + "; ".join(reasons)
             if reasons
@@ -162,6 +162,7 @@ def make_verdict(run_dir: str | Path, *, max_steps: int | None = None, stopped: 
             },
         }
     )
+    return found
 
 
 def _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, cause, alerts):
