@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from altgrad_jax.numerics.products import scale_for
-from altgrad_jax.numerics.rounding import Grid, round_to_format, to_codes, to_grid, ulp
+from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format, to_codes, to_grid, ulp
 from altgrad_jax.numerics.scales import LARGEST_SCALED
 
 _FIELDS = ("elements", "updates", "flips", "lost", "dot", "energy", "missed", "codes", "scale_flips", "age")
@@ -51,7 +51,7 @@ class Stored(NamedTuple):
     grid: Grid
 
 
-def store(w, update, old_grid: Grid, fmt, *, residual=None, seed=None, force=False) -> Stored:
+def store(w, update, old_grid: Grid, fmt: FormatParams, *, residual=None, seed=None, force=False) -> Stored:
     """The stored weights after an update.
 
     Args:
@@ -80,7 +80,7 @@ def _codes_and_values(w, grid):
     return to_codes(rounded, grid.format), rounded * (1 / grid.scale)
 
 
-def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None):
+def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None) -> tuple[jax.Array, jax.Array | None]:
     """Sums over one weight matrix, float32 [fields], and the ages after the update.
 
     Args:
@@ -116,7 +116,7 @@ def _count(mask):
     return jnp.sum(mask, dtype=jnp.float32)
 
 
-def scale_flips(w, before: Grid, after: Grid):
+def scale_flips(w, before: Grid, after: Grid) -> jax.Array:
     """How many weights of each matrix lie elsewhere on another grid: float32 [G] from w float32 [G, K, N].
 
     Arrays of the grids begin with the axis G. Costs a pass over w only where some grid did change.
@@ -129,17 +129,17 @@ def scale_flips(w, before: Grid, after: Grid):
     return jax.lax.cond(changes, count, lambda: jnp.zeros(len(w), jnp.float32))
 
 
-def with_scale_flips(sums, flips):
+def with_scale_flips(sums, flips) -> jax.Array:
     """Sums of `entries` with the number of scale flips filled in."""
     return sums.at[..., _FIELDS.index("scale_flips")].set(flips)
 
 
-def lost_share(sums):
+def lost_share(sums) -> jax.Array:
     """Share of a layer's weights whose update was lost; sums from `entries`."""
     return sums[_FIELDS.index("lost")] / sums[0]
 
 
-def ledger_metrics(sums: dict, *, stored, ages):
+def ledger_metrics(sums: dict, *, stored: bool, ages: bool) -> dict[str, jax.Array]:
     """{`statistic/layer`} and {`statistic`} over all layers together, from {layer: `entries`}.
 
     Args:

@@ -147,29 +147,29 @@ class Statistics(NamedTuple):
 scale_for = partial(scales.scale_for, xp=jnp, bitcast=lax.bitcast_convert_type)
 
 
-def delayed_scale(history_H, params: FormatParams, power_of_two=True):
+def delayed_scale(history_H, params: FormatParams, power_of_two: bool = True) -> jax.Array:
     """The scale of `delayed` at a step, from the amaxes of the steps before (last axis); 0 while all are 0."""
     amax = jnp.max(history_H, axis=-1)
     return jnp.where(amax > 0, scale_for(amax, params, power_of_two), 0.0)
 
 
-def push_amax(history_H, amax):
+def push_amax(history_H, amax) -> jax.Array:
     """The history [..., H] with this step's amax [...] at its end and the oldest gone; unchanged by one not finite."""
     pushed_H = jnp.concatenate([history_H[..., 1:], amax[..., None]], axis=-1)
     return jnp.where(jnp.isfinite(amax)[..., None], pushed_H, history_H)
 
 
-def empty_statistics():
-    """float32 [S] that changes nothing when combined; also a fitting `g_probe`, whose value is never read."""
+def empty_statistics() -> np.ndarray:
+    """float32 [S] that changes nothing when combined. It also serves as a `g_probe`, whose value is never read."""
     return np.array([_IDENTITY[combine] for combine in FIELDS.values()], np.float32)
 
 
-def combine_statistics(a, b):
+def combine_statistics(a, b) -> jax.Array:
     """Vectors [..., S] of two parts of a batch as that of both: amax by maximum, counts and energies by sum."""
     return jnp.stack([combine(a[..., i], b[..., i]) for i, combine in enumerate(FIELDS.values())], axis=-1)
 
 
-def named_statistics(fields_S):
+def named_statistics(fields_S) -> dict[str, jax.Array]:
     """{name: float32 [...]} from vectors [..., S] of an operand.
 
     `overflow`: share of elements beyond the largest finite number; NaN, not applicable, where the scale came from the
@@ -210,10 +210,10 @@ def _scale_of(size, operand, scaling, along, power_of_two):
     return jnp.where(given > 0, given, scale_for(amax, operand.format, power_of_two)), amax, given
 
 
-def weight_scale(w, operand, rule, *, w_is_NK=False):
+def weight_scale(w, operand: Operand, rule: Rule, *, w_is_NK: bool = False) -> jax.Array:
     """The scale, or scales, by which quant_dot rounds this weight matrix: float32 that broadcasts to it.
 
-    What the update ledger needs to say which code a weight has. Arguments as in quant_dot.
+    The ledger needs it to tell which code a weight has. Arguments as in quant_dot.
     """
     axis = 1 if w_is_NK else 0
     grouped, along = _groups(w, rule.w, axis, "W")
@@ -267,7 +267,7 @@ def _quantize(v, operand, scaling, axis, name, dtype, rule):
     return q.reshape(shape), descale, statistics
 
 
-def product(a, b, contract_a, contract_b, descales=()):
+def product(a, b, contract_a: int, contract_b: int, descales=()) -> jax.Array:
     """a . b over one axis of each, accumulated in float32, times `descales` (None: 1). float32 operands stay float32
     (never TF32)."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -280,7 +280,7 @@ def product(a, b, contract_a, contract_b, descales=()):
     return y
 
 
-def weight_gradient(x_MK, g_MN, w_is_NK=False, descales=()):
+def weight_gradient(x_MK, g_MN, w_is_NK: bool = False, descales=()) -> jax.Array:
     """x^T g, float32 [K, N] or with `w_is_NK` [N, K]; operands and `descales` as in `product`."""
 
     def direct(x_MK, g_MN):
@@ -401,7 +401,7 @@ def quant_dot(
       operands: the formats of the three operands, and for `delayed` their scales. None: the layer is not quantized.
       rule: the static choices for these operands; default Rule().
       g_probe: float32 [S]; the gradient with respect to it is the statistics of the output gradient. Its value is not
-        read. None where nobody asks for them.
+        read. None: no such statistics.
 
     Returns:
       float32 [..., N]; with `operands`, (that, Statistics). Gradients of x and w are float32 and are the exact
