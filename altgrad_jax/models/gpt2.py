@@ -69,7 +69,7 @@ class Quantized(NamedTuple):
     """What the quantized layers of one call work with.
 
     operands: {layer: Operands} for every layer in GPTConfig.rules. g_probes: {layer: float32 [S]} where statistics of
-    the output gradients are wanted (see quant_dot).
+    the output gradients are taken (see quant_dot).
     """
 
     operands: dict[str, Operands]
@@ -90,7 +90,7 @@ class LayerNorm(nn.Module):
 
 
 def _product(config, layer, x, w, quantized, statistics, w_is_NK=False):
-    """quant_dot for one layer, in its formats if it has any; then its statistics are put into `statistics`."""
+    """quant_dot for one layer, in its formats if it has any; their statistics are put into `statistics`."""
     rule = dict(config.rules).get(layer)
     if rule is None:
         return quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=config.compute_dtype)
@@ -212,7 +212,7 @@ class GPT(nn.Module):
             is returned. None: the tokens are the whole context.
           position: index of tokens_BL[:, 0] in the context (traced or static); position + L <= block_size.
           quantized: the operands of the layers in config.rules; needed where there are any.
-          head: whether the logits are wanted.
+          head: whether the logits are computed.
         """
         config = self.config
         embed = Embedding(config.vocab_size, config.n_embd, name="embed")

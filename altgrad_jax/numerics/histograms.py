@@ -1,7 +1,7 @@
-"""What a scalar per tensor does not show: the rank of weights, the use of codes, the distribution of magnitudes.
+"""Diagnoses that cost more than a scalar: the rank of weights, the use of codes, the distribution of magnitudes.
 
 Pure functions for the inside of a compiled program of the caller; nothing here compiles. They cost more than the
-statistics of `metrics` and are meant for every hundredth step or so, not for each.
+statistics of `metrics` and are meant for about every hundredth step.
 
 Counts are int32 sums, exact up to 2^31 - 1 elements (float32 counters stop at 2^24) and independent of the order of
 summation, so they are equal bit for bit on every device.

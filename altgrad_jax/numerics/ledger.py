@@ -5,10 +5,10 @@ each layer whose weights have a format, Q rounds onto the grid at a fixed scale,
 products see of u:
 
 flip           share of weights whose code changed
-not_flipped    float32 master: share of weights with u != 0 whose code did not change. None of it is lost: the master
-               adds up
-lost           weights stored on the grid: the same share, and there it is lost for good. With error feedback only where
-               the residual did not change either
+not_flipped    float32 master: share of weights with u != 0 whose code did not change. Nothing is lost, because the
+               master keeps every update
+lost           weights stored on the grid: the same share, whose updates are lost. With error feedback a weight counts
+               only where the residual did not change either
 stall_ratio    1 - (codes changed) / (weights with u != 0)
 effective_lr   <u, dQ> / <u, u>: 1 where on average all of u arrives, 0 where none does
 lost_energy    |u - dQ| / |u|: 0 where u arrives as it is; above 1 where rounding adds more than u itself
@@ -16,8 +16,8 @@ ulps_moved     mean number of codes a weight moved
 scale_flip     share of weights whose value on the grid changes because the scale does. No learning, hence not in flip
 code_age       mean number of updates since a weight's code last changed
 
-`flip`, ... without a layer are taken over all elements of those layers together. Stall alone misranks formats: a coarse
-grid flips few codes, but each of them by much; read it with effective_lr.
+`flip` and the others without a layer are taken over all elements of those layers together. stall_ratio alone misranks
+formats, because a coarse grid changes few codes, each by a large step: read it together with effective_lr.
 
 Weights at rest. With a float32 master w' = w + u, and Q(w) is what the products use. Stored, w is on the grid itself:
 
@@ -63,7 +63,7 @@ def store(w, update, old_grid: Grid, fmt: FormatParams, *, residual=None, seed=N
     target = w + update
     if residual is not None:
         target = w + jnp.where(jnp.isfinite(residual), residual, 0).astype(jnp.float32) + update
-    # One element that is not finite must not decide how all others are rounded.
+    # An element that is not finite must not set the scale of all others.
     amax = jnp.max(jnp.where(jnp.isfinite(target), jnp.abs(target), 0))
     limit = jnp.minimum(fmt.max_finite, LARGEST_SCALED)
     reached = amax * old_grid.scale

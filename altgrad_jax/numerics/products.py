@@ -1,7 +1,7 @@
 """The matrix product of every linear layer, forward and backward, in one place.
 
 A linear layer is three products: y = x w, dx = g w^T and dw = x^T g. This module decides in which precision each one
-runs. With no number format set, which is all the baseline needs:
+runs. With no number format set, as in the baseline:
 
 * a value is rounded to the compute dtype exactly when it becomes an *operand* of a product, and nowhere else;
 * every product accumulates in float32 and returns float32, the weight gradient included. (A plain bfloat16 Dense layer
@@ -29,7 +29,7 @@ A scale comes from an amax, the largest magnitude (scales.scale_for). Which amax
     none      1
 
 Scales that are not powers of two (`Rule.power_of_two=False`) cannot be put back into the operand without rounding it
-again. There, as with native products, the operands are the codes' own values (v * s rounded) and the float32 results
+again. For them, as with native products, the operands are the codes' own values (v * s rounded) and the float32 results
 are divided by the scales, which needs one scale per operand: delayed, tensor or none.
 
 `Rule.native` computes the products on float8 operands (Micikevicius et al. 2022): E4M3 and E5M2 only, the results
@@ -41,7 +41,7 @@ An operand is rounded once and used in two products, but scales per channel or b
 W and A, that of dx for G. In the other product they vary from term to term of the sum, which is exact here; a device
 that applies scales to sums could not do it without rounding the operand a second time, differently.
 
-Infinities and NaN pass unrounded, as in the baseline: saturating them would hide a step that must not be applied.
+Infinities and NaN pass unrounded, as in the baseline. To saturate them would hide a step that must not be applied.
 
 Statistics (`FIELDS`) are reductions over an operand as it is rounded, one float32 vector each. Those of W and A are
 returned beside y. G exists only inside the backward pass, so its vector leaves as the *cotangent* of an argument that
@@ -287,17 +287,17 @@ def weight_gradient(x_MK, g_MN, w_is_NK: bool = False, descales=()) -> jax.Array
         return product(g_MN, x_MK, 0, 0, descales) if w_is_NK else product(x_MK, g_MN, 0, 0, descales)
 
     def transposed(x_MK, g_MN):
-        # In halves, or XLA would fold the transpose into the product again, which is what must not happen.
+        # In halves, or XLA would fold the transpose into the product again.
         half = x_MK.shape[1] // 2
         x_KM = jnp.concatenate([x_MK[:, :half].T, x_MK[:, half:].T])
-        # Likewise a transpose of the result, which the barrier keeps apart.
+        # The barrier keeps XLA from folding the transpose of the result in the same way.
         dw_KN = lax.optimization_barrier(product(x_KM, g_MN, 1, 0, descales))
         return dw_KN.T if w_is_NK else dw_KN
 
     if not (x_MK.dtype == g_MN.dtype == jnp.bfloat16 and min(*x_MK.shape, *g_MN.shape) >= 8):
         return direct(x_MK, g_MN)
-    # XLA's CPU backend multiplies bfloat16 matrices only as they lie, contracting the left one's columns; for any other
-    # product it converts them to float32 first, at less than half the speed. Transposing x costs little beside that.
+    # XLA's CPU backend multiplies bfloat16 matrices directly only where the columns of the left one are contracted. For
+    # any other product it converts them to float32 first, at less than half the speed. Transposing x costs little.
     return lax.platform_dependent(x_MK, g_MN, cpu=transposed, default=direct)
 
 

@@ -4,8 +4,8 @@ A metric's name is `statistic` or `statistic/layer`. A layer is a module of the 
 arrays together (kernel and bias, scale and bias), so a norm is the norm of the concatenation and a share is a share of
 all its elements.
 
-The reductions are grouped by what they read, because at small batch their cost is memory traffic: one pass over the
-gradients before the update, one over (parameter, moments, update) that the compiler can merge with the update itself.
+The reductions are grouped by what they read, because at small batch their cost is memory traffic. One pass reads the
+gradients before the update. Another reads parameter, moments and update; the compiler can merge it with the update.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ def neuron_layers(params) -> dict[str, int]:
 
 
 class LayerStats(NamedTuple):
-    """Reductions of one pass, one entry per layer. Fields hold {layer: float32 scalar} unless said otherwise."""
+    """Reductions of one pass, one entry per layer. All but neuron_square_sum hold {layer: float32 scalar}."""
 
     square_sum: dict
     max_abs: dict
@@ -52,8 +52,8 @@ def _nonfinite(x):
 def gradient_stats(grads) -> LayerStats:
     """One pass over the unclipped gradients.
 
-    The square sum of a kernel is taken per output column and then added up: the columns are the neurons, so the dead
-    neuron count reads nothing twice.
+    The square sum of a kernel is taken per output column and then added up. The columns are the neurons, so counting dead
+    neurons needs no second pass.
     """
     square_sum, max_abs, nonfinite, neurons = {}, {}, {}, {}
     for layer, arrays in by_layer(grads).items():
@@ -191,7 +191,7 @@ def _fidelity(sums, suffix, layer):
 
 
 def pack(metrics: dict) -> tuple[tuple[str, ...], jax.Array]:
-    """A dict of scalars as (names, float32 [number of metrics]): one array is one transfer, whatever it holds."""
+    """A dict of scalars as (names, float32 [number of metrics]): a single array is transferred faster than many."""
     return tuple(metrics), jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()])
 
 

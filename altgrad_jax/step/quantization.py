@@ -6,14 +6,15 @@ from step to step (amax histories, the level of the emergency shift, the scales 
 inside the training state: saved, restored and resumed with it.
 
 Delayed scaling (Micikevicius et al. 2022): the scale of an operand comes from the largest amax of the last `history`
-updates; before the first update, and while all were zero, from its own. A non-finite step leaves histories as they are;
-with saturate=False, where an overflow is what made it non-finite, the amaxes that are finite enter.
+updates. Before the first update, and while all were zero, it comes from the operand's own amax. A non-finite step
+leaves histories as they are. With saturate=False its finite amaxes enter, because an overflow may have made the step
+non-finite.
 
 Two interventions, both off by default:
 
 range_clip c > 0  limits the amax that enters the history of G to c * R * rms(G), where R = min(largest finite, 2^16) /
-                  smallest positive number of the format: c = 1 lets outliers push the bulk of a gradient (its rms) just
-                  to the smallest number of the format and no further; what lies beyond the scale's reach saturates.
+                  smallest positive number of the format. At c = 1 outliers can push the rms of a gradient down to the
+                  smallest number of the format and no further. Values beyond the largest number saturate.
 emergency shift   after `emergency_patience` bad updates in a row, every quantized operand changes to the next format of
                   `emergency_formats`, without compiling anything. Bad: not finite, or a loss spike, or divergence.
 
@@ -129,7 +130,7 @@ def rules(options: QuantOptions) -> tuple[tuple[str, Rule], ...]:
 
 
 def format_table(options: QuantOptions) -> FormatParams:
-    """The formats as data: NumPy arrays [E, Q, 3]. An operand without one has BF16's entries, which nobody reads."""
+    """The formats as data: NumPy arrays [E, Q, 3]. An operand without one has BF16's entries, which are not read."""
 
     def params(name):
         return format_params(get_format(name or "BF16"), saturate=options.saturate or name is None)
