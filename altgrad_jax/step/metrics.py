@@ -52,8 +52,8 @@ def _nonfinite(x):
 def gradient_stats(grads) -> LayerStats:
     """One pass over the unclipped gradients.
 
-    The square sum of a kernel is taken per output column and then added up. The columns are the neurons, so counting dead
-    neurons needs no second pass.
+    The square sum of a kernel is taken per output column and then added up. The columns are the neurons, so dead
+    neurons are counted without a second pass.
     """
     square_sum, max_abs, nonfinite, neurons = {}, {}, {}, {}
     for layer, arrays in by_layer(grads).items():
