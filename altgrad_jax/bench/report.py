@@ -1,5 +1,6 @@
 """One run of the benchmark: plans it, measures section after section, prints the tables and writes the JSON."""
 
+import functools
 import json
 import os
 import platform
@@ -25,16 +26,7 @@ def run(config, flags, resources):
     programs.require_plain(config)
     file = _open_json(flags["json"], resources)
     fmt = get_format(flags["format"]).name
-    quick, gpu = flags["quick"], programs.device().platform != "cpu"
-    chosen, cuts = flags["suite"], []
-    if quick:
-        chosen = chosen & {"metrics", "dispatch"} or {"metrics"}
-        cuts.append(suites.QUICK_CUTS)
-        if not gpu and config.batch_size > 2:
-            config = programs.changed(config, {"batch_size": 2})
-            cuts.append("batch_size=2")
-    rounds = flags["rounds"] or ((5 if gpu else 3) if quick else (9 if gpu else 5))
-    steps = flags["steps_per_round"] or ((10 if quick else 25) if gpu else 1)
+    config, chosen, rounds, steps, cuts = _extent(config, flags)
     facts = suites.machine_facts() | {
         "python": platform.python_version(),
         "deterministic": flags["deterministic"],
@@ -54,24 +46,10 @@ def run(config, flags, resources):
     peer = _open_peer(flags, resources, facts)
     # Compiling several programs at once only helps where there are cores to spare.
     workers = max(1, min(4, roofline.cpu_count() // 4))
-    plan = suites.Plan(config, programs.Bench(), rounds, steps, resources, peer, quick)
+    plan = suites.Plan(config, programs.Bench(), rounds, steps, resources, peer, flags["quick"])
     sections = suites.sections_of(plan, chosen, fmt)
     measured, rounding, operations = [], [], []
-
-    def write():
-        """After every section, so that an end by force leaves what was measured."""
-        if file:
-            rows = [row for section in measured for row in section["rows"]]
-            others = [{name: value for name, value in section.items() if name != "rows"} for section in measured]
-            file.seek(0)
-            file.truncate()
-            json.dump(
-                facts | {"rows": rows, "sections": others, "rounding": rounding, "operations": operations},
-                file,
-                indent=1,
-            )
-            file.flush()
-
+    write = functools.partial(_write_json, file, facts, measured, rounding)
     for number, section in enumerate(sections):
         left = None
         if flags["budget_s"]:
@@ -81,7 +59,7 @@ def run(config, flags, resources):
         else:
             measured.append(suites.measure(plan, section, seconds_left=left, workers=workers, say=say))
         say("\n" + tables.section_text(measured[-1]))
-        write()
+        write(operations)  # after every section, so that an end by force leaves what was measured
     if "rounding" in chosen:
         if flags["budget_s"] and time.perf_counter() - started > flags["budget_s"]:
             say("\nrounding: left out, the time budget does not reach it")
@@ -100,9 +78,37 @@ def run(config, flags, resources):
         + (", deterministic operations in every row of ours" if flags["deterministic"] else "")
     )
     if file:
-        write()
+        write(operations)
         say(f"written to {flags['json']}")
     return 0
+
+
+def _extent(config, flags):
+    """(config, suites, rounds, steps of a round, what --quick left out): how much is measured."""
+    quick, gpu = flags["quick"], programs.device().platform != "cpu"
+    chosen, cuts = flags["suite"], []
+    if quick:
+        chosen = chosen & {"metrics", "dispatch"} or {"metrics"}
+        cuts.append(suites.QUICK_CUTS)
+        if not gpu and config.batch_size > 2:
+            config = programs.changed(config, {"batch_size": 2})
+            cuts.append("batch_size=2")
+    rounds = flags["rounds"] or ((5 if gpu else 3) if quick else (9 if gpu else 5))
+    steps = flags["steps_per_round"] or ((10 if quick else 25) if gpu else 1)
+    return config, chosen, rounds, steps, cuts
+
+
+def _write_json(file, facts, measured, rounding, operations):
+    if not file:
+        return
+    rows = [row for section in measured for row in section["rows"]]
+    others = [{name: value for name, value in section.items() if name != "rows"} for section in measured]
+    file.seek(0)
+    file.truncate()
+    json.dump(
+        facts | {"rows": rows, "sections": others, "rounding": rounding, "operations": operations}, file, indent=1
+    )
+    file.flush()
 
 
 def _open_json(path, resources):

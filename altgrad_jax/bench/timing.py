@@ -1,4 +1,4 @@
-"""Interleaved rounds and what is said about them: medians, ratios within a round, straight lines. No jax.
+"""Interleaved rounds and their summaries: medians, ratios within a round, straight lines. No jax.
 
 Machines are noisy, so a figure alone means little. Everything that is compared is timed once per round, in an order
 drawn anew for each round, and a ratio is taken between timings of *one* round; what is reported is the median over

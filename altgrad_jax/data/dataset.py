@@ -354,7 +354,7 @@ class HostStream:
                     step = self._next + len(self._ready)
                 batch = self._batch(step)  # outside the lock: this is what takes time
                 with self._changed:
-                    # A get() meanwhile may have moved on; then this batch is nobody's.
+                    # A get() meanwhile may have moved on; then this batch is dropped.
                     if step == self._next + len(self._ready):
                         self._ready.append(batch)
                         self._changed.notify_all()

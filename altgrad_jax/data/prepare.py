@@ -483,7 +483,7 @@ def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Doc
 def _choose_split(
     splits: list[str | None], seed: int, val_fraction: float, title: str, n_empty: int
 ) -> tuple[list[bool], bool]:
-    """For each document whether it is validation, and whether the source said so."""
+    """For each document whether it is validation, and whether the source decided it."""
     skipped = f" ({n_empty:,} empty ones were skipped)" if n_empty else ""
     if len(splits) < 2:
         raise UserError(

@@ -317,7 +317,7 @@ def _split_of(name: str) -> str | None:
 
 
 def read_file(path: Path, text_field: str | None = None) -> Iterator[tuple[str, str]]:
-    """(where, text) of each document of one file, its kind told by its suffix.
+    """(where, text) of each document of one file, whose kind follows from its suffix.
 
     Raises:
         UserError: the file cannot be opened or decoded, or a record has no text; names the file and the line.

@@ -95,7 +95,7 @@ def load_model(path, step: int | None = None) -> Model:
     return Model(arrays["params"], config, settings, operands)
 
 
-def sample_token(logits_V, key, temperature, top_k: int | None):
+def sample_token(logits_V, key, temperature, top_k: int | None) -> jax.Array:
     """One token id, int32: drawn from softmax(logits / temperature) over the top_k largest (None: all).
 
     temperature 0 is the largest logit; of equal ones the lowest id. `temperature` may be traced, `top_k` not.

@@ -20,7 +20,7 @@ PEAK_BF16_FLOPS = {
 }
 
 
-def training_flops_per_token(*, n_layer, n_embd, block_size, vocab_size):
+def training_flops_per_token(*, n_layer: int, n_embd: int, block_size: int, vocab_size: int) -> int:
     """Floating-point operations of forward and backward for one token, counted as PaLM does (Chowdhery et al. 2022,
     appendix B): 6 per weight of every matrix product, the tied head included, and 12 n_layer n_embd block_size for the
     two attention products over the full, unmasked square."""
@@ -28,7 +28,7 @@ def training_flops_per_token(*, n_layer, n_embd, block_size, vocab_size):
     return 6 * weights + 12 * n_layer * n_embd * block_size
 
 
-def peak_flops(device_kind, n_devices, compute_dtype):
+def peak_flops(device_kind: str, n_devices: int, compute_dtype: str) -> float | None:
     """Peak FLOP/s of the devices together, or None where it is not known (CPUs, other devices, parts of
     devices, float32)."""
     if compute_dtype != "bfloat16":

@@ -15,8 +15,9 @@ N number of blocks.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -68,7 +69,7 @@ class Quantized(NamedTuple):
     """What the quantized layers of one call work with.
 
     operands: {layer: Operands} for every layer in GPTConfig.rules. g_probes: {layer: float32 [S]} where statistics of
-    the output gradients are wanted (see quant_dot).
+    the output gradients are taken (see quant_dot).
     """
 
     operands: dict[str, Operands]
@@ -89,7 +90,7 @@ class LayerNorm(nn.Module):
 
 
 def _product(config, layer, x, w, quantized, statistics, w_is_NK=False):
-    """quant_dot for one layer, in its formats if it has any; then its statistics are put into `statistics`."""
+    """quant_dot for one layer, in its formats if it has any; their statistics are put into `statistics`."""
     rule = dict(config.rules).get(layer)
     if rule is None:
         return quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=config.compute_dtype)
@@ -134,7 +135,7 @@ class Embedding(nn.Module):
         return self.table[ids]
 
 
-def causal_attention(q_BLHC, k_BTHC, v_BTHC, *, kernel, mask_LT=None):
+def causal_attention(q_BLHC, k_BTHC, v_BTHC, *, kernel: Any, mask_LT=None) -> jax.Array:
     """softmax(q k^T / sqrt(C), causal) v with a float32 softmax; the output has the operands' dtype.
 
     `mask_LT` (True = may attend) replaces the causal mask where the queries do not start at key 0 (the cache).
@@ -211,7 +212,7 @@ class GPT(nn.Module):
             is returned. None: the tokens are the whole context.
           position: index of tokens_BL[:, 0] in the context (traced or static); position + L <= block_size.
           quantized: the operands of the layers in config.rules; needed where there are any.
-          head: whether the logits are wanted.
+          head: whether the logits are computed.
         """
         config = self.config
         embed = Embedding(config.vocab_size, config.n_embd, name="embed")
@@ -237,7 +238,7 @@ class GPT(nn.Module):
         return GPTOutput(x_BLD, logits_BLV, jnp.stack(amax_N), jnp.stack(rms_N), cache, statistics)
 
 
-def init_params(config: GPTConfig, seed):
+def init_params(config: GPTConfig, seed) -> Any:
     """Fresh float32 parameters as a nested dict; a pure function of (config, seed), whatever the formats."""
     tokens_BL = jnp.zeros((1, 1), jnp.int32)
     return GPT(dataclasses.replace(config, rules=())).init(jax.random.key(seed), tokens_BL)["params"]
@@ -272,24 +273,24 @@ def forward(
     return output  # pyright: ignore[reportReturnType] (linen's stub adds the tuple of a call with `mutable`)
 
 
-def empty_cache(config: GPTConfig, batch, length=None) -> KVCache:
+def empty_cache(config: GPTConfig, batch: int, length: int | None = None) -> KVCache:
     """A cache for `batch` sequences of up to `length` (default block_size) tokens."""
     shape = (batch, length or config.block_size, config.n_head, config.n_embd // config.n_head)
     zeros = tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.n_layer))
     return KVCache(zeros, zeros)
 
 
-def count_params(params):
+def count_params(params) -> int:
     """Number of scalars in a parameter tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def layer_of(path):
+def layer_of(path: Sequence[str]) -> str:
     """Metric name of the layer a parameter path belongs to: ("block_0", "ln_1", "scale") -> "block_0/ln_1"."""
     return "/".join(path[:-1])
 
 
-def weights_of(params, layer):
+def weights_of(params, layer: str) -> Any:
     """The weight matrix of a linear layer: its kernel [K, N], or for `head` the embedding table [V, D]."""
     if layer == "head":
         return params["embed"]["embedding"]
@@ -297,7 +298,7 @@ def weights_of(params, layer):
     return params[block][part]["kernel"]
 
 
-def with_weights(params, weights):
+def with_weights(params, weights: dict) -> dict:
     """The parameters with the matrices of some layers replaced: {layer: matrix}."""
     params = {name: dict(group) for name, group in params.items()}
     for layer, matrix in weights.items():

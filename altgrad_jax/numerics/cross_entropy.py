@@ -18,8 +18,6 @@ Padded logits are -inf, so they have no part in the loss.
 Axes: B batch, L length, D width, V vocabulary (P padded), N tiles, M tokens of a tile.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,12 +27,12 @@ from altgrad_jax.numerics.products import product, weight_gradient
 PADDED_TO = 128
 
 
-def padded(vocab_size):
+def padded(vocab_size: int) -> int:
     """The vocabulary's size as an operand."""
     return vocab_size if vocab_size < PADDED_TO else -(-vocab_size // PADDED_TO) * PADDED_TO
 
 
-def tiles(batch, length, vocab_size, tile_bytes):
+def tiles(batch: int, length: int, vocab_size: int, tile_bytes: int) -> int:
     """How many tiles the sequences are cut into: the least divisor of `length` with which the float32 logits of a tile
     take at most tile_bytes, or `length` where none does."""
     return next(
@@ -45,7 +43,7 @@ def tiles(batch, length, vocab_size, tile_bytes):
 
 
 @jax.custom_vjp
-def cross_entropy(logits_BLV, targets_BL):
+def cross_entropy(logits_BLV, targets_BL) -> jax.Array:
     """Mean cross entropy of all logits, float32, at once, in nats per token; rounds as a single tile does."""
     return _cross_entropy_forward(logits_BLV, targets_BL)[0]
 
@@ -59,7 +57,7 @@ def _cross_entropy_forward(logits_BLV, targets_BL):
 cross_entropy.defvjp(_cross_entropy_forward, lambda gradient_BLV, g: (gradient_BLV * g, None))
 
 
-def tied_cross_entropy(x_BLD, table_VD, targets_BL, *, compute_dtype, tile_bytes):
+def tied_cross_entropy(x_BLD, table_VD, targets_BL, *, compute_dtype, tile_bytes: int) -> jax.Array:
     """Mean cross entropy of softmax(x table^T) in nats per token, float32 scalar.
 
     Args:
@@ -74,8 +72,7 @@ def tied_cross_entropy(x_BLD, table_VD, targets_BL, *, compute_dtype, tile_bytes
     return _tied(x_BLD, table_VD, targets_BL, jnp.dtype(compute_dtype), n)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _tied(x_BLD, table_VD, targets_BL, compute_dtype, n_tiles):
+def _tied_loss(x_BLD, table_VD, targets_BL, compute_dtype, n_tiles) -> jax.Array:
     table_PD = _operand(table_VD, compute_dtype)
 
     def tile(x_MD, targets_M):
@@ -117,6 +114,7 @@ def _tied_backward(compute_dtype, n_tiles, gradients, g):
     return dx_BLD * g, dtable_VD * g, None
 
 
+_tied = jax.custom_vjp(_tied_loss, nondiff_argnums=(3, 4))
 _tied.defvjp(_tied_forward, _tied_backward)
 
 

@@ -1,12 +1,13 @@
-"""What a scalar per tensor does not show: the rank of weights, the use of codes, the distribution of magnitudes.
+"""Diagnoses that cost more than a scalar: the rank of weights, the use of codes, the distribution of magnitudes.
 
 Pure functions for the inside of a compiled program of the caller; nothing here compiles. They cost more than the
-statistics of `metrics` and are meant for every hundredth step or so, not for each.
+statistics of `metrics` and are meant for about every hundredth step.
 
 Counts are int32 sums, exact up to 2^31 - 1 elements (float32 counters stop at 2^24) and independent of the order of
 summation, so they are equal bit for bit on every device.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -18,7 +19,7 @@ SQUARINGS = 14
 _COPIES = 32
 
 
-def rank_health(w_KN) -> dict:
+def rank_health(w_KN) -> dict[str, jax.Array]:
     """How many directions a matrix uses, float32 scalars, without a singular value decomposition.
 
     With singular values s_i, largest first:
@@ -86,7 +87,7 @@ def _size(v):
     return lax.bitcast_convert_type(v.astype(jnp.float32), jnp.int32) & _MAGNITUDE
 
 
-def code_histogram(v, grid: Grid):
+def code_histogram(v, grid: Grid) -> jax.Array:
     """How often each code of an 8-bit format occurs when v is rounded to nearest, ties to the even code.
 
     Args:
@@ -105,7 +106,7 @@ def code_histogram(v, grid: Grid):
     return _count(jnp.where(jnp.isfinite(v), code, -1), 256)
 
 
-def code_use(counts_C, n_finite) -> dict:
+def code_use(counts_C, n_finite: int) -> dict[str, jax.Array]:
     """What a histogram of codes says in three numbers, float32 scalars.
 
     Args:
@@ -123,7 +124,7 @@ def code_use(counts_C, n_finite) -> dict:
     return {"codes_used": used, "codes_used_share": used / n_finite, "code_entropy": entropy}
 
 
-def exponent_histogram(v):
+def exponent_histogram(v) -> jax.Array:
     """int32 [256]: how often each exponent field of float32 occurs among the elements of v.
 
     Bin x counts 2^(x - 127) <= |v| < 2^(x - 126); bin 0 zeros and float32 subnormals; bin 255 infinities and NaN.
@@ -131,7 +132,7 @@ def exponent_histogram(v):
     return _count(_size(v) >> 23, 256)
 
 
-def magnitude_histogram(v):
+def magnitude_histogram(v) -> jax.Array:
     """int32 [whatif.N_BINS]: the magnitudes of v, fine enough to tell what any 8-bit format would do at any scale.
 
     Eight bins per power of two, with upper edges at 2^e (2 - 2^-b), which are the places where formats begin to clip;
@@ -157,7 +158,7 @@ def magnitude_histogram(v):
 HISTOGRAMS = 256 + whatif.N_BINS
 
 
-def observe(v, grid: Grid):
+def observe(v, grid: Grid) -> jax.Array:
     """`code_histogram` and `magnitude_histogram` of an operand as float32 [2 HISTOGRAMS], for quant_dot's Rule.observe.
 
     Every count as two numbers, count // 2^16 and count % 2^16: a count beyond 2^24 would not be exact in one.
@@ -166,7 +167,7 @@ def observe(v, grid: Grid):
     return jnp.concatenate([counts >> 16, counts & 0xFFFF]).astype(jnp.float32)
 
 
-def observed(vector):
+def observed(vector) -> tuple[jax.Array, jax.Array]:
     """(codes int32 [..., 256], magnitudes int32 [..., N_BINS]) from what `observe` gave [..., 2 HISTOGRAMS]."""
     high, low = vector[..., :HISTOGRAMS].astype(jnp.int32), vector[..., HISTOGRAMS:].astype(jnp.int32)
     counts = (high << 16) + low

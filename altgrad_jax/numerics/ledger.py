@@ -5,10 +5,10 @@ each layer whose weights have a format, Q rounds onto the grid at a fixed scale,
 products see of u:
 
 flip           share of weights whose code changed
-not_flipped    float32 master: share of weights with u != 0 whose code did not change. None of it is lost: the master
-               adds up
-lost           weights stored on the grid: the same share, and there it is lost for good. With error feedback only where
-               the residual did not change either
+not_flipped    float32 master: share of weights with u != 0 whose code did not change. Nothing is lost, because the
+               master keeps every update
+lost           weights stored on the grid: the same share, whose updates are lost. With error feedback a weight counts
+               only where the residual did not change either
 stall_ratio    1 - (codes changed) / (weights with u != 0)
 effective_lr   <u, dQ> / <u, u>: 1 where on average all of u arrives, 0 where none does
 lost_energy    |u - dQ| / |u|: 0 where u arrives as it is; above 1 where rounding adds more than u itself
@@ -16,8 +16,8 @@ ulps_moved     mean number of codes a weight moved
 scale_flip     share of weights whose value on the grid changes because the scale does. No learning, hence not in flip
 code_age       mean number of updates since a weight's code last changed
 
-`flip`, ... without a layer are taken over all elements of those layers together. Stall alone misranks formats: a coarse
-grid flips few codes, but each of them by much; read it with effective_lr.
+`flip` and the others without a layer are taken over all elements of those layers together. stall_ratio alone misranks
+formats, because a coarse grid changes few codes, each by a large step: read it together with effective_lr.
 
 Weights at rest. With a float32 master w' = w + u, and Q(w) is what the products use. Stored, w is on the grid itself:
 
@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from altgrad_jax.numerics.products import scale_for
-from altgrad_jax.numerics.rounding import Grid, round_to_format, to_codes, to_grid, ulp
+from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format, to_codes, to_grid, ulp
 from altgrad_jax.numerics.scales import LARGEST_SCALED
 
 _FIELDS = ("elements", "updates", "flips", "lost", "dot", "energy", "missed", "codes", "scale_flips", "age")
@@ -51,7 +51,7 @@ class Stored(NamedTuple):
     grid: Grid
 
 
-def store(w, update, old_grid: Grid, fmt, *, residual=None, seed=None, force=False) -> Stored:
+def store(w, update, old_grid: Grid, fmt: FormatParams, *, residual=None, seed=None, force=False) -> Stored:
     """The stored weights after an update.
 
     Args:
@@ -63,7 +63,7 @@ def store(w, update, old_grid: Grid, fmt, *, residual=None, seed=None, force=Fal
     target = w + update
     if residual is not None:
         target = w + jnp.where(jnp.isfinite(residual), residual, 0).astype(jnp.float32) + update
-    # One element that is not finite must not decide how all others are rounded.
+    # An element that is not finite must not set the scale of all others.
     amax = jnp.max(jnp.where(jnp.isfinite(target), jnp.abs(target), 0))
     limit = jnp.minimum(fmt.max_finite, LARGEST_SCALED)
     reached = amax * old_grid.scale
@@ -80,7 +80,7 @@ def _codes_and_values(w, grid):
     return to_codes(rounded, grid.format), rounded * (1 / grid.scale)
 
 
-def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None):
+def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None) -> tuple[jax.Array, jax.Array | None]:
     """Sums over one weight matrix, float32 [fields], and the ages after the update.
 
     Args:
@@ -116,7 +116,7 @@ def _count(mask):
     return jnp.sum(mask, dtype=jnp.float32)
 
 
-def scale_flips(w, before: Grid, after: Grid):
+def scale_flips(w, before: Grid, after: Grid) -> jax.Array:
     """How many weights of each matrix lie elsewhere on another grid: float32 [G] from w float32 [G, K, N].
 
     Arrays of the grids begin with the axis G. Costs a pass over w only where some grid did change.
@@ -129,17 +129,17 @@ def scale_flips(w, before: Grid, after: Grid):
     return jax.lax.cond(changes, count, lambda: jnp.zeros(len(w), jnp.float32))
 
 
-def with_scale_flips(sums, flips):
+def with_scale_flips(sums, flips) -> jax.Array:
     """Sums of `entries` with the number of scale flips filled in."""
     return sums.at[..., _FIELDS.index("scale_flips")].set(flips)
 
 
-def lost_share(sums):
+def lost_share(sums) -> jax.Array:
     """Share of a layer's weights whose update was lost; sums from `entries`."""
     return sums[_FIELDS.index("lost")] / sums[0]
 
 
-def ledger_metrics(sums: dict, *, stored, ages):
+def ledger_metrics(sums: dict, *, stored: bool, ages: bool) -> dict[str, jax.Array]:
     """{`statistic/layer`} and {`statistic`} over all layers together, from {layer: `entries`}.
 
     Args:

@@ -1,7 +1,7 @@
 """Learning-rate schedules, gradient clipping, AdamW, and optimizers that know the number format of the weights.
 
 The optimizers here are optax transformations that end *before* the learning rate: the step multiplies by -lr itself, so
-that the rate is a value it can log (and, later, an axis of a sweep) instead of a constant buried in optimizer state.
+that the rate is a value it can log and a sweep can vary, instead of a constant inside the optimizer state.
 What they return is called a *direction*; the update is -lr times it.
 
 An 8-bit weight can only lie at the numbers of its format, and their distance, one unit in the last place (ULP), grows
@@ -11,7 +11,7 @@ with the weight. Three optimizers take that into account, each in another place:
     ulp_adamw                      scales Adam's step, after the moments
     grid                           has no second moment and moves each weight by a whole number of codes
 
-They need to know where each tensor's numbers lie. `grids` is a tree of the params' structure that holds for each array
+They need the grid of each tensor. `grids` is a tree of the params' structure that holds for each array
 a rounding.Grid, or None where there is no format, and then the array gets exactly AdamW. It is given at construction;
 or with each call, which wins, where format and scale are data that change from step to step:
 
@@ -48,7 +48,16 @@ from altgrad_jax.numerics.rules import OPTIMIZERS
 _MOST_CODES = 2**22  # round_to_format takes at most 22 mantissa bits
 
 
-def learning_rate(step, *, peak, warmup_steps, max_steps, schedule, min_lr_ratio, decay_steps):
+def learning_rate(
+    step,
+    *,
+    peak,
+    warmup_steps: int,
+    max_steps: int,
+    schedule: str,
+    min_lr_ratio: float,
+    decay_steps: int,
+) -> jax.Array:
     """Learning rate of the update made from state `step` (counted from 0), float32.
 
     Warm-up is linear, peak * (step + 1) / warmup_steps, reaching the peak at update warmup_steps - 1. After it:
@@ -69,12 +78,12 @@ def learning_rate(step, *, peak, warmup_steps, max_steps, schedule, min_lr_ratio
     return jnp.float32(peak) * warm * shape
 
 
-def is_decayed(params):
+def is_decayed(params) -> Any:
     """Tree of booleans: weight decay applies to every array with two or more axes, the embeddings included."""
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
 
 
-def adamw(*, beta1, beta2, eps, weight_decay):
+def adamw(*, beta1: float, beta2: float, eps: float, weight_decay: float) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) up to the learning rate: the update is -lr times what this returns."""
     return optax.chain(*_adam_and_decay(beta1, beta2, eps, weight_decay))
 
@@ -83,7 +92,9 @@ def _adam_and_decay(beta1, beta2, eps, weight_decay):
     return (optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps), optax.add_decayed_weights(weight_decay, mask=is_decayed))
 
 
-def ulp_precondition_before_adam(*, beta1, beta2, eps, weight_decay, clamp=(2.0**-16, 1.0), grids=None):
+def ulp_precondition_before_adam(
+    *, beta1: float, beta2: float, eps: float, weight_decay: float, clamp=(2.0**-16, 1.0), grids=None
+) -> optax.GradientTransformationExtraArgs:
     """AdamW on gradients multiplied by S = 2^(floor(log2 |w|) - M), M the mantissa bits of the tensor's format.
 
     S is the ULP of w in a format of unlimited range. It changes little: where S is constant over Adam's memory,
@@ -117,7 +128,9 @@ def ulp_precondition_before_adam(*, beta1, beta2, eps, weight_decay, clamp=(2.0*
     )
 
 
-def ulp_adamw(*, beta1, beta2, eps, weight_decay, floor=2.0**-8, grids=None):
+def ulp_adamw(
+    *, beta1: float, beta2: float, eps: float, weight_decay: float, floor: float = 2.0**-8, grids=None
+) -> optax.GradientTransformationExtraArgs:
     """AdamW whose step is measured in ULPs of the weight: far where the format is coarse, short where it is fine.
 
     With d the direction of Adam, before weight decay, and for each tensor
@@ -157,7 +170,16 @@ class GridState(NamedTuple):
     adamw: Any  # state of `adamw` for the other tensors; its count is that of all
 
 
-def grid(*, beta1, beta2, eps, weight_decay, max_codes=1, is_quantized=None, grids=None):
+def grid(
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    max_codes: int = 1,
+    is_quantized=None,
+    grids=None,
+) -> optax.GradientTransformationExtraArgs:
     """Momentum that moves every weight of a tensor with a grid by a whole number of codes; AdamW for the others.
 
     For a tensor w with a grid, at the t-th update, with mean and rms over the tensor:
@@ -362,7 +384,9 @@ def _masked(tree, keep):
     return structure.unflatten([leaf if kept else optax.MaskedNode() for leaf, kept in zip(leaves, keep, strict=True)])
 
 
-def make(name, *, beta1, beta2, eps, weight_decay, is_quantized):
+def make(
+    name: str, *, beta1: float, beta2: float, eps: float, weight_decay: float, is_quantized
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of this name, one of OPTIMIZERS, with its own defaults and grids to be given to update.
 
     Every one takes the extra arguments grids, learning_rate and seed and leaves alone what it does not need; "adamw" is
@@ -371,7 +395,7 @@ def make(name, *, beta1, beta2, eps, weight_decay, is_quantized):
     Raises:
       UserError: there is no optimizer of this name.
     """
-    settings = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    settings: dict[str, Any] = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     if name == "adamw":
         return optax.with_extra_args_support(adamw(**settings))
     if name == "ulp_precondition_before_adam":
@@ -405,6 +429,6 @@ def adam_moments(opt_state) -> optax.ScaleByAdamState:
     return next(part for part in opt_state if isinstance(part, optax.ScaleByAdamState))
 
 
-def clip_factor(norm, max_norm):
+def clip_factor(norm, max_norm: float) -> jax.Array:
     """What a gradient of global L2 norm `norm` is multiplied with so that it is at most `max_norm`; 0 turns it off."""
     return jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30)) if max_norm > 0 else jnp.ones_like(norm)

@@ -1,7 +1,7 @@
 """The matrix product of every linear layer, forward and backward, in one place.
 
 A linear layer is three products: y = x w, dx = g w^T and dw = x^T g. This module decides in which precision each one
-runs. With no number format set, which is all the baseline needs:
+runs. With no number format set, as in the baseline:
 
 * a value is rounded to the compute dtype exactly when it becomes an *operand* of a product, and nowhere else;
 * every product accumulates in float32 and returns float32, the weight gradient included. (A plain bfloat16 Dense layer
@@ -29,7 +29,7 @@ A scale comes from an amax, the largest magnitude (scales.scale_for). Which amax
     none      1
 
 Scales that are not powers of two (`Rule.power_of_two=False`) cannot be put back into the operand without rounding it
-again. There, as with native products, the operands are the codes' own values (v * s rounded) and the float32 results
+again. For them, as with native products, the operands are the codes' own values (v * s rounded) and the float32 results
 are divided by the scales, which needs one scale per operand: delayed, tensor or none.
 
 `Rule.native` computes the products on float8 operands (Micikevicius et al. 2022): E4M3 and E5M2 only, the results
@@ -41,7 +41,7 @@ An operand is rounded once and used in two products, but scales per channel or b
 W and A, that of dx for G. In the other product they vary from term to term of the sum, which is exact here; a device
 that applies scales to sums could not do it without rounding the operand a second time, differently.
 
-Infinities and NaN pass unrounded, as in the baseline: saturating them would hide a step that must not be applied.
+Infinities and NaN pass unrounded, as in the baseline. To saturate them would hide a step that must not be applied.
 
 Statistics (`FIELDS`) are reductions over an operand as it is rounded, one float32 vector each. Those of W and A are
 returned beside y. G exists only inside the backward pass, so its vector leaves as the *cotangent* of an argument that
@@ -147,29 +147,29 @@ class Statistics(NamedTuple):
 scale_for = partial(scales.scale_for, xp=jnp, bitcast=lax.bitcast_convert_type)
 
 
-def delayed_scale(history_H, params: FormatParams, power_of_two=True):
+def delayed_scale(history_H, params: FormatParams, power_of_two: bool = True) -> jax.Array:
     """The scale of `delayed` at a step, from the amaxes of the steps before (last axis); 0 while all are 0."""
     amax = jnp.max(history_H, axis=-1)
     return jnp.where(amax > 0, scale_for(amax, params, power_of_two), 0.0)
 
 
-def push_amax(history_H, amax):
+def push_amax(history_H, amax) -> jax.Array:
     """The history [..., H] with this step's amax [...] at its end and the oldest gone; unchanged by one not finite."""
     pushed_H = jnp.concatenate([history_H[..., 1:], amax[..., None]], axis=-1)
     return jnp.where(jnp.isfinite(amax)[..., None], pushed_H, history_H)
 
 
-def empty_statistics():
-    """float32 [S] that changes nothing when combined; also a fitting `g_probe`, whose value is never read."""
+def empty_statistics() -> np.ndarray:
+    """float32 [S] that changes nothing when combined. It also serves as a `g_probe`, whose value is never read."""
     return np.array([_IDENTITY[combine] for combine in FIELDS.values()], np.float32)
 
 
-def combine_statistics(a, b):
+def combine_statistics(a, b) -> jax.Array:
     """Vectors [..., S] of two parts of a batch as that of both: amax by maximum, counts and energies by sum."""
     return jnp.stack([combine(a[..., i], b[..., i]) for i, combine in enumerate(FIELDS.values())], axis=-1)
 
 
-def named_statistics(fields_S):
+def named_statistics(fields_S) -> dict[str, jax.Array]:
     """{name: float32 [...]} from vectors [..., S] of an operand.
 
     `overflow`: share of elements beyond the largest finite number; NaN, not applicable, where the scale came from the
@@ -210,10 +210,10 @@ def _scale_of(size, operand, scaling, along, power_of_two):
     return jnp.where(given > 0, given, scale_for(amax, operand.format, power_of_two)), amax, given
 
 
-def weight_scale(w, operand, rule, *, w_is_NK=False):
+def weight_scale(w, operand: Operand, rule: Rule, *, w_is_NK: bool = False) -> jax.Array:
     """The scale, or scales, by which quant_dot rounds this weight matrix: float32 that broadcasts to it.
 
-    What the update ledger needs to say which code a weight has. Arguments as in quant_dot.
+    The ledger needs it to tell which code a weight has. Arguments as in quant_dot.
     """
     axis = 1 if w_is_NK else 0
     grouped, along = _groups(w, rule.w, axis, "W")
@@ -267,7 +267,7 @@ def _quantize(v, operand, scaling, axis, name, dtype, rule):
     return q.reshape(shape), descale, statistics
 
 
-def product(a, b, contract_a, contract_b, descales=()):
+def product(a, b, contract_a: int, contract_b: int, descales=()) -> jax.Array:
     """a . b over one axis of each, accumulated in float32, times `descales` (None: 1). float32 operands stay float32
     (never TF32)."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -280,24 +280,24 @@ def product(a, b, contract_a, contract_b, descales=()):
     return y
 
 
-def weight_gradient(x_MK, g_MN, w_is_NK=False, descales=()):
+def weight_gradient(x_MK, g_MN, w_is_NK: bool = False, descales=()) -> jax.Array:
     """x^T g, float32 [K, N] or with `w_is_NK` [N, K]; operands and `descales` as in `product`."""
 
     def direct(x_MK, g_MN):
         return product(g_MN, x_MK, 0, 0, descales) if w_is_NK else product(x_MK, g_MN, 0, 0, descales)
 
     def transposed(x_MK, g_MN):
-        # In halves, or XLA would fold the transpose into the product again, which is what must not happen.
+        # In halves, or XLA would fold the transpose into the product again.
         half = x_MK.shape[1] // 2
         x_KM = jnp.concatenate([x_MK[:, :half].T, x_MK[:, half:].T])
-        # Likewise a transpose of the result, which the barrier keeps apart.
+        # The barrier keeps XLA from folding the transpose of the result in the same way.
         dw_KN = lax.optimization_barrier(product(x_KM, g_MN, 1, 0, descales))
         return dw_KN.T if w_is_NK else dw_KN
 
     if not (x_MK.dtype == g_MN.dtype == jnp.bfloat16 and min(*x_MK.shape, *g_MN.shape) >= 8):
         return direct(x_MK, g_MN)
-    # XLA's CPU backend multiplies bfloat16 matrices only as they lie, contracting the left one's columns; for any other
-    # product it converts them to float32 first, at less than half the speed. Transposing x costs little beside that.
+    # XLA's CPU backend multiplies bfloat16 matrices directly only where the columns of the left one are contracted. For
+    # any other product it converts them to float32 first, at less than half the speed. Transposing x costs little.
     return lax.platform_dependent(x_MK, g_MN, cpu=transposed, default=direct)
 
 
@@ -401,7 +401,7 @@ def quant_dot(
       operands: the formats of the three operands, and for `delayed` their scales. None: the layer is not quantized.
       rule: the static choices for these operands; default Rule().
       g_probe: float32 [S]; the gradient with respect to it is the statistics of the output gradient. Its value is not
-        read. None where nobody asks for them.
+        read. None: no such statistics.
 
     Returns:
       float32 [..., N]; with `operands`, (that, Statistics). Gradients of x and w are float32 and are the exact

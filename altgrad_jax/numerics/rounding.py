@@ -13,8 +13,8 @@ with the number. With M mantissa bits, shift = 23 - M and e0 the exponent of the
 lsb is the lowest bit of the *code*, so ties go to the even code; where M = 0 that bit lies in the exponent field, and a
 format whose bias differs in parity from float32's 127 flips it. A carry out of the mantissa runs into the exponent, as
 it must. For BF16, e0 is float32's own -126 and the first line is right for subnormals too. No dtype conversion takes
-part in rounding (XLA may fold a pair of casts to nothing, and then a run trains in bfloat16 while it says 8 bits), no
-constant magic number (folded as well), and no log2 or exp2 (inexact in XLA).
+part in rounding: XLA may fold a pair of casts to nothing, and the run would train in bfloat16 under the name of 8 bits.
+No magic constant does either, because XLA folds it as well, and no log2 or exp2, which are inexact in XLA.
 
 What happens to special values, exactly:
 
@@ -89,7 +89,7 @@ def _power_of_two(exponent):
     return _float((jnp.clip(exponent, -126, 127) + 127) << 23)
 
 
-def round_to_format(x, params: FormatParams, *, seed=None):
+def round_to_format(x, params: FormatParams, *, seed=None) -> jax.Array:
     """x rounded onto the grid of a format.
 
     Args:
@@ -144,7 +144,7 @@ class Grid(NamedTuple):
     scale: Any  # float32, a power of two; a scalar, or of a shape that broadcasts to the tensor's
 
 
-def to_grid(x, grid: Grid, *, seed=None):
+def to_grid(x, grid: Grid, *, seed=None) -> jax.Array:
     """x, float32, rounded onto a grid; a value that is not finite stays what it is. `seed`: as in round_to_format."""
     q = round_to_format(x * grid.scale, grid.format, seed=seed) * (1 / jnp.asarray(grid.scale, jnp.float32))
     return jnp.where(jnp.isfinite(x), q, x)
@@ -154,7 +154,7 @@ def _first_normal(params):
     return jnp.where(params.min_exponent <= -126, 0, (params.min_exponent + 127) << 23)
 
 
-def to_codes(q, params: FormatParams):
+def to_codes(q, params: FormatParams) -> jax.Array:
     """Signed codes, int32: the magnitude code of each number with the sign of the number; 0 and -0 are both 0.
 
     Neighbouring numbers have neighbouring codes, so the difference of two codes is a distance in units in the last
@@ -168,7 +168,7 @@ def to_codes(q, params: FormatParams):
     return jnp.where(bits < 0, -code, code)
 
 
-def from_codes(codes, params: FormatParams):
+def from_codes(codes, params: FormatParams) -> jax.Array:
     """The float32 numbers of signed codes, the inverse of `to_codes`; codes beyond the last number give the last."""
     size = jnp.minimum(jnp.abs(codes), to_codes(params.max_finite, params))
     normal = _float((size + ((params.min_exponent + 126) << params.mantissa_bits)) << (23 - params.mantissa_bits))
@@ -178,7 +178,7 @@ def from_codes(codes, params: FormatParams):
     return jnp.where(codes < 0, -value, value)
 
 
-def ulp(x, grid: Grid):
+def ulp(x, grid: Grid) -> jax.Array:
     """Distance from the number of a grid at or below |x| to the next larger one, float32 of the shape of x.
 
     2^(floor(log2 |x|) - M) for normal numbers, the even spacing of the subnormal ones below; beyond the largest number,
@@ -196,7 +196,7 @@ def _mix(h):
     return h ^ (h >> 16)
 
 
-def stochastic_seed(seed, step, stream):
+def stochastic_seed(seed, step, stream) -> jax.Array:
     """uint32 [2] for `round_to_format`, from a run's seed, the step, and the number of the tensor within the step.
 
     All three are whole numbers, possibly traced, taken modulo 2^32.

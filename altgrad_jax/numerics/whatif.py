@@ -20,7 +20,7 @@ Bins (`N_BINS` in all):
     2219             NaN
 
 Formats with b > 7 (FP16, E4M11, E7M8, E0M15) are not exact: of their overflow, magnitudes less than 2^-7 of themselves
-beyond the largest number are missed, so that the share is never too large. Their underflow is exact.
+beyond the largest number are missed, so the share is never too large. Their underflow is exact.
 
 Sources: the shares are those of `altgrad_jax.numerics.products` (overflow, underflow). Choosing scales from histograms:
 Migacz 2017, "8-bit inference with TensorRT".

@@ -110,7 +110,7 @@ class Comparison:
         if self.reference:
             rate = self.choice(self.reference).rate
             self.noise = statistics.noise_floor(self.losses(self.reference, rate).values())
-            self._choices.clear()  # the range of rates that work asks for the noise
+            self._choices.clear()  # the range of rates that work depends on the noise
         self.primary = self._primary()
 
     def _primary(self):

@@ -241,57 +241,18 @@ def caveats(c):
 
 def ranking_table(c, warnings):
     """The opening table. warnings: {arm: (seed, (statistic, crossing)) or None}, of arms whose statistics were read."""
-    rows, data = [], []
     effects = {}
     for arm, _, own, d in c.optimizer_effects():
         if own:
             effects.setdefault(arm.format, []).append((arm, d))
     ranking = c.ranking()
     ranks = [rank for rank, _ in ranking]
+    rows, data = [], []
     for rank, arm in ranking:
-        choice, d = c.choice(arm), c.gap(arm)
-        failed, n = c.failures(arm, choice.rate)
-        mean, ended, seeds = c.mean_loss(arm)
-        own = arm.format in c.formats
-        failure, blamed = show_failure(c, arm.format) if own and not arm.variant else ("", ())
-        warned = warnings.get(arm)
-        works = "" if choice.works is None else _works(choice)
         tied = "=" if ranks.count(rank) > 1 and rank is not None else ""
-        is_reference = arm == c.reference
-        rows.append(
-            [
-                f"{rank}{tied}" if rank else "-",
-                _short(arm, c),
-                "reference" if is_reference else show_difference(d),
-                "" if is_reference or not own and d is None else show_separation(d),
-                "none" if math.isnan(mean) else f"{mean:.4f}" + ("" if ended == seeds else f" ({ended} of {seeds})"),
-                f"{failed} of {n}",
-                f"{choice.rate:g}{works}",
-                failure,
-                "" if not own else show_crossing(*((warned[1], warned[0]) if warned else (None,))),
-                "; ".join(
-                    f"{treatment(a.at_rest, a.optimizer)}: {signed(e.mean)}, {show_separation(e, 'helps', 'hurts')}"
-                    for a, e in effects.get(arm.format, [])
-                )
-                if own
-                else "",
-            ]
-        )
-        data.append(
-            [
-                rank,
-                arm.label,
-                *difference_cells(d),
-                mean,
-                ended,
-                seeds,
-                failed,
-                choice.rate,
-                " ".join(map(repr, choice.rates)),
-                choice.best,
-                " or ".join(blamed),
-            ]
-        )
+        row, numbers = _ranked(c, rank, tied, arm, warnings.get(arm), effects.get(arm.format, []))
+        rows.append(row)
+        data.append(numbers)
     return Table(
         f"Formats by validation-loss gap to {REFERENCE}: {treatment(*c.primary)}, {c.lr_heading()}",
         'Above 0 is worse than BF16. "=": not separated from a neighbour. Fails first: from ablations. Early warning: '
@@ -329,6 +290,48 @@ def ranking_table(c, warnings):
             ),
         ),
     )
+
+
+def _ranked(c, rank, tied, arm, warned, effects):
+    """(cells, CSV values) of an arm in the opening table."""
+    choice, d = c.choice(arm), c.gap(arm)
+    failed, n = c.failures(arm, choice.rate)
+    mean, ended, seeds = c.mean_loss(arm)
+    own = arm.format in c.formats
+    failure, blamed = show_failure(c, arm.format) if own and not arm.variant else ("", ())
+    works = "" if choice.works is None else _works(choice)
+    is_reference = arm == c.reference
+    cells = [
+        f"{rank}{tied}" if rank else "-",
+        _short(arm, c),
+        "reference" if is_reference else show_difference(d),
+        "" if is_reference or not own and d is None else show_separation(d),
+        "none" if math.isnan(mean) else f"{mean:.4f}" + ("" if ended == seeds else f" ({ended} of {seeds})"),
+        f"{failed} of {n}",
+        f"{choice.rate:g}{works}",
+        failure,
+        "" if not own else show_crossing(*((warned[1], warned[0]) if warned else (None,))),
+        "; ".join(
+            f"{treatment(a.at_rest, a.optimizer)}: {signed(e.mean)}, {show_separation(e, 'helps', 'hurts')}"
+            for a, e in effects
+        )
+        if own
+        else "",
+    ]
+    numbers = [
+        rank,
+        arm.label,
+        *difference_cells(d),
+        mean,
+        ended,
+        seeds,
+        failed,
+        choice.rate,
+        " ".join(map(repr, choice.rates)),
+        choice.best,
+        " or ".join(blamed),
+    ]
+    return cells, numbers
 
 
 def _works(choice):

@@ -4,20 +4,21 @@ A metric's name is `statistic` or `statistic/layer`. A layer is a module of the 
 arrays together (kernel and bias, scale and bias), so a norm is the norm of the concatenation and a share is a share of
 all its elements.
 
-The reductions are grouped by what they read, because at small batch their cost is memory traffic: one pass over the
-gradients before the update, one over (parameter, moments, update) that the compiler can merge with the update itself.
+The reductions are grouped by what they read, because at small batch their cost is memory traffic. One pass reads the
+gradients before the update. Another reads parameter, moments and update; the compiler can merge it with the update.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from altgrad_jax.numerics.histograms import rank_health
 from altgrad_jax.numerics.rules import model_order
 
 
-def by_layer(tree):
+def by_layer(tree) -> dict[str, dict]:
     """{layer: {array name: array}} of a tree shaped like the parameters, in the order the model applies them."""
     layers = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -26,13 +27,13 @@ def by_layer(tree):
     return dict(sorted(layers.items(), key=lambda item: model_order(item[0])))
 
 
-def neuron_layers(params):
+def neuron_layers(params) -> dict[str, int]:
     """Layers that have neurons (a kernel), with the number of them: {layer: outputs}."""
     return {name: arrays["kernel"].shape[1] for name, arrays in by_layer(params).items() if "kernel" in arrays}
 
 
 class LayerStats(NamedTuple):
-    """Reductions of one pass, one entry per layer. Fields hold {layer: float32 scalar} unless said otherwise."""
+    """Reductions of one pass, one entry per layer. All but neuron_square_sum hold {layer: float32 scalar}."""
 
     square_sum: dict
     max_abs: dict
@@ -48,11 +49,11 @@ def _nonfinite(x):
     return jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
 
 
-def gradient_stats(grads):
+def gradient_stats(grads) -> LayerStats:
     """One pass over the unclipped gradients.
 
-    The square sum of a kernel is taken per output column and then added up: the columns are the neurons, so the dead
-    neuron count reads nothing twice.
+    The square sum of a kernel is taken per output column and then added up. The columns are the neurons, so dead
+    neurons are counted without a second pass.
     """
     square_sum, max_abs, nonfinite, neurons = {}, {}, {}, {}
     for layer, arrays in by_layer(grads).items():
@@ -74,7 +75,7 @@ def _layer_mean(arrays, sums):
     return _sum(sums) / sum(a.size for a in arrays.values())
 
 
-def gradient_metrics(stats):
+def gradient_metrics(stats: LayerStats) -> dict[str, jax.Array]:
     """grad_norm/layer (L2), grad_max/layer (Linf), nonfinite_grads/layer (count), of the unclipped gradient."""
     return (
         {f"grad_norm/{layer}": jnp.sqrt(s) for layer, s in stats.square_sum.items()}
@@ -83,7 +84,7 @@ def gradient_metrics(stats):
     )
 
 
-def gradient_snr(moments, *, beta1, beta2):
+def gradient_snr(moments: optax.ScaleByAdamState, *, beta1: float, beta2: float) -> dict[str, jax.Array]:
     """grad_snr/layer: signal-to-noise ratio of the gradient as Adam sees it.
 
     mean over the layer's elements of |m_hat| / sqrt(v_hat), with m_hat = mu / (1 - beta1^t), v_hat = nu / (1 - beta2^t)
@@ -102,7 +103,7 @@ def gradient_snr(moments, *, beta1, beta2):
     return out
 
 
-def nonfinite_moments(moments):
+def nonfinite_moments(moments: optax.ScaleByAdamState) -> jax.Array:
     """float32 [layers]: elements whose first or second moment is not finite, or whose second one is negative."""
     first, second = by_layer(moments.mu), by_layer(moments.nu)
     return jnp.stack(
@@ -120,7 +121,7 @@ def nonfinite_moments(moments):
     )
 
 
-def parameter_metrics(params):
+def parameter_metrics(params) -> dict[str, jax.Array]:
     """param_norm/layer (L2) and nonfinite_params/layer (count), of the parameters the gradient was taken at."""
     out = {}
     for layer, arrays in by_layer(params).items():
@@ -129,7 +130,7 @@ def parameter_metrics(params):
     return out
 
 
-def update_metrics(updates, param_norms):
+def update_metrics(updates, param_norms: dict) -> dict[str, jax.Array]:
     """update_norm/layer (L2), update_ratio/layer (its ratio to param_norm) and zero_update/layer (share of elements
     whose update is exactly zero), of the update that is applied: weight decay, clipping and learning rate included."""
     out = {}
@@ -142,7 +143,7 @@ def update_metrics(updates, param_norms):
     return out
 
 
-def activation_metrics(output):
+def activation_metrics(output) -> dict[str, jax.Array]:
     """act_amax/block_i and act_rms/block_i of the residual stream as it leaves each block."""
     return {
         f"{name}/block_{i}": values[i]
@@ -151,7 +152,7 @@ def activation_metrics(output):
     }
 
 
-def gradient_fidelity(grads, reference, suffix=""):
+def gradient_fidelity(grads, reference, suffix: str = "") -> dict[str, jax.Array]:
     """How close a gradient is to a reference of the same parameters and batch, per layer and over all elements.
 
     grad_cosine: <g, r> / (|g| |r|). grad_sqnr_db: 10 log10(|r|^2 / |g - r|^2). grad_flushed: share of elements that are
@@ -189,12 +190,12 @@ def _fidelity(sums, suffix, layer):
     }
 
 
-def pack(metrics):
-    """A dict of scalars as (names, float32 [number of metrics]): one array is one transfer, whatever it holds."""
+def pack(metrics: dict) -> tuple[tuple[str, ...], jax.Array]:
+    """A dict of scalars as (names, float32 [number of metrics]): a single array is transferred faster than many."""
     return tuple(metrics), jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()])
 
 
-def rank_metrics(params) -> dict:
+def rank_metrics(params) -> dict[str, jax.Array]:
     """stable_rank/layer, participation_ratio/layer and spectral_norm/layer, float32 scalars, as in `rank_health`.
 
     Of every kernel and of the token table `embed`, which is the output head too. (The other parameters are vectors, and

@@ -6,23 +6,24 @@ from step to step (amax histories, the level of the emergency shift, the scales 
 inside the training state: saved, restored and resumed with it.
 
 Delayed scaling (Micikevicius et al. 2022): the scale of an operand comes from the largest amax of the last `history`
-updates; before the first update, and while all were zero, from its own. A non-finite step leaves histories as they are;
-with saturate=False, where an overflow is what made it non-finite, the amaxes that are finite enter.
+updates. Before the first update, and while all were zero, it comes from the operand's own amax. A non-finite step
+leaves histories as they are. With saturate=False its finite amaxes enter, because an overflow may have made the step
+non-finite.
 
 Two interventions, both off by default:
 
 range_clip c > 0  limits the amax that enters the history of G to c * R * rms(G), where R = min(largest finite, 2^16) /
-                  smallest positive number of the format: c = 1 lets outliers push the bulk of a gradient (its rms) just
-                  to the smallest number of the format and no further; what lies beyond the scale's reach saturates.
+                  smallest positive number of the format. At c = 1 outliers can push the rms of a gradient down to the
+                  smallest number of the format and no further. Values beyond the largest number saturate.
 emergency shift   after `emergency_patience` bad updates in a row, every quantized operand changes to the next format of
                   `emergency_formats`, without compiling anything. Bad: not finite, or a loss spike, or divergence.
 
 Axes: Q quantized layers, 3 operands (W, A, G), H history, S statistics fields, E levels (1 + emergency formats).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ class QuantOptions:
         return tuple(layer.layer for layer in self.layers if layer.w)
 
 
-def options_of(config) -> QuantOptions | None:
+def options_of(config: Mapping[str, Any]) -> QuantOptions | None:
     """The options that a run's settings (a mapping, as in the config or a checkpoint) ask for; None without formats."""
     if not config["use_fp8"]:
         return None
@@ -106,7 +107,7 @@ class QuantState(NamedTuple):
     age: dict  # uint16 [K, N]: updates since the weight's code last changed, at most 65535
 
 
-def key_of(layer):
+def key_of(layer: str) -> str:
     """A layer's name as a key of the state: checkpoints use `/` between levels."""
     return layer.replace("/", ".")
 
@@ -129,7 +130,7 @@ def rules(options: QuantOptions) -> tuple[tuple[str, Rule], ...]:
 
 
 def format_table(options: QuantOptions) -> FormatParams:
-    """The formats as data: NumPy arrays [E, Q, 3]. An operand without one has BF16's entries, which nobody reads."""
+    """The formats as data: NumPy arrays [E, Q, 3]. An operand without one has BF16's entries, which are not read."""
 
     def params(name):
         return format_params(get_format(name or "BF16"), saturate=options.saturate or name is None)
@@ -155,8 +156,10 @@ def formats_at(table: FormatParams, level) -> FormatParams:
 
 
 def by_shape(weights: dict) -> list[list[str]]:
-    """The layers grouped by the shape of their weights, in the order of the model; the head, whose table has its output
-    axis first, by itself."""
+    """The layers grouped by the shape of their weights, in the order of the model.
+
+    The head is a group of its own, because its table has the output axis first.
+    """
     groups = {}
     for layer, w in weights.items():
         groups.setdefault((w.shape, layer == HEAD), []).append(layer)
@@ -168,7 +171,7 @@ def weight_formats(options: QuantOptions, formats_Q3: FormatParams) -> dict:
     return {layer.layer: _at(formats_Q3, q, 0) for q, layer in enumerate(options.layers) if layer.w}
 
 
-def init_state(options: QuantOptions, weights: dict, formats_Q3: FormatParams, ages: bool):
+def init_state(options: QuantOptions, weights: dict, formats_Q3: FormatParams, ages: bool) -> tuple[QuantState, dict]:
     """(state, {layer: weights as they are stored}) of a fresh run. `weights`: of the layers whose W has a format.
 
     Args:
@@ -192,7 +195,7 @@ def init_state(options: QuantOptions, weights: dict, formats_Q3: FormatParams, a
     return state, stored
 
 
-def operands(options: QuantOptions, state: QuantState, formats_Q3: FormatParams, seed=None) -> dict:
+def operands(options: QuantOptions, state: QuantState, formats_Q3: FormatParams, seed=None) -> dict[str, Operands]:
     """{layer: Operands} of the forward and backward pass from this state.
 
     Args:
@@ -223,12 +226,12 @@ def g_probes(options: QuantOptions) -> dict:
     return {layer.layer: empty_statistics() for layer in options.layers if layer.g}
 
 
-def no_statistics(options: QuantOptions):
+def no_statistics(options: QuantOptions) -> jax.Array:
     """float32 [Q, 3, S] that changes nothing when combined with the statistics of a pass."""
     return jnp.broadcast_to(empty_statistics(), (len(options.layers), 3, len(empty_statistics())))
 
 
-def gather_statistics(options: QuantOptions, forward: dict, backward: dict, nothing=None):
+def gather_statistics(options: QuantOptions, forward: dict, backward: dict, nothing=None) -> jax.Array:
     """float32 [Q, 3, S] from the forward pass's {layer: Statistics} and the probes' gradients {layer: [S]}; `nothing`
     (default: empty_statistics) for operands without a format."""
     nothing = jnp.asarray(empty_statistics()) if nothing is None else nothing
@@ -239,7 +242,7 @@ def gather_statistics(options: QuantOptions, forward: dict, backward: dict, noth
     return jnp.stack(rows)
 
 
-def push_history(options: QuantOptions, history_Q3H, statistics_Q3S, formats_Q3: FormatParams):
+def push_history(options: QuantOptions, history_Q3H, statistics_Q3S, formats_Q3: FormatParams) -> jax.Array:
     """The amax histories after an update with these statistics."""
     field = {name: statistics_Q3S[..., i] for i, name in enumerate(FIELDS)}
     amax_Q3 = field["amax"]
@@ -254,7 +257,7 @@ def push_history(options: QuantOptions, history_Q3H, statistics_Q3S, formats_Q3:
 
 
 def faults(options: QuantOptions, state: QuantState) -> dict[str, tuple[Sequence[str], jax.Array]]:
-    """What of the state no step can be made from: {kind of alert: (layers or `layer/operand`, float32 counts)}.
+    """Values of the state from which no step can be made: {kind of alert: (layers or `layer/operand`, float32 counts)}.
 
     nonfinite_amax: in the histories that a scale comes from. nonfinite_scale: of stored weights, not finite or not
     above 0. nonfinite_residual: of error feedback. Only kinds that the options have.
@@ -278,7 +281,7 @@ def faults(options: QuantOptions, state: QuantState) -> dict[str, tuple[Sequence
     return found
 
 
-def next_level(options: QuantOptions, state: QuantState, bad):
+def next_level(options: QuantOptions, state: QuantState, bad) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(level, bad streak, whether the level rose) after an update that was `bad` or not."""
     if not options.emergency_formats:
         return state.level, state.bad_streak, jnp.bool_(False)
@@ -287,15 +290,17 @@ def next_level(options: QuantOptions, state: QuantState, bad):
     return state.level + rises, jnp.where(rises, 0, streak), rises
 
 
-# What does not apply is left out: a scale from the own amax clips nothing by construction, and weights that are stored
-# on the grid are not rounded again.
-def _applies(options, layer, i, statistic):
+def _applies(options: QuantOptions, layer: LayerFormats, i: int, statistic: str) -> bool:
+    """Whether a statistic says anything about an operand.
+
+    A scale from the operand's own amax clips nothing by construction, and stored weights are not rounded again.
+    """
     if i == 0 and layer.layer in options.stored:
         return statistic in ("amax", "scale", "dynamic_range")
     return options.scaling[i] in ("delayed", "none") or statistic not in ("overflow", "clipped_energy")
 
 
-def format_metrics(options: QuantOptions, statistics_Q3S):
+def format_metrics(options: QuantOptions, statistics_Q3S) -> dict[str, jax.Array]:
     """{`statistic/layer/W|A|G`: float32} by products.named_statistics, and `statistic/all/W|A|G`, which is taken over
     all elements of all quantized layers together (overflow, underflow, clipped_energy, sqnr_db)."""
     named = products.named_statistics(statistics_Q3S)
@@ -323,7 +328,7 @@ def format_metrics(options: QuantOptions, statistics_Q3S):
     return out
 
 
-def overflow_watched(options: QuantOptions):
+def overflow_watched(options: QuantOptions) -> list[tuple[int, int]]:
     """[(q, i)]: layer number and operand of all that can be clipped."""
     return [
         (q, i)
@@ -333,7 +338,7 @@ def overflow_watched(options: QuantOptions):
     ]
 
 
-def overflow_of(options: QuantOptions, statistics_Q3S):
+def overflow_of(options: QuantOptions, statistics_Q3S) -> tuple[list[str], jax.Array]:
     """(names `layer/operand`, float32 shares of clipped elements, 0 where not applicable) for the monitor."""
     overflow_Q3 = products.named_statistics(statistics_Q3S)["overflow"]
     where = overflow_watched(options)
@@ -342,14 +347,14 @@ def overflow_of(options: QuantOptions, statistics_Q3S):
     return names, jnp.where(jnp.isnan(shares), 0.0, shares)
 
 
-def weight_grids(options: QuantOptions, state: QuantState, formats_Q3: FormatParams, weights: dict) -> dict:
+def weight_grids(options: QuantOptions, state: QuantState, formats_Q3: FormatParams, weights: dict) -> dict[str, Grid]:
     """{layer: Grid} that the weights were rounded on as operands, or are stored on, at this step."""
     used = operands(options, state, formats_Q3)
     rule_of = dict(rules(options))
-    return {
-        layer: Grid(
-            used[layer].w.format,
-            products.weight_scale(weights[layer], used[layer].w, rule_of[layer], w_is_NK=layer == HEAD),
-        )
-        for layer in options.weight_layers
-    }
+    grids = {}
+    for layer in options.weight_layers:
+        w = used[layer].w
+        assert w is not None, "these layers have a format for W"
+        scale = products.weight_scale(weights[layer], w, rule_of[layer], w_is_NK=layer == HEAD)
+        grids[layer] = Grid(w.format, scale)
+    return grids

@@ -65,7 +65,9 @@ class Monitor(NamedTuple):
     lost_WS: jax.Array | None = None  # float32 [stall_window, layers with stored weights]: ring of lost
 
 
-def init_monitor(thresholds, neurons, n_layers, n_stored=0, n_operands=0):
+def init_monitor(
+    thresholds: Thresholds, neurons: dict[str, int], n_layers: int, n_stored: int = 0, n_operands: int = 0
+) -> Monitor:
     """A fresh monitor.
 
     Args:
@@ -98,12 +100,12 @@ def init_monitor(thresholds, neurons, n_layers, n_stored=0, n_operands=0):
     )
 
 
-def is_frozen(monitor, thresholds):
+def is_frozen(monitor: Monitor, thresholds: Thresholds) -> jax.Array:
     """Whether so many steps in a row were non-finite that the run must stop; the state no longer changes."""
     return monitor.bad_streak >= thresholds.nan_patience
 
 
-def robust_z(loss, losses_W):
+def robust_z(loss, losses_W) -> jax.Array:
     """(loss - median) / (1.4826 * MAD) of the finite entries of losses_W; 0 while there are fewer than MIN_LOSSES.
 
     The spread is floored at 0.1% of the median so that a plateau does not turn rounding into spikes.
@@ -114,7 +116,9 @@ def robust_z(loss, losses_W):
     return jnp.where(jnp.sum(jnp.isfinite(losses_W)) >= MIN_LOSSES, z, 0.0)
 
 
-def update_dead_streaks(monitor, neuron_square_sum, thresholds, ok):
+def update_dead_streaks(
+    monitor: Monitor, neuron_square_sum: dict, thresholds: Thresholds, ok
+) -> tuple[tuple, dict[str, jax.Array]]:
     """New streaks, and dead_neurons/layer: share of neurons below the threshold for the whole window.
 
     A neuron is an output column of a kernel with its bias; what is compared with dead_neuron_threshold is the L2 norm
@@ -137,8 +141,18 @@ def _push(ring, slot, value, ok):
 
 
 def update_monitor(
-    monitor, *, row_number, loss, bad, dead_streak, dead_shares, zero_update_S, thresholds, lost_S=None, overflow_O=None
-):
+    monitor: Monitor,
+    *,
+    row_number,
+    loss,
+    bad,
+    dead_streak: tuple,
+    dead_shares,
+    zero_update_S,
+    thresholds: Thresholds,
+    lost_S=None,
+    overflow_O=None,
+) -> tuple[Monitor, jax.Array, dict[str, jax.Array]]:
     """The monitor after one step, with the alerts that begin at it.
 
     Args:
@@ -146,7 +160,7 @@ def update_monitor(
       loss: float32 scalar. bad: bool, whether the step was non-finite in any way.
       dead_streak: from update_dead_streaks.
       dead_shares: float32 [layers with neurons]; zero_update_S: float32 [layers].
-      lost_S: float32 [layers with stored weights]; overflow_O: float32 [operands]. Where init_monitor was told of any.
+      lost_S: float32 [layers with stored weights]; overflow_O: float32 [operands]. None where init_monitor had none.
 
     Returns:
       (monitor, loss_zscore, {kind: float32 scalar or vector over layers}).
@@ -173,7 +187,7 @@ def update_monitor(
         lost_WS = _push(lost_WS, slot, lost_S, ok)
         values["bit_stall"] = jnp.where(seen >= thresholds.stall_window, lost_WS.mean(0), 0.0)
         holds["bit_stall"] = values["bit_stall"] > thresholds.bit_stall_threshold
-    if "overflow" in monitor.active:
+    if overflow_O is not None and "overflow" in monitor.active:
         values["overflow"], holds["overflow"] = overflow_O, overflow_O > thresholds.overflow_threshold
     # A non-finite step decides nothing about the other conditions: they stay as they were.
     holds = {kind: jnp.where(ok, now, monitor.active[kind]) for kind, now in holds.items()}
@@ -204,7 +218,7 @@ _STATE_FAULTS = {
 }
 
 
-def locate(row):
+def locate(row: dict) -> str | None:
     """The first cause, in causal order, of a step that was not finite: one sentence without its full stop.
 
     What the state held before the step comes first; then the forward pass, by the first block whose output is not

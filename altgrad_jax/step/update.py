@@ -115,6 +115,7 @@ class Step:
 
     @property
     def quant(self) -> quantization.QuantOptions | None:
+        """The number formats; None without any."""
         return self.options.quant
 
     @property
@@ -215,6 +216,7 @@ class Health(NamedTuple):
 
     @property
     def layers(self) -> list[str]:
+        """Names of the layers, in the order in which the model applies them."""
         return list(self.stats.square_sum)
 
 
@@ -281,7 +283,9 @@ class Outcome(NamedTuple):
     watched: Watched
 
 
-def loss(model: GPTConfig, params, windows, dropout_key, quantized: Quantized | None = None):
+def loss(
+    model: GPTConfig, params, windows, dropout_key, quantized: Quantized | None = None
+) -> tuple[jax.Array, GPTOutput]:
     """Mean loss in nats per token of windows [B, L+1]: (float32 scalar, GPTOutput without hidden and logits).
 
     All logits exist at once only where the head's product is quantized.
