@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.multihost import multihost  # to shorten its wait for a process that failed
 
-from altgrad_jax.run import checkpoint, distributed
+from altgrad_jax.run import checkpoint
+from altgrad_jax.run import processes as distributed
 
 META = {"config": {"seed": 1}}
 # "inside" is whole on each process, but in two pieces; "w", "h" and the moment lie on all devices of both.
@@ -150,7 +151,7 @@ def two_processes(process, port, folder):
     with pytest.raises(checkpoint.DamagedCheckpoint, match="seen by one"):
         checkpoints.restore(6, abstract())
     checkpoint._read_arrays = read
-    distributed.from_lead(lambda: flip_a_byte(run_dir / "6", values(6)["params"]["w"][6:8].tobytes()))
+    processes.from_lead(lambda: flip_a_byte(run_dir / "6", values(6)["params"]["w"][6:8].tobytes()))
     step, state, _ = checkpoints.restore_newest(abstract(), lambda *args: said.append(args))
     assert_holds(state, 1)
     assert (step, [s for s, _ in said]) == (1, [6]) and "state/ocdbt.process_1/d/" in said[0][1]
