@@ -16,8 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.multihost import multihost  # to shorten its wait for a process that failed
 
-from altgrad_jax.run import checkpoint
-from altgrad_jax.run import processes as distributed
+from altgrad_jax.run import checkpoint, processes
 
 META = {"config": {"seed": 1}}
 # "inside" is whole on each process, but in two pieces; "w", "h" and the moment lie on all devices of both.
