@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,9 +70,9 @@ def dashboard_name(name: str) -> str:
 
 def require_sinks(config: Any) -> None:
     """UserError unless the dashboards that the settings ask for can be opened."""
-    if "wandb" in _loggers(config):
+    if "wandb" in config.loggers:
         resolve_wandb_mode(config.wandb_mode)
-    if "tensorboard" in _loggers(config):
+    if "tensorboard" in config.loggers:
         require_tensorboard()
 
 
@@ -93,17 +93,13 @@ def open_sinks(
       event: called as event(kind, step, **values) where something went wrong, e.g. Writer.event; likewise.
     """
     run_dir, sinks = Path(run_dir).absolute(), []
-    if "wandb" in _loggers(config) and (mode := resolve_wandb_mode(config.wandb_mode)) != "disabled":
+    if "wandb" in config.loggers and (mode := resolve_wandb_mode(config.wandb_mode)) != "disabled":
         sinks.append(WandbSink(_wandb_run(config, run_dir, manifest), run_dir, mode=mode, keys=config.wandb_keys))
         sinks[-1].tell_mode(config.wandb_mode, say)
-    if "tensorboard" in _loggers(config):
+    if "tensorboard" in config.loggers:
         sinks.append(TensorBoardSink(run_dir, resume_step))
     last = -1 if resume_step is None else resume_step
     return Sinks([Follower(sink, run_dir, last, config.alert_interval, say, event) for sink in sinks])
-
-
-def _loggers(config: Any) -> Collection[str]:
-    return config.get("loggers", ("wandb",))
 
 
 def _wandb_run(config, run_dir, manifest):
