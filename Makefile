@@ -1,6 +1,6 @@
 # make train   sets everything up (the CUDA build of jax where there is an NVIDIA GPU) and runs the baseline
 # make test    sets everything up and passes the tests
-# make lint    style
+# make lint    style and types
 # make oracle  the tests against torch and transformers (large downloads)
 #
 # ARGS goes to the training script:  make train ARGS="--config.max_steps=300"
@@ -52,6 +52,8 @@ $(VENV)/.oracle: pyproject.toml | $(BIN)/python
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info
