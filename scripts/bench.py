@@ -70,7 +70,7 @@ flags.DEFINE(
     cli.FOLDER,
     "profile",
     None,
-    "folder for a trace of the row `all metrics`, whose operations are then listed",
+    "folder for a trace of the row `all metrics`, for Perfetto or xprof",
     flag_values=FLAGS,
 )
 flags.DEFINE(cli.OUTPUT_FILE, "json", None, "file for all figures, every single timing included", flag_values=FLAGS)

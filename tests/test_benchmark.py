@@ -1,7 +1,6 @@
 """The benchmark: its arithmetic against NumPy and hand counts, its pipe to peers, and the script as a whole."""
 
 import contextlib
-import gzip
 import importlib.util
 import io
 import json
@@ -10,12 +9,11 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from altgrad_jax import cli
-from altgrad_jax.bench import peers, programs, roofline, suites, tables, timing, torch_peer, trace
+from altgrad_jax.bench import peers, programs, roofline, suites, tables, timing, torch_peer
 from altgrad_jax.cli import load_config
 from altgrad_jax.config import fitted
 from altgrad_jax.errors import UserError
@@ -232,75 +230,6 @@ def test_a_line_through_points_as_text():
     fit = timing.straight_line([1, 2, 3], [10.0, 20.0, 33.0]) | {"x": [1, 2, 3], "x_name": "n_layer"}
     text = tables.fit_table(rows, fit)
     assert "ms/step = -2 + 11.5 x, R^2 = 0.9944" in text and "| 2 | 20.00 | 21.00 | -5.0% |" in text
-
-
-# --------------------------------------------------------------------------------------------------------------- trace
-
-
-def test_own_times_leave_out_what_runs_inside():
-    events = [
-        (0, 100, "while"),
-        (10, 30, "fusion"),
-        (15, 5, "dot"),
-        (16, 1, None),
-        (50, 20, "dot"),
-        (100, 7, "copy"),
-        (100, 0, "end"),
-    ]
-    assert trace.own_times(events) == {"while": 50, "fusion": 25, "dot": 25, "copy": 7, "end": 0}
-
-
-def test_of_a_gpus_trace_only_its_streams_are_read(tmp_path):
-    def event(pid, tid, op, ts, dur):
-        return {"ph": "X", "pid": pid, "tid": tid, "name": op, "ts": ts, "dur": dur, "args": {"hlo_op": op}}
-
-    def names(pid, process, **threads):
-        return [
-            {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": process}},
-            *[
-                {"ph": "M", "pid": pid, "tid": int(tid[1:]), "name": "thread_name", "args": {"name": name}}
-                for tid, name in threads.items()
-            ],
-        ]
-
-    events = [
-        *names(1, "/device:GPU:0", t1="Stream #13(Compute)", t2="XLA Ops"),
-        *names(9, "/host:CPU", t1="python"),
-        event(1, 1, "gemm", 0, 6),
-        event(1, 2, "gemm", 0, 6),
-        event(9, 1, "gemm", 0, 50),
-        event(1, 1, "add", 7, 2),
-    ]
-    with gzip.open(tmp_path / "vm.trace.json.gz", "wt") as file:
-        json.dump({"traceEvents": events}, file)
-    times = trace.read_operations(trace.newest_trace(tmp_path))
-    assert times == {"gemm": 6, "add": 2}
-    rows = trace.top_operations(times, 2, {"gemm": "block_0/mlp_up"}, n=1)
-    assert rows == [
-        {"name": "gemm", "ms_per_step": 0.003, "share": 0.75, "what": "block_0/mlp_up"},
-        {"name": "1 others", "ms_per_step": 0.001, "share": 0.25, "what": ""},
-    ]
-
-
-def test_a_real_trace_names_its_operations_and_their_source(tmp_path):
-    @jax.jit
-    def product(a):
-        with jax.named_scope("mlp_up"):
-            return jnp.sin(a @ a)
-
-    a = jnp.ones((128, 128))
-    product(a).block_until_ready()
-    with jax.profiler.trace(tmp_path):
-        product(a).block_until_ready()
-    times = trace.read_operations(trace.newest_trace(tmp_path))
-    rows = trace.top_operations(times, 1, trace.sources_of(product.lower(a).compile().as_text()))
-    assert sum(row["share"] for row in rows) == pytest.approx(1) and all(row["ms_per_step"] >= 0 for row in rows)
-    assert any("mlp_up" in row["what"] for row in rows)
-
-
-def test_a_folder_without_a_trace_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="holds no"):
-        trace.newest_trace(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- peers

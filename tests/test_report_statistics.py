@@ -8,68 +8,11 @@ import pytest
 
 from altgrad_jax.report import statistics
 from altgrad_jax.report.statistics import (
-    incomplete_beta,
     interval,
     noise_floor,
     paired,
     rank_groups,
-    t_cdf,
-    t_quantile,
 )
-
-
-# NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2, to the digits printed there or more.
-@pytest.mark.parametrize(
-    "p, df, t",
-    [
-        (0.975, 1, 12.7062),
-        (0.975, 2, 4.30265),
-        (0.975, 3, 3.18245),
-        (0.975, 4, 2.77645),
-        (0.975, 9, 2.26216),
-        (0.975, 30, 2.04227),
-        (0.975, 100, 1.98397),
-        (0.95, 5, 2.01505),
-        (0.995, 4, 4.60409),
-        (0.9, 10, 1.37218),
-        (0.999, 2, 22.3271),
-    ],
-)
-def test_quantiles_equal_printed_tables(p, df, t):
-    assert t_quantile(p, df) == pytest.approx(t, rel=3e-6)
-
-
-@pytest.mark.parametrize("p", [0.6, 0.9, 0.975, 0.999])
-def test_one_and_two_degrees_of_freedom_have_closed_forms(p):
-    assert t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-10)  # Cauchy
-    alpha = 4 * p * (1 - p)
-    assert t_quantile(p, 2) == pytest.approx(2 * (p - 0.5) * math.sqrt(2 / alpha), rel=1e-10)
-
-
-def test_quantile_inverts_the_distribution_and_is_odd_and_monotone():
-    for df in (1, 2, 3.5, 7, 40, 1000):
-        values = [t_quantile(p, df) for p in (0.01, 0.2, 0.5, 0.8, 0.975, 0.9999)]
-        assert values == sorted(values)
-        for p, t in zip((0.01, 0.2, 0.5, 0.8, 0.975, 0.9999), values):
-            assert t_cdf(t, df) == pytest.approx(p, abs=1e-11)
-            assert t_quantile(1 - p, df) == pytest.approx(-t, abs=1e-9 * max(1, abs(t)))
-    assert t_quantile(0.975, 1e7) == pytest.approx(1.959963984540054, rel=1e-6)  # the normal distribution
-    narrowing = [t_quantile(0.975, df) for df in range(1, 40)]
-    assert narrowing == sorted(narrowing, reverse=True)
-
-
-def test_incomplete_beta_has_its_closed_forms():
-    for x in (0.0, 0.01, 0.3, 0.7, 0.999, 1.0):
-        assert incomplete_beta(1, 1, x) == pytest.approx(x, abs=1e-15)
-        assert incomplete_beta(3, 1, x) == pytest.approx(x**3, abs=1e-14)
-        assert incomplete_beta(0.5, 0.5, x) == pytest.approx(2 / math.pi * math.asin(math.sqrt(x)), abs=1e-13)
-        assert incomplete_beta(2.5, 0.5, x) + incomplete_beta(0.5, 2.5, 1 - x) == pytest.approx(1, abs=1e-13)
-
-
-@pytest.mark.parametrize("p, df", [(0, 3), (1, 3), (0.5, 0), (math.nan, 1)])
-def test_what_has_no_quantile_is_refused(p, df):
-    with pytest.raises(ValueError):
-        t_quantile(p, df)
 
 
 def test_paired_interval_equals_numpy_in_float64():

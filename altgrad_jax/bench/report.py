@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from altgrad_jax.bench import peers, programs, roofline, suites, tables, trace
+from altgrad_jax.bench import peers, programs, roofline, suites, tables
 from altgrad_jax.bench.timing import Unavailable
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics.formats import get_format
@@ -48,7 +48,7 @@ def run(config, flags, resources):
     workers = max(1, min(4, roofline.cpu_count() // 4))
     plan = suites.Plan(config, programs.Bench(), rounds, steps, resources, peer, flags["quick"])
     sections = suites.sections_of(plan, chosen, fmt)
-    measured, rounding, operations = [], [], []
+    measured, rounding = [], []
     write = functools.partial(_write_json, file, facts, measured, rounding)
     for number, section in enumerate(sections):
         left = None
@@ -59,7 +59,7 @@ def run(config, flags, resources):
         else:
             measured.append(suites.measure(plan, section, seconds_left=left, workers=workers, say=say))
         say("\n" + tables.section_text(measured[-1]))
-        write(operations)  # after every section, so that an end by force leaves what was measured
+        write()  # after every section, so that an end by force leaves what was measured
     if "rounding" in chosen:
         if flags["budget_s"] and time.perf_counter() - started > flags["budget_s"]:
             say("\nrounding: left out, the time budget does not reach it")
@@ -68,8 +68,8 @@ def run(config, flags, resources):
                 rounding += programs.bench_rounding(elements, rounds=40)
             say("\n## rounding\n\n" + tables.rounding_table(rounding))
     if flags["profile"]:
-        operations = profile(plan, flags["profile"])
-        say("\n## operations of `all metrics`\n\n" + tables.operations_table(operations))
+        profile(plan, flags["profile"])
+        say(f"\nthe trace of `all metrics` is in {flags['profile']}: Perfetto (ui.perfetto.dev) and xprof read it")
     if peer is not None:
         facts["peer"] |= peer.idleness()
     facts["seconds"] = time.perf_counter() - started
@@ -78,7 +78,7 @@ def run(config, flags, resources):
         + (", deterministic operations in every row of ours" if flags["deterministic"] else "")
     )
     if file:
-        write(operations)
+        write()
         say(f"written to {flags['json']}")
     return 0
 
@@ -98,16 +98,14 @@ def _extent(config, flags):
     return config, chosen, rounds, steps, cuts
 
 
-def _write_json(file, facts, measured, rounding, operations):
+def _write_json(file, facts, measured, rounding):
     if not file:
         return
     rows = [row for section in measured for row in section["rows"]]
     others = [{name: value for name, value in section.items() if name != "rows"} for section in measured]
     file.seek(0)
     file.truncate()
-    json.dump(
-        facts | {"rows": rows, "sections": others, "rounding": rounding, "operations": operations}, file, indent=1
-    )
+    json.dump(facts | {"rows": rows, "sections": others, "rounding": rounding}, file, indent=1)
     file.flush()
 
 
@@ -140,8 +138,8 @@ def _open_peer(flags, resources, facts):
     return peer
 
 
-def profile(plan, folder, steps=3):
-    """Writes a trace of a few steps with all metrics into the folder; returns trace.top_operations of it."""
+def profile(plan, folder: str, steps: int = 3) -> None:
+    """Writes a trace of a few steps with all metrics into the folder."""
     step = plan.bench.step(plan.config, buffer_steps=plan.buffer_steps)
     for _ in range(2):  # the second finds everything warm
         step.dispatch(1)
@@ -152,6 +150,3 @@ def profile(plan, folder, steps=3):
     except OSError as error:
         raise UserError(f"--profile={folder} cannot be written ({error.strerror}): give another folder") from None
     plan.bench.free()
-    return trace.top_operations(
-        trace.read_operations(trace.newest_trace(folder)), steps, trace.sources_of(step.compiled.as_text())
-    )

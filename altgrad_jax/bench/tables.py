@@ -138,11 +138,3 @@ def rounding_table(rows):
             for row in rows
         ],
     )
-
-
-def operations_table(operations):
-    """The rows of trace.top_operations."""
-    return _table(
-        ("operation", "ms/step", "share", "what"),
-        [(one["name"], f"{one['ms_per_step']:.3f}", f"{100 * one['share']:.1f}%", one["what"]) for one in operations],
-    )

@@ -15,63 +15,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 CONFIDENCE = 0.95
 FEW = 5  # pairs; an interval of fewer is marked
-
-
-def _continued_fraction(a, b, x):
-    """The continued fraction of the incomplete beta function by Lentz's method (Press et al. 2007, 6.4)."""
-    tiny = 1e-300
-    c, d = 1.0, 1 - (a + b) * x / (a + 1)
-    d = 1 / (d if abs(d) > tiny else tiny)
-    value = d
-    for m in range(1, 100_000):
-        for numerator in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1 + numerator * d
-            d = 1 / (d if abs(d) > tiny else tiny)
-            c = 1 + numerator / c
-            c = c if abs(c) > tiny else tiny
-            value *= c * d
-        if abs(c * d - 1) < 1e-15:
-            return value
-    raise ArithmeticError(f"the incomplete beta function of a={a}, b={b}, x={x} did not converge")
-
-
-def incomplete_beta(a, b, x):
-    """The regularized incomplete beta function I_x(a, b), a and b above 0, x from 0 to 1."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
-    if x < (a + 1) / (a + b + 2):  # where the fraction converges fast
-        return front * _continued_fraction(a, b, x) / a
-    return 1 - front * _continued_fraction(b, a, 1 - x) / b
-
-
-def t_cdf(t, df):
-    """P(T <= t) of Student's distribution with df degrees of freedom."""
-    tail = 0.5 * incomplete_beta(df / 2, 0.5, df / (df + t * t))
-    return 1 - tail if t > 0 else tail
-
-
-def t_quantile(p, df):
-    """t with P(T <= t) = p, to a few parts in 10^12, by bisection. p between 0 and 1 (exclusive), df above 0."""
-    if not (0 < p < 1 and df > 0):
-        raise ValueError(f"p={p}, df={df}: give 0 < p < 1 and df > 0")
-    if p < 0.5:
-        return -t_quantile(1 - p, df)
-    low, high = 0.0, 1.0
-    while t_cdf(high, df) < p:
-        low, high = high, 2 * high
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if t_cdf(middle, df) < p else (low, middle)
-    return (low + high) / 2
 
 
 @dataclass(frozen=True)
@@ -119,7 +66,9 @@ def interval(values):
     mean = float(values.mean())
     if values.size < 2:
         return mean, math.nan, math.nan
-    half = t_quantile((1 + CONFIDENCE) / 2, values.size - 1) * float(values.std(ddof=1)) / math.sqrt(values.size)
+    half = (
+        float(stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1)) * float(values.std(ddof=1)) / math.sqrt(values.size)
+    )
     return mean, mean - half, mean + half
 
 
