@@ -99,4 +99,4 @@ def test_the_script_takes_the_bare_flag(data_dir, tmp_path):
     done = subprocess.run([*command(data_dir, tmp_path / "x", n_embd=15), "--dry_run"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: n_embd=15 cannot be split")
     done = subprocess.run([*command(data_dir, tmp_path / "x"), "--dry_run=perhaps"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: --dry_run=perhaps cannot be used: give yes or no\n"
+    assert done.returncode == 2 and done.stderr == "error: --dry_run=perhaps cannot be used: give true or false\n"
