@@ -141,14 +141,16 @@ def main(
 
 def run_script(function: Callable[[], int | None]) -> NoReturn:
     """Calls `function` and exits with its code. The one place where exceptions become exit codes and sentences."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)  # so that half-made files are removed; a training has its own way
     try:
         code = function() or 0
         sys.stdout.flush()
     except UserError as error:
         code = _say(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as error:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = 130 if isinstance(error, KeyboardInterrupt) else 143
     except BrokenPipeError:  # the reader of `| head` left; Python would write once more at exit, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
@@ -166,6 +168,14 @@ def run_script(function: Callable[[], int | None]) -> NoReturn:
             sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, where Python would end without leaving its contexts."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _say(sentence: str, code: int) -> int:

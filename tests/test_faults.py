@@ -54,7 +54,7 @@ def test_what_the_machine_does_is_answered(tokens, tmp_path):
         deadline=ENDLESS,
         say=quiet,
         with_signals=False,
-        scenarios=(environment.full_for_a_while, environment.read_only),
+        scenarios=(environment.full_while_training, environment.read_only),
     )
     assert part.failures == [] and part.done == 2
 
@@ -62,7 +62,7 @@ def test_what_the_machine_does_is_answered(tokens, tmp_path):
 def test_signals_that_the_budget_leaves_no_time_for_are_missing_from_the_count(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "Bench", lambda *_: None)
     part = environment.run(tmp_path, tmp_path, seed=0, deadline=runs.Deadline(-1), say=quiet)
-    assert (part.done, part.wanted) == (0, 23)
+    assert (part.done, part.wanted) == (0, 22)
     part = environment.run(tmp_path, tmp_path, seed=0, deadline=runs.Deadline(-1), say=quiet, scenarios=())
     assert (part.done, part.wanted) == (0, 15)
 
