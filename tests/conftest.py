@@ -47,11 +47,12 @@ LONG_FILES = (
 
 
 @pytest.fixture(autouse=True)
-def handler_of_ctrl_c():
-    """cli.run_script, which ends a process, leaves another handler behind."""
-    handler = signal.getsignal(signal.SIGINT)
+def signal_handlers():
+    """cli.run_script, which ends a process, leaves other handlers behind."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -27,7 +27,7 @@ from altgrad_jax.models.gpt2 import GPT, Quantized, weights_of
 from altgrad_jax.numerics import formats, rounding, whatif
 from altgrad_jax.numerics.rules import resolve_rules
 from altgrad_jax.run import look
-from altgrad_jax.run import setup as setup_module
+from altgrad_jax.run import setup as run_setup
 from altgrad_jax.run.checkpoint import list_steps, load_arrays
 from altgrad_jax.run.folder import RunFolder
 from altgrad_jax.run.setup import open_data, set_up
@@ -369,9 +369,9 @@ def test_a_run_of_schema_version_1_goes_on(data_dir, tmp_path):
 @pytest.fixture
 def no_certificates():
     """Certificates are kept for the process; a test that changes the canary begins and ends without."""
-    setup_module._certificate.cache_clear()
+    run_setup._certificate.cache_clear()
     yield
-    setup_module._certificate.cache_clear()
+    run_setup._certificate.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def no_certificates():
 )
 @pytest.mark.usefixtures("no_certificates")
 def test_nothing_is_trained_with_a_rounding_that_fails_its_canary(data_dir, tmp_path, monkeypatch, round_fn):
-    monkeypatch.setattr(setup_module, "canary", functools.partial(rounding.canary, round_fn=round_fn))
+    monkeypatch.setattr(run_setup, "canary", functools.partial(rounding.canary, round_fn=round_fn))
     with pytest.raises(UserError, match="rounding to E4M3 is wrong on .*: run with another version of jax"):
         train(tiny(**STORED), data_dir=data_dir, workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -401,7 +401,7 @@ def test_every_format_that_may_be_used_passes_the_canary(data_dir, tmp_path, mon
         if fmt.name == "FP16":
             raise UserError("enough")
 
-    monkeypatch.setattr(setup_module, "canary", canary)
+    monkeypatch.setattr(run_setup, "canary", canary)
     with pytest.raises(UserError, match="enough"):
         train(
             tiny(
