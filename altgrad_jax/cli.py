@@ -146,6 +146,8 @@ def run_script(function: Callable[[], int | None]) -> NoReturn:
     try:
         code = function() or 0
         sys.stdout.flush()
+        if code > 128:  # a training was interrupted; threads may still be compiling, and Python would wait for them
+            os._exit(code)
     except UserError as error:
         code = _say(str(error), error.exit_code)
     except (KeyboardInterrupt, _Terminated) as error:
@@ -161,12 +163,6 @@ def run_script(function: Callable[[], int | None]) -> NoReturn:
         if not str(error).startswith("Unable to initialize backend"):
             raise
         code = _say(f"{' '.join(str(error).split())}: give --device=cpu, or another JAX_PLATFORMS", 2)
-    if code > 128:
-        # Threads may still be compiling, and Python would wait for them.
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
     sys.exit(code)
 
 

@@ -318,7 +318,7 @@ def test_axes_from_text():
         ([{"run_name": "a", "seed": 1}, {"run_name": "b", "seed": 1}], "members a and b have the same settings"),
         ([{"run_name": "a", "learning_rat": 1.0}], "member a: there is no setting 'learning_rat'; did you mean"),
         ([{"run_name": "a", "learning_rate": -1.0}], "member a: learning_rate=-1.0 cannot be used"),
-        ([{"run_name": "a", "formats": ("E4M3",)}], "member a: formats=.* has no effect with use_fp8=False"),
+        ([{"run_name": "a", "n_embd": 15}], "member a: n_embd=15 cannot be split"),
     ],
 )
 def test_wrong_points_are_refused_by_name(tmp_path, points, words):
