@@ -421,7 +421,7 @@ def _product(a, b, contract_a, contract_b):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dot_MK(x_MK, w, w_is_NK, compute_dtype):
+def _plain_dot(x_MK, w, w_is_NK, compute_dtype):
     return _forward(x_MK, w, w_is_NK, compute_dtype)[0]
 
 
@@ -437,11 +437,11 @@ def _backward(w_is_NK, compute_dtype, operands, g_MN):
     return dx_MK, weight_gradient(x_MK, g_MN, w_is_NK)
 
 
-_dot_MK.defvjp(_forward, _backward)
+_plain_dot.defvjp(_forward, _backward)
 
 
 def before(x, w, *, w_is_NK=False, compute_dtype=jnp.bfloat16):
-    y_MN = _dot_MK(x.reshape(-1, x.shape[-1]), w, w_is_NK, jnp.dtype(compute_dtype))
+    y_MN = _plain_dot(x.reshape(-1, x.shape[-1]), w, w_is_NK, jnp.dtype(compute_dtype))
     return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
 
 

@@ -252,9 +252,12 @@ def test_an_evaluation_takes_the_scales_of_the_training(params, master, runs):
 def test_products_without_a_format_have_the_baseline_s_operands():
     """And those with one have bfloat16 operands, too: every product of the program has the dtypes of the baseline's."""
     programs = []
+    baseline = build()
     for quant in (None, EVERYWHERE, dataclasses.replace(MASTER, weights_at_rest="nearest")):
-        functions = build(quant=quant)
-        jaxpr = jax.make_jaxpr(functions.run)(functions.abstract_state, jnp.asarray(TOKENS_T), 1, functions.inputs)
+        step = dataclasses.replace(baseline.step, options=dataclasses.replace(baseline.step.options, quant=quant))
+        inputs = baseline.inputs._replace(formats=quant and format_table(quant))
+        state = jax.eval_shape(functools.partial(update.init, step), 0, inputs.formats)
+        jaxpr = jax.make_jaxpr(functools.partial(update.train_step, step))(state, windows_of(0), inputs)
         programs.append(list(dot_dtypes(jaxpr.jaxpr)))
     assert programs[0] == programs[1] == programs[2]
     assert len(programs[0]) == 4 * len(ALL_LAYERS) + 6  # weight gradients stand there twice, for a CPU and for others
