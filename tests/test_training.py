@@ -268,10 +268,10 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_not_a_success(data_dir, tmp_p
 
 def test_a_warning_about_the_data_is_shown_whole(data_dir, tmp_path, monkeypatch, capsys):
     from altgrad_jax.data.prepare import PreparedData, read_meta
-    from altgrad_jax.run import training
+    from altgrad_jax.run import setup
 
     monkeypatch.setattr(
-        training,
+        setup,
         "resolve",
         lambda *_: PreparedData(data_dir, read_meta(data_dir), True, ("This is the small sample, not the corpus.",)),
     )

@@ -49,8 +49,8 @@ def open_data(config: Config, data_dir, say: Callable[[str], None]) -> TrainingD
       UserError: the data cannot be had, are damaged, or do not fit the model.
     """
     find = functools.partial(resolve, data_dir, config.data_source, config.tokenizer)
-    processes.everywhere(find if processes.is_lead() else lambda: None)
-    prepared = find()
+    # The lead first, because it may have to make what the others read.
+    prepared = processes.everywhere(find if processes.is_lead() else lambda: None) or find()
     if prepared.warnings:
         say(banner(prepared.warnings))
     tokens = load_token_data(
