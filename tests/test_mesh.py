@@ -23,7 +23,7 @@ from test_training import command, make_data, rows_of, wait_for_rows
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.gpt2 import GPTConfig
 from altgrad_jax.numerics.rules import resolve_rules
-from altgrad_jax.run import processes as distributed
+from altgrad_jax.run import processes
 from altgrad_jax.run.checkpoint import list_steps
 from altgrad_jax.run.lock import locked
 from altgrad_jax.step import mesh, stability
@@ -223,15 +223,15 @@ def test_a_mesh_that_does_not_come_out_even_is_refused():
     ],
 )
 def test_flags_that_do_not_say_which_process_this_is_are_refused(flags, words):
-    with pytest.raises(UserError, match=words), distributed.joined(*flags):
+    with pytest.raises(UserError, match=words), processes.joined(*flags):
         raise AssertionError
 
 
 def test_one_process_decides_by_itself():
-    assert distributed.gather([1]) == [[1]] and distributed.is_lead() and distributed.n_processes() == 1
+    assert processes.gather([1]) == [[1]] and processes.is_lead() and processes.n_processes() == 1
     value = object()  # nothing passes through JSON
-    assert distributed.from_lead(lambda: value) is value and distributed.everywhere(lambda: value) is value
-    distributed.require_equal("data", "a", "")
+    assert processes.from_lead(lambda: value) is value and processes.everywhere(lambda: value) is value
+    processes.require_equal("data", "a", "")
 
 
 # ---------------------------------------------------------------------------------------------------- two processes
