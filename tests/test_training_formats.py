@@ -360,7 +360,7 @@ def test_a_run_of_schema_version_1_goes_on(data_dir, tmp_path):
     assert (tmp_path / "old" / "metrics.jsonl").read_bytes() == (tmp_path / "new" / "metrics.jsonl").read_bytes()
     assert state_bytes(tmp_path / "old", 20) == state_bytes(tmp_path / "new", 20)
     manifest = json.loads(path.read_text())
-    assert manifest["schema_version"] == 3 and manifest["config"]["formats"] == []
+    assert manifest["schema_version"] == 4 and manifest["config"]["formats"] == []
     assert not (tmp_path / "old" / "diagnostics.jsonl").exists()
 
 
