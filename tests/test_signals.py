@@ -104,3 +104,12 @@ def test_a_file_is_no_run_folder(tmp_path):
     with pytest.raises(UserError, match="is a file or lies below one: give a folder with --workdir"):
         with locked(tmp_path / "file"):
             raise AssertionError("a file was locked")
+
+
+def test_of_several_processes_none_stops_before_all_agree():
+    body = (
+        "stop._shared = True\n        with stop.deferred():\n            ready(); time.sleep(1); "
+        "assert stop.number is None; stop.agree([None, stop.received])"
+    )
+    code, output = run(body, signal.SIGTERM)
+    assert code == 0 and output.endswith("left 15\n")

@@ -157,7 +157,7 @@ def agree_on_a_dispatch(training: Training, stop: StopRequest, behind: Sequence[
     save_interim = training.interim.are_due() and not is_saving
     if processes.n_processes() > 1:
         # The length depends on the lead's clock; and a signal to one process stops all, at one step.
-        lengths, received, due = zip(*processes.gather([n, stop.number, save_interim]), strict=True)
+        lengths, received, due = zip(*processes.gather([n, stop.received, save_interim]), strict=True)
         stop.agree(list(received))
         n, save_interim = lengths[0], due[0]
     return (0, False) if stop.number else (n, save_interim)

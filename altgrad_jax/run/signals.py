@@ -45,15 +45,20 @@ class StopRequest:
     Outside the main thread (some notebooks) signals cannot be caught, and nothing is. A SIGHUP that is ignored, as
     under nohup, stays so.
 
+    Args:
+      shared: whether several processes must stop at one step; a signal is then acted on when they have agreed.
+
     Attributes:
-      number: the signal that was received, here or (see `agree`) by another process of the run; None before.
+      received: the signal that this process was sent; None before.
+      number: the signal that the loop is to stop for; None while there is none.
     """
 
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool = False) -> None:
+        self.received: int | None = None
         self.number: int | None = None
-        self._deferred = False
+        self._shared, self._deferred = shared, False
         self._old: dict = {}
 
     def agree(self, numbers: list[int | None]) -> None:
@@ -81,7 +86,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame) -> None:
-        self.number = number
+        self.received = number
+        if not self._shared:
+            self.number = number
         for caught in self._old:
             signal.signal(caught, signal.SIG_DFL)
         if not self._deferred:

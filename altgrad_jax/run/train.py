@@ -121,7 +121,7 @@ def disk_failures_as_one_sentence(how_it_goes_on: Callable[[], str]) -> Iterator
 def _train(config: Config, data_dir, run_dir: Path, resume: str | int, goodput: Goodput) -> int:
     """Returns the exit code."""
     with contextlib.ExitStack() as resources:
-        stop = resources.enter_context(StopRequest())
+        stop = resources.enter_context(StopRequest(shared=processes.n_processes() > 1))
         lead = processes.is_lead()
         if config.deterministic:
             device.use_deterministic_operations()
