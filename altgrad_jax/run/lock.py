@@ -43,11 +43,12 @@ def locked(run_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # Before the lock is let go, so that the file is not another's. A run that was refused leaves no trace.
+        with contextlib.suppress(OSError):
+            (run_dir / LOCK).unlink()
         lock.release()
         with contextlib.suppress(OSError):
-            if is_empty(run_dir):  # a run that was refused leaves no folder behind
-                (run_dir / LOCK).unlink(missing_ok=True)
-                run_dir.rmdir()
+            run_dir.rmdir()
 
 
 def is_empty(run_dir: Path) -> bool:
