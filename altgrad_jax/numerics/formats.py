@@ -199,8 +199,10 @@ def get_format(name: str) -> FloatFormat:
         return known
     names = [*FORMATS, *ALIASES]
     plain = str(name).upper().replace("-", "_")
-    split = re.search(r"E\d+M\d+", plain)  # as in float8_e4m3fn
-    near = [split[0]] if split and split[0] in names else difflib.get_close_matches(plain, names, n=3, cutoff=0.5)
+    foreign = re.match(r"(?:FLOAT8|FP8)_(E\d+M\d+)", plain)  # as torch and ml_dtypes say float8_e4m3fn
+    near = difflib.get_close_matches(plain, names, n=3, cutoff=0.5)
+    if foreign and foreign[1] in names:
+        near = [foreign[1]]
     listed = ", ".join([*near, *(other for other in names if other not in near)])
     raise UserError(f"there is no number format {str(name)[:40]!r}: give one of {listed}")
 
