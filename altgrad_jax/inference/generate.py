@@ -29,7 +29,7 @@ from altgrad_jax.config import upgraded, wrong_values
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.gpt2 import GPTConfig, Quantized, empty_cache, forward
 from altgrad_jax.run.checkpoint import load_arrays
-from altgrad_jax.step import quantization
+from altgrad_jax.step import quantization, update
 
 SEED_MAX = 2**31 - 1
 
@@ -89,9 +89,8 @@ def load_model(path, step: int | None = None) -> Model:
             residual={},
             age={},
         )
-        formats_Q3 = quantization.formats_at(quantization.format_table(options), state.level)
-        operands = jax.device_get(quantization.operands(options, state, formats_Q3))
-        config = dataclasses.replace(config, rules=quantization.rules(options))
+        config = quantization.quantized_model(quantization.layout(config, options), options)
+        operands = jax.device_get(update.operands_at(config, options, state, quantization.format_table(options)))
     return Model(arrays["params"], config, settings, operands)
 
 
@@ -178,7 +177,8 @@ def generate(
     _check(prompt_ids_L, config, max_new_tokens, temperature, top_k, seed)
     # The cached attention has one kernel; saying so keeps one compile for every config that differs in it
     # alone.
-    config = dataclasses.replace(config, attention="xla")
+    # In a loop over blocks their weights would be cut out of a stack again for every token.
+    config = dataclasses.replace(config, attention="xla", unroll=True)
     params = jax.device_put(params)
     key = jax.random.key(seed)
     T = config.block_size

@@ -17,12 +17,14 @@ N number of blocks.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from altgrad_jax.models.stacking import Segments, segment_key, stack
 from altgrad_jax.numerics.products import Operands, Rule, quant_dot
 
 LAYER_NORM_EPS = 1e-5
@@ -33,8 +35,10 @@ INIT_STD = 0.02
 class GPTConfig:
     """Shape and dtypes of the model. `attention` is the kernel: "xla" or "cudnn" (GPU, bfloat16 only).
 
-    `rules`: (layer, Rule) of every layer whose products are quantized. `loss_tile_bytes`: limit of the float32 logits
-    that the loss computes at once (cross_entropy).
+    `rules`: (group, Rule) of the layers whose products are quantized (models.stacking). `split`: how the blocks are
+    divided into segments, each computed alike; empty stands for one segment. `loss_tile_bytes`: limit of the float32
+    logits that the loss computes at once (cross_entropy). `unroll`: whether the program holds every block apart, as a
+    GPU wants it, or one block in a loop, which compiles in a fraction of the time.
     """
 
     n_layer: int
@@ -47,13 +51,29 @@ class GPTConfig:
     attention: str = "xla"
     rules: tuple[tuple[str, Rule], ...] = ()
     loss_tile_bytes: int = 2**27
+    unroll: bool = False
+    split: Segments = ()
+
+    @property
+    def segments(self) -> Segments:
+        """The segments of the blocks, in order."""
+        return self.split or ((0, self.n_layer),)
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, one array per block: compute_dtype [B, T, H, C]."""
+    """Keys and values of the tokens seen so far, of all blocks: compute_dtype [N, B, T, H, C]."""
 
-    keys: tuple
-    values: tuple
+    keys: jax.Array
+    values: jax.Array
+
+    def after(self, i, k_BLHC, v_BLHC, position) -> "KVCache":
+        """The cache with these keys and values of block i written at `position`."""
+        return KVCache(
+            *(
+                jax.lax.dynamic_update_slice(all_NBTHC, new[None], (i, 0, position, 0, 0))
+                for all_NBTHC, new in zip(self, (k_BLHC, v_BLHC))
+            )
+        )
 
 
 class GPTOutput(NamedTuple):
@@ -62,14 +82,14 @@ class GPTOutput(NamedTuple):
     act_amax_N: jax.Array  # float32: largest magnitude of the residual stream as it leaves each block
     act_rms_N: jax.Array  # float32: its root mean square
     cache: KVCache | None
-    statistics: dict  # {layer: products.Statistics} of the quantized layers
+    statistics: dict  # {group: products.Statistics [n, S]} of the quantized layers
 
 
 class Quantized(NamedTuple):
     """What the quantized layers of one call work with.
 
-    operands: {layer: Operands} for every layer in GPTConfig.rules. g_probes: {layer: float32 [S]} where statistics of
-    the output gradients are taken (see quant_dot).
+    operands: {group: Operands, leaves [n, ...]} for every group in GPTConfig.rules. g_probes: {group: float32 [n, S]}
+    where statistics of the output gradients are taken (see quant_dot).
     """
 
     operands: dict[str, Operands]
@@ -89,9 +109,9 @@ class LayerNorm(nn.Module):
         return centred_BLD * jax.lax.rsqrt(var_BL1 + LAYER_NORM_EPS) * scale_D + bias_D
 
 
-def _product(config, layer, x, w, quantized, statistics, w_is_NK=False):
-    """quant_dot for one layer, in its formats if it has any; their statistics are put into `statistics`."""
-    rule = dict(config.rules).get(layer)
+def _product(config, rules, layer, x, w, quantized, statistics, w_is_NK=False):
+    """quant_dot for one layer, in its formats if `rules` has it; their statistics are put into `statistics`."""
+    rule = dict(rules).get(layer)
     if rule is None:
         return quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=config.compute_dtype)
     y, statistics[layer] = quant_dot(
@@ -110,7 +130,7 @@ class Linear(nn.Module):
     """x kernel + bias, through quant_dot; kernel [inputs, outputs]. float32 in and out."""
 
     config: GPTConfig
-    layer: str
+    rules: tuple[tuple[str, Rule], ...]
     features: int
     init_std: float = INIT_STD
 
@@ -119,7 +139,7 @@ class Linear(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return _product(self.config, self.layer, x, kernel, quantized, statistics) + bias
+        return _product(self.config, self.rules, self.name, x, kernel, quantized, statistics) + bias
 
 
 class Embedding(nn.Module):
@@ -148,17 +168,19 @@ def causal_attention(q_BLHC, k_BTHC, v_BTHC, *, kernel: Any, mask_LT=None) -> ja
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)), then x + MLP(LN(x))."""
+    """x + attention(LN(x)), then x + MLP(LN(x)). `rules`: (part, Rule) of the quantized layers of this block."""
 
     config: GPTConfig
+    rules: tuple[tuple[str, Rule], ...] = ()
 
     @nn.compact
-    def __call__(self, x_BLD, cache, position, quantized, statistics, *, train):
+    def __call__(self, x_BLD, cache: KVCache | None, i, position, quantized: Quantized | None, *, train):
+        """(x, cache with the keys and values of this block, the i-th; statistics by part)."""
         config = self.config
+        statistics: dict = {}
 
         def linear(x, part, features, init_std=INIT_STD):
-            layer = Linear(config, f"{self.name}/{part}", features, init_std, name=part)
-            return layer(x, quantized, statistics)
+            return Linear(config, self.rules, features, init_std, name=part)(x, quantized, statistics)
 
         dtype = jnp.dtype(config.compute_dtype)
         # GPT-2 scales the two projections that write to the residual stream by 1/sqrt(number of such projections).
@@ -173,18 +195,86 @@ class Block(nn.Module):
         if cache is None:
             a_BLHC = causal_attention(q_BLHC, k_BLHC, v_BLHC, kernel=config.attention)
         else:
-            k_BTHC, v_BTHC = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
-                for old, new in zip(cache, (k_BLHC, v_BLHC))
-            )
+            cache = cache.after(i, k_BLHC, v_BLHC, position)
+            k_BTHC, v_BTHC = cache.keys[i], cache.values[i]
             may_attend_LT = jnp.arange(k_BTHC.shape[1])[None, :] <= position + jnp.arange(L)[:, None]
             a_BLHC = causal_attention(q_BLHC, k_BTHC, v_BTHC, kernel="xla", mask_LT=may_attend_LT)
-            cache = (k_BTHC, v_BTHC)
         x_BLD = x_BLD + drop(linear(a_BLHC.reshape(B, L, D).astype(jnp.float32), "attn_out", D, residual_std))
         h_BLD = LayerNorm(name="ln_2")(x_BLD)
         h_BLF = jax.nn.gelu(linear(h_BLD, "mlp_up", 4 * D), approximate=True)
         x_BLD = x_BLD + drop(linear(h_BLF, "mlp_down", D, residual_std))
-        return x_BLD, cache
+        return x_BLD, cache, statistics
+
+
+class _OfBlock(NamedTuple):
+    """What one block is given; with a leading axis, what the blocks of a segment are given."""
+
+    i: Any  # int32: its number
+    params: Any
+    dropout_key: jax.Array | None
+    quantized: Quantized | None  # keyed by part
+
+
+class _Carried(NamedTuple):
+    """What goes from block to block."""
+
+    x_BLD: jax.Array
+    cache: KVCache | None
+
+
+def _one_block(config: GPTConfig, rules, position, carried: _Carried, block: _OfBlock):
+    """A block of a segment: (carried on, (act_amax, act_rms, statistics by part))."""
+    train = block.dropout_key is not None
+    rngs: Any = {"dropout": block.dropout_key} if train else None
+    after: Any = Block(config, rules, parent=None).apply(
+        {"params": block.params},
+        carried.x_BLD,
+        carried.cache,
+        block.i,
+        position,
+        block.quantized,
+        train=train,
+        rngs=rngs,
+    )
+    x_BLD, cache, statistics = after
+    seen = jax.lax.stop_gradient(x_BLD)
+    measured = jnp.max(jnp.abs(seen)), jnp.sqrt(jnp.mean(jnp.square(seen))), statistics
+    return _Carried(x_BLD, cache), measured
+
+
+def _below(prefix: str, tree) -> Any:
+    return {name.removeprefix(prefix): value for name, value in tree.items() if name.startswith(prefix)}
+
+
+def _through_blocks(config: GPTConfig, params, x_BLD, cache, position, dropout_key, quantized: Quantized | None) -> Any:
+    """(x, cache, act_amax [N], act_rms [N], {group: Statistics}) after all blocks, a segment at a time.
+
+    To the compiler a segment is one block in a loop.
+    """
+    if segment_key(*config.segments[0]) not in params:
+        params = stack({name: block for name, block in params.items() if name.startswith("block_")}, config.segments)
+    carried, seen, statistics = _Carried(x_BLD, cache), [], {}
+    for first, end in config.segments:
+        key = segment_key(first, end)
+        numbers_n = jnp.arange(first, end)
+        keys_n = None if dropout_key is None else jax.vmap(partial(jax.random.fold_in, dropout_key))(numbers_n)
+        own = None if quantized is None else Quantized(*(_below(f"{key}/", tree) for tree in quantized))
+        rules = tuple(_below(f"{key}/", dict(config.rules)).items())
+        carried, (amax_n, rms_n, by_part) = jax.lax.scan(
+            partial(_one_block, config, rules, position),
+            carried,
+            _OfBlock(numbers_n, params[key], keys_n, own),
+            unroll=end - first if config.unroll or end - first == 1 else 1,
+        )
+        seen.append((amax_n, rms_n))
+        statistics |= {f"{key}/{part}": of_part for part, of_part in by_part.items()}
+    return *carried, *(jnp.concatenate(values) for values in zip(*seen)), statistics
+
+
+def _of_head(quantized: Quantized | None) -> Quantized | None:
+    if quantized is None:
+        return None
+    return Quantized(*({name: value for name, value in tree.items() if name == "head"} for tree in quantized))
 
 
 class GPT(nn.Module):
@@ -219,23 +309,20 @@ class GPT(nn.Module):
         pos_embed = Embedding(config.block_size, config.n_embd, name="pos_embed")
         x_BLD = embed.lookup(tokens_BL) + pos_embed.lookup(position + jnp.arange(tokens_BL.shape[1]))
         x_BLD = nn.Dropout(config.dropout, deterministic=not train)(x_BLD)
-        amax_N, rms_N, keys, values, statistics = [], [], [], [], {}
-        for i in range(config.n_layer):
-            block_cache = None if cache is None else (cache.keys[i], cache.values[i])
-            block = Block(config, name=f"block_{i}")
-            x_BLD, block_cache = block(x_BLD, block_cache, position, quantized, statistics, train=train)
-            seen = jax.lax.stop_gradient(x_BLD)
-            amax_N.append(jnp.max(jnp.abs(seen)))
-            rms_N.append(jnp.sqrt(jnp.mean(jnp.square(seen))))
-            if block_cache is not None:
-                keys.append(block_cache[0])
-                values.append(block_cache[1])
+        if self.is_initializing():
+            for i in range(config.n_layer):
+                x_BLD, _, _ = Block(config, name=f"block_{i}")(x_BLD, None, i, position, None, train=False)
+        key = self.make_rng("dropout") if train and config.dropout > 0 else None
+        x_BLD, cache, amax_N, rms_N, statistics = _through_blocks(
+            config, self.variables["params"], x_BLD, cache, position, key, quantized
+        )
         x_BLD = LayerNorm(name="ln_f")(x_BLD)
         logits_BLV = None
         if head:
-            logits_BLV = _product(config, "head", x_BLD, embed.table, quantized, statistics, w_is_NK=True)
-        cache = None if cache is None else KVCache(tuple(keys), tuple(values))
-        return GPTOutput(x_BLD, logits_BLV, jnp.stack(amax_N), jnp.stack(rms_N), cache, statistics)
+            of_head, found = jax.tree.map(lambda leaf: leaf[0], _of_head(quantized)), {}
+            logits_BLV = _product(config, config.rules, "head", x_BLD, embed.table, of_head, found, w_is_NK=True)
+            statistics |= jax.tree.map(lambda leaf: leaf[None], found)
+        return GPTOutput(x_BLD, logits_BLV, amax_N, rms_N, cache, statistics)
 
 
 def init_params(config: GPTConfig, seed) -> Any:
@@ -275,9 +362,9 @@ def forward(
 
 def empty_cache(config: GPTConfig, batch: int, length: int | None = None) -> KVCache:
     """A cache for `batch` sequences of up to `length` (default block_size) tokens."""
-    shape = (batch, length or config.block_size, config.n_head, config.n_embd // config.n_head)
-    zeros = tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.n_layer))
-    return KVCache(zeros, zeros)
+    head_width = config.n_embd // config.n_head
+    shape = (config.n_layer, batch, length or config.block_size, config.n_head, head_width)
+    return KVCache(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
 
 
 def count_params(params) -> int:
@@ -291,7 +378,8 @@ def layer_of(path: Sequence[str]) -> str:
 
 
 def weights_of(params, layer: str) -> Any:
-    """The weight matrix of a linear layer: its kernel [K, N], or for `head` the embedding table [V, D]."""
+    """The weight matrix of a linear layer: its kernel [K, N], or for `head` the embedding table [V, D]. Of a group in
+    stacked parameters: [n, K, N]."""
     if layer == "head":
         return params["embed"]["embedding"]
     block, part = layer.split("/")
@@ -299,7 +387,7 @@ def weights_of(params, layer: str) -> Any:
 
 
 def with_weights(params, weights: dict) -> dict:
-    """The parameters with the matrices of some layers replaced: {layer: matrix}."""
+    """The parameters with the matrices of some layers or groups replaced: {layer: matrix}, as in `weights_of`."""
     params = {name: dict(group) for name, group in params.items()}
     for layer, matrix in weights.items():
         if layer == "head":

@@ -135,29 +135,30 @@ def with_scale_flips(sums, flips) -> jax.Array:
 
 
 def lost_share(sums) -> jax.Array:
-    """Share of a layer's weights whose update was lost; sums from `entries`."""
-    return sums[_FIELDS.index("lost")] / sums[0]
+    """Share of the weights of each layer whose update was lost; sums [..., fields] from `entries`."""
+    return sums[..., _FIELDS.index("lost")] / sums[..., 0]
 
 
-def ledger_metrics(sums: dict, *, stored: bool, ages: bool) -> dict[str, jax.Array]:
-    """{`statistic/layer`} and {`statistic`} over all layers together, from {layer: `entries`}.
+def ledger_metrics(sums_SF, *, stored: bool, ages: bool) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """{statistic: [layers]}, and {statistic: scalar} over all layers together, from the layers' `entries`.
 
     Args:
+      sums_SF: float32 [layers, fields].
       stored: whether the weights are stored on the grid. ages: whether ages were kept.
     """
-    out = {}
-    for layer, vector in [*((f"/{name}", vector) for name, vector in sums.items()), ("", sum(sums.values()))]:
-        f = dict(zip(_FIELDS, vector))
-        energy = jnp.where(f["energy"] > 0, f["energy"], jnp.nan)
-        out |= {
-            f"flip{layer}": f["flips"] / f["elements"],
-            f"{'lost' if stored else 'not_flipped'}{layer}": f["lost"] / f["elements"],
-            f"stall_ratio{layer}": 1 - f["flips"] / jnp.where(f["updates"] > 0, f["updates"], jnp.nan),
-            f"effective_lr{layer}": f["dot"] / energy,
-            f"lost_energy{layer}": jnp.sqrt(f["missed"] / energy),
-            f"ulps_moved{layer}": f["codes"] / f["elements"],
-            f"scale_flip{layer}": f["scale_flips"] / f["elements"],
-        }
-        if ages:
-            out[f"code_age{layer}"] = f["age"] / f["elements"]
-    return out
+    return _named(sums_SF, stored, ages), _named(sums_SF.sum(0), stored, ages)
+
+
+def _named(sums, stored, ages):
+    f = {name: sums[..., i] for i, name in enumerate(_FIELDS)}
+    energy = jnp.where(f["energy"] > 0, f["energy"], jnp.nan)
+    out = {
+        "flip": f["flips"] / f["elements"],
+        "lost" if stored else "not_flipped": f["lost"] / f["elements"],
+        "stall_ratio": 1 - f["flips"] / jnp.where(f["updates"] > 0, f["updates"], jnp.nan),
+        "effective_lr": f["dot"] / energy,
+        "lost_energy": jnp.sqrt(f["missed"] / energy),
+        "ulps_moved": f["codes"] / f["elements"],
+        "scale_flip": f["scale_flips"] / f["elements"],
+    }
+    return out | ({"code_age": f["age"] / f["elements"]} if ages else {})

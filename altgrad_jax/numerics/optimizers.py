@@ -23,6 +23,7 @@ All are deterministic and run under jit, and under vmap with grids that carry a 
 trained side by side. Tensors that have a grid are float32.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ from altgrad_jax.numerics.rounding import (
 )
 from altgrad_jax.numerics.rules import OPTIMIZERS
 
+_STREAMS = 2**16  # more than a model has arrays: the streams of random bits of a stack's tensors lie that far apart
 _MOST_CODES = 2**22  # round_to_format takes at most 22 mantissa bits
 
 
@@ -78,22 +80,42 @@ def learning_rate(
     return jnp.float32(peak) * warm * shape
 
 
-def is_decayed(params) -> Any:
-    """Tree of booleans: weight decay applies to every array with two or more axes, the embeddings included."""
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+# Which arrays of the parameters are several tensors, stacked along a first axis: a function of the tree that gives a
+# tree of booleans, or None where none is.
+Stacked = Callable[[Any], Any] | None
 
 
-def adamw(*, beta1: float, beta2: float, eps: float, weight_decay: float) -> optax.GradientTransformation:
+def is_decayed(params, stacked: Stacked = None) -> Any:
+    """Tree of booleans: weight decay applies to every array with two or more axes, the embeddings included; the axis of
+    stacked tensors does not count."""
+    return jax.tree.map(lambda leaf, several: leaf.ndim - several >= 2, params, _several(params, stacked))
+
+
+def _several(params, stacked: Stacked):
+    return jax.tree.map(lambda leaf: False, params) if stacked is None else stacked(params)
+
+
+def adamw(
+    *, beta1: float, beta2: float, eps: float, weight_decay: float, stacked: Stacked = None
+) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) up to the learning rate: the update is -lr times what this returns."""
-    return optax.chain(*_adam_and_decay(beta1, beta2, eps, weight_decay))
+    return optax.chain(*_adam_and_decay(beta1, beta2, eps, weight_decay, stacked))
 
 
-def _adam_and_decay(beta1, beta2, eps, weight_decay):
-    return (optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps), optax.add_decayed_weights(weight_decay, mask=is_decayed))
+def _adam_and_decay(beta1, beta2, eps, weight_decay, stacked):
+    decayed = partial(is_decayed, stacked=stacked)
+    return (optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps), optax.add_decayed_weights(weight_decay, mask=decayed))
 
 
 def ulp_precondition_before_adam(
-    *, beta1: float, beta2: float, eps: float, weight_decay: float, clamp=(2.0**-16, 1.0), grids=None
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clamp=(2.0**-16, 1.0),
+    grids=None,
+    stacked: Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW on gradients multiplied by S = 2^(floor(log2 |w|) - M), M the mantissa bits of the tensor's format.
 
@@ -124,12 +146,20 @@ def ulp_precondition_before_adam(
         return g * jnp.clip(power, low, high)
 
     return optax.chain(
-        _where_gridded(scale, "ulp_precondition_before_adam", grids), *_adam_and_decay(beta1, beta2, eps, weight_decay)
+        _where_gridded(scale, "ulp_precondition_before_adam", grids, stacked),
+        *_adam_and_decay(beta1, beta2, eps, weight_decay, stacked),
     )
 
 
 def ulp_adamw(
-    *, beta1: float, beta2: float, eps: float, weight_decay: float, floor: float = 2.0**-8, grids=None
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    floor: float = 2.0**-8,
+    grids=None,
+    stacked: Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW whose step is measured in ULPs of the weight: far where the format is coarse, short where it is fine.
 
@@ -159,8 +189,8 @@ def ulp_adamw(
         u = jnp.maximum(ulps / jnp.max(ulps), floor)  # in units of the largest, so that their sum cannot overflow
         return d * (u / jnp.mean(u))
 
-    adam, decay = _adam_and_decay(beta1, beta2, eps, weight_decay)
-    return optax.chain(adam, _where_gridded(scale, "ulp_adamw", grids), decay)
+    adam, decay = _adam_and_decay(beta1, beta2, eps, weight_decay, stacked)
+    return optax.chain(adam, _where_gridded(scale, "ulp_adamw", grids, stacked), decay)
 
 
 class GridState(NamedTuple):
@@ -179,6 +209,7 @@ def grid(
     max_codes: int = 1,
     is_quantized=None,
     grids=None,
+    stacked: Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum that moves every weight of a tensor with a grid by a whole number of codes; AdamW for the others.
 
@@ -229,8 +260,8 @@ def grid(
         )
     if not (1 <= max_codes <= _MOST_CODES and max_codes == int(max_codes)):
         raise UserError(f"max_codes={max_codes!r} cannot be used: give a whole number from 1 to {_MOST_CODES}")
-    for_others = adamw(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-    settings = _GridSettings(beta1, eps, weight_decay, int(max_codes), for_others, is_quantized, grids)
+    for_others = adamw(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, stacked=stacked)
+    settings = _GridSettings(beta1, eps, weight_decay, int(max_codes), for_others, is_quantized, grids, stacked)
     return optax.GradientTransformationExtraArgs(partial(_grid_init, settings), partial(_grid_update, settings))
 
 
@@ -244,6 +275,7 @@ class _GridSettings(NamedTuple):
     for_others: optax.GradientTransformation
     is_quantized: Any
     grids: Any
+    stacked: Stacked
 
 
 def _quantized_leaves(settings: _GridSettings, params) -> list[bool]:
@@ -282,19 +314,22 @@ def _grid_update(
     beta1 = settings.beta1
     momentum = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.momentum, _masked(updates, quantized))
     correction = 1 - beta1 ** jnp.asarray(adam_moments(adamw_state).count, jnp.float32)
-    out = [
-        adamw_direction
-        if grid is None
-        else _grid_direction(settings, stochastic_seed(seed[0], seed[1], i), m / correction, w, grid, lr)
-        for i, (adamw_direction, m, w, grid) in enumerate(
-            zip(*(_leaves_like(params, tree) for tree in (directions, momentum, params)), leaves, strict=True)
-        )
-    ]
+    several = _several(params, settings.stacked)
+    trees = (_leaves_like(params, tree) for tree in (directions, momentum, params, several))
+    out = []
+    for i, (direction, m, w, is_stack, grid) in enumerate(zip(*trees, leaves, strict=True)):
+        if grid is not None:
+            stream = i + _STREAMS * np.arange(len(w), dtype=np.uint32) if is_stack else i
+            of_tensor = partial(_grid_direction, settings, (seed[0], seed[1]), lr)
+            of_tensor = jax.vmap(of_tensor) if is_stack else of_tensor
+            direction = of_tensor(stream, m / correction, w, grid)
+        out.append(direction)
     return jax.tree.structure(params).unflatten(out), GridState(momentum, adamw_state)
 
 
-def _grid_direction(settings: _GridSettings, seed, m_hat, w, grid: Grid, lr):
-    """The direction of one tensor from its bias-corrected momentum."""
+def _grid_direction(settings: _GridSettings, words, lr, stream, m_hat, w, grid: Grid):
+    """The direction of one tensor from its bias-corrected momentum. `words`, `stream`: of its random bits."""
+    seed = stochastic_seed(*words, stream)
     rms = jnp.sqrt(jnp.mean(jnp.square(m_hat)))
     rms = jnp.where(jnp.isfinite(rms), rms, jnp.nan)  # else one infinite element would divide all others to 0
     codes = m_hat / (rms + settings.eps) / jnp.mean(ulp(w, grid))
@@ -333,7 +368,7 @@ def _moved(w, n, grid):
     return jnp.where(to_grid(w, grid) == w, on_grid, w + n * ulp(w, grid))
 
 
-def _where_gridded(transform, name, default_grids):
+def _where_gridded(transform, name, default_grids, stacked: Stacked):
     """A transformation without state: transform(update, param, grid) where there is a grid, else the update as it is.
 
     `name`: the optimizer's, for its messages.
@@ -341,9 +376,12 @@ def _where_gridded(transform, name, default_grids):
 
     def update(updates, state, params=None, *, grids=None, **_):
         leaves = _grid_leaves(name, params, default_grids if grids is None else grids)
+        several = jax.tree.leaves(_several(params, stacked))
         out = [
-            g if grid is None else transform(g, w, grid)
-            for g, w, grid in zip(_leaves_like(params, updates), jax.tree.leaves(params), leaves, strict=True)
+            g if grid is None else (jax.vmap(transform) if is_stack else transform)(g, w, grid)
+            for g, w, is_stack, grid in zip(
+                _leaves_like(params, updates), jax.tree.leaves(params), several, leaves, strict=True
+            )
         ]
         return jax.tree.structure(params).unflatten(out), state
 
@@ -385,17 +423,25 @@ def _masked(tree, keep):
 
 
 def make(
-    name: str, *, beta1: float, beta2: float, eps: float, weight_decay: float, is_quantized
+    name: str,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    is_quantized,
+    stacked: Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of this name, one of OPTIMIZERS, with its own defaults and grids to be given to update.
 
     Every one takes the extra arguments grids, learning_rate and seed and leaves alone what it does not need; "adamw" is
-    `adamw`, bit for bit and with the same state. `is_quantized`: as in `grid`; the others do not need it.
+    `adamw`, bit for bit and with the same state. `is_quantized`: as in `grid`; the others do not need it. `stacked`:
+    which arrays are several tensors along a first axis (Stacked); their Grids have that axis too.
 
     Raises:
       UserError: there is no optimizer of this name.
     """
-    settings: dict[str, Any] = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    settings: dict[str, Any] = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, stacked=stacked)
     if name == "adamw":
         return optax.with_extra_args_support(adamw(**settings))
     if name == "ulp_precondition_before_adam":

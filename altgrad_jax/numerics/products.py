@@ -169,6 +169,12 @@ def combine_statistics(a, b) -> jax.Array:
     return jnp.stack([combine(a[..., i], b[..., i]) for i, combine in enumerate(FIELDS.values())], axis=-1)
 
 
+def combine_all(vectors_QS) -> jax.Array:
+    """`combine_statistics` of all rows of [Q, S]: [S]."""
+    whole = {jnp.maximum: jnp.max, jnp.minimum: jnp.min, jnp.add: jnp.sum}
+    return jnp.stack([whole[combine](vectors_QS[:, i]) for i, combine in enumerate(FIELDS.values())])
+
+
 def named_statistics(fields_S) -> dict[str, jax.Array]:
     """{name: float32 [...]} from vectors [..., S] of an operand.
 

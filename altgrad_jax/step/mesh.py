@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.models.stacking import is_stacked
 
 DATA, FSDP = "data", "fsdp"
 Device = Any  # jax.Device, which is a variable to a type checker
@@ -66,15 +67,16 @@ def split_axis(shape: Sequence[int], fsdp: int) -> int | None:
     return max(axes, key=lambda axis: (shape[axis], -axis))
 
 
-def over_fsdp(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """The sharding of an array of the parameters' kind."""
-    axis = split_axis(shape, mesh.shape[FSDP])
-    return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, FSDP))
+def over_fsdp(mesh: Mesh, shape: Sequence[int], stacked: bool = False) -> NamedSharding:
+    """The sharding of an array of the parameters' kind. `stacked`: its first axis is that of several layers, each of
+    which is split as it would be alone."""
+    axis = split_axis(shape[stacked:], mesh.shape[FSDP])
+    return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * (axis + stacked), FSDP))
 
 
 def split_like_parameters(mesh: Mesh, tree) -> Any:
     """The shardings of a tree whose arrays are of the parameters' kind."""
-    return jax.tree.map(lambda leaf: over_fsdp(mesh, leaf.shape), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: over_fsdp(mesh, leaf.shape, is_stacked(path)), tree)
 
 
 def constrain(tree, shardings, mesh: Mesh) -> Any:

@@ -6,47 +6,122 @@ all its elements.
 
 The reductions are grouped by what they read, because at small batch their cost is memory traffic. One pass reads the
 gradients before the update. Another reads parameter, moments and update; the compiler can merge it with the update.
+The arrays of neighbouring blocks come stacked (models.stacking), and one reduction serves all of them: a statistic is a
+vector over the layers, float32 [S] in the order in which the model applies them. Trees that are not stacked do too.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from altgrad_jax.models.stacking import is_stacked, layers_of
 from altgrad_jax.numerics.histograms import rank_health
 from altgrad_jax.numerics.rules import model_order
 
 
-def by_layer(tree) -> dict[str, dict]:
-    """{layer: {array name: array}} of a tree shaped like the parameters, in the order the model applies them."""
-    layers = {}
+@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["names"])
+@dataclass(frozen=True)
+class Columns:
+    """Metrics of one row: float32 [number of names], which are static."""
+
+    names: tuple[str, ...]
+    values: jax.Array
+
+    def __getitem__(self, name: str) -> jax.Array:
+        return self.values[self.names.index(name)]
+
+
+def scalars(metrics: Mapping[str, jax.Array | float]) -> Columns:
+    """Columns of single numbers."""
+    return Columns(tuple(metrics), jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()]))
+
+
+def over(layers: Sequence[str], statistics: Mapping[str, jax.Array], prefix: str = "") -> Columns:
+    """Columns `prefix statistic/layer` of vectors [number of layers], statistic by statistic."""
+    names = tuple(f"{prefix}{statistic}/{layer}" for statistic in statistics for layer in layers)
+    values = [jnp.asarray(vector, jnp.float32).reshape(len(layers)) for vector in statistics.values()]
+    return Columns(names, jnp.concatenate(values) if values else jnp.zeros(0, jnp.float32))
+
+
+def joined(columns: Iterable[Columns]) -> Columns:
+    """Several columns as one."""
+    columns = list(columns)
+    names = tuple(name for part in columns for name in part.names)
+    assert len(set(names)) == len(names), "a metric is there twice"
+    return Columns(names, jnp.concatenate([part.values for part in columns]))
+
+
+def by_group(tree) -> dict[str, dict]:
+    """{group: {array name: array [n, ...]}} of a tree shaped like the parameters; n is 1 for a layer by itself."""
+    groups: dict[str, dict] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        *layer, name = (key.key for key in path)
-        layers.setdefault("/".join(layer), {})[name] = leaf
-    return dict(sorted(layers.items(), key=lambda item: model_order(item[0])))
+        *group, name = (key.key for key in path)
+        groups.setdefault("/".join(group), {})[name] = leaf if is_stacked(path) else leaf[None]
+    return groups
+
+
+def in_model_order(groups: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """(layers of these groups in the order in which the model applies them, where each stands in the groups' order)."""
+    layers = [layer for group in groups for layer in layers_of(group)]
+    order = sorted(range(len(layers)), key=lambda i: model_order(layers[i]))
+    return tuple(layers[i] for i in order), np.array(order, int)
+
+
+def layer_names(tree) -> tuple[str, ...]:
+    """The layers of a tree like the parameters, in the model's order."""
+    return in_model_order(by_group(tree))[0]
+
+
+def _vectors(found: dict[str, dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """{statistic: [S] in the model's order} from {group: {statistic: [n]}}."""
+    _, order = in_model_order(found)
+    statistics = list(next(iter(found.values())))
+    matrix = jnp.concatenate([jnp.stack([jnp.float32(of[s]) for s in statistics]) for of in found.values()], axis=1)
+    return dict(zip(statistics, matrix[:, order]))
 
 
 def neuron_layers(params) -> dict[str, int]:
     """Layers that have neurons (a kernel), with the number of them: {layer: outputs}."""
-    return {name: arrays["kernel"].shape[1] for name, arrays in by_layer(params).items() if "kernel" in arrays}
+    groups = {name: arrays["kernel"] for name, arrays in by_group(params).items() if "kernel" in arrays}
+    width = {layer: kernel.shape[2] for group, kernel in groups.items() for layer in layers_of(group)}
+    return {layer: width[layer] for layer in in_model_order(groups)[0]}
 
 
 class LayerStats(NamedTuple):
-    """Reductions of one pass, one entry per layer. All but neuron_square_sum hold {layer: float32 scalar}."""
+    """Reductions of one pass, float32 [S] over `layers`."""
 
-    square_sum: dict
-    max_abs: dict
-    nonfinite: dict
-    neuron_square_sum: dict  # {layer: float32 [outputs]}, layers with a kernel only
-
-
-def _sum(parts):
-    return sum(parts[1:], start=parts[0])
+    layers: tuple[str, ...]
+    square_sum: jax.Array
+    max_abs: jax.Array
+    nonfinite: jax.Array
+    neuron_square_sum: dict  # {group: float32 [n, outputs]}, groups with a kernel only
 
 
-def _nonfinite(x):
-    return jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
+def _rest(a) -> tuple[int, ...]:
+    """All axes but that of the layers."""
+    return tuple(range(1, a.ndim))
+
+
+def _sums(arrays: Iterable[jax.Array]) -> jax.Array:
+    """float32 [n]: the sum of several arrays [n, ...] over all but their first axis."""
+    first, *others = (jnp.sum(a, axis=_rest(a), dtype=jnp.float32) for a in arrays)
+    return sum(others, start=first)
+
+
+def _max_abs(arrays: Iterable[jax.Array]) -> jax.Array:
+    largest = [jnp.max(jnp.abs(a), axis=_rest(a)) for a in arrays]
+    return largest[0] if len(largest) == 1 else jnp.max(jnp.stack(largest), axis=0)
+
+
+def _sizes(arrays: dict) -> int:
+    """Elements of one layer."""
+    return sum(a[0].size for a in arrays.values())
 
 
 def gradient_stats(grads) -> LayerStats:
@@ -55,36 +130,28 @@ def gradient_stats(grads) -> LayerStats:
     The square sum of a kernel is taken per output column and then added up. The columns are the neurons, so dead
     neurons are counted without a second pass.
     """
-    square_sum, max_abs, nonfinite, neurons = {}, {}, {}, {}
-    for layer, arrays in by_layer(grads).items():
-        squares = {name: jnp.square(g).sum(0) if name == "kernel" else jnp.square(g) for name, g in arrays.items()}
+    found, neurons = {}, {}
+    for group, arrays in by_group(grads).items():
+        squares = {name: jnp.square(g).sum(1) if name == "kernel" else jnp.square(g) for name, g in arrays.items()}
         if "kernel" in arrays:
-            neurons[layer] = squares["kernel"] + squares["bias"]
-        square_sum[layer] = _sum([s.sum() for s in squares.values()])
-        max_abs[layer] = _max_abs(arrays)
-        nonfinite[layer] = _sum([_nonfinite(g) for g in arrays.values()])
-    return LayerStats(square_sum, max_abs, nonfinite, neurons)
+            neurons[group] = squares["kernel"] + squares["bias"]
+        found[group] = {
+            "square_sum": _sums(squares.values()),
+            "max_abs": _max_abs(arrays.values()),
+            "nonfinite": _sums(~jnp.isfinite(g) for g in arrays.values()),
+        }
+    return LayerStats(layer_names(grads), **_vectors(found), neuron_square_sum=neurons)
 
 
-def _max_abs(arrays):
-    largest = [jnp.max(jnp.abs(a)) for a in arrays.values()]
-    return largest[0] if len(largest) == 1 else jnp.max(jnp.stack(largest))
-
-
-def _layer_mean(arrays, sums):
-    return _sum(sums) / sum(a.size for a in arrays.values())
-
-
-def gradient_metrics(stats: LayerStats) -> dict[str, jax.Array]:
+def gradient_metrics(stats: LayerStats) -> Columns:
     """grad_norm/layer (L2), grad_max/layer (Linf), nonfinite_grads/layer (count), of the unclipped gradient."""
-    return (
-        {f"grad_norm/{layer}": jnp.sqrt(s) for layer, s in stats.square_sum.items()}
-        | {f"grad_max/{layer}": m for layer, m in stats.max_abs.items()}
-        | {f"nonfinite_grads/{layer}": n for layer, n in stats.nonfinite.items()}
+    return over(
+        stats.layers,
+        {"grad_norm": jnp.sqrt(stats.square_sum), "grad_max": stats.max_abs, "nonfinite_grads": stats.nonfinite},
     )
 
 
-def gradient_snr(moments: optax.ScaleByAdamState, *, beta1: float, beta2: float) -> dict[str, jax.Array]:
+def gradient_snr(moments: optax.ScaleByAdamState, *, beta1: float, beta2: float) -> Columns:
     """grad_snr/layer: signal-to-noise ratio of the gradient as Adam sees it.
 
     mean over the layer's elements of |m_hat| / sqrt(v_hat), with m_hat = mu / (1 - beta1^t), v_hat = nu / (1 - beta2^t)
@@ -94,65 +161,76 @@ def gradient_snr(moments: optax.ScaleByAdamState, *, beta1: float, beta2: float)
     """
     t = jnp.maximum(moments.count, 1).astype(jnp.float32)
     correction = jnp.sqrt(1 - beta2**t) / (1 - beta1**t)
-    first, second = by_layer(moments.mu), by_layer(moments.nu)
-    out = {}
-    for layer, mu in first.items():
-        nu = second[layer]
-        sums = [jnp.sum(jnp.where(nu[k] > 0, jnp.abs(mu[k]) * jax.lax.rsqrt(nu[k]), 0.0)) for k in mu]
-        out[f"grad_snr/{layer}"] = correction * _layer_mean(mu, sums)
-    return out
+    first, second = by_group(moments.mu), by_group(moments.nu)
+    found = {
+        group: {
+            "grad_snr": _sums(
+                jnp.where(second[group][k] > 0, jnp.abs(m) * jax.lax.rsqrt(second[group][k]), 0.0)
+                for k, m in mu.items()
+            )
+            / _sizes(mu)
+        }
+        for group, mu in first.items()
+    }
+    return over(layer_names(moments.mu), {"grad_snr": correction * _vectors(found)["grad_snr"]})
 
 
 def nonfinite_moments(moments: optax.ScaleByAdamState) -> jax.Array:
-    """float32 [layers]: elements whose first or second moment is not finite, or whose second one is negative."""
-    first, second = by_layer(moments.mu), by_layer(moments.nu)
-    return jnp.stack(
-        [
-            _sum(
-                [
-                    jnp.sum(
-                        ~jnp.isfinite(mu) | ~jnp.isfinite(second[layer][k]) | (second[layer][k] < 0), dtype=jnp.float32
-                    )
-                    for k, mu in arrays.items()
-                ]
+    """float32 [S]: elements whose first or second moment is not finite, or whose second one is negative."""
+    first, second = by_group(moments.mu), by_group(moments.nu)
+    found = {
+        group: {
+            "count": _sums(
+                ~jnp.isfinite(m) | ~jnp.isfinite(second[group][k]) | (second[group][k] < 0) for k, m in mu.items()
             )
-            for layer, arrays in first.items()
-        ]
-    )
+        }
+        for group, mu in first.items()
+    }
+    return _vectors(found)["count"]
 
 
-def parameter_metrics(params) -> dict[str, jax.Array]:
+class TreeNorms(NamedTuple):
+    """float32 [S] over the layers of a tree like the parameters."""
+
+    layers: tuple[str, ...]
+    norm: jax.Array  # L2
+    nonfinite: jax.Array  # elements
+    zeros: jax.Array  # share of elements that are exactly 0
+
+
+def tree_norms(tree) -> TreeNorms:
+    """L2 norm, elements that are not finite, and share of zeros, of every layer."""
+    found = {
+        group: {
+            "square_sum": _sums(jnp.square(a) for a in arrays.values()),
+            "nonfinite": _sums(~jnp.isfinite(a) for a in arrays.values()),
+            "zeros": _sums(a == 0 for a in arrays.values()) / _sizes(arrays),
+        }
+        for group, arrays in by_group(tree).items()
+    }
+    v = _vectors(found)
+    return TreeNorms(layer_names(tree), jnp.sqrt(v["square_sum"]), v["nonfinite"], v["zeros"])
+
+
+def parameter_metrics(params: TreeNorms) -> Columns:
     """param_norm/layer (L2) and nonfinite_params/layer (count), of the parameters the gradient was taken at."""
-    out = {}
-    for layer, arrays in by_layer(params).items():
-        out[f"param_norm/{layer}"] = jnp.sqrt(_sum([jnp.square(p).sum() for p in arrays.values()]))
-        out[f"nonfinite_params/{layer}"] = _sum([_nonfinite(p) for p in arrays.values()])
-    return out
+    return over(params.layers, {"param_norm": params.norm, "nonfinite_params": params.nonfinite})
 
 
-def update_metrics(updates, param_norms: dict) -> dict[str, jax.Array]:
+def update_metrics(updates: TreeNorms, params: TreeNorms) -> Columns:
     """update_norm/layer (L2), update_ratio/layer (its ratio to param_norm) and zero_update/layer (share of elements
     whose update is exactly zero), of the update that is applied: weight decay, clipping and learning rate included."""
-    out = {}
-    for layer, arrays in by_layer(updates).items():
-        norm = jnp.sqrt(_sum([jnp.square(u).sum() for u in arrays.values()]))
-        out[f"update_norm/{layer}"] = norm
-        out[f"update_ratio/{layer}"] = norm / jnp.maximum(param_norms[f"param_norm/{layer}"], 1e-30)
-        zeros = [jnp.sum(u == 0, dtype=jnp.float32) for u in arrays.values()]
-        out[f"zero_update/{layer}"] = _layer_mean(arrays, zeros)
-    return out
+    ratio = updates.norm / jnp.maximum(params.norm, 1e-30)
+    return over(updates.layers, {"update_norm": updates.norm, "update_ratio": ratio, "zero_update": updates.zeros})
 
 
-def activation_metrics(output) -> dict[str, jax.Array]:
+def activation_metrics(output) -> Columns:
     """act_amax/block_i and act_rms/block_i of the residual stream as it leaves each block."""
-    return {
-        f"{name}/block_{i}": values[i]
-        for name, values in (("act_amax", output.act_amax_N), ("act_rms", output.act_rms_N))
-        for i in range(values.shape[0])
-    }
+    blocks = [f"block_{i}" for i in range(output.act_amax_N.shape[0])]
+    return over(blocks, {"act_amax": output.act_amax_N, "act_rms": output.act_rms_N})
 
 
-def gradient_fidelity(grads, reference, suffix: str = "") -> dict[str, jax.Array]:
+def gradient_fidelity(grads, reference, suffix: str = "") -> Columns:
     """How close a gradient is to a reference of the same parameters and batch, per layer and over all elements.
 
     grad_cosine: <g, r> / (|g| |r|). grad_sqnr_db: 10 log10(|r|^2 / |g - r|^2). grad_flushed: share of elements that are
@@ -162,48 +240,39 @@ def gradient_fidelity(grads, reference, suffix: str = "") -> dict[str, jax.Array
     Args:
       grads, reference: trees like the parameters. suffix: is appended to the statistic's name.
     """
-    out, totals = {}, []
-    others = by_layer(reference)
-    for layer, arrays in by_layer(grads).items():
-        pairs = [(g, others[layer][name]) for name, g in arrays.items()]
-        sums = jnp.stack(
-            [
-                _sum([jnp.sum(g * r) for g, r in pairs]),
-                _sum([jnp.sum(g * g) for g, _ in pairs]),
-                _sum([jnp.sum(r * r) for _, r in pairs]),
-                _sum([jnp.sum(jnp.square(g - r)) for g, r in pairs]),
-                _sum([jnp.sum((g == 0) & (r != 0), dtype=jnp.float32) for g, r in pairs]),
-                jnp.float32(sum(g.size for g, _ in pairs)),
-            ]
-        )
-        totals.append(sums)
-        out |= _fidelity(sums, suffix, f"/{layer}")
-    return out | _fidelity(_sum(totals), suffix, "")
+    found, others = {}, by_group(reference)
+    for group, arrays in by_group(grads).items():
+        pairs = [(g, others[group][name]) for name, g in arrays.items()]
+        found[group] = {
+            "dot": _sums(g * r for g, r in pairs),
+            "own": _sums(g * g for g, _ in pairs),
+            "other": _sums(r * r for _, r in pairs),
+            "error": _sums(jnp.square(g - r) for g, r in pairs),
+            "flushed": _sums((g == 0) & (r != 0) for g, r in pairs),
+            "size": jnp.full(len(layers_of(group)), _sizes(arrays), jnp.float32),
+        }
+    sums = _vectors(found)
+    total = {name: vector.sum() for name, vector in sums.items()}
+    return joined([over(layer_names(grads), _fidelity(sums, suffix)), scalars(_fidelity(total, suffix))])
 
 
-def _fidelity(sums, suffix, layer):
-    dot, own, other, error, flushed, size = sums
+def _fidelity(sums, suffix) -> dict[str, jax.Array]:
     return {
-        f"grad_cosine{suffix}{layer}": dot / (jnp.sqrt(own) * jnp.sqrt(other)),
-        f"grad_sqnr_db{suffix}{layer}": 10 * (jnp.log10(other) - jnp.log10(error)),
-        f"grad_flushed{suffix}{layer}": flushed / size,
+        f"grad_cosine{suffix}": sums["dot"] / (jnp.sqrt(sums["own"]) * jnp.sqrt(sums["other"])),
+        f"grad_sqnr_db{suffix}": 10 * (jnp.log10(sums["other"]) - jnp.log10(sums["error"])),
+        f"grad_flushed{suffix}": sums["flushed"] / sums["size"],
     }
-
-
-def pack(metrics: dict) -> tuple[tuple[str, ...], jax.Array]:
-    """A dict of scalars as (names, float32 [number of metrics]): a single array is transferred faster than many."""
-    return tuple(metrics), jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()])
 
 
 def rank_metrics(params) -> dict[str, jax.Array]:
     """stable_rank/layer, participation_ratio/layer and spectral_norm/layer, float32 scalars, as in `rank_health`.
 
     Of every kernel and of the token table `embed`, which is the output head too. (The other parameters are vectors, and
-    the table of positions is no operand of a product.)
+    the table of positions is no operand of a product.) The tree is not stacked.
     """
     out = {}
-    for layer, arrays in by_layer(params).items():
+    for layer, arrays in sorted(by_group(params).items(), key=lambda item: model_order(item[0])):
         matrix = arrays.get("kernel", arrays.get("embedding") if layer == "embed" else None)
         if matrix is not None:
-            out |= {f"{name}/{layer}": value for name, value in rank_health(matrix).items()}
+            out |= {f"{name}/{layer}": value for name, value in rank_health(matrix[0]).items()}
     return out

@@ -18,7 +18,6 @@ Axes: B batch, L block_size, K steps of a dispatch, M metrics, E evaluation wind
 import contextlib
 import dataclasses
 import gc
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -56,16 +55,16 @@ def run(step: Step, names, state: TrainState, data, n_steps, inputs: Inputs):
         if o.grad_accum_steps == 1:
             windows = constrain(windows, over_batch(step.mesh), step.mesh)
         state, row = update.train_step(step, state, windows, inputs)
-        _, row_M = metrics.pack(row)
-        return i + 1, state, rows_KM.at[i].set(row_M)
+        return i + 1, state, rows_KM.at[i].set(row.values)
 
     def goes_on(carry):
         i, state, _ = carry
         return (i < n_steps) & ~stability.is_frozen(state.monitor, o.thresholds)
 
     rows_KM = jnp.full((K, len(names)), jnp.nan, jnp.float32)
-    _, state, rows_KM = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, rows_KM))
-    return state, rows_KM
+    start = jnp.int32(0), update.stacked(step, state), rows_KM
+    _, state, rows_KM = jax.lax.while_loop(goes_on, body, start)
+    return update.unstacked(state), rows_KM
 
 
 def evaluate(model: GPTConfig, batch_size, mesh, operands_of, params, windows, *formats):
@@ -98,22 +97,24 @@ def diagnose(plain: GPTConfig, quant, mesh, params, windows, quant_state=None, t
     found = metrics.rank_metrics(params)
     if quant is None:
         return found, None
+    rules = quantization.quantized_model(plain, quant).rules
     model = dataclasses.replace(
         plain,
-        rules=tuple(
-            (layer, dataclasses.replace(rule, observe=histograms.observe)) for layer, rule in quantization.rules(quant)
-        ),
+        rules=tuple((group, dataclasses.replace(rule, observe=histograms.observe)) for group, rule in rules),
     )
-    operands = update.operands_at(quant, quant_state, table)
+    groups, operands = quantization.groups(quant, plain.segments), update.operands_at(plain, quant, quant_state, table)
     nothing = jnp.zeros(2 * histograms.HISTOGRAMS, jnp.float32)
-    probes = {layer: jnp.concatenate([probe, nothing]) for layer, probe in quantization.g_probes(quant).items()}
+    probes = {
+        group: jnp.concatenate([probe_n, jnp.broadcast_to(nothing, (len(probe_n), *nothing.shape))], axis=1)
+        for group, probe_n in quantization.g_probes(groups).items()
+    }
 
     def loss(params, probes):
         return update.loss(model, params, windows, None, Quantized(operands, probes))
 
     (_, output), (_, of_g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, probes)
     vectors_Q3S = quantization.gather_statistics(
-        quant, output.statistics, of_g, jnp.concatenate([empty_statistics(), nothing])
+        groups, output.statistics, of_g, jnp.concatenate([empty_statistics(), nothing])
     )
     fields_Q3S, rest_Q3 = jnp.split(vectors_Q3S, [len(empty_statistics())], axis=-1)
     named = named_statistics(fields_Q3S)
@@ -155,7 +156,8 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
 
     Args: those of Step, `model_config` without rules; and the seed for `StepFunctions.inputs`.
     """
-    step = Step(model_config, options, mesh, n_train_windows, eval_batch_size)
+    plain = quantization.layout(model_config, options.quant)
+    step = Step(plain, options, mesh, n_train_windows, eval_batch_size)
     inputs = Inputs(
         np.int32(seed),
         np.float32(options.learning_rate),
@@ -171,7 +173,7 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
     return StepFunctions(
         init=jax.jit(init, out_shardings=shardings),
         run=jax.jit(partial(run, step, names), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
-        evaluate=make_evaluate(step.model, eval_batch_size, mesh, partial(update.operands_at, step.quant)),
+        evaluate=make_evaluate(step.model, eval_batch_size, mesh, partial(update.operands_at, step.plain, step.quant)),
         diagnose=make_diagnose(step.plain, step.quant, mesh),
         abstract_state=abstract_state,
         metric_names=names,
@@ -181,9 +183,13 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
 
 
 def _metric_names(step, state, inputs):
-    """The names of a row, in the order in which the step makes them. (Of a dict jax would sort them.)"""
+    """The names of a row, in the order in which the step makes them."""
     windows = jax.ShapeDtypeStruct((step.options.batch_size, step.plain.block_size + 1), jnp.uint16)
-    return tuple(jax.eval_shape(lambda *data: OrderedDict(update.train_step(step, *data)[1]), state, windows, inputs))
+    return jax.eval_shape(partial(_first_row, step), state, windows, inputs).names
+
+
+def _first_row(step, state, windows, inputs):
+    return update.train_step(step, update.stacked(step, state), windows, inputs)[1]
 
 
 def make_evaluate(model: GPTConfig, eval_batch_size, mesh, operands_of=lambda operands: operands):
@@ -240,7 +246,7 @@ def over_members(functions: StepFunctions, devices, member_loop="map"):
     step, names = functions.step, functions.metric_names
     mesh = jax.make_mesh((len(devices),), ("run",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
     by_run = NamedSharding(mesh, PartitionSpec("run"))
-    operands_of = partial(update.operands_at, step.quant)
+    operands_of = partial(update.operands_at, step.plain, step.quant)
     run_each = _on_devices(lambda data, state, n, inputs: run(step, names, state, data, n, inputs), mesh, member_loop)
     evaluate_each = _on_devices(
         lambda windows, params, *formats: evaluate(

@@ -18,11 +18,17 @@ range_clip c > 0  limits the amax that enters the history of G to c * R * rms(G)
 emergency shift   after `emergency_patience` bad updates in a row, every quantized operand changes to the next format of
                   `emergency_formats`, without compiling anything. Bad: not finite, or a loss spike, or divergence.
 
-Axes: Q quantized layers, 3 operands (W, A, G), H history, S statistics fields, E levels (1 + emergency formats).
+Within a dispatch, layers of one name in neighbouring blocks are a group, and what is said of them has a leading axis
+(models.stacking): dictionaries of weights, operands and grids are keyed by group there.
+
+Axes: Q quantized layers, 3 operands (W, A, G), H history, S statistics fields, E levels (1 + emergency formats), n
+layers of a group.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from altgrad_jax.config import for_operands
+from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.stacking import Segments, group_of, layers_of, stack
 from altgrad_jax.numerics import products
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.products import (
@@ -37,13 +45,13 @@ from altgrad_jax.numerics.products import (
     Operand,
     Operands,
     Rule,
-    combine_statistics,
     empty_statistics,
     scale_for,
 )
 from altgrad_jax.numerics.rounding import FormatParams, Grid, format_params, stochastic_seed, to_grid
 from altgrad_jax.numerics.rules import FLOAT8, HEAD, OPERANDS, LayerFormats, resolve_rules
 from altgrad_jax.numerics.scales import LARGEST_SCALED
+from altgrad_jax.step.metrics import Columns, joined, over, scalars
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,19 @@ class QuantOptions:
         """Layers whose weights have a format."""
         return tuple(layer.layer for layer in self.layers if layer.w)
 
+    def segments(self, n_layer: int) -> Segments:
+        """Runs of neighbouring blocks whose layers are computed alike, whatever their formats' names."""
+        kinds = [
+            tuple(
+                (row.layer.partition("/")[2], [name is not None for name in row.wag], _rule(self, row))
+                for row in self.layers
+                if row.layer.startswith(f"block_{i}/")
+            )
+            for i in range(n_layer)
+        ]
+        firsts = [i for i in range(n_layer) if i == 0 or kinds[i] != kinds[i - 1]]
+        return tuple(zip(firsts, [*firsts[1:], n_layer]))
+
 
 def options_of(config: Mapping[str, Any]) -> QuantOptions | None:
     """The options that a run's settings (a mapping, as in the config or a checkpoint) ask for; None without formats."""
@@ -108,25 +129,73 @@ class QuantState(NamedTuple):
 
 
 def key_of(layer: str) -> str:
-    """A layer's name as a key of the state: checkpoints use `/` between levels."""
+    """A layer's or a group's name as a key of the state: checkpoints use `/` between levels."""
     return layer.replace("/", ".")
 
 
-def rules(options: QuantOptions) -> tuple[tuple[str, Rule], ...]:
-    """The static rule of each quantized layer, for GPTConfig."""
-    out = []
-    for layer in options.layers:
-        names = [name for name in layer.wag if name] + list(options.emergency_formats)
-        wide = any(get_format(name).mantissa_bits > 7 for name in names)
-        native = None
-        if options.native:
-            assert layer.w and layer.a and layer.g, "the config refuses native products with an operand of no format"
-            native = FLOAT8[layer.w], FLOAT8[layer.a], FLOAT8[layer.g]
-        w, a, g = options.scaling
-        out.append(
-            (layer.layer, Rule(w, a, g, float32_operands=wide, power_of_two=options.power_of_two, native=native))
-        )
-    return tuple(out)
+@dataclass(frozen=True)
+class Group:
+    """Quantized layers of one name in a segment.
+
+    rows: where they stand among QuantOptions.layers. has: whether W, A and G have a format.
+    """
+
+    name: str
+    rows: tuple[int, ...]
+    has: tuple[bool, bool, bool]
+
+    @property
+    def key(self) -> str:
+        """Its name as a key of the state."""
+        return key_of(self.name)
+
+    def of(self, array_Q):
+        """The entries [n, ...] of these layers in an array or a tree of arrays [Q, ...]."""
+        first, *others = self.rows
+        step = others[0] - first if others else 1
+        assert self.rows == tuple(range(first, first + step * len(self.rows), step)), "blocks of a segment are alike"
+        where = slice(first, first + step * len(self.rows), step)
+        return jax.tree.map(lambda leaf: leaf[where], array_Q)
+
+
+def groups(options: QuantOptions, segments: Segments) -> tuple[Group, ...]:
+    """The groups of quantized layers, in the order in which the model first reaches them."""
+    rows: dict[str, list[int]] = {}
+    for q, row in enumerate(options.layers):
+        rows.setdefault(group_of(row.layer, segments), []).append(q)
+    return tuple(
+        Group(name, tuple(at), tuple(own is not None for own in options.layers[at[0]].wag))  # pyright: ignore
+        for name, at in rows.items()
+    )
+
+
+def in_layer_order(groups: Sequence[Group], parts_n: Sequence[Any]) -> Any:
+    """Arrays [Q, ...] from the groups' arrays [n, ...], or from trees of them."""
+    order = np.argsort([q for group in groups for q in group.rows], kind="stable")
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order], *parts_n)
+
+
+def _rule(options: QuantOptions, layer: LayerFormats) -> Rule:
+    """The static rule of a quantized layer."""
+    names = [name for name in layer.wag if name] + list(options.emergency_formats)
+    wide = any(get_format(name).mantissa_bits > 7 for name in names)
+    native = None
+    if options.native:
+        assert layer.w and layer.a and layer.g, "the config refuses native products with an operand of no format"
+        native = FLOAT8[layer.w], FLOAT8[layer.a], FLOAT8[layer.g]
+    w, a, g = options.scaling
+    return Rule(w, a, g, float32_operands=wide, power_of_two=options.power_of_two, native=native)
+
+
+def quantized_model(plain: GPTConfig, options: QuantOptions) -> GPTConfig:
+    """The model with the rules of its quantized layers."""
+    found = {group_of(row.layer, plain.segments): _rule(options, row) for row in options.layers}
+    return dataclasses.replace(plain, rules=tuple(found.items()))
+
+
+def layout(plain: GPTConfig, options: QuantOptions | None) -> GPTConfig:
+    """The model whose blocks are taken together as these formats allow."""
+    return plain if options is None else dataclasses.replace(plain, split=options.segments(plain.n_layer))
 
 
 def format_table(options: QuantOptions) -> FormatParams:
@@ -155,34 +224,25 @@ def formats_at(table: FormatParams, level) -> FormatParams:
     return _at(table, level)
 
 
-def by_shape(weights: dict) -> list[list[str]]:
-    """The layers grouped by the shape of their weights, in the order of the model.
-
-    The head is a group of its own, because its table has the output axis first.
-    """
-    groups = {}
-    for layer, w in weights.items():
-        groups.setdefault((w.shape, layer == HEAD), []).append(layer)
-    return list(groups.values())
-
-
-def weight_formats(options: QuantOptions, formats_Q3: FormatParams) -> dict:
-    """{layer: FormatParams of its weights}, layers whose weights have a format."""
-    return {layer.layer: _at(formats_Q3, q, 0) for q, layer in enumerate(options.layers) if layer.w}
+def weight_formats(groups: Sequence[Group], formats_Q3: FormatParams) -> dict:
+    """{group: FormatParams [n] of its weights}, groups whose weights have a format."""
+    return {group.name: _at(group.of(formats_Q3), slice(None), 0) for group in groups if group.has[0]}
 
 
 def init_state(options: QuantOptions, weights: dict, formats_Q3: FormatParams, ages: bool) -> tuple[QuantState, dict]:
-    """(state, {layer: weights as they are stored}) of a fresh run. `weights`: of the layers whose W has a format.
+    """(state, {layer: weights as they are stored}) of a fresh run, every layer by its own name.
 
     Args:
+      weights: {layer: float32 [K, N]} of the layers whose W has a format.
       ages: whether to keep the age of every weight's code, for the ledger.
     """
-    params = weight_formats(options, formats_Q3)
+    row = {layer.layer: q for q, layer in enumerate(options.layers)}
     rest_scale, stored = {}, {}
     for layer in options.stored:
-        scale = scale_for(jnp.max(jnp.abs(weights[layer])), params[layer])
+        fmt = _at(formats_Q3, row[layer], 0)
+        scale = scale_for(jnp.max(jnp.abs(weights[layer])), fmt)
         rest_scale[key_of(layer)] = scale
-        stored[layer] = to_grid(weights[layer], Grid(params[layer], scale))
+        stored[layer] = to_grid(weights[layer], Grid(fmt, scale))
     residual = options.stored if options.weights_at_rest == "error_feedback" else ()
     state = QuantState(
         amax_history_Q3H=jnp.zeros((len(options.layers), 3, options.amax_history), jnp.float32),
@@ -195,35 +255,62 @@ def init_state(options: QuantOptions, weights: dict, formats_Q3: FormatParams, a
     return state, stored
 
 
-def operands(options: QuantOptions, state: QuantState, formats_Q3: FormatParams, seed=None) -> dict[str, Operands]:
-    """{layer: Operands} of the forward and backward pass from this state.
+def stacked(state: QuantState, segments: Segments) -> QuantState:
+    """A state whose dictionaries are keyed by group, with arrays [n, ...]; a layer by itself gets n = 1 too."""
+
+    def with_axis(tree):
+        return {key: value if ":" in key else value[None] for key, value in stack(tree, segments).items()}
+
+    return state._replace(**{name: with_axis(getattr(state, name)) for name in ("rest_scale", "residual", "age")})
+
+
+def unstacked(state: QuantState) -> QuantState:
+    """The inverse of `stacked`."""
+
+    def by_layer(tree):
+        return {layer: value[k] for key, value in tree.items() for k, layer in enumerate(layers_of(key))}
+
+    return state._replace(**{name: by_layer(getattr(state, name)) for name in ("rest_scale", "residual", "age")})
+
+
+def operands(
+    options: QuantOptions, groups: Sequence[Group], state: QuantState, formats_Q3: FormatParams, seed=None
+) -> dict[str, Operands]:
+    """{group: Operands, leaves [n, ...]} of the forward and backward pass from this state.
 
     Args:
+      state: stacked; only scales are read.
       seed: uint32 [2], fresh for every pass, for the operands that are rounded stochastically; None rounds all of them
         to nearest, as an evaluation does.
     """
     scale_Q3 = products.delayed_scale(state.amax_history_Q3H, formats_Q3, options.power_of_two)
     out = {}
-    for q, layer in enumerate(options.layers):
+    for group in groups:
+        params_n3, scale_n3 = group.of((formats_Q3, scale_Q3))
         members = []
-        for i, name in enumerate(layer.wag):
-            if name is None:
+        for i in range(3):
+            if not group.has[i]:
                 members.append(None)
                 continue
-            at_rest = i == 0 and layer.layer in options.stored
-            scale = state.rest_scale[key_of(layer.layer)] if at_rest else scale_Q3[q, i]
+            at_rest = i == 0 and options.weights_at_rest != "float32"
+            scale_n = state.rest_scale[group.key] if at_rest else scale_n3[:, i]
             # Weights that are stored on the grid are not rounded a second time.
             noise = None
             if options.stochastic[i] and seed is not None and not at_rest:
-                noise = stochastic_seed(seed[0], seed[1], 3 * q + i)
-            members.append(Operand(_at(formats_Q3, q, i), scale, noise))
-        out[layer.layer] = Operands(*members)
+                noise = noise_of(seed, [3 * q + i for q in group.rows])
+            members.append(Operand(_at(params_n3, slice(None), i), scale_n, noise))
+        out[group.name] = Operands(*members)
     return out
 
 
-def g_probes(options: QuantOptions) -> dict:
-    """{layer: float32 [S]}: the arguments whose gradients are the statistics of the output gradients."""
-    return {layer.layer: empty_statistics() for layer in options.layers if layer.g}
+def noise_of(seed, streams: Sequence[int]) -> jax.Array:
+    """uint32 [n, 2]: the seeds of stochastic rounding of n tensors, each a stream of its own."""
+    return jax.vmap(stochastic_seed, in_axes=(None, None, 0))(seed[0], seed[1], np.array(streams, np.uint32))
+
+
+def g_probes(groups: Sequence[Group]) -> dict:
+    """{group: float32 [n, S]}: the arguments whose gradients are the statistics of the output gradients."""
+    return {group.name: np.stack([empty_statistics()] * len(group.rows)) for group in groups if group.has[2]}
 
 
 def no_statistics(options: QuantOptions) -> jax.Array:
@@ -231,15 +318,16 @@ def no_statistics(options: QuantOptions) -> jax.Array:
     return jnp.broadcast_to(empty_statistics(), (len(options.layers), 3, len(empty_statistics())))
 
 
-def gather_statistics(options: QuantOptions, forward: dict, backward: dict, nothing=None) -> jax.Array:
-    """float32 [Q, 3, S] from the forward pass's {layer: Statistics} and the probes' gradients {layer: [S]}; `nothing`
-    (default: empty_statistics) for operands without a format."""
+def gather_statistics(groups: Sequence[Group], forward: dict, backward: dict, nothing=None) -> jax.Array:
+    """float32 [Q, 3, S] from the forward pass's {group: Statistics [n, S]} and the probes' gradients {group: [n, S]};
+    `nothing` (default: empty_statistics) for operands without a format."""
     nothing = jnp.asarray(empty_statistics()) if nothing is None else nothing
-    rows = []
-    for layer in options.layers:
-        found = (*forward[layer.layer], backward.get(layer.layer))
-        rows.append(jnp.stack([nothing if vector is None else vector for vector in found]))
-    return jnp.stack(rows)
+    parts = []
+    for group in groups:
+        found = (*forward[group.name], backward.get(group.name))
+        absent = jnp.broadcast_to(nothing, (len(group.rows), *nothing.shape))
+        parts.append(jnp.stack([absent if vectors is None else vectors for vectors in found], axis=1))
+    return in_layer_order(groups, parts)
 
 
 def push_history(options: QuantOptions, history_Q3H, statistics_Q3S, formats_Q3: FormatParams) -> jax.Array:
@@ -256,11 +344,13 @@ def push_history(options: QuantOptions, history_Q3H, statistics_Q3S, formats_Q3:
     return products.push_amax(history_Q3H, amax_Q3)
 
 
-def faults(options: QuantOptions, state: QuantState) -> dict[str, tuple[Sequence[str], jax.Array]]:
+def faults(
+    options: QuantOptions, groups: Sequence[Group], state: QuantState
+) -> dict[str, tuple[Sequence[str], jax.Array]]:
     """Values of the state from which no step can be made: {kind of alert: (layers or `layer/operand`, float32 counts)}.
 
     nonfinite_amax: in the histories that a scale comes from. nonfinite_scale: of stored weights, not finite or not
-    above 0. nonfinite_residual: of error feedback. Only kinds that the options have.
+    above 0. nonfinite_residual: of error feedback. Only kinds that the options have. `state`: stacked.
     """
     read = [
         (q, i)
@@ -273,11 +363,15 @@ def faults(options: QuantOptions, state: QuantState) -> dict[str, tuple[Sequence
     names = [f"{options.layers[q].layer}/{OPERANDS[i]}" for q, i in read]
     found: dict[str, tuple[Sequence[str], jax.Array]] = {"nonfinite_amax": (names, count_Q3[rows, columns])}
     if options.stored:
-        scales = jnp.stack([state.rest_scale[key_of(layer)] for layer in options.stored])
+        with_weights = [group for group in groups if group.has[0]]
+        scales = in_layer_order(with_weights, [state.rest_scale[group.key] for group in with_weights])
         found["nonfinite_scale"] = options.stored, jnp.float32(~(jnp.isfinite(scales) & (scales > 0)))
-    if options.stored and options.weights_at_rest == "error_feedback":
-        counts = [jnp.sum(~jnp.isfinite(state.residual[key_of(layer)]), dtype=jnp.float32) for layer in options.stored]
-        found["nonfinite_residual"] = options.stored, jnp.stack(counts)
+        if options.weights_at_rest == "error_feedback":
+            counts = [
+                jnp.sum(~jnp.isfinite(state.residual[group.key]), axis=(1, 2), dtype=jnp.float32)
+                for group in with_weights
+            ]
+            found["nonfinite_residual"] = options.stored, in_layer_order(with_weights, counts)
     return found
 
 
@@ -300,32 +394,31 @@ def _applies(options: QuantOptions, layer: LayerFormats, i: int, statistic: str)
     return options.scaling[i] in ("delayed", "none") or statistic not in ("overflow", "clipped_energy")
 
 
-def format_metrics(options: QuantOptions, statistics_Q3S) -> dict[str, jax.Array]:
-    """{`statistic/layer/W|A|G`: float32} by products.named_statistics, and `statistic/all/W|A|G`, which is taken over
-    all elements of all quantized layers together (overflow, underflow, clipped_energy, sqnr_db)."""
-    named = products.named_statistics(statistics_Q3S)
-    out = {}
-    for q, layer in enumerate(options.layers):
-        for i, operand in enumerate(OPERANDS):
-            if layer.wag[i]:
-                out |= {
-                    f"{name}/{layer.layer}/{operand}": values_Q3[q, i]
-                    for name, values_Q3 in named.items()
-                    if _applies(options, layer, i, name)
-                }
+def format_metrics(options: QuantOptions, statistics_Q3S) -> Columns:
+    """`statistic/layer/W|A|G` by products.named_statistics, and `statistic/all/W|A|G`, which is taken over all elements
+    of all quantized layers together (overflow, underflow, clipped_energy, sqnr_db)."""
+    out = []
+    for name, values_Q3 in products.named_statistics(statistics_Q3S).items():
+        where = [
+            (q, i)
+            for q, layer in enumerate(options.layers)
+            for i in range(3)
+            if layer.wag[i] and _applies(options, layer, i, name)
+        ]
+        rows, columns = np.array(where, int).reshape(-1, 2).T
+        operands = [f"{options.layers[q].layer}/{OPERANDS[i]}" for q, i in where]
+        out.append(over(operands, {name: values_Q3[rows, columns]}))
     for i, operand in enumerate(OPERANDS):
         rows = [q for q, layer in enumerate(options.layers) if layer.wag[i]]
         if rows:
-            total_S = statistics_Q3S[rows[0], i]
-            for q in rows[1:]:
-                total_S = combine_statistics(total_S, statistics_Q3S[q, i])
-            total = products.named_statistics(total_S)
-            out |= {
-                f"{name}/all/{operand}": total[name]
+            total = products.named_statistics(products.combine_all(statistics_Q3S[np.array(rows), i]))
+            own = [
+                name
                 for name in ("overflow", "underflow", "clipped_energy", "sqnr_db")
                 if _applies(options, options.layers[rows[0]], i, name)
-            }
-    return out
+            ]
+            out.append(scalars({f"{name}/all/{operand}": total[name] for name in own}))
+    return joined(out)
 
 
 def overflow_watched(options: QuantOptions) -> list[tuple[int, int]]:
@@ -343,18 +436,23 @@ def overflow_of(options: QuantOptions, statistics_Q3S) -> tuple[list[str], jax.A
     overflow_Q3 = products.named_statistics(statistics_Q3S)["overflow"]
     where = overflow_watched(options)
     names = [f"{options.layers[q].layer}/{OPERANDS[i]}" for q, i in where]
-    shares = jnp.stack([overflow_Q3[q, i] for q, i in where]) if where else jnp.zeros(0, jnp.float32)
+    rows, columns = np.array(where, int).reshape(-1, 2).T
+    shares = overflow_Q3[rows, columns]
     return names, jnp.where(jnp.isnan(shares), 0.0, shares)
 
 
-def weight_grids(options: QuantOptions, state: QuantState, formats_Q3: FormatParams, weights: dict) -> dict[str, Grid]:
-    """{layer: Grid} that the weights were rounded on as operands, or are stored on, at this step."""
-    used = operands(options, state, formats_Q3)
-    rule_of = dict(rules(options))
+def weight_grids(
+    model: GPTConfig, options: QuantOptions, groups: Sequence[Group], state: QuantState, formats_Q3, weights: dict
+) -> dict[str, Grid]:
+    """{group: Grid, leaves [n, ...]} that the weights {group: [n, K, N]} were rounded on as operands, or are stored on,
+    at this step. `model`: with its rules."""
+    used = operands(options, groups, state, formats_Q3)
+    rule_of = dict(model.rules)
     grids = {}
-    for layer in options.weight_layers:
-        w = used[layer].w
-        assert w is not None, "these layers have a format for W"
-        scale = products.weight_scale(weights[layer], w, rule_of[layer], w_is_NK=layer == HEAD)
-        grids[layer] = Grid(w.format, scale)
+    for group in groups:
+        if group.has[0]:
+            w = used[group.name].w
+            assert w is not None, "these layers have a format for W"
+            scale_of = partial(products.weight_scale, rule=rule_of[group.name], w_is_NK=group.name == HEAD)
+            grids[group.name] = Grid(w.format, jax.vmap(scale_of)(weights[group.name], w))
     return grids

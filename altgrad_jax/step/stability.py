@@ -51,7 +51,7 @@ class Thresholds(NamedTuple):
 
 
 class Monitor(NamedTuple):
-    """Counters carried from step to step. W windows, S layers (metrics.by_layer's order)."""
+    """Counters carried from step to step. W windows, S layers in the model's order."""
 
     bad_streak: jax.Array  # int32: non-finite steps in a row, up to now
     bad_steps: jax.Array  # int32: non-finite steps in all
@@ -59,7 +59,9 @@ class Monitor(NamedTuple):
     seen: jax.Array  # int32: finite steps seen
     initial_loss: jax.Array  # float32: the first finite loss, NaN before it
     losses_W: jax.Array  # float32 [spike_window]: ring of the last finite losses, NaN where empty
-    dead_streak: tuple  # of int32 [outputs], in the order of neuron_layers: steps in a row below the threshold
+    # Of int32 [outputs], in the order of neuron_layers: steps in a row below the threshold. Within a dispatch
+    # {group: [n, outputs]}.
+    dead_streak: tuple | dict
     zero_update_WS: jax.Array  # float32 [stall_window, layers]: ring of zero_update
     active: dict  # {kind: bool or bool [layers]}: condition held at the last step
     lost_WS: jax.Array | None = None  # float32 [stall_window, layers with stored weights]: ring of lost
@@ -117,23 +119,26 @@ def robust_z(loss, losses_W) -> jax.Array:
 
 
 def update_dead_streaks(
-    monitor: Monitor, neuron_square_sum: dict, thresholds: Thresholds, ok
-) -> tuple[tuple, dict[str, jax.Array]]:
-    """New streaks, and dead_neurons/layer: share of neurons below the threshold for the whole window.
+    dead_streak: dict, neuron_square_sum: dict, thresholds: Thresholds, ok
+) -> tuple[dict, dict[str, jax.Array]]:
+    """({group: new streaks int32 [n, outputs]}, {group: share of neurons that were below the threshold all along [n]}).
 
     A neuron is an output column of a kernel with its bias; what is compared with dead_neuron_threshold is the L2 norm
     of its unclipped gradient. A non-finite step (`ok` false) says nothing and changes no streak.
+
+    Args:
+      dead_streak, neuron_square_sum: {group: [n, outputs]} (models.stacking), int32 and float32.
     """
-    streaks, metrics = [], {}
-    for old, (layer, squares) in zip(monitor.dead_streak, neuron_square_sum.items(), strict=True):
+    streaks, shares = {}, {}
+    for group, squares in neuron_square_sum.items():
+        old = dead_streak[group]
         # The cap keeps the counter from wrapping on endless runs.
         new = jnp.where(
             squares < thresholds.dead_neuron_threshold**2, jnp.minimum(old + 1, thresholds.dead_neuron_window), 0
         )
-        streaks.append(jnp.where(ok, new, old))
-        dead = streaks[-1] >= thresholds.dead_neuron_window
-        metrics[f"dead_neurons/{layer}"] = jnp.mean(dead, dtype=jnp.float32)
-    return tuple(streaks), metrics
+        streaks[group] = jnp.where(ok, new, old)
+        shares[group] = jnp.mean(streaks[group] >= thresholds.dead_neuron_window, axis=1, dtype=jnp.float32)
+    return streaks, shares
 
 
 def _push(ring, slot, value, ok):
@@ -146,7 +151,7 @@ def update_monitor(
     row_number,
     loss,
     bad,
-    dead_streak: tuple,
+    dead_streak: tuple | dict,
     dead_shares,
     zero_update_S,
     thresholds: Thresholds,

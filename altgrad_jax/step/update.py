@@ -14,13 +14,17 @@ program. Formats come as a table (quantization.format_table), and the state carr
 formats neither exists, and the program is the baseline's. The shadow is the gradient of the same parameters on the same
 batch in float32 and without formats, computed beside the step's own.
 
+Arrays of neighbouring blocks are stacked here (models.stacking), and dictionaries of layers are keyed by group, with
+arrays [n, ...]: `stacked` and `unstacked` go between such a state and one in which every block has its name, as in a
+checkpoint. A dispatch stacks once.
+
 Names: `step` is the `Step`, the frozen choices; `state.step` and `number` count updates, as the column `step` of the
 record does.
 
 A column `sparse/NAME` stands for the metric NAME. It is NaN where the metric was not measured or does not apply.
 
 Axes: B batch, L block_size, A micro-batches, S layers (of statistics: fields), Q quantized layers, E levels (1 +
-emergency formats), G matrices of one shape.
+emergency formats), n layers of a group.
 """
 
 import dataclasses
@@ -34,15 +38,17 @@ import optax
 from jax.sharding import Mesh
 
 from altgrad_jax.config import METRIC_GROUPS
+from altgrad_jax.models import stacking
 from altgrad_jax.models.gpt2 import GPTConfig, GPTOutput, Quantized, forward, init_params, weights_of, with_weights
 from altgrad_jax.numerics import ledger, optimizers
 from altgrad_jax.numerics.cross_entropy import cross_entropy, tied_cross_entropy
 from altgrad_jax.numerics.products import combine_statistics
 from altgrad_jax.numerics.rounding import FormatParams, stochastic_seed
+from altgrad_jax.numerics.rules import HEAD
 from altgrad_jax.step import metrics, quantization, stability
 from altgrad_jax.step.mesh import constrain, gather, over_batch, replicated, scatter, split_like_parameters
 
-SPARSE = "sparse/"
+SPARSE, _ALERT = "sparse/", "alert/"
 # Streams of random bits beside those of the operands, which are numbered from 0.
 _AT_REST_STREAM, _OPTIMIZER_STREAM = 2**24, 2**25
 
@@ -101,7 +107,7 @@ class Step:
     """Every static choice of a run's compiled functions, hashable; what follows from the choices is a property.
 
     Attributes:
-      plain: the model without formats.
+      plain: the model without formats, its blocks divided as the formats need it (quantization.layout).
       mesh: from mesh.data_mesh; its size must divide batch_size / grad_accum_steps.
       n_train_windows: windows in the training data, for the order of the epochs.
       eval_batch_size: evaluation windows per forward pass; must divide the number of windows given to evaluate.
@@ -123,17 +129,17 @@ class Step:
         """The model that is trained."""
         if self.quant is None:
             return self.plain
-        return dataclasses.replace(self.plain, rules=quantization.rules(self.quant))
+        return quantization.quantized_model(self.plain, self.quant)
+
+    @property
+    def groups(self) -> tuple[quantization.Group, ...]:
+        """The groups of quantized layers."""
+        return () if self.quant is None else quantization.groups(self.quant, self.plain.segments)
 
     @property
     def shadow(self) -> GPTConfig:
         """The model whose gradient is the reference."""
         return dataclasses.replace(self.plain, compute_dtype="float32", attention="xla")
-
-    @property
-    def weight_layers(self) -> tuple[str, ...]:
-        """Layers whose weights have a format."""
-        return self.quant.weight_layers if self.quant else ()
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -155,14 +161,17 @@ class Step:
             beta2=o.beta2,
             eps=o.adam_eps,
             weight_decay=o.weight_decay,
-            is_quantized=partial(_is_quantized, self.weight_layers),
+            is_quantized=partial(_is_quantized, tuple(group.name for group in self.groups if group.has[0])),
+            stacked=stacking.stacked_arrays,
         )
 
 
-def _is_quantized(weight_layers, params):
-    """Tree of booleans like the parameters: the weight matrices of these layers."""
+def _is_quantized(groups, params):
+    """Tree of booleans like the parameters, stacked or not: the weight matrices of these groups."""
     no = jax.tree.map(lambda leaf: False, params)
-    return with_weights(no, dict.fromkeys(weight_layers, True))
+    is_by_layer = stacking.layers_of(next(iter(groups), "head"))[0].partition("/")[0] in params
+    names = [name for group in groups for name in (stacking.layers_of(group) if is_by_layer else (group,))]
+    return with_weights(no, dict.fromkeys(names, True))
 
 
 class Batch(NamedTuple):
@@ -185,7 +194,8 @@ class Formats(NamedTuple):
     """The number formats of an update, before it is made."""
 
     options: quantization.QuantOptions
-    state: quantization.QuantState
+    groups: tuple[quantization.Group, ...]
+    state: quantization.QuantState  # stacked
     table: FormatParams  # [E, Q, 3], of every level
     in_use_Q3: FormatParams  # at the state's level
     seed: Any  # int32: of the run
@@ -215,9 +225,9 @@ class Health(NamedTuple):
     finite: jax.Array  # bool
 
     @property
-    def layers(self) -> list[str]:
+    def layers(self) -> tuple[str, ...]:
         """Names of the layers, in the order in which the model applies them."""
-        return list(self.stats.square_sum)
+        return self.stats.layers
 
 
 class Update(NamedTuple):
@@ -236,18 +246,16 @@ class Counts(NamedTuple):
 
     nonfinite_updates_S: jax.Array
     nonfinite_moments_S: jax.Array
-    nonfinite_params_S: jax.Array
-    zero_update_S: jax.Array
-    param_stats: dict
-    update_stats: dict
+    params: metrics.TreeNorms
+    updates: metrics.TreeNorms  # of the update that is applied
     bad: jax.Array  # bool: whether the step counts as non-finite
 
 
 class Change(NamedTuple):
     """An update of the weights that have a format, as it is handed to the functions of the formats."""
 
-    old: dict  # {layer: weights before the update}
-    update: dict  # {layer: the float32 update}
+    old: dict  # {group: weights [n, K, N] before the update}
+    update: dict  # {group: the float32 update}
     finite: jax.Array  # bool: whether the step is finite
     bad: jax.Array  # bool: whether the step counts towards the emergency shift
 
@@ -257,7 +265,7 @@ class AfterFormats(NamedTuple):
 
     params: Any  # with stored weights on their grids
     quant: quantization.QuantState
-    entries: dict  # {layer: ledger entries}
+    entries: dict  # {group: ledger entries [n, fields]}
     rises: jax.Array  # bool: whether the emergency level rose
 
 
@@ -268,7 +276,8 @@ class Watched(NamedTuple):
     loss_zscore: jax.Array
     begins: dict  # {kind of alert: conditions that begin at this step}
     norm_overflow: jax.Array  # 1 where finite gradients have a norm that is not
-    dead_metrics: dict
+    neuron_layers: tuple[str, ...]
+    dead_shares: jax.Array  # float32 [layers with neurons]
     overflow_names: Any  # the operands that `begins["overflow"]` is about, `layer/operand`
 
 
@@ -330,26 +339,51 @@ def init(step: Step, seed, table: FormatParams | None = None) -> TrainState:
     Args:
       table: the formats (quantization.format_table); None where there are none.
     """
-    params = init_params(step.model, seed)
+    params = init_params(step.plain, seed)
     quant_state = None
     if step.quant is not None:
         assert table is not None, "a step with number formats is given their table"
+        weights = {layer: weights_of(params, layer) for layer in step.quant.weight_layers}
         quant_state, at_rest = quantization.init_state(
-            step.quant, _weights(step.quant, params), quantization.formats_at(table, 0), step.ages
+            step.quant, weights, quantization.formats_at(table, 0), step.ages
         )
         params = with_weights(params, at_rest)
     monitor = stability.init_monitor(
         step.options.thresholds,
         metrics.neuron_layers(params),
-        len(metrics.by_layer(params)),
+        len(metrics.layer_names(params)),
         len(step.stored),
         len(quantization.overflow_watched(step.quant)) if step.quant else 0,
     )
     return TrainState(jnp.int32(0), params, step.update_rule.init(params), monitor, quant_state)
 
 
-def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[TrainState, dict]:
-    """One update on windows [B, L+1]: (the next state, its row of metrics {name: float32 scalar})."""
+def stacked(step: Step, state: TrainState) -> TrainState:
+    """The state as `train_step` takes it, from one in which every block has its own arrays."""
+    segments = step.plain.segments
+    streaks = dict(zip(metrics.neuron_layers(state.params), state.monitor.dead_streak))
+    return state._replace(
+        params=stacking.stack(state.params, segments),
+        opt_state=stacking.stack(state.opt_state, segments),
+        monitor=state.monitor._replace(dead_streak=stacking.stack(streaks, segments)),
+        quant=None if state.quant is None else quantization.stacked(state.quant, segments),
+    )
+
+
+def unstacked(state: TrainState) -> TrainState:
+    """The inverse of `stacked`."""
+    params = stacking.unstack(state.params)
+    streaks = stacking.unstack(state.monitor.dead_streak)
+    return state._replace(
+        params=params,
+        opt_state=stacking.unstack(state.opt_state),
+        monitor=state.monitor._replace(dead_streak=tuple(streaks[layer] for layer in metrics.neuron_layers(params))),
+        quant=None if state.quant is None else quantization.unstacked(state.quant),
+    )
+
+
+def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[TrainState, metrics.Columns]:
+    """One update on windows [B, L+1]: (the next state, its row of metrics). The state is stacked."""
     state = constrain(state, state_shardings(state, step.mesh), step.mesh)
     formats, batch = formats_of(step, state, inputs), Batch(windows, state.step, inputs.seed)
 
@@ -360,8 +394,8 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
     after = None
     if formats is not None:
         change = Change(
-            old=_weights(formats.options, state.params),
-            update=_weights(formats.options, update.applied),
+            old=_weights(formats.groups, state.params),
+            update=_weights(formats.groups, update.applied),
             finite=health.finite,
             bad=counts_towards_shift(step, state.monitor, found.loss, counts),
         )
@@ -369,18 +403,18 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
     watched = watch(step, state, found, health, counts, after)
 
     outcome = Outcome(found, health, update, counts, after, watched)
-    row = step_metrics(outcome) | group_metrics(step, outcome)
+    row = [step_metrics(outcome), *group_metrics(step, outcome)]
     if step.options.use_shadow:
-        row |= shadow_metrics(step, state.params, batch, found.grads)
+        row.append(shadow_metrics(step, state.params, batch, found.grads))
     if formats is not None and formats.options.emergency_formats:
-        row["format_level"] = formats.state.level.astype(jnp.float32)
-    row |= alert_columns(outcome, row["nonfinite_loss"])
+        row.append(metrics.scalars({"format_level": formats.state.level}))
+    row += alert_columns(outcome)
     params, quant = update.params, None
     if formats is not None and after is not None:
-        row |= format_alert_columns(formats, after, outcome)
+        row += format_alert_columns(formats, after, outcome)
         params, quant = after.params, after.quant
     state = TrainState(state.step + 1, params, update.opt_state, watched.monitor, quant)
-    return constrain(state, state_shardings(state, step.mesh), step.mesh), row
+    return constrain(state, state_shardings(state, step.mesh), step.mesh), metrics.joined(row)
 
 
 def formats_of(step: Step, state: TrainState, inputs: Inputs) -> Formats | None:
@@ -389,23 +423,30 @@ def formats_of(step: Step, state: TrainState, inputs: Inputs) -> Formats | None:
         return None
     assert state.quant is not None and inputs.formats is not None, "made for a step with number formats"
     in_use_Q3 = quantization.formats_at(inputs.formats, state.quant.level)
-    return Formats(step.quant, state.quant, inputs.formats, in_use_Q3, inputs.seed, state.step)
+    return Formats(step.quant, step.groups, state.quant, inputs.formats, in_use_Q3, inputs.seed, state.step)
 
 
 def operands_at(
+    plain: GPTConfig,
     options: quantization.QuantOptions | None,
     quant_state: quantization.QuantState | None,
     table: FormatParams | None,
 ) -> dict:
-    """{layer: Operands} of a pass from this state, every one rounded to nearest. Only for a step with formats."""
+    """{group: Operands} of a pass from this state, which is not stacked, every one rounded to nearest. Only for a step
+    with formats."""
     assert options is not None and quant_state is not None and table is not None
-    return quantization.operands(options, quant_state, quantization.formats_at(table, quant_state.level))
+    return quantization.operands(
+        options,
+        quantization.groups(options, plain.segments),
+        quantization.stacked(quant_state, plain.segments),
+        quantization.formats_at(table, quant_state.level),
+    )
 
 
 def noisy_operands(formats: Formats, micro_batch) -> dict:
-    """{layer: Operands} of the training pass over the micro-batch of this number, rounded as the options say."""
+    """{group: Operands} of the training pass over the micro-batch of this number, rounded as the options say."""
     noise = formats.noise(micro_batch) if any(formats.options.stochastic) else None
-    return quantization.operands(formats.options, formats.state, formats.in_use_Q3, noise)
+    return quantization.operands(formats.options, formats.groups, formats.state, formats.in_use_Q3, noise)
 
 
 def gradients(step: Step, model: GPTConfig, params, batch: Batch, formats: Formats | None = None) -> Gradients:
@@ -460,22 +501,21 @@ def _micro_gradients(mesh: Mesh, model: GPTConfig, params, formats: Formats | No
         return loss(model, params, micro.windows, micro.dropout_key, Quantized(operands, g_probes))
 
     (mean, output), (grads, of_g) = jax.value_and_grad(with_probes, argnums=(0, 1), has_aux=True)(
-        whole, quantization.g_probes(formats.options)
+        whole, quantization.g_probes(formats.groups)
     )
-    statistics_Q3S = quantization.gather_statistics(formats.options, output.statistics, of_g)
+    statistics_Q3S = quantization.gather_statistics(formats.groups, output.statistics, of_g)
     return Gradients(mean, scatter(grads, mesh), output._replace(statistics={}), statistics_Q3S)
 
 
 def judge(found: Gradients, formats: Formats | None) -> Health:
     """Statistics of the unclipped gradient, and whether a step can be made from it and from the state."""
     stats = metrics.gradient_stats(found.grads)
-    grad_norm = jnp.sqrt(sum(stats.square_sum.values()))
-    nonfinite_grads_S = jnp.stack(list(stats.nonfinite.values()))
-    faults = {} if formats is None else quantization.faults(formats.options, formats.state)
-    finite = jnp.isfinite(found.loss) & jnp.isfinite(grad_norm) & (nonfinite_grads_S.sum() == 0)
+    grad_norm = jnp.sqrt(stats.square_sum.sum())
+    faults = {} if formats is None else quantization.faults(formats.options, formats.groups, formats.state)
+    finite = jnp.isfinite(found.loss) & jnp.isfinite(grad_norm) & (stats.nonfinite.sum() == 0)
     for _, counts in faults.values():
         finite &= counts.sum() == 0
-    return Health(stats, grad_norm, nonfinite_grads_S, faults, finite)
+    return Health(stats, grad_norm, stats.nonfinite, faults, finite)
 
 
 def propose_update(
@@ -497,11 +537,11 @@ def propose_update(
     extra = {}
     if o.optimizer != "adamw":
         assert formats is not None, "only adamw trains without number formats"
-        weights = _weights(formats.options, state.params)
-        grids = quantization.weight_grids(formats.options, formats.state, formats.in_use_Q3, weights)
+        weights = _weights(formats.groups, state.params)
+        grids = _grids(step, formats, formats.state, formats.in_use_Q3, weights)
         none = jax.tree.map(lambda leaf: None, state.params)
         extra = {
-            "grids": with_weights(none, grids),
+            "grids": _with_weights(none, grids),
             "learning_rate": lr,
             "seed": formats.noise(_OPTIMIZER_STREAM),
         }
@@ -518,28 +558,13 @@ def propose_update(
 
 def count_nonfinite(state: TrainState, update: Update, health: Health) -> Counts:
     """What is not finite of the update, the moments after it and the parameters before it, with their statistics."""
-    layers = health.layers
-    nonfinite_updates_S = jnp.stack(
-        [
-            sum(jnp.sum(~jnp.isfinite(u), dtype=jnp.float32) for u in arrays.values())
-            for arrays in metrics.by_layer(update.raw).values()
-        ]
-    )
-    # A damaged moment makes its update non-finite, so the moments are read only where an update is.
-    nonfinite_moments_S = jax.lax.cond(
-        nonfinite_updates_S.sum() > 0,
-        lambda: metrics.nonfinite_moments(optimizers.adam_moments(update.opt_state)),
-        lambda: jnp.zeros(len(layers)),
-    )
+    nonfinite_updates_S = metrics.tree_norms(update.raw).nonfinite
+    # A damaged moment makes its update non-finite.
+    nonfinite_moments_S = metrics.nonfinite_moments(optimizers.adam_moments(update.opt_state))
     nonfinite_updates_S = jnp.where(health.finite, nonfinite_updates_S, 0.0)
-    param_stats = metrics.parameter_metrics(state.params)
-    nonfinite_params_S = jnp.stack([param_stats[f"nonfinite_params/{layer}"] for layer in layers])
-    update_stats = metrics.update_metrics(update.applied, param_stats)
-    zero_update_S = jnp.stack([update_stats[f"zero_update/{layer}"] for layer in layers])
-    bad = ~health.finite | (nonfinite_updates_S.sum() + nonfinite_params_S.sum() > 0)
-    return Counts(
-        nonfinite_updates_S, nonfinite_moments_S, nonfinite_params_S, zero_update_S, param_stats, update_stats, bad
-    )
+    params, updates = metrics.tree_norms(state.params), metrics.tree_norms(update.applied)
+    bad = ~health.finite | (nonfinite_updates_S.sum() + params.nonfinite.sum() > 0)
+    return Counts(nonfinite_updates_S, nonfinite_moments_S, params, updates, bad)
 
 
 def counts_towards_shift(step: Step, monitor: stability.Monitor, mean_loss, counts: Counts) -> jax.Array:
@@ -562,92 +587,78 @@ def apply_formats(step: Step, formats: Formats, change: Change, params, statisti
     if options.saturate:
         history = jnp.where(change.finite, history, formats.state.amax_history_Q3H)
     next_quant = formats.state._replace(amax_history_Q3H=history, level=level, bad_streak=streak)
-    grids = quantization.weight_grids(options, formats.state, formats_Q3, change.old)
+    grids = _grids(step, formats, formats.state, formats_Q3, change.old)
     if options.stored:
-        next_formats = quantization.weight_formats(options, next_Q3)
+        next_formats = quantization.weight_formats(formats.groups, next_Q3)
         at_rest, next_quant = store_weights(formats, change, grids, next_quant, next_formats, rises)
-        params = with_weights(params, at_rest)
+        params = _with_weights(params, at_rest)
     entries = {}
     if options.stored or "ledger" in step.options.metric_groups:
-        new = _weights(options, params)
-        next_grids = quantization.weight_grids(options, next_quant, next_Q3, new)
+        new = _weights(formats.groups, params)
+        next_grids = _grids(step, formats, next_quant, next_Q3, new)
         entries, age = enter_ledger(formats, change, new, next_quant, grids, next_grids)
         next_quant = next_quant._replace(age=age)
     return AfterFormats(params, next_quant, entries, rises)
 
 
-# The next two treat matrices of one shape together (axis G), which takes a fraction of the operations to compile and to
-# launch.
-
-
 def store_weights(
     formats: Formats, change: Change, grids: dict, next_quant: quantization.QuantState, next_formats: dict, rises
 ) -> tuple[dict, quantization.QuantState]:
-    """The stored weights after an update: ({layer: weights at rest}, next_quant with their scales and residuals).
+    """The stored weights after an update: ({group: weights at rest}, next_quant with their scales and residuals).
 
     Args:
-      grids: {layer: Grid} before the update. next_formats: {layer: FormatParams} after it.
+      grids: {group: Grid} before the update. next_formats: {group: FormatParams} after it.
       rises: bool, whether the formats change at this step.
     """
     options, weights, rest_scale, residual = formats.options, {}, {}, {}
-    for layers in quantization.by_shape(change.old):
-        keys = [quantization.key_of(layer) for layer in layers]
-        noise = owed = None
+    position = {layer: i for i, layer in enumerate(options.stored)}
+    for group in _with_format(formats.groups):
+        name, key = group.name, group.key
+        noise, owed = None, formats.state.residual.get(key)
         if options.weights_at_rest == "stochastic":
-            noise = jnp.stack([formats.noise(_AT_REST_STREAM + options.stored.index(layer)) for layer in layers])
-        if options.weights_at_rest == "error_feedback":
-            owed = _stack([formats.state.residual[key] for key in keys])
-        old_G, update_G, grid_G, format_G = (
-            _stack([tree[layer] for layer in layers]) for tree in (change.old, change.update, grids, next_formats)
-        )
+            streams = [_AT_REST_STREAM + position[layer] for layer in stacking.layers_of(name)]
+            noise = quantization.noise_of((formats.seed, formats.number), streams)
         after = jax.vmap(partial(ledger.store, force=rises))(
-            old_G, update_G, grid_G, format_G, residual=owed, seed=noise
+            change.old[name], change.update[name], grids[name], next_formats[name], residual=owed, seed=noise
         )
         # A step that is not finite changes nothing, unless the format itself changes after it. The scale before is
         # the state's: `grids` has another where that one cannot be used.
-        scale_G = jnp.stack([formats.state.rest_scale[key] for key in keys]).reshape(grid_G.scale.shape)
+        scale_n = formats.state.rest_scale[key].reshape(grids[name].scale.shape)
         after = jax.tree.map(
             lambda new, before: jnp.where(change.finite | rises, new, before),
             after,
-            ledger.Stored(old_G, owed, grid_G._replace(scale=scale_G)),
+            ledger.Stored(change.old[name], owed, grids[name]._replace(scale=scale_n)),
         )
-        for i, (layer, key) in enumerate(zip(layers, keys)):
-            weights[layer], rest_scale[key] = after.weights[i], after.grid.scale[i].reshape(())
-            if owed is not None:
-                residual[key] = after.residual[i]
+        weights[name], rest_scale[key] = after.weights, after.grid.scale.reshape(-1)
+        if owed is not None:
+            residual[key] = after.residual
     return weights, next_quant._replace(rest_scale=rest_scale, residual=residual)
 
 
 def enter_ledger(
     formats: Formats, change: Change, new: dict, next_quant: quantization.QuantState, grids: dict, next_grids: dict
 ) -> tuple[dict, dict]:
-    """({layer: ledger entries}, {key: ages of the codes}) of an update that led to the weights {layer: new}.
+    """({group: ledger entries}, {key: ages of the codes}) of an update that led to the weights {group: new}.
 
     Args:
-      grids, next_grids: {layer: Grid} before and after the update.
+      grids, next_grids: {group: Grid} before and after the update.
     """
-    options, entries, age = formats.options, {}, {}
-    for layers in quantization.by_shape(change.old):
-        keys = [quantization.key_of(layer) for layer in layers]
-        old_G, new_G, update_G, grid_G, next_G = (
-            _stack([tree[layer] for layer in layers]) for tree in (change.old, new, change.update, grids, next_grids)
-        )
-        age_G = unlost = None
-        if formats.state.age:
-            age_G = _stack([formats.state.age[key] for key in keys])
+    options, entries, ages = formats.options, {}, {}
+    for group in _with_format(formats.groups):
+        name, key = group.name, group.key
+        old_n, update_n, grid_n, next_n = change.old[name], change.update[name], grids[name], next_grids[name]
+        age_n, unlost = formats.state.age.get(key), None
         if options.weights_at_rest == "error_feedback":
-            unlost = _stack([next_quant.residual[key] != formats.state.residual[key] for key in keys])
+            unlost = next_quant.residual[key] != formats.state.residual[key]
         # Stored weights are counted on the grid they end on; operands on the one they were rounded on.
-        sums_G, new_age_G = jax.vmap(ledger.entries)(
-            old_G, new_G, update_G, next_G if options.stored else grid_G, age=age_G, unlost=unlost
+        sums_n, new_age_n = jax.vmap(ledger.entries)(
+            old_n, new[name], update_n, next_n if options.stored else grid_n, age=age_n, unlost=unlost
         )
-        flips_G = ledger.scale_flips(old_G if options.stored else new_G, grid_G, next_G)
-        sums_G = ledger.with_scale_flips(sums_G, flips_G)
-        for i, (layer, key) in enumerate(zip(layers, keys)):
-            entries[layer] = sums_G[i]
-            if age_G is not None and new_age_G is not None:
-                age[key] = jnp.where(change.finite, new_age_G[i], age_G[i])
-    return entries, age
+        flips_n = ledger.scale_flips(old_n if options.stored else new[name], grid_n, next_n)
+        entries[name] = ledger.with_scale_flips(sums_n, flips_n)
+        if age_n is not None and new_age_n is not None:
+            ages[key] = jnp.where(change.finite, new_age_n, age_n)
+    return entries, ages
 
 
 def watch(
@@ -659,28 +670,30 @@ def watch(
     if step.quant is not None:
         overflow_names, overflow_O = quantization.overflow_of(step.quant, found.statistics_Q3S)
     if step.stored and after is not None:
-        lost_S = jnp.stack([ledger.lost_share(after.entries[layer]) for layer in step.stored])
-    streaks, dead_metrics = stability.update_dead_streaks(
-        state.monitor, health.stats.neuron_square_sum, thresholds, ok=~counts.bad
-    )
+        lost_S = ledger.lost_share(_by_layer(_with_format(step.groups), after.entries))
+    before = state.monitor.dead_streak
+    assert isinstance(before, dict), "the state is stacked"
+    streaks, shares = stability.update_dead_streaks(before, health.stats.neuron_square_sum, thresholds, ok=~counts.bad)
+    neuron_layers, order = metrics.in_model_order(shares)
+    dead_shares = jnp.concatenate(list(shares.values()))[order]
     monitor, z, begins = stability.update_monitor(
         state.monitor,
         row_number=state.step + 1,
         loss=found.loss,
         bad=counts.bad,
         dead_streak=streaks,
-        dead_shares=jnp.stack(list(dead_metrics.values())),
-        zero_update_S=counts.zero_update_S,
+        dead_shares=dead_shares,
+        zero_update_S=counts.updates.zeros,
         thresholds=thresholds,
         lost_S=lost_S,
         overflow_O=overflow_O,
     )
     # Elements that are all finite can still have a norm that is not.
     norm_overflow = jnp.float32(~jnp.isfinite(health.grad_norm) & (health.nonfinite_grads_S.sum() == 0))
-    return Watched(monitor, z, begins, norm_overflow, dead_metrics, overflow_names)
+    return Watched(monitor, z, begins, norm_overflow, neuron_layers, dead_shares, overflow_names)
 
 
-def step_metrics(outcome: Outcome) -> dict:
+def step_metrics(outcome: Outcome) -> metrics.Columns:
     """The columns that every run has, whatever its metric groups."""
     found, health, update, counts, _, watched = outcome
     row = {
@@ -692,45 +705,47 @@ def step_metrics(outcome: Outcome) -> dict:
         "loss_zscore": watched.loss_zscore,
         "nonfinite_loss": jnp.float32(~jnp.isfinite(found.loss)),
         "nonfinite_grads": health.nonfinite_grads_S.sum(),
-        "nonfinite_params": counts.nonfinite_params_S.sum(),
+        "nonfinite_params": counts.params.nonfinite.sum(),
         "nonfinite_moments": counts.nonfinite_moments_S.sum(),
         "nonfinite_updates": counts.nonfinite_updates_S.sum(),
     }
-    return row | {kind: faulty.sum() for kind, (_, faulty) in health.faults.items()}
+    return metrics.scalars(row | {kind: faulty.sum() for kind, (_, faulty) in health.faults.items()})
 
 
-def group_metrics(step: Step, outcome: Outcome) -> dict:
+def group_metrics(step: Step, outcome: Outcome) -> list[metrics.Columns]:
     """The columns of the metric groups that are chosen."""
     found, health, update, counts, after, watched = outcome
-    o, groups, row = step.options, step.options.metric_groups, {}
-    if "grad" in groups:
-        row |= metrics.gradient_metrics(health.stats)
-        row |= metrics.gradient_snr(optimizers.adam_moments(update.opt_state), beta1=o.beta1, beta2=o.beta2)
-    if "update" in groups:
-        row |= counts.update_stats
-    if "param" in groups:
-        row |= counts.param_stats
-    if "dead" in groups:
-        row |= watched.dead_metrics
-    if "activation" in groups:
-        row |= metrics.activation_metrics(found.output)
-    if step.quant is not None and "format" in groups:
-        row |= _sparse(quantization.format_metrics(step.quant, found.statistics_Q3S))
-    if after is not None and "ledger" in groups:
-        row |= _sparse(ledger.ledger_metrics(after.entries, stored=bool(step.stored), ages=step.ages))
+    o, chosen, row = step.options, step.options.metric_groups, []
+    if "grad" in chosen:
+        row.append(metrics.gradient_metrics(health.stats))
+        row.append(metrics.gradient_snr(optimizers.adam_moments(update.opt_state), beta1=o.beta1, beta2=o.beta2))
+    if "update" in chosen:
+        row.append(metrics.update_metrics(counts.updates, counts.params))
+    if "param" in chosen:
+        row.append(metrics.parameter_metrics(counts.params))
+    if "dead" in chosen:
+        row.append(metrics.over(watched.neuron_layers, {"dead_neurons": watched.dead_shares}))
+    if "activation" in chosen:
+        row.append(metrics.activation_metrics(found.output))
+    if step.quant is not None and "format" in chosen:
+        row.append(_sparse(quantization.format_metrics(step.quant, found.statistics_Q3S)))
+    if step.quant is not None and after is not None and "ledger" in chosen:
+        entries = _by_layer(_with_format(step.groups), after.entries)
+        named, of_all = ledger.ledger_metrics(entries, stored=bool(step.stored), ages=step.ages)
+        row += [_sparse(metrics.over(step.quant.weight_layers, named)), _sparse(metrics.scalars(of_all))]
     return row
 
 
-def shadow_metrics(step: Step, params, batch: Batch, grads) -> dict:
+def shadow_metrics(step: Step, params, batch: Batch, grads) -> metrics.Columns:
     """Fidelity of the step's gradient, and of the bfloat16 one, to the float32 gradient; `sparse` columns."""
 
     def measure():
         reference = gradients(step, step.shadow, params, batch).grads
-        found = metrics.gradient_fidelity(grads, reference)
+        found = [metrics.gradient_fidelity(grads, reference)]
         if step.quant is not None:
             plain = gradients(step, step.plain, params, batch).grads
-            found |= metrics.gradient_fidelity(plain, reference, f"_{step.model.compute_dtype}")
-        return _sparse(found)
+            found.append(metrics.gradient_fidelity(plain, reference, f"_{step.model.compute_dtype}"))
+        return _sparse(metrics.joined(found))
 
     interval = step.options.shadow_interval
     if interval == 1:
@@ -740,60 +755,80 @@ def shadow_metrics(step: Step, params, batch: Batch, grads) -> dict:
     return jax.lax.cond(batch.number % interval == 0, measure, lambda: nothing)
 
 
-def alert_columns(outcome: Outcome, nonfinite_loss) -> dict:
-    """{`alert/kind[/layer]`: value where the condition begins at this step, else 0} (see stability)."""
-    health, counts, watched = outcome.health, outcome.counts, outcome.watched
+def alert_columns(outcome: Outcome) -> list[metrics.Columns]:
+    """Columns `alert/kind[/layer]`: a value where the condition begins at this step, else 0 (see stability)."""
+    found, health, _, counts, _, watched = outcome
     layers, begins = health.layers, watched.begins
-    columns = {
-        "alert/nonfinite_loss": nonfinite_loss,
+    of_run = {
+        "alert/nonfinite_loss": jnp.float32(~jnp.isfinite(found.loss)),
         "alert/nonfinite_grad_norm": watched.norm_overflow,
         "alert/loss_spike": begins["loss_spike"],
         "alert/divergence": begins["divergence"],
     }
-    for kind, values, names in (
-        ("nonfinite_grads", health.nonfinite_grads_S, layers),
-        ("nonfinite_params", counts.nonfinite_params_S, layers),
-        ("nonfinite_moments", counts.nonfinite_moments_S, layers),
-        ("nonfinite_updates", counts.nonfinite_updates_S, layers),
-        ("dead_layer", begins["dead_layer"], list(health.stats.neuron_square_sum)),
-        ("update_stall", begins["update_stall"], layers),
-    ):
-        columns |= {f"alert/{kind}/{name}": values[i] for i, name in enumerate(names)}
-    return columns
+    of_layers = {
+        "nonfinite_grads": health.nonfinite_grads_S,
+        "nonfinite_params": counts.params.nonfinite,
+        "nonfinite_moments": counts.nonfinite_moments_S,
+        "nonfinite_updates": counts.nonfinite_updates_S,
+        "update_stall": begins["update_stall"],
+    }
+    return [
+        metrics.scalars(of_run),
+        metrics.over(layers, of_layers, _ALERT),
+        metrics.over(watched.neuron_layers, {"dead_layer": begins["dead_layer"]}, _ALERT),
+    ]
 
 
-def format_alert_columns(formats: Formats, after: AfterFormats, outcome: Outcome) -> dict:
+def format_alert_columns(formats: Formats, after: AfterFormats, outcome: Outcome) -> list[metrics.Columns]:
     """Alerts that only formats raise.
 
     They are: damaged histories, scales and residuals; clipping; stalls of stored weights; and the moves of their scales
     and of the emergency level.
     """
     options, begins = formats.options, outcome.watched.begins
-    columns = {
-        f"alert/{kind}/{name}": counts[i]
-        for kind, (names, counts) in outcome.health.faults.items()
-        for i, name in enumerate(names)
-    }
-    for kind, names in (("overflow", outcome.watched.overflow_names), ("bit_stall", options.stored)):
-        columns |= {f"alert/{kind}/{name}": begins[kind][i] for i, name in enumerate(names)}
-    for layer in options.stored:
-        key = quantization.key_of(layer)
-        moved = formats.state.rest_scale[key] != after.quant.rest_scale[key]
-        columns[f"alert/scale_moved/{layer}"] = jnp.where(moved, after.quant.rest_scale[key], 0.0)
+    columns = [metrics.over(names, {kind: counts}, _ALERT) for kind, (names, counts) in outcome.health.faults.items()]
+    columns += [
+        metrics.over(names, {kind: begins[kind]}, _ALERT)
+        for kind, names in (("overflow", outcome.watched.overflow_names), ("bit_stall", options.stored))
+        if names
+    ]
+    if options.stored:
+        of = _with_format(formats.groups)
+        before, now = (
+            quantization.in_layer_order(of, [state.rest_scale[group.key] for group in of])
+            for state in (formats.state, after.quant)
+        )
+        columns.append(metrics.over(options.stored, {"scale_moved": jnp.where(before != now, now, 0.0)}, _ALERT))
     if options.emergency_formats:
-        columns["alert/format_shift"] = jnp.where(after.rises, after.quant.level, 0).astype(jnp.float32)
+        columns.append(metrics.scalars({"alert/format_shift": jnp.where(after.rises, after.quant.level, 0)}))
     return columns
 
 
-def _weights(options: quantization.QuantOptions, tree) -> dict:
-    """{layer: its weights} of a tree like the parameters, layers whose weights have a format."""
-    return {layer: weights_of(tree, layer) for layer in options.weight_layers}
+def _with_format(groups) -> list[quantization.Group]:
+    """The groups whose weights have a format."""
+    return [group for group in groups if group.has[0]]
 
 
-def _sparse(columns: dict) -> dict:
-    return {SPARSE + name: value for name, value in columns.items()}
+def _by_layer(groups, tree: dict):
+    """{group: [n, ...]} as one array over these layers, in the order of QuantOptions.layers."""
+    return quantization.in_layer_order(groups, [tree[group.name] for group in groups])
 
 
-def _stack(trees):
-    """Trees of arrays of equal shapes as one tree with a leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
+def _weights(groups, tree) -> dict:
+    """{group: its weights [n, K, N]} of a stacked tree like the parameters, groups whose weights have a format."""
+    weights = {group.name: weights_of(tree, group.name) for group in _with_format(groups)}
+    return {name: w[None] if name == HEAD else w for name, w in weights.items()}
+
+
+def _with_weights(params, weights: dict):
+    """The stacked tree with something else for the weights of some groups, with leaves [n, ...]."""
+    one = {name: jax.tree.map(lambda leaf: leaf[0], w) if name == HEAD else w for name, w in weights.items()}
+    return with_weights(params, one)
+
+
+def _grids(step: Step, formats: Formats, state: quantization.QuantState, formats_Q3: FormatParams, weights: dict):
+    return quantization.weight_grids(step.model, formats.options, formats.groups, state, formats_Q3, weights)
+
+
+def _sparse(columns: metrics.Columns) -> metrics.Columns:
+    return metrics.Columns(tuple(SPARSE + name for name in columns.names), columns.values)
