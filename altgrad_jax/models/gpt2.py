@@ -274,7 +274,8 @@ def _through_blocks(config: GPTConfig, params, x_BLD, cache, position, dropout_k
 def _of_head(quantized: Quantized | None) -> Quantized | None:
     if quantized is None:
         return None
-    return Quantized(*({name: value for name, value in tree.items() if name == "head"} for tree in quantized))
+    operands, probes = ({name: tree[name] for name in tree if name == "head"} for tree in quantized)
+    return Quantized(operands, probes)  # pyright: ignore[reportArgumentType] (it takes both for one kind)
 
 
 class GPT(nn.Module):
