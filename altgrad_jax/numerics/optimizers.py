@@ -320,9 +320,10 @@ def _grid_update(
     for i, (direction, m, w, is_stack, grid) in enumerate(zip(*trees, leaves, strict=True)):
         if grid is not None:
             stream = i + _STREAMS * np.arange(len(w), dtype=np.uint32) if is_stack else i
-            of_tensor: Any = partial(_grid_direction, settings, (seed[0], seed[1]), lr)
-            of_tensor = jax.vmap(of_tensor) if is_stack else of_tensor
-            direction = of_tensor(stream, m / correction, w, grid)
+            words: Any = seed[0], seed[1]
+            of_tensor = partial(_grid_direction, settings, words, lr)
+            along = jax.vmap if is_stack else lambda function: function
+            direction = along(of_tensor)(stream, m / correction, w, grid)
         out.append(direction)
     return jax.tree.structure(params).unflatten(out), GridState(momentum, adamw_state)
 
