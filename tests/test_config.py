@@ -107,6 +107,7 @@ NEW = {
     "fsdp": 1,
     "checkpoint_seconds": 60.0,
     "loggers": ("wandb",),
+    "xla_options": (),
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -196,6 +197,11 @@ OUT_OF_RANGE = [
     ("scaling", "delayed, tensor, none"),
     ("loggers", ("wandb", "wandb")),
     ("loggers", ("mlflow",)),
+    ("xla_options", ("xla_gpu_autotune_level",)),
+    ("xla_options", ("xla_gpu_autotune_level=",)),
+    ("xla_options", ("--xla_gpu_autotune_level=0",)),
+    ("xla_options", ("xla_gpu_autotune_level=0 ",)),
+    ("xla_options", ("xla_gpu_autotune_level=1,2",)),
 ]
 
 
@@ -742,7 +748,7 @@ def test_difference_lists_fields_in_order_and_names_absent_ones():
 
 def test_a_record_of_version_1_is_one_with_the_defaults():
     assert settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 == set(NEW)
-    assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers"}
+    assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers", "xla_options"}
     new = to_dict(default_config())
     old = {name: value for name, value in new.items() if name not in NEW}
     assert from_dict(old).to_dict() == default_config().to_dict()

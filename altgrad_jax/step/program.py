@@ -18,6 +18,7 @@ Axes: B batch, L block_size, K steps of a dispatch, M metrics, E evaluation wind
 import contextlib
 import dataclasses
 import gc
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -319,6 +320,7 @@ class Program:
       n_train_tokens, n_val_windows: sizes of the data.
       width: None for a run by itself, else the number of lanes.
       member_loop: "map" or "vmap", how lanes are computed (over_members). devices: over which lanes are split.
+      xla_options: NAME=VALUE, for the compiler.
     """
 
     def __init__(
@@ -330,6 +332,7 @@ class Program:
         width: int | None = None,
         member_loop: str = "map",
         devices: Sequence[Device] = (),
+        xla_options: Sequence[str] = (),
     ):
         self.functions, self.width, self.member_loop = functions, width, member_loop
         self.members = None if width is None else over_members(functions, devices, member_loop)
@@ -338,6 +341,7 @@ class Program:
         self.shared = self.replicated if self.members is None else self.members.replicated
         self.column = {name: i for i, name in enumerate(functions.metric_names)}
         self._n_train_tokens, self._n_val_windows = n_train_tokens, n_val_windows
+        self._xla_options = tuple(xla_options)
 
     def lower(self) -> Iterator[jax.stages.Lowered]:
         """Yields the lowered programs run (first, because it takes longest to compile), evaluate and diagnose."""
@@ -365,15 +369,16 @@ class Program:
 
         While XLA compiles one program, which takes no interpreter lock, the next is traced beside it.
         """
+        step = self.functions.step
+        options = compiler_options(step, step.mesh.local_devices[0].platform, self._xla_options)
         threads = ThreadPoolExecutor(n_threads, thread_name_prefix="compile")
         try:
             with without_garbage_collection():
-                compiling = [threads.submit(lowered.compile) for lowered in self.lower()]
+                compiling = [threads.submit(compile_lowered, lowered, options) for lowered in self.lower()]
             self.compiled = tuple(program.result() for program in compiling)
         finally:
             # Not waited for: a signal must not wait for a compiler.
             threads.shutdown(wait=False, cancel_futures=True)
-        step = self.functions.step
         if step.quant is not None and step.quant.native:
             require_float8_kernels(self.compiled[0], step.mesh.local_devices[0], len(step.quant.layers))
 
@@ -431,6 +436,38 @@ def without_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def compiler_options(step: Step, platform: str, xla_options: Sequence[str] = ()) -> dict[str, bool | str]:
+    """What XLA is asked of a run's programs, beside its defaults.
+
+    Native products on a GPU are to be calls of cuBLASLt, all of them: else XLA makes kernels of its own where it finds
+    these faster, and who multiplies in a run, and how sums are made, depends on the machine.
+
+    Args:
+      platform: of the devices, as jax names it. xla_options: NAME=VALUE; these come last.
+    """
+    options: dict[str, bool | str] = {}
+    if platform == "gpu" and step.quant is not None and step.quant.native:
+        options["xla_gpu_enable_triton_gemm"] = False
+    for name, _, value in (item.partition("=") for item in xla_options):
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
+
+
+def compile_lowered(lowered: jax.stages.Lowered, options: dict[str, bool | str]) -> jax.stages.Compiled:
+    """The program, compiled with these options; UserError where XLA knows one of them or its value not."""
+    try:
+        return lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"No such compile option: '.*'|While setting option .*", str(error))
+        if found is None:
+            raise
+        raise UserError(
+            f"XLA refuses xla_options={','.join(f'{name}={value}' for name, value in options.items())} "
+            f"({found[0].rstrip('.')}): give options that this version of jaxlib has, with values of their type, or "
+            "leave them out"
+        ) from None
 
 
 def require_float8_kernels(compiled, device: Device, n_layers: int) -> None:
