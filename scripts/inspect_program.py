@@ -1,4 +1,4 @@
-"""What the compiled training step is made of on an NVIDIA GPU, which need not exist. Nothing is run (docs/gpu-program.md).
+"""What the training step is made of when it is compiled for an NVIDIA GPU that need not exist: docs/gpu-program.md.
 
   python scripts/inspect_program.py --config configs/bf16_baseline.py --target=h100
   python scripts/inspect_program.py --config configs/fp8.py:E4M3 --target=h200 --json=e4m3.json

@@ -119,7 +119,7 @@ def set_up_for(config: Config, devices: list[Device], *, n_train_tokens: int = T
 def compile_for(setup: Setup, program: str = "run") -> Compiled:
     """Compiles one of PROGRAMS for the devices of `setup`."""
     step = setup.functions.step
-    options = compiler_options(step, "gpu", setup.config.xla_options)
+    options = compiler_options(step.quant, "gpu", setup.config.xla_options)
     with assumed_cudnn():
         lowered = next(itertools.islice(setup.program().lower(), PROGRAMS.index(program), None))
     started = time.perf_counter()

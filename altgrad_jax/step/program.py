@@ -71,7 +71,9 @@ def run(step: Step, names, state: TrainState, data, n_steps, inputs: Inputs):
 
 def evaluate(model: GPTConfig, batch_size, mesh, operands_of, params, windows, *formats):
     """float32 mean loss over windows [E, L+1] in nats per token; see make_evaluate."""
-    layout = over_batch(mesh) if batch_size % mesh.size == 0 else replicated(mesh)
+    layout = replicated(mesh)
+    if batch_size % mesh.size == 0:
+        layout, model = over_batch(mesh), _split_over(model, mesh)
 
     def batch_loss(batch):
         return update.loss(model, params, constrain(batch, layout, mesh), None, quantized)[0]
@@ -88,6 +90,11 @@ class Observed(NamedTuple):
     magnitudes_Q3N: jax.Array  # int32, by whatif's bins
     scale_Q3: jax.Array  # float32, the smallest where an operand has several
     amax_Q3: jax.Array  # float32
+
+
+def _split_over(model: GPTConfig, mesh) -> GPTConfig:
+    """The model for batches that are split over all devices: each device holds its part of the logits alone."""
+    return dataclasses.replace(model, loss_tile_bytes=model.loss_tile_bytes * mesh.size)
 
 
 def diagnose(plain: GPTConfig, quant, mesh, params, windows, quant_state=None, table=None):
@@ -154,7 +161,8 @@ class StepFunctions(NamedTuple):
 def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, n_train_windows, eval_batch_size, seed):
     """Builds the compiled functions of a run; compiles nothing yet.
 
-    Args: those of Step, `model_config` without rules; and the seed for `StepFunctions.inputs`.
+    Args: those of Step, `model_config` without rules; and the seed for `StepFunctions.inputs`. The limit of the loss's
+    logits in `model_config` is that of one device.
     """
     step = Step(model_config, options, mesh, n_train_windows, eval_batch_size)
     inputs = Inputs(
@@ -169,9 +177,10 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings
     )
     names = _metric_names(step, abstract_state, inputs)
+    split = dataclasses.replace(step, plain=_split_over(step.plain, mesh))
     return StepFunctions(
         init=jax.jit(init, out_shardings=shardings),
-        run=jax.jit(partial(run, step, names), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+        run=jax.jit(partial(run, split, names), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
         evaluate=make_evaluate(step.model, eval_batch_size, mesh, partial(update.operands_at, step.quant)),
         diagnose=make_diagnose(step.plain, step.quant, mesh),
         abstract_state=abstract_state,
@@ -370,7 +379,7 @@ class Program:
         While XLA compiles one program, which takes no interpreter lock, the next is traced beside it.
         """
         step = self.functions.step
-        options = compiler_options(step, step.mesh.local_devices[0].platform, self._xla_options)
+        options = compiler_options(step.quant, step.mesh.local_devices[0].platform, self._xla_options)
         threads = ThreadPoolExecutor(n_threads, thread_name_prefix="compile")
         try:
             with without_garbage_collection():
@@ -438,17 +447,19 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def compiler_options(step: Step, platform: str, xla_options: Sequence[str] = ()) -> dict[str, bool | str]:
+def compiler_options(
+    quant: quantization.QuantOptions | None, platform: str, xla_options: Sequence[str] = ()
+) -> dict[str, bool | str]:
     """What XLA is asked of a run's programs, beside its defaults.
 
     Native products on a GPU are to be calls of cuBLASLt, all of them: else XLA makes kernels of its own where it finds
     these faster, and who multiplies in a run, and how sums are made, depends on the machine.
 
     Args:
-      platform: of the devices, as jax names it. xla_options: NAME=VALUE; these come last.
+      quant: the number formats. platform: of the devices, as jax names it. xla_options: NAME=VALUE; these come last.
     """
     options: dict[str, bool | str] = {}
-    if platform == "gpu" and step.quant is not None and step.quant.native:
+    if platform == "gpu" and quant is not None and quant.native:
         options["xla_gpu_enable_triton_gemm"] = False
     for name, _, value in (item.partition("=") for item in xla_options):
         options[name] = {"true": True, "false": False}.get(value.lower(), value)
