@@ -242,6 +242,7 @@ def test_out_of_range(name, value):
         {"schedule": "wsd", "decay_fraction": 1.0, "warmup_steps": 0},
         {"use_shadow": True},
         {"use_shadow": True, "shadow_interval": 50},
+        {"xla_options": ("xla_gpu_enable_triton_gemm=false", "xla_gpu_autotune_level=0")},
         {"rank_threshold": 1.0},
         {"rank_threshold": 0.0},
         {"diagnostic_interval": 1},
@@ -295,6 +296,16 @@ def test_the_spike_window_holds_as_many_losses_as_the_monitor_needs():
         ({"grad_accum_steps": 24}, ["batch_size=12", "grad_accum_steps=24"]),
         ({"eval_batch_size": 24}, ["eval_windows=128", "eval_batch_size=24"]),
         ({"eval_windows": 8}, ["eval_windows=8", "eval_batch_size=16"]),
+        ({"xla_options": ("xla_a=1", "xla_b=2", "xla_a=3")}, ["gives xla_a more than one value: give one"]),
+        (
+            {
+                "use_fp8": True,
+                "formats": ("E4M3", "block_*:G=E5M2"),
+                "products": "native",
+                "xla_options": ("xla_gpu_enable_triton_gemm=true",),
+            },
+            ["xla_gpu_enable_triton_gemm with products='native'", "leave it out, or set products='emulated'"],
+        ),
         ({"max_steps": 2**30}, ["max_steps=1073741824", "batch_size=12", "32 bits"]),
         ({"batch_size": 2**20, "block_size": 2**11}, ["batch_size=1048576", "block_size=2048"]),
         (

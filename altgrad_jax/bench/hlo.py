@@ -226,18 +226,19 @@ def _reached_by_calls(module: Module, name: str) -> Iterator[str]:
 class Executed(NamedTuple):
     """An instruction that runs on the device.
 
-    times: how often in one execution of the unit: trip counts of the loops around it, multiplied. known: whether all of
-    these are known; one that is not counts once. conditional: whether it lies in a branch, which may not be taken.
+    times: how often in one execution of the unit: the numbers of turns of the loops around it, multiplied; one that is
+    not known counts once. unknown: the nearest loop around it of which it is not known; empty where there is none.
+    conditional: whether it lies in a branch, which may not be taken.
     """
 
     instruction: Instruction
     computation: str
     times: int
-    known: bool
+    unknown: str
     conditional: bool
 
 
-def executed(module: Module, unit: str, times=1, known=True, conditional=False) -> Iterator[Executed]:
+def executed(module: Module, unit: str, times=1, unknown="", conditional=False) -> Iterator[Executed]:
     """What runs when the computation `unit` is executed once, in order, inner loops and branches opened."""
     for item in module.computations[unit]:
         if item.opcode in FREE:
@@ -247,8 +248,7 @@ def executed(module: Module, unit: str, times=1, known=True, conditional=False) 
             trips = item.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
             pattern = r"\b(?:condition|body)=%?([\w.\-]+)"
             for name in re.findall(pattern, item.attributes):
-                n = times * int(trips or 1)
-                yield from executed(module, name, n, known and trips is not None, conditional)
+                yield from executed(module, name, times * int(trips or 1), unknown if trips else item.name, conditional)
             continue
         if item.opcode == "conditional":
             listed = item.attribute(r"branch_computations=\{([^}]*)\}") or ""
@@ -257,6 +257,6 @@ def executed(module: Module, unit: str, times=1, known=True, conditional=False) 
         elif item.opcode == "call":
             inner = [item.called] if item.called else []
         for name in inner:
-            yield from executed(module, name, times, known, conditional or item.opcode == "conditional")
+            yield from executed(module, name, times, unknown, conditional or item.opcode == "conditional")
         if not inner:
-            yield Executed(item, unit, times, known, conditional)
+            yield Executed(item, unit, times, unknown, conditional)

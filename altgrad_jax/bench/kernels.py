@@ -87,7 +87,8 @@ class Collective(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What is executed once for each step. unknown_loops: loops without a known trip count, counted once."""
+    """What is executed once for each step. unknown_loops: how many loops have no known number of turns; they count
+    once."""
 
     kernels: tuple[Kernel, ...]
     collectives: tuple[Collective, ...]
@@ -99,8 +100,8 @@ def step_of(module: Module, unit: str, per_host: int = 8) -> Step:
     kernels, collectives, unknown = [], [], set()
     types: dict[str, Mapping[str, Instruction]] = {}
     for item in executed(module, unit):
-        if not item.known:
-            unknown.add(item.computation)
+        if item.unknown:
+            unknown.add(item.unknown)
         named = types.get(item.computation)
         if named is None:
             named = types[item.computation] = {i.name: i for i in module.computations[item.computation]}
