@@ -297,7 +297,7 @@ def _groups(attributes: str) -> list[list[int]]:
     """The groups of devices of a collective; none where the text names none.
 
     Written out, {{0,1},{2,3}}; as rows of a transposed array, [2,4]<=[4,2]T(1,0); or by axes of a mesh,
-    mesh['data'=8,'fsdp'=8] {'fsdp'}.
+    mesh['data'=8,'fsdp'=8] {'fsdp'}, or parts of them, {'data':(2)4}.
     """
     listed = re.search(r"replica_groups=\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", attributes)
     if listed:
@@ -310,11 +310,16 @@ def _groups(attributes: str) -> list[list[int]]:
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if mesh is None:
         return []
-    axes = [(name, int(size)) for name, size in re.findall(r"'?(\w+)'?=(\d+)", mesh[1])]
-    within = re.findall(r"\w+", mesh[2])
-    names, dims = [name for name, _ in axes], [size for _, size in axes]
-    order = [names.index(name) for name in (*(n for n in names if n not in within), *within)]
-    return _rows(dims, order, math.prod(dims[names.index(name)] for name in within))
+    # A part of an axis, 'data':(2)4, has 2 before it and size 4: every axis is taken as three, the middle one counts.
+    parts = {name: (1, int(size), 1) for name, size in re.findall(r"'?(\w+)'?=(\d+)", mesh[1])}
+    within = []
+    for name, before, size in re.findall(r"'?(\w+)'?(?::\((\d+)\)(\d+))?", mesh[2]):
+        if size:
+            parts[name] = (int(before), int(size), parts[name][1] // (int(before) * int(size)))
+        within.append(3 * list(parts).index(name) + 1)
+    dims = [size for part in parts.values() for size in part]
+    order = [axis for axis in range(len(dims)) if axis not in within] + within
+    return _rows(dims, order, math.prod(dims[axis] for axis in within))
 
 
 def _rows(dims: list[int], order: list[int], width: int) -> list[list[int]]:
