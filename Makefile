@@ -2,6 +2,7 @@
 # make test    sets everything up and passes the tests
 # make lint    style and types
 # make oracle  the tests against torch and transformers (large downloads)
+# make gpu-program  the tests of the programs that a GPU would run, compiled without one
 #
 # ARGS goes to the training script:  make train ARGS="--config.max_steps=300"
 
@@ -11,6 +12,7 @@ ARGS ?=
 # Two processes with whole files each; `make test PARALLEL=` runs them in one, for a debugger.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
+GPU_PROGRAM := $(VENV)-gpu-program
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # The extra of jax that fits the driver: its CUDA version is what nvidia-smi prints in its first lines.
@@ -22,16 +24,19 @@ ifneq ($(shell nvidia-smi -L 2>/dev/null),)
   CUDA_EXTRA := [cuda$(CUDA_MAJOR)]
 endif
 
-.PHONY: train test oracle lint clean
+.PHONY: train test oracle gpu-program lint clean
 
 train: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config configs/bf16_baseline.py $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not oracle" $(PARALLEL)
+	$(BIN)/python -m pytest -m "not oracle and not gpu_program" $(PARALLEL)
 
 oracle: $(VENV)/.oracle
 	$(BIN)/python -m pytest -m oracle
+
+gpu-program: $(GPU_PROGRAM)/.installed
+	$(GPU_PROGRAM)/bin/python -m pytest -m gpu_program tests/test_gpu_program.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "altgrad_jax needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11 ..." % v[:2])'
@@ -50,10 +55,20 @@ $(VENV)/.oracle: pyproject.toml | $(BIN)/python
 	$(INSTALL) "torch==2.13.0" -e ".[dev,oracle]"
 	touch $@
 
+# An environment of its own: wherever the plugin is installed, it writes to stderr when jax starts, and tests read that.
+# The compiler must be of jax's own version.
+$(GPU_PROGRAM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(GPU_PROGRAM)
+	$(GPU_PROGRAM)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	version=$$($(GPU_PROGRAM)/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))') && \
+	$(GPU_PROGRAM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    "jax-cuda12-plugin==$$version" "jax-cuda12-pjrt==$$version" -e ".[gpu-program]"
+	touch $@
+
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) $(GPU_PROGRAM) .cache build dist *.egg-info

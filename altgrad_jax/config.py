@@ -165,6 +165,11 @@ GROUPS_OF_METRICS = Text(
 )
 ITEM = Text(without=",")
 TAG = Text(longest=64, without=",")
+XLA_OPTION = Text(
+    without=",",
+    check=lambda text: re.fullmatch(r"xla_[a-z0-9_]+=[^\s=]+", text) is not None,
+    about="an option of XLA's compiler as NAME=VALUE, without blanks or commas, whose name begins with xla_",
+)
 FP8, SHADOW = ("use_fp8", (True,)), ("use_shadow", (True,))
 
 # The upper limits of sizes are not promises that such a model fits a device; beyond them a value is a slip.
@@ -320,6 +325,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("fsdp", 1, "devices that parameters and optimizer state are split over; must divide the visible "
               "devices, which all share the batch", low=1, high=2**16, resumable=True),
         Field("deterministic", False, "GPU: only operations that repeat to the bit (slower); a CPU always repeats"),
+        Field("xla_options", (), "options for XLA's compiler, each NAME=VALUE, such as "
+              "xla_gpu_command_buffer_scheduling_mode=CONCURRENT", text=XLA_OPTION),
     )),
 )
 # fmt: on
@@ -442,7 +449,13 @@ def show(value: Any) -> str:
 def _conflicts(values: Mapping[str, Any]) -> list[str]:
     """What is wrong between fields that are right by themselves."""
     c = ml_collections.FrozenConfigDict(values)
-    return [*_without_effect(c), *conflicts.of_sizes(c), *conflicts.of_schedule(c), *conflicts.of_formats(c)]
+    return [
+        *_without_effect(c),
+        *conflicts.of_sizes(c),
+        *conflicts.of_schedule(c),
+        *conflicts.of_formats(c),
+        *conflicts.of_xla_options(c),
+    ]
 
 
 def _matters(field: Field, values: Mapping[str, Any]) -> bool:
@@ -606,7 +619,7 @@ ADDED_IN_2 = frozenset(
 )
 # And those that records of version 1 and 2, and of version 1 to 3, lack.
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
-ADDED_IN_4 = frozenset({"loggers"})
+ADDED_IN_4 = frozenset({"loggers", "xla_options"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:

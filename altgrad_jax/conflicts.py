@@ -96,6 +96,18 @@ def of_schedule(c: Any) -> Iterator[str]:
         )
 
 
+def of_xla_options(c: Any) -> Iterator[str]:
+    """What is wrong between the options for the compiler, and between them and other settings."""
+    names = [option.partition("=")[0] for option in c.xla_options]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield f"xla_options={c.xla_options!r} gives {twice[0]} more than one value: give one"
+    if c.products == "native" and "xla_gpu_enable_triton_gemm" in names:
+        yield (
+            f"xla_options={c.xla_options!r} cannot choose xla_gpu_enable_triton_gemm with products='native', which "
+            "turns it off, so that all float8 products are the library's: leave it out, or set products='emulated'"
+        )
+
+
 def of_formats(c: Any) -> Iterator[str]:
     """What is wrong between the settings of number formats."""
     if not c.use_fp8:

@@ -107,6 +107,7 @@ NEW = {
     "fsdp": 1,
     "checkpoint_seconds": 60.0,
     "loggers": ("wandb",),
+    "xla_options": (),
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -196,6 +197,11 @@ OUT_OF_RANGE = [
     ("scaling", "delayed, tensor, none"),
     ("loggers", ("wandb", "wandb")),
     ("loggers", ("mlflow",)),
+    ("xla_options", ("xla_gpu_autotune_level",)),
+    ("xla_options", ("xla_gpu_autotune_level=",)),
+    ("xla_options", ("--xla_gpu_autotune_level=0",)),
+    ("xla_options", ("xla_gpu_autotune_level=0 ",)),
+    ("xla_options", ("xla_gpu_autotune_level=1,2",)),
 ]
 
 
@@ -236,6 +242,7 @@ def test_out_of_range(name, value):
         {"schedule": "wsd", "decay_fraction": 1.0, "warmup_steps": 0},
         {"use_shadow": True},
         {"use_shadow": True, "shadow_interval": 50},
+        {"xla_options": ("xla_gpu_enable_triton_gemm=false", "xla_gpu_autotune_level=0")},
         {"rank_threshold": 1.0},
         {"rank_threshold": 0.0},
         {"diagnostic_interval": 1},
@@ -289,6 +296,16 @@ def test_the_spike_window_holds_as_many_losses_as_the_monitor_needs():
         ({"grad_accum_steps": 24}, ["batch_size=12", "grad_accum_steps=24"]),
         ({"eval_batch_size": 24}, ["eval_windows=128", "eval_batch_size=24"]),
         ({"eval_windows": 8}, ["eval_windows=8", "eval_batch_size=16"]),
+        ({"xla_options": ("xla_a=1", "xla_b=2", "xla_a=3")}, ["gives xla_a more than one value: give one"]),
+        (
+            {
+                "use_fp8": True,
+                "formats": ("E4M3", "block_*:G=E5M2"),
+                "products": "native",
+                "xla_options": ("xla_gpu_enable_triton_gemm=true",),
+            },
+            ["xla_gpu_enable_triton_gemm with products='native'", "leave it out, or set products='emulated'"],
+        ),
         ({"max_steps": 2**30}, ["max_steps=1073741824", "batch_size=12", "32 bits"]),
         ({"batch_size": 2**20, "block_size": 2**11}, ["batch_size=1048576", "block_size=2048"]),
         (
@@ -742,7 +759,7 @@ def test_difference_lists_fields_in_order_and_names_absent_ones():
 
 def test_a_record_of_version_1_is_one_with_the_defaults():
     assert settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 == set(NEW)
-    assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers"}
+    assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers", "xla_options"}
     new = to_dict(default_config())
     old = {name: value for name, value in new.items() if name not in NEW}
     assert from_dict(old).to_dict() == default_config().to_dict()

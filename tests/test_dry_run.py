@@ -2,7 +2,9 @@
 
 import re
 import subprocess
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from test_training import command, make_data, tiny
@@ -11,6 +13,7 @@ from altgrad_jax import train
 from altgrad_jax.errors import UserError
 from altgrad_jax.run import setup
 from altgrad_jax.run.dry_run import dry_run
+from altgrad_jax.step import program
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,39 @@ def test_it_says_where_a_run_would_go_on_and_touches_nothing(data_dir, tmp_path,
     text = said()
     assert "checkpoint 20 is damaged" in text and "next: resume at step 10 of 40" in text
     assert tree_of(run_dir) == before
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("xla_no_such=1", "No such compile option: 'xla_no_such'"),
+        ("xla_gpu_enable_triton_gemm=perhaps", "'perhaps' is not a valid bool value"),
+    ],
+)
+def test_an_option_that_the_compiler_does_not_know_is_one_sentence(data_dir, tmp_path, option, words):
+    with pytest.raises(UserError) as caught:
+        dry_run(tiny(xla_options=(option,)), data_dir=data_dir, workdir=tmp_path / "x")
+    said = str(caught.value)
+    assert said.startswith(f"XLA refuses xla_options={option} (") and words in said and "\n" not in said
+
+
+def test_an_option_that_the_compiler_knows_is_taken(data_dir, tmp_path, monkeypatch):
+    taken = []
+    compile_lowered = program.compile_lowered
+    monkeypatch.setattr(program, "compile_lowered", lambda *given: taken.append(given[1]) or compile_lowered(*given))
+    options = ("xla_gpu_enable_triton_gemm=false", "xla_gpu_command_buffer_scheduling_mode=CONCURRENT")
+    dry_run(tiny(xla_options=options), data_dir=data_dir, workdir=tmp_path / "x")
+    wanted = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+    assert taken == [wanted] * 3
+
+
+def test_a_device_that_is_only_compiled_for_tells_nothing_of_its_memory():
+    def memory_stats():
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: MemoryStats is only supported for addressable devices.")
+
+    assert setup._memory_limit(SimpleNamespace(memory_stats=memory_stats)) == 2**33
+    assert setup._memory_limit(SimpleNamespace(memory_stats=lambda: None)) == 2**33
+    assert setup._memory_limit(SimpleNamespace(memory_stats=lambda: {"bytes_limit": 5})) == 5
 
 
 def test_the_script_takes_the_bare_flag(data_dir, tmp_path):

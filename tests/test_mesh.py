@@ -128,6 +128,33 @@ def on_eight_devices():
     print(json.dumps(out))
 
 
+def loops_on_eight_devices():
+    """Prints how many loops the lowered step has on 1 and on 8 devices, where the logits of a batch are 8 times what
+    one device may hold at once, and where they are not cut."""
+    batch_bytes, found = 16 * MODEL["block_size"] * MODEL["vocab_size"] * 4, []
+    for n_devices, tile_bytes in (
+        (1, batch_bytes // 8),
+        (8, batch_bytes // 8),
+        (8, batch_bytes // 16),
+        (8, batch_bytes),
+    ):
+        functions = make_step_functions(
+            GPTConfig(**MODEL, loss_tile_bytes=tile_bytes),
+            StepOptions(16, N_STEPS, 1e-2, 100, 5, THRESHOLDS, metric_groups=(), data_on_device=False),
+            data_mesh(jax.devices()[:n_devices]),
+            n_train_windows=200,
+            eval_batch_size=16,
+            seed=3,
+        )
+        batches = jax.ShapeDtypeStruct((N_STEPS, 16, MODEL["block_size"] + 1), np.uint16)
+        windows = jax.ShapeDtypeStruct((16, MODEL["block_size"] + 1), np.uint16)
+        state = functions.abstract_state
+        lowered = functions.run.lower(state, batches, np.int32(1), functions.inputs)
+        evaluation = functions.evaluate.lower(state.params, windows, None)
+        found.append([text.as_text().count("stablehlo.while") for text in (lowered, evaluation)])
+    print(json.dumps(found))
+
+
 def environment(n_devices=1, **more):
     # Compiled with less effort, for compiling is what these tests spend their time with.
     flags = f"--xla_force_host_platform_device_count={n_devices} --xla_backend_optimization_level=0"
@@ -136,8 +163,13 @@ def environment(n_devices=1, **more):
 
 @pytest.fixture(scope="module")
 def trained():
+    return printed_by("on_eight_devices")
+
+
+def printed_by(function):
+    """What a function of this file prints last, in a process with eight devices."""
     process = subprocess.run(
-        [sys.executable, "-c", "import test_mesh; test_mesh.on_eight_devices()"],
+        [sys.executable, "-c", f"import test_mesh; test_mesh.{function}()"],
         capture_output=True,
         text=True,
         timeout=600,
@@ -193,6 +225,12 @@ def test_a_step_gathers_the_parameters_once_and_no_moments(trained):
     assert gathered(trained["float32 8 1"]["program"]) == []
     for name in ("bfloat16 8 4", "E4M3 8 8"):
         assert gathered(trained[name]["program"]) == parameters
+
+
+def test_the_loss_is_cut_into_tiles_by_what_one_device_holds():
+    alone, of_eight, cut, whole = printed_by("loops_on_eight_devices")
+    assert of_eight == whole
+    assert [a - b for a, b in zip(alone, whole)] == [a - b for a, b in zip(cut, whole)] == [1, 1]
 
 
 # -------------------------------------------------------------------------------------------------- what is refused

@@ -31,7 +31,7 @@ from altgrad_jax.run import setup as run_setup
 from altgrad_jax.run.checkpoint import list_steps, load_arrays
 from altgrad_jax.run.folder import RunFolder
 from altgrad_jax.run.setup import open_data, set_up
-from altgrad_jax.step.program import Observed, require_float8_kernels
+from altgrad_jax.step.program import Observed, compiler_options, require_float8_kernels
 from altgrad_jax.step.quantization import QuantOptions
 
 LAYERS = ("block_0/attn_qkv", "block_0/attn_out", "block_0/mlp_up", "block_0/mlp_down")
@@ -427,6 +427,18 @@ def test_native_products_that_the_compiler_did_not_make_are_refused(n_products, 
     else:
         with pytest.raises(UserError, match=r"needs 12 float8 products .* for card has 11: .*products='emulated'"):
             require_float8_kernels(compiled, device, 4)
+
+
+def test_native_products_on_a_gpu_are_the_librarys_and_options_come_last():
+    native, emulated = (SimpleNamespace(native=native) for native in (True, False))
+    library = {"xla_gpu_enable_triton_gemm": False}
+    assert compiler_options(native, "gpu") == library
+    for quant, platform in ((native, "cpu"), (emulated, "gpu"), (None, "gpu")):
+        assert compiler_options(quant, platform) == {}
+    given = ("xla_a=true", "xla_b=False", "xla_c=4", "xla_d=CONCURRENT")
+    read = {"xla_a": True, "xla_b": False, "xla_c": "4", "xla_d": "CONCURRENT"}
+    assert compiler_options(native, "gpu", given) == library | read
+    assert compiler_options(None, "cpu", given) == read
 
 
 # ------------------------------------------------------------------------------------------------------- afterwards

@@ -35,7 +35,7 @@ from altgrad_jax.run.writer import DispatchRecord, RunFacts, Writer
 from altgrad_jax.step import update
 from altgrad_jax.step.from_config import flops_per_step, model_config, step_options
 from altgrad_jax.step.mesh import data_mesh
-from altgrad_jax.step.program import make_step_functions, require_float8_kernels
+from altgrad_jax.step.program import compile_lowered, compiler_options, make_step_functions, require_float8_kernels
 
 N_WINDOWS = 399  # of random tokens: their values do not matter to the time, the data file's size hardly
 
@@ -164,7 +164,7 @@ class Step:
 
     def __init__(self, bench, config, buffer_steps, bare):
         self.bench, self.config, self.bare, self.buffer_steps = bench, config, bare, buffer_steps
-        own, native_layers = device(), 0
+        own, quant = device(), None
         if bare:
             init, run = bare_run(config, own)
             abstract, arguments = jax.eval_shape(init, config.seed), ()
@@ -184,8 +184,7 @@ class Step:
                 config.seed, *(() if functions.inputs.formats is None else (functions.inputs.formats,))
             )
             self.names = functions.metric_names
-            if options.quant is not None and options.quant.native:
-                native_layers = len(options.quant.layers)
+            quant = options.quant
         self._arguments = arguments
         self._key = (
             bare,
@@ -196,14 +195,14 @@ class Step:
         tokens_T = bench.tokens(config)
         started = time.perf_counter()
         lowered = run.lower(abstract, tokens_T, np.int32(1), *arguments)
-        self.compiled = lowered.compile()
+        self.compiled = compile_lowered(lowered, compiler_options(quant, own.platform, config.xla_options))
         self.facts = {
             "compile_s": time.perf_counter() - started,
             "n_metrics": len(self.names),
             **roofline.program_facts(lowered, self.compiled),
         }
-        if native_layers:
-            require_float8_kernels(self.compiled, own, native_layers)
+        if quant is not None and quant.native:
+            require_float8_kernels(self.compiled, own, len(quant.layers))
 
     def prepare(self):
         """Makes the state, unless there is one; Unavailable if the memory is too small for it and the program."""

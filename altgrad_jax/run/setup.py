@@ -116,6 +116,7 @@ class Setup:
             width=width,
             member_loop=member_loop,
             devices=self.devices,
+            xla_options=self.config.xla_options,
         )
 
 
@@ -180,7 +181,7 @@ def usable_devices(config: Config, devices: list[Device], say: Callable[[str], N
 
 def _lies_on_device(config: Config, n_tokens: int, device: Device) -> bool:
     # Positions are 32-bit, and the tokens may take a quarter of the memory.
-    limit = (device.memory_stats() or {}).get("bytes_limit", 2**33)
+    limit = _memory_limit(device)
     fits = all(processes.gather(n_tokens < 2**31 and 2 * n_tokens <= limit // 4))
     if config.data_placement == "device" and not fits:
         raise UserError(
@@ -188,6 +189,15 @@ def _lies_on_device(config: Config, n_tokens: int, device: Device) -> bool:
             "data_placement to auto or host"
         )
     return fits if config.data_placement == "auto" else config.data_placement == "device"
+
+
+def _memory_limit(device: Device) -> int:
+    """Bytes of the device's memory; 8 GiB where it does not tell: a CPU, or one that is only compiled for."""
+    try:
+        stats = device.memory_stats()
+    except jax.errors.JaxRuntimeError:
+        stats = None
+    return (stats or {}).get("bytes_limit", 2**33)
 
 
 def certify(quant: QuantOptions | None) -> dict[str, dict]:

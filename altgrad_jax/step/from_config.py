@@ -72,7 +72,7 @@ def has_cudnn_attention(device: Device, *, head_width: int, compute_dtype: str) 
     multiples of 8."""
     return (
         device.platform == "gpu"
-        and "cuda" in device.client.platform_version.lower()
+        and any(name in device.client.platform_version.lower() for name in ("cuda", "nvidia"))
         and float(getattr(device, "compute_capability", 0)) >= 8.0
         and compute_dtype == "bfloat16"
         and head_width % 8 == 0

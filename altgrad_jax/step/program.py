@@ -18,6 +18,7 @@ Axes: B batch, L block_size, K steps of a dispatch, M metrics, E evaluation wind
 import contextlib
 import dataclasses
 import gc
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -69,7 +70,9 @@ def run(step: Step, names, state: TrainState, data, n_steps, inputs: Inputs):
 
 def evaluate(model: GPTConfig, batch_size, mesh, operands_of, params, windows, *formats):
     """float32 mean loss over windows [E, L+1] in nats per token; see make_evaluate."""
-    layout = over_batch(mesh) if batch_size % mesh.size == 0 else replicated(mesh)
+    layout = replicated(mesh)
+    if batch_size % mesh.size == 0:
+        layout, model = over_batch(mesh), _split_over(model, mesh)
 
     def batch_loss(batch):
         return update.loss(model, params, constrain(batch, layout, mesh), None, quantized)[0]
@@ -86,6 +89,11 @@ class Observed(NamedTuple):
     magnitudes_Q3N: jax.Array  # int32, by whatif's bins
     scale_Q3: jax.Array  # float32, the smallest where an operand has several
     amax_Q3: jax.Array  # float32
+
+
+def _split_over(model: GPTConfig, mesh) -> GPTConfig:
+    """The model for batches that are split over all devices: each device holds its part of the logits alone."""
+    return dataclasses.replace(model, loss_tile_bytes=model.loss_tile_bytes * mesh.size)
 
 
 def diagnose(plain: GPTConfig, quant, mesh, params, windows, quant_state=None, table=None):
@@ -154,7 +162,8 @@ class StepFunctions(NamedTuple):
 def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, n_train_windows, eval_batch_size, seed):
     """Builds the compiled functions of a run; compiles nothing yet.
 
-    Args: those of Step, `model_config` without rules; and the seed for `StepFunctions.inputs`.
+    Args: those of Step, `model_config` without rules; and the seed for `StepFunctions.inputs`. The limit of the loss's
+    logits in `model_config` is that of one device.
     """
     plain = quantization.layout(model_config, options.quant)
     step = Step(plain, options, mesh, n_train_windows, eval_batch_size)
@@ -170,9 +179,10 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings
     )
     names = _metric_names(step, abstract_state, inputs)
+    split = dataclasses.replace(step, plain=_split_over(step.plain, mesh))
     return StepFunctions(
         init=jax.jit(init, out_shardings=shardings),
-        run=jax.jit(partial(run, step, names), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+        run=jax.jit(partial(run, split, names), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
         evaluate=make_evaluate(step.model, eval_batch_size, mesh, partial(update.operands_at, step.plain, step.quant)),
         diagnose=make_diagnose(step.plain, step.quant, mesh),
         abstract_state=abstract_state,
@@ -325,6 +335,7 @@ class Program:
       n_train_tokens, n_val_windows: sizes of the data.
       width: None for a run by itself, else the number of lanes.
       member_loop: "map" or "vmap", how lanes are computed (over_members). devices: over which lanes are split.
+      xla_options: NAME=VALUE, for the compiler.
     """
 
     def __init__(
@@ -336,6 +347,7 @@ class Program:
         width: int | None = None,
         member_loop: str = "map",
         devices: Sequence[Device] = (),
+        xla_options: Sequence[str] = (),
     ):
         self.functions, self.width, self.member_loop = functions, width, member_loop
         self.members = None if width is None else over_members(functions, devices, member_loop)
@@ -344,6 +356,7 @@ class Program:
         self.shared = self.replicated if self.members is None else self.members.replicated
         self.column = {name: i for i, name in enumerate(functions.metric_names)}
         self._n_train_tokens, self._n_val_windows = n_train_tokens, n_val_windows
+        self._xla_options = tuple(xla_options)
 
     def lower(self) -> Iterator[jax.stages.Lowered]:
         """Yields the lowered programs run (first, because it takes longest to compile), evaluate and diagnose."""
@@ -371,15 +384,16 @@ class Program:
 
         While XLA compiles one program, which takes no interpreter lock, the next is traced beside it.
         """
+        step = self.functions.step
+        options = compiler_options(step.quant, step.mesh.local_devices[0].platform, self._xla_options)
         threads = ThreadPoolExecutor(n_threads, thread_name_prefix="compile")
         try:
             with without_garbage_collection():
-                compiling = [threads.submit(lowered.compile) for lowered in self.lower()]
+                compiling = [threads.submit(compile_lowered, lowered, options) for lowered in self.lower()]
             self.compiled = tuple(program.result() for program in compiling)
         finally:
             # Not waited for: a signal must not wait for a compiler.
             threads.shutdown(wait=False, cancel_futures=True)
-        step = self.functions.step
         if step.quant is not None and step.quant.native:
             require_float8_kernels(self.compiled[0], step.mesh.local_devices[0], len(step.quant.layers))
 
@@ -437,6 +451,40 @@ def without_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def compiler_options(
+    quant: quantization.QuantOptions | None, platform: str, xla_options: Sequence[str] = ()
+) -> dict[str, bool | str]:
+    """What XLA is asked of a run's programs, beside its defaults.
+
+    Native products on a GPU are to be calls of cuBLASLt, all of them: else XLA makes kernels of its own where it finds
+    these faster, and who multiplies in a run, and how sums are made, depends on the machine.
+
+    Args:
+      quant: the number formats. platform: of the devices, as jax names it. xla_options: NAME=VALUE; these come last.
+    """
+    options: dict[str, bool | str] = {}
+    if platform == "gpu" and quant is not None and quant.native:
+        options["xla_gpu_enable_triton_gemm"] = False
+    for name, _, value in (item.partition("=") for item in xla_options):
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
+
+
+def compile_lowered(lowered: jax.stages.Lowered, options: dict[str, bool | str]) -> jax.stages.Compiled:
+    """The program, compiled with these options; UserError where XLA knows one of them or its value not."""
+    try:
+        return lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"No such compile option: '.*'|While setting option .*", str(error))
+        if found is None:
+            raise
+        raise UserError(
+            f"XLA refuses xla_options={','.join(f'{name}={value}' for name, value in options.items())} "
+            f"({found[0].rstrip('.')}): give options that this version of jaxlib has, with values of their type, or "
+            "leave them out"
+        ) from None
 
 
 def require_float8_kernels(compiled, device: Device, n_layers: int) -> None:

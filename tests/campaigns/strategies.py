@@ -71,7 +71,9 @@ def inside(field: Field) -> st.SearchStrategy:
     if field.kind is bool:
         return st.booleans()
     if field.kind is tuple:
-        return st.lists(st.sampled_from(field.choices or ("E4M3", "a-b", "ä")), unique=True).map(tuple)
+        options = ("xla_gpu_autotune_level=0", "xla_gpu_enable_latency_hiding_scheduler=true")
+        free = options if field.text is config.XLA_OPTION else ("E4M3", "a-b", "ä")
+        return st.lists(st.sampled_from(field.choices or free), unique=True).map(tuple)
     if field.per_operand:
         three = st.tuples(*[st.sampled_from(field.choices)] * 3).map(",".join)
         return st.sampled_from(field.choices) | three
