@@ -38,7 +38,8 @@ _SAME_NAME = (
 
 def model_config(config: Config, device: Device) -> GPTConfig:
     """The model that `config` describes, with the attention kernel for this device."""
-    tiles: dict[str, Any] = {} if device.platform == "cpu" else {"loss_tile_bytes": LOSS_TILE_BYTES_GPU}
+    # On a GPU a loop over the blocks would cost a launch and a wait of the host each time.
+    of_gpu: dict[str, Any] = {"loss_tile_bytes": LOSS_TILE_BYTES_GPU, "unroll": True}
     return GPTConfig(
         config.n_layer,
         config.n_head,
@@ -48,7 +49,7 @@ def model_config(config: Config, device: Device) -> GPTConfig:
         config.dropout,
         config.compute_dtype,
         attention_kernel(config, device),
-        **tiles,
+        **({} if device.platform == "cpu" else of_gpu),
     )
 
 
