@@ -47,16 +47,18 @@ COLUMNS = (
 )
 
 
-SCALES = """
-Scale formats hold block scales only: no sign, and E8M0 has no zero.
-
-| name | E | M | bias | smallest | largest | NaN |
-|---|---|---|---|---|---|---|
-"""
 NOTES = """
 *smallest*: the smallest positive number. *eps*: spacing from 1.0 upwards. *image*: first digits of the sha256 in the
 format's certificate, that is of its roundings (saturating) of all 65,536 bfloat16 numbers, or where M > 7 of its own
 numbers, their midpoints and the float32 numbers beside both; as little-endian float32 with one NaN.
+
+Scale formats hold block scales only: no sign, and E8M0 has no zero.
+
+| name | E | M | bias | smallest | largest | NaN |
+|---|---|---|---|---|---|---|
+| E8M0 | 8 | 0 | 127 | 2^-127 | 2^127 | 0xFF |
+| UE4M3 | 4 | 3 | 7 | 2^-9 | 448 | 0x7F |
+| UE5M3 | 5 | 3 | 15 | 2^-17 | 114688 | 0xFF |
 """
 
 
@@ -86,21 +88,9 @@ def table():
     return "".join(lines)
 
 
-def scale_table():
-    """The rows of the scale formats."""
-    lines = []
-    for fmt in formats.SCALE_FORMATS.values():
-        codes = 2 ** (fmt.exponent_bits + fmt.mantissa_bits)
-        values = formats.decode_scale(fmt, list(range(codes)))
-        cells = [fmt.name, fmt.exponent_bits, fmt.mantissa_bits, fmt.bias, number(min(v for v in values if v > 0))]
-        cells += [number(fmt.max_finite), f"0x{codes - 1:X}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |\n")
-    return "".join(lines)
-
-
 def page():
     """The text of docs/formats.md."""
-    return INTRO + COLUMNS + table() + NOTES + SCALES + scale_table()
+    return INTRO + COLUMNS + table() + NOTES
 
 
 def plot(path):
@@ -124,15 +114,11 @@ def plot(path):
         x = np.concatenate([[values[0] / 4, values[0] / 2], midpoints])
         right.plot(np.log2(x), np.concatenate([[1, 1], error]), color=colour, label=name)
     left.set_yticks(-np.arange(len(names)), names)
-    left.set_xlabel("log2 of the number")
-    left.set_title("Every positive number")
+    left.set(xlabel="log2 of the number", title="Every positive number", xlim=(-66, 67))
     right.set_yscale("log", base=2)
     right.set_ylim(2.0**-9, 1.3)
-    right.set_xlabel("log2 of |x|")
-    right.set_title("Largest relative error of rounding to nearest")
+    right.set(xlabel="log2 of |x|", title="Largest relative error of rounding to nearest", xlim=(-20, 20))
     right.legend(loc="lower left", fontsize=9)
-    left.set_xlim(-66, 67)
-    right.set_xlim(-20, 20)
     for axes in (left, right):
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=110, metadata={"Software": None})

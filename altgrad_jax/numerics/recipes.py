@@ -13,7 +13,7 @@ import difflib
 import fnmatch
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import formats
@@ -105,12 +105,12 @@ class Recipe:
     """
 
     name: str
-    fprop_x: SlotSpec = field(default_factory=SlotSpec)
-    fprop_w: SlotSpec = field(default_factory=SlotSpec)
-    dgrad_g: SlotSpec = field(default_factory=SlotSpec)
-    dgrad_w: SlotSpec = field(default_factory=SlotSpec)
-    wgrad_x: SlotSpec = field(default_factory=SlotSpec)
-    wgrad_g: SlotSpec = field(default_factory=SlotSpec)
+    fprop_x: SlotSpec = SlotSpec()
+    fprop_w: SlotSpec = SlotSpec()
+    dgrad_g: SlotSpec = SlotSpec()
+    dgrad_w: SlotSpec = SlotSpec()
+    wgrad_x: SlotSpec = SlotSpec()
+    wgrad_g: SlotSpec = SlotSpec()
     keep_high: tuple[str, ...] = ()
     source: str = ""
 
@@ -185,76 +185,103 @@ def _mx(element, rule="rceil", **more):
     return SlotSpec(element, "E8M0", "1x32", rule, **more)
 
 
-def _nv(block="1x16", **more):
+def _nv(block="1x16", element="E2M1", **more):
     """A slot of NVFP4: E2M1 elements, E4M3 scales of 16, one float32 scale of the tensor."""
-    return SlotSpec(**{"element": "E2M1", "scale": "UE4M3", "block": block, "rule": "two_level"} | more)
+    return SlotSpec(element, "UE4M3", block, "two_level", **more)
 
 
 def _float32(element, block="tensor", **more):
     return SlotSpec(element, "float32", block, "float32", **more)
 
 
-def _all_slots(name, spec, keep_high, source):
-    return Recipe(name, *[spec] * 6, keep_high=keep_high, source=source)
-
-
-def _per_tensor(name, keep_high, source, **more):
-    """E4M3 forward and E5M2 gradients, one float32 scale per tensor, one copy of each tensor for both its products."""
+def _tensors(**more):
+    """Slots with E4M3 forward and E5M2 gradients, a float32 scale per tensor, and one copy for both its products."""
     x, g = _float32("E4M3", **more), _float32("E5M2", **more)
-    again, g_again = replace(x, source="shared"), replace(g, source="shared")
-    return Recipe(name, x, x, g, again, again, g_again, keep_high, source)
+    again = replace(x, source="shared")
+    return x, x, g, again, again, replace(g, source="shared")
 
 
-def _tiles(name, make, source):
-    """DeepSeek-V3's tiles: 1x128 of activations and gradients, 128x128 of weights, E4M3 everywhere."""
-    x, w = make("1x128"), make("128x128")
-    return Recipe(name, x, w, x, w, x, x, ("head",), source)
+def _tiles(*scale_and_rule):
+    """DeepSeek-V3's slots: tiles of 1x128 of activations and gradients, of 128x128 of weights, E4M3 everywhere."""
+    scale, rule = scale_and_rule
+    x, w = SlotSpec("E4M3", scale, "1x128", rule), SlotSpec("E4M3", scale, "128x128", rule)
+    return x, w, x, w, x, x
 
 
 _NVFP4 = "arXiv 2509.25149 (NVIDIA, NVFP4 pretraining)"
 _MXFP8 = "arXiv 2506.08027 (MXFP8 pretraining recipes), Transformer Engine MXFP8BlockScaling"
-_EDEN = {"headroom": 1 / (17 / 16 * 0.93), "bound": 255.99, "correction": "ms_eden", "transform": "rht128_redrawn"}
-_STOCHASTIC = {"rounding": "stochastic"}
-_ROOM = {"rounding": "stochastic", "headroom": 16 / 17}  # stochastic rounding may go up by one step: nothing clips
-_TSENG = {"shrink": 4 / 3, "rounding": "stochastic", "transform": "rht64_redrawn"}
+_MX = "arXiv 2310.10537 (Microscaling), OCP MX 1.0"
+_BF16, _SR, _ROOM = SlotSpec(), "stochastic", 16 / 17  # with the headroom, rounding up by a step clips nothing
+_ROW, _MX8, _MX8_G = _float32("E4M3", "rowwise"), _mx("E4M3"), _mx("E5M2")
+_TSENG = _mx("E2M1", "floor", rounding=_SR, shrink=4 / 3, transform="rht64_redrawn")
+_FOUR_SIX = _nv(correction="four_six", bound=256.0)
+_EDEN = _nv(correction="ms_eden", headroom=1 / (17 / 16 * 0.93), bound=255.99, transform="rht128_redrawn")
+_TETRA = _nv(rounding=_SR, headroom=_ROOM, transform="rht16_redrawn")
+_U4 = _nv(element="E1M2", transform="rht16_fixed")
+_U4_G = replace(_U4, rounding=_SR)
+
+# Name: (fprop.x, fprop.w, dgrad.g, dgrad.w, wgrad.x, wgrad.g), what is kept in the compute dtype, source.
+_TABLE = {
+    "bf16": ((_BF16,) * 6, (), "the baseline: no operand is quantized"),
+    "te_delayed": (_tensors(amax="delayed"), ("head",), "arXiv 2209.05433, Transformer Engine DelayedScaling"),
+    "te_current": (
+        _tensors(),
+        ("head", "first 1", "last 1"),
+        "Transformer Engine Float8CurrentScaling, Megatron-Bridge",
+    ),
+    "rowwise": ((_ROW,) * 6, ("head",), "torchao float8 rowwise"),
+    "rowwise_gw_hp": ((_ROW, _ROW, _ROW, _ROW, _BF16, _BF16), ("head",), "torchao float8 rowwise_with_gw_hp"),
+    "deepseek_v3": (_tiles("float32", "float32"), ("head",), "arXiv 2412.19437, 3.3 (fine-grained quantization)"),
+    "deepseek_pow2": (_tiles("power_of_two", "rceil"), ("head",), "arXiv 2412.19437, scales of powers of two"),
+    "mxfp8": ((_MX8,) * 6, ("head",), _MXFP8),
+    "mxfp8_floor": ((_mx("E4M3", "floor"),) * 6, ("head",), "control: OCP MX 1.0, 6.3; 2506.08027 reports divergence"),
+    "mxfp8_e5m2g": ((_MX8, _MX8, _MX8_G, _MX8, _MX8, _MX8_G), ("head",), _MXFP8),
+    "mxfp6": ((_mx("E2M3", "floor"),) * 6, ("head",), _MX),
+    "mxfp4": ((_mx("E2M1", "floor"),) * 6, ("head",), _MX),
+    "mxfp4_tseng": ((_BF16, _BF16, _TSENG, _TSENG, _TSENG, _TSENG), ("head",), "arXiv 2502.20586, blocks of g = 64"),
+    "nvfp4": (
+        (
+            _nv(),
+            _nv("16x16"),
+            _nv(rounding=_SR),
+            _nv("16x16", source="shared"),
+            _nv(transform="rht16_fixed"),
+            _nv(transform="rht16_fixed", rounding=_SR),
+        ),
+        ("head", "last 15%"),
+        _NVFP4,
+    ),
+    "nvfp4_redrawn": (
+        (
+            _nv(),
+            _nv("16x16"),
+            _nv(rounding=_SR, headroom=_ROOM),
+            _nv("16x16", source="shared"),
+            _nv(transform="rht16_redrawn"),
+            _nv(transform="rht16_redrawn", rounding=_SR, headroom=_ROOM),
+        ),
+        ("head", "last 15%"),
+        f"control: {_NVFP4} with signs of every step and headroom",
+    ),
+    "tetrajet_v2": (
+        (_nv(), _nv(), _TETRA, replace(_TETRA, source="fprop"), replace(_TETRA, source="fprop"), _TETRA),
+        ("head",),
+        "arXiv 2510.27527 (TetraJet-v2)",
+    ),
+    "quartet_2": (
+        (_FOUR_SIX, _FOUR_SIX, _EDEN, replace(_EDEN, source="fprop"), replace(_EDEN, source="fprop"), _EDEN),
+        ("head",),
+        "Quartet II (IST-DASLab), 4/6 of arXiv 2512.02010",
+    ),
+    "fp4_all_the_way": ((_nv(), _nv(), *(_nv(rounding=_SR),) * 4), ("head",), "arXiv 2505.19115"),
+    "ufp4": ((_U4, _U4, _U4_G, _U4, _U4, _U4_G), ("head",), "arXiv 2606.20381 (uniform 4-bit)"),
+}
 
 
-def _tables() -> tuple[Recipe, ...]:
-    high, four_six = SlotSpec(), _nv(correction="four_six", bound=256.0)
-    mx_g, e4m3_row = _mx("E5M2"), _float32("E4M3", "rowwise")
-    tseng = _mx("E2M1", "floor", **_TSENG)
-    fixed, redrawn = {"transform": "rht16_fixed"}, {"transform": "rht16_redrawn"}
-    once, back = {"source": "shared"}, {"source": "fprop"}
-    u = {"element": "E1M2", "transform": "rht16_fixed"}
-    return (
-        Recipe("bf16", source="the baseline: no operand is quantized"),
-        _per_tensor("te_delayed", ("head",), "arXiv 2209.05433, Transformer Engine DelayedScaling", amax="delayed"),
-        _per_tensor("te_current", ("head", "first 1", "last 1"), "Transformer Engine Float8CurrentScaling"),
-        _all_slots("rowwise", e4m3_row, ("head",), "torchao float8 rowwise"),
-        Recipe("rowwise_gw_hp", *[e4m3_row] * 4, high, high, ("head",), "torchao float8 rowwise_with_gw_hp"),
-        _tiles("deepseek_v3", lambda b: _float32("E4M3", b), "arXiv 2412.19437, 3.3 (fine-grained quantization)"),
-        _tiles("deepseek_pow2", lambda b: SlotSpec("E4M3", "power_of_two", b), "arXiv 2412.19437, powers of two"),
-        _all_slots("mxfp8", _mx("E4M3"), ("head",), _MXFP8),
-        _all_slots("mxfp8_floor", _mx("E4M3", "floor"), ("head",), "control: OCP MX 1.0, 6.3; 2506.08027 reports loss"),
-        Recipe("mxfp8_e5m2g", *[_mx("E4M3")] * 2, mx_g, *[_mx("E4M3")] * 2, mx_g, ("head",), _MXFP8),
-        _all_slots("mxfp6", _mx("E2M3", "floor"), ("head",), "arXiv 2310.10537 (Microscaling), OCP MX 1.0"),
-        _all_slots("mxfp4", _mx("E2M1", "floor"), ("head",), "arXiv 2310.10537 (Microscaling), OCP MX 1.0"),
-        Recipe("mxfp4_tseng", high, high, *[tseng] * 4, ("head",), "arXiv 2502.20586, Algorithm 3, blocks of g = 64"),
-        Recipe("nvfp4", _nv(), _nv("16x16"), _nv(**_STOCHASTIC), _nv("16x16", **once), _nv(**fixed),
-               _nv(**fixed, **_STOCHASTIC), ("head", "last 15%"), _NVFP4),
-        Recipe("nvfp4_redrawn", _nv(), _nv("16x16"), _nv(**_ROOM), _nv("16x16", **once), _nv(**redrawn),
-               _nv(**redrawn, **_ROOM), ("head", "last 15%"), f"control: {_NVFP4}, signs of every step, headroom"),
-        Recipe("tetrajet_v2", _nv(), _nv(), _nv(**redrawn, **_ROOM), _nv(**redrawn, **_ROOM, **back),
-               _nv(**redrawn, **_ROOM, **back), _nv(**redrawn, **_ROOM), ("head",), "arXiv 2510.27527 (TetraJet-v2)"),
-        Recipe("quartet_2", four_six, four_six, _nv(**_EDEN), _nv(**_EDEN, **back), _nv(**_EDEN, **back), _nv(**_EDEN),
-               ("head",), "Quartet II (IST-DASLab), 4/6 of arXiv 2512.02010"),
-        Recipe("fp4_all_the_way", _nv(), _nv(), *[_nv(**_STOCHASTIC)] * 4, ("head",), "arXiv 2505.19115"),
-        Recipe("ufp4", _nv(**u), _nv(**u), _nv(**u, **_STOCHASTIC), _nv(**u), _nv(**u), _nv(**u, **_STOCHASTIC),
-               ("head",), "arXiv 2606.20381 (uniform 4-bit)"),
-    )  # fmt: skip
-
-
-RECIPES = {recipe.name: recipe for recipe in _tables()}
+RECIPES = {
+    name: Recipe(name, *slots, keep_high=keep_high, source=source)
+    for name, (slots, keep_high, source) in _TABLE.items()
+}
 
 
 def get_recipe(name: str) -> Recipe:

@@ -44,8 +44,8 @@ ORIGINAL, FPROP, SHARED = range(len(SOURCES))
 FORWARD, BACKWARD = (0, 1, 4), (2, 3, 5)
 
 
-def _slot_of(spec, seed):
-    """One Slot of NumPy leaves of a SlotSpec; a shared slot has the fields of the slot that it shares."""
+def slot_of(spec: recipes.SlotSpec, seed: Sequence[int] = (0, 0)) -> Slot:
+    """A SlotSpec as data: a Slot of NumPy leaves. `seed`, uint32 [2], is that of stochastic rounding."""
     grid = formats.get_scale_format(spec.scale).grid if spec.rule == "two_level" else None
     along, across = spec.sides
     return Slot(
@@ -70,12 +70,12 @@ def _slot_of(spec, seed):
     )
 
 
-def slots_of(recipe: recipes.Recipe, seed: tuple[int, int] = (0, 0)) -> Slot:
+def slots_of(recipe: recipes.Recipe, seed: Sequence[int] = (0, 0)) -> Slot:
     """A recipe as data: a Slot whose NumPy leaves have a leading axis [6], in the order of SLOTS.
 
     `seed`, two numbers of 32 bits, is that of all slots until `redraw` gives each its own.
     """
-    six = [_slot_of(spec, seed) for spec in recipe.slots]
+    six = [slot_of(spec, seed) for spec in recipe.slots]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *six)
 
 
@@ -215,9 +215,18 @@ def tiled_product(multiply, a: Quantized, axis_a: int, b: Quantized, axis_b: int
     return lax.scan(lambda y, tile: (y + one(*tile), None), jnp.zeros(start.shape, start.dtype), tiles)[0]
 
 
+def _stacked(*vectors):
+    """float32 [3, S], or None where the program computes no statistics."""
+    return jnp.stack(vectors) if all(v is not None for v in vectors) else None
+
+
 def _axes(w_is_NK):
     """The axis of w that fprop contracts, and that which dgrad does."""
     return (1, 0) if w_is_NK else (0, 1)
+
+
+def _weight_gradient_NK(g_MN, x_MK):
+    return weight_gradient(x_MK, g_MN, w_is_NK=True)
 
 
 def _dot(x_MK, w, slots, g_probe, features, w_is_NK, dtype):
@@ -231,9 +240,7 @@ def _forward(x_MK, w, slots, g_probe, features, w_is_NK, dtype):
     y_MN = tiled_product(partial(product, contract_a=1, contract_b=axis_K), x.quantized, 1, w_first.quantized, axis_K)
     # X is an intermediate: its second copy is made now, so that one in the compute dtype is kept and not a float32 one.
     x_again, x_statistics = _again(x_MK, x, slots, 4, 0, features, dtype)
-    statistics = None
-    if x_statistics is not None:
-        statistics = jnp.stack([x.statistics, w_first.statistics, x_statistics])
+    statistics = _stacked(x.statistics, w_first.statistics, x_statistics)
     # W is a parameter: the weight itself is kept, and its first copy where the second one is made of it or compared.
     needed = features[3].requantize or features[3].shared or features[3].statistics
     saved_w = w_first.quantized if needed else Quantized(jnp.zeros((), dtype), jnp.zeros((1, 1)))
@@ -251,11 +258,10 @@ def _backward(features, w_is_NK, dtype, saved, cotangents):
     g_again, g_statistics = _again(g_MN, g, slots, 5, 0, features, dtype)
     # The factors of g come first, as in products.quant_dot.
     if w_is_NK:
-        multiply = lambda g, x: weight_gradient(x, g, True)  # noqa: E731
-        dw = tiled_product(multiply, g_again, 0, x_again, 0)
+        dw = tiled_product(_weight_gradient_NK, g_again, 0, x_again, 0)
     else:
         dw = tiled_product(weight_gradient, x_again, 0, g_again, 0, columns_first=True)
-    probe = jnp.stack([g.statistics, again_statistics, g_statistics]) if probed else None
+    probe = _stacked(g.statistics, again_statistics, g_statistics) if probed else None
     return dx_MK, dw, None, probe
 
 
