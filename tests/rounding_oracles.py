@@ -14,6 +14,9 @@ from gfloat.types import Domain, FormatInfo
 from altgrad_jax.numerics import formats
 
 DTYPES = {
+    "E2M1": ml_dtypes.float4_e2m1fn,
+    "E2M3": ml_dtypes.float6_e2m3fn,
+    "E3M2": ml_dtypes.float6_e3m2fn,
     "E3M4": ml_dtypes.float8_e3m4,
     "E4M3": ml_dtypes.float8_e4m3fn,
     "E4M3_IEEE": ml_dtypes.float8_e4m3,
@@ -28,7 +31,9 @@ def cast(fmt, x, saturate):
     with np.errstate(over="ignore", invalid="ignore"):
         if saturate:
             x = np.clip(x, np.float32(-fmt.max), np.float32(fmt.max))
-        return x.astype(DTYPES[fmt.name]).astype(np.float32)
+        q = x.astype(DTYPES[fmt.name]).astype(np.float32)
+    # A dtype without NaN makes some number of it, where ours stays NaN.
+    return q if fmt.has_nan else np.where(np.isnan(x), x, q)
 
 
 def gfloat_info(fmt):

@@ -121,7 +121,7 @@ def test_no_two_runs_share_a_folder():
     [
         ("fp8.py", ["needs an argument", "configs/fp8.py:ARGUMENT"]),
         ("fp8.py:", ["no number format ''", "E4M3"]),
-        ("fp8.py:e4m3", ["no number format 'e4m3': give one of E4M3"]),
+        ("fp8.py:e4m_3", ["no number format 'e4m_3': give one of E4M3"]),
         ("fp8.py:E4M3,adam", ["configs/fp8.py:E4M3,adam asks for 'adam'", *OPTIMIZERS, *AT_REST]),
         ("fp8.py:E4M3,", ["asks for ''"]),
         ("fp8.py:E4M3,grid,ulp_adamw", ["configs/fp8.py:E4M3,grid,ulp_adamw gives optimizer twice"]),

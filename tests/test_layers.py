@@ -40,6 +40,7 @@ WITHOUT_JAX = {
     "config",
     "cli",
     "numerics.formats",
+    "numerics.recipes",
     "numerics.rules",
     "numerics.scales",
     "numerics.whatif",

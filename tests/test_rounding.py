@@ -160,14 +160,14 @@ def test_random_bits_follow_the_seed_and_spread_evenly():
     shape = (64, 512)
 
     def bits(*seed):
-        return np.asarray(rounding._random_bits(shape, stochastic_seed(*seed)))
+        return np.asarray(rounding.random_bits(shape, stochastic_seed(*seed)))
 
     base = bits(1, 2, 3)
     np.testing.assert_array_equal(base, bits(1, 2, 3))
-    np.testing.assert_array_equal(base.ravel(), rounding._random_bits((64 * 512,), stochastic_seed(1, 2, 3)))
+    np.testing.assert_array_equal(base.ravel(), rounding.random_bits((64 * 512,), stochastic_seed(1, 2, 3)))
     for other in (bits(2, 2, 3), bits(1, 3, 3), bits(1, 2, 4), bits(2, 1, 3)):
         assert np.mean(other == base) < 1e-3
-    neighbouring = [np.asarray(rounding._random_bits((1000,), np.uint32(seed))) for seed in ([5, 1], [6, 2])]
+    neighbouring = [np.asarray(rounding.random_bits((1000,), np.uint32(seed))) for seed in ([5, 1], [6, 2])]
     assert not np.any(neighbouring[0][1:] == neighbouring[1][:-1])  # no shifted copy, which would correlate steps
     ones = np.mean((base.ravel()[:, None] >> np.arange(32, dtype=np.uint32)) & 1, axis=0)
     assert np.max(np.abs(ones - 0.5)) < 5 * 0.5 / np.sqrt(base.size)

@@ -18,8 +18,13 @@ saturating mode of the OCP specification). Without saturation it becomes infinit
 formats that have neither cannot be used so. NaN stays NaN: a format without a NaN code keeps it in its float32 image,
 where a run must be able to see it, and has no code for it.
 
-Sources: Micikevicius et al. 2022, and OCP 8-bit Floating Point Specification 1.0, for E4M3 and E5M2; IEEE 754-2019 for
-the IEEE-like splits; the interim report of IEEE P3109 for its 8-bit family, as read by the library gfloat.
+A *scale format* holds block scales and nothing else: no sign, and E8M0 no zero either. It is no element format.
+
+Names ignore case, and the field's other names are aliases. A user's own format is registered by its facts.
+
+Sources: Micikevicius et al. 2022, and OCP 8-bit Floating Point Specification 1.0, for E4M3 and E5M2; OCP Microscaling
+Formats 1.0 for E2M1, E2M3, E3M2 and E8M0; IEEE 754-2019 for the IEEE-like splits; the interim report of IEEE P3109 for
+its 8-bit family, as read by the library gfloat.
 """
 
 import dataclasses
@@ -164,6 +169,15 @@ def _value_of(code, mantissa_bits, bias):
     return np.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias))
 
 
+def _integer(bits: int) -> FloatFormat:
+    """The whole numbers of -(2^(bits-1) - 1) to 2^(bits-1) - 1: symmetric, without the lone -2^(bits-1).
+
+    Its codes are those of E1M(bits-2), whose numbers are all a multiple of one step; here that step is 1.
+    """
+    mantissa_bits = bits - 2
+    return FloatFormat(f"INT{bits}", 1, mantissa_bits, 1 - mantissa_bits, 2.0 ** (bits - 1) - 1, has_inf=False)
+
+
 _DEFAULTS = (
     _finite("E0M7", 0, 7),
     _finite("E1M6", 1, 6),
@@ -179,6 +193,12 @@ FORMATS = {
     fmt.name: fmt
     for fmt in (
         *_DEFAULTS,
+        _finite("E2M1", 2, 1),
+        _finite("E1M2", 1, 2),
+        _integer(4),
+        _finite("E2M3", 2, 3),
+        _finite("E3M2", 3, 2),
+        _integer(8),
         _ieee("E4M3_IEEE", 4, 3),
         *(_finite(f"E{e}M{7 - e}_FINITE", e, 7 - e) for e in range(8)),
         *(_p3109(precision) for precision in range(1, 9)),
@@ -189,22 +209,148 @@ FORMATS = {
         _finite("E0M15", 0, 15),
     )
 }
-ALIASES = {"E8M7": "BF16", "E5M10": "FP16"}
+ALIASES = {
+    "E8M7": "BF16",
+    "bfloat16": "BF16",
+    "E5M10": "FP16",
+    "float16": "FP16",
+    "FP4": "E2M1",
+    "float4_e2m1fn": "E2M1",
+    "FP6": "E2M3",
+    "float6_e2m3fn": "E2M3",
+    "float6_e3m2fn": "E3M2",
+    "float8_e4m3fn": "E4M3",
+    "float8_e5m2": "E5M2",
+    "float8_e4m3": "E4M3_IEEE",
+    "float8_e3m4": "E3M4",
+}
+_REGISTERED: dict[str, FloatFormat] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleFormat:
+    """A format of block scales: unsigned, its code of all ones NaN. Fields as in FloatFormat.
+
+    grid: the element format whose positive numbers are these, so that rounding onto it rounds a scale; None for E8M0,
+    which has only powers of two and no zero: code c is 2^(c - bias).
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    max_finite: float
+    grid: FloatFormat | None
+
+
+SCALE_FORMATS = {
+    fmt.name: fmt
+    for fmt in (
+        ScaleFormat("E8M0", 8, 0, 127, 2.0**127, grid=None),
+        ScaleFormat("UE4M3", 4, 3, 7, 448.0, grid=FORMATS["E4M3"]),
+        ScaleFormat("UE5M3", 5, 3, 15, 114688.0, grid=FloatFormat("UE5M3", 5, 3, 15, 114688.0, has_inf=False)),
+    )
+}
+SCALE_ALIASES = {"float8_e8m0fnu": "E8M0"}
 
 
 def get_format(name: str) -> FloatFormat:
-    """The format of this name; UserError with the names that exist, the nearest first."""
-    known = FORMATS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
-    if known:
-        return known
-    names = [*FORMATS, *ALIASES]
+    """The element format of this name, in any case; UserError with the names that exist, the nearest first."""
+    known = {fmt.upper(): fmt for fmt in (*FORMATS, *_REGISTERED)}
+    known |= {alias.upper(): fmt for alias, fmt in ALIASES.items()}
     plain = str(name).upper().replace("-", "_")
-    foreign = re.match(r"(?:FLOAT8|FP8)_(E\d+M\d+)", plain)  # as torch and ml_dtypes say float8_e4m3fn
+    if isinstance(name, str) and name.upper() in known:
+        found = known[name.upper()]
+        return FORMATS.get(found) or _REGISTERED[found]
+    if plain in _scale_names():
+        raise UserError(f"{name!r} is a format of block scales, not of elements: give an element format such as E4M3")
+    names = [*FORMATS, *_REGISTERED, *ALIASES]
+    foreign = re.match(r"(?:FLOAT[468]|FP[468])_(E\d+M\d+)", plain)  # as torch and ml_dtypes spell float8_e4m3fn
     near = difflib.get_close_matches(plain, names, n=3, cutoff=0.5)
     if foreign and foreign[1] in names:
         near = [foreign[1]]
     listed = ", ".join([*near, *(other for other in names if other not in near)])
     raise UserError(f"there is no number format {str(name)[:40]!r}: give one of {listed}")
+
+
+def _scale_names():
+    """{name in capitals: name} of the scale formats and their aliases."""
+    own = {name: name for name in SCALE_FORMATS}
+    return {name.upper(): fmt for name, fmt in (own | SCALE_ALIASES).items()}
+
+
+def get_scale_format(name: str) -> ScaleFormat:
+    """The scale format of this name, in any case; UserError with the names that exist."""
+    found = _scale_names().get(str(name).upper())
+    if found is None:
+        raise UserError(f"there is no scale format {str(name)[:40]!r}: give one of {', '.join(SCALE_FORMATS)}")
+    return SCALE_FORMATS[found]
+
+
+def decode_scale(fmt: ScaleFormat, code) -> np.ndarray:
+    """float64 values of scale codes (whole numbers from 0 to 2^(E+M) - 1, of any shape); the last code is NaN."""
+    code, last = np.asarray(code), 2 ** (fmt.exponent_bits + fmt.mantissa_bits) - 1
+    if code.dtype.kind not in "iu" or code.size and not (0 <= code.min() and code.max() <= last):
+        raise UserError(f"codes of {fmt.name} are whole numbers from 0 to {last}")
+    code = code.astype(np.int64)
+    value = _value_of(code, fmt.mantissa_bits, fmt.bias) if fmt.grid else 2.0 ** (code - np.float64(fmt.bias))
+    return np.where(code == last, np.nan, value)
+
+
+def register_format(fmt: FloatFormat) -> FloatFormat:
+    """Makes a format of one's own known to `get_format`, for this process, and returns it.
+
+    Registering the same facts again changes nothing. UserError, one sentence, for facts that make no format, and for a
+    name that already stands for other facts.
+    """
+    _check_facts(fmt)
+    taken = {
+        name.upper(): (FORMATS | _REGISTERED)[ALIASES.get(name, name)] for name in (*FORMATS, *_REGISTERED, *ALIASES)
+    }
+    if fmt.name.upper() in _scale_names() or taken.get(fmt.name.upper(), fmt) != fmt:
+        raise UserError(f"the name {fmt.name} already stands for another format: give yours a name of its own")
+    if fmt.name not in FORMATS:
+        _REGISTERED[fmt.name] = fmt
+    return fmt
+
+
+def facts(fmt: FloatFormat) -> dict:
+    """What a format is, as plain values that JSON holds; `from_facts` makes the format of them again."""
+    return dataclasses.asdict(fmt)
+
+
+def from_facts(facts: dict) -> FloatFormat:
+    """The format of these facts; UserError for missing or unknown keys, and for facts that make no format."""
+    expected = [field.name for field in dataclasses.fields(FloatFormat)]
+    if sorted(facts) != sorted(expected):
+        raise UserError(f"a number format has the facts {', '.join(expected)}, not {', '.join(map(str, facts))}")
+    fmt = FloatFormat(**facts)
+    _check_facts(fmt)
+    return fmt
+
+
+def _check_facts(fmt):
+    """Raises UserError unless the facts are a format that rounding.py can round to."""
+    whole = all(type(value) is int for value in (fmt.exponent_bits, fmt.mantissa_bits, fmt.bias))
+    if not (isinstance(fmt.name, str) and re.fullmatch(r"[A-Za-z]\w{0,31}", fmt.name, re.ASCII)):
+        raise UserError(f"{str(fmt.name)[:40]!r} cannot name a format: begin with a letter, then letters, digits and _")
+    if not (whole and 0 <= fmt.exponent_bits <= 8 and 0 <= fmt.mantissa_bits <= 15 and 2 <= fmt.bits <= 16):
+        raise UserError(
+            f"{fmt.name} has {fmt.exponent_bits} exponent bits, {fmt.mantissa_bits} mantissa bits and the bias "
+            f"{fmt.bias}: give whole numbers, at most 8 exponent bits, and 2 to 16 bits with the sign"
+        )
+    if not (fmt.minexp == -126 or -126 + fmt.mantissa_bits <= fmt.minexp <= 127):
+        raise UserError(
+            f"{fmt.name} has the bias {fmt.bias}, and its smallest numbers are no normal numbers of float32: "
+            "give one that leaves the smallest at 2^-126 or above"
+        )
+    largest = fmt.max_finite
+    if not (isinstance(largest, (int, float)) and 0 < largest < 2.0**128 and largest in _values(fmt)[:-1]):
+        raise UserError(
+            f"{fmt.name} has max_finite={largest}, which is none of its numbers below 2^128: give the largest one"
+        )
+    if fmt.has_inf and fmt.max_code == fmt.n_magnitudes - 1:
+        raise UserError(f"{fmt.name} has no code left for infinity beyond {largest}: set has_inf=False")
 
 
 @functools.cache

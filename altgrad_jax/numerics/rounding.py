@@ -119,7 +119,7 @@ def round_to_format(x, params: FormatParams, *, seed=None) -> jax.Array:
         steps = lax.round(_float(size) * _power_of_two(-step_exponent), lax.RoundingMethod.TO_NEAREST_EVEN)
         subnormal = steps * _power_of_two(step_exponent)
     else:
-        noise = _random_bits(x.shape, seed)
+        noise = random_bits(x.shape, seed)
 
         def highest(n_bits):
             return lax.shift_right_logical(noise, jnp.uint32(32) - n_bits.astype(jnp.uint32)).astype(jnp.int32)
@@ -211,7 +211,7 @@ def stochastic_seed(seed, step, stream) -> jax.Array:
     return jnp.stack([chain(jnp.uint32(0x243F6A88)), chain(jnp.uint32(0x85A308D3))])
 
 
-def _random_bits(shape, seed):
+def random_bits(shape, seed):
     """uint32 of this shape: a hash of the row-major index and two seed words.
 
     One word shifts the index. The other enters between the two rounds of mixing, so that streams whose first words

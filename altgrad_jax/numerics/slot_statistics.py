@@ -1,0 +1,150 @@
+"""What the quantization of a slot did, as one float32 vector per slot: counts, energies and block scales.
+
+The vectors of micro-batches, or of devices, combine field by field (`FIELDS`); `named` turns them into shares and
+ratios. A block counts once for each grain and row that it covers (numerics/blocks.py), so that shares are of elements
+where a tensor ends in short blocks. Slots in the compute dtype have no block scales.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+N_BINS = 16
+# A block's amax counts as clipped beyond the largest number by more than what rounding of its scale in float32 does.
+_TOLERANCE = np.float32(1 + 2.0**-20)
+FIELDS = {
+    "count": jnp.add,  # elements
+    "amax": jnp.maximum,  # largest magnitude, after the transform
+    "smallest_log2": jnp.minimum,  # log2 of the smallest decode scale that is not 0; infinity without blocks
+    "largest_log2": jnp.maximum,  # of the largest; -infinity without blocks
+    "blocks": jnp.add,  # decode scales, one for each grain and row
+    "zero_scale": jnp.add,  # those that are 0: every element of the block becomes 0
+    "clipped": jnp.add,  # those whose amax lies beyond the largest number
+    "log2_sum": jnp.add,  # sum of log2 of the decode scales that are positive
+    "log2_square": jnp.add,  # sum of its squares
+    "top_code": jnp.add,  # elements at the largest number
+    "flushed": jnp.add,  # elements that are not 0 and became 0
+    "signal": jnp.add,  # <x, x>
+    "overlap": jnp.add,  # <x, q>
+    "noise": jnp.add,  # |q - x|^2
+    "fourth": jnp.add,  # kurtosis times elements
+    "compared": jnp.add,  # <x, x> where the tensor has a first copy
+    "distance": jnp.add,  # |second copy - first copy|^2, both rotated back
+    **{f"bin_{i}": jnp.add for i in range(N_BINS)},  # scales from 2^-i to 2^-(i+1) of the tensor's largest one
+}
+_IDENTITY = {jnp.add: 0.0, jnp.maximum: -np.inf, jnp.minimum: np.inf}
+_NAMES = list(FIELDS)
+_COMPARED, _DISTANCE = _NAMES.index("compared"), _NAMES.index("distance")
+
+
+def empty() -> np.ndarray:
+    """float32 [S] that changes nothing when combined."""
+    return np.array([_IDENTITY[combine] for combine in FIELDS.values()], np.float32)
+
+
+def combine(a, b) -> jax.Array:
+    """Vectors [..., S] of two parts of a batch as that of both."""
+    return jnp.stack([of_both(a[..., i], b[..., i]) for i, of_both in enumerate(FIELDS.values())], axis=-1)
+
+
+def measure(grains, stored, axis: int, slot, encode, block, decode, row) -> jax.Array:
+    """float32 [S] of one operand.
+
+    Args:
+      grains: what was quantized, float32, its contracted axis split into grains at `axis`.
+      stored: the operand as it enters the product, of that shape.
+      slot: the traced slot.
+      encode, block, decode: float32 scales per grain and row: that which multiplies an element, that which is in the
+        operand, and that of the value.
+      row: float32 that broadcasts to them: what results are multiplied by.
+    """
+    quantized = jnp.where(slot.high, 0.0, 1.0)
+    size, stored = jnp.abs(grains), stored.astype(jnp.float32)
+    q = stored * jnp.expand_dims(jnp.where(slot.high, 1.0, row), axis + 1)
+    amax = jnp.max(size, axis + 1)
+    top = slot.format.max_finite * jnp.expand_dims(block, axis + 1)
+    clipped = amax * encode > slot.format.max_finite * _TOLERANCE
+    signal, largest = jnp.sum(jnp.square(grains)), jnp.max(amax)
+    normal = grains / jnp.where(largest > 0, largest, 1.0)  # the fourth power of a gradient may be no float32
+    square = jnp.square(normal)
+    positive = decode > 0
+    log2 = jnp.where(positive, jnp.log2(jnp.where(positive, decode, 1.0)), 0.0)
+    fields = {
+        "count": jnp.float32(grains.size),
+        "amax": largest,
+        "smallest_log2": jnp.min(jnp.where(positive & ~slot.high, log2, jnp.inf)),
+        "largest_log2": jnp.max(jnp.where(positive & ~slot.high, log2, -jnp.inf)),
+        "blocks": quantized * decode.size,
+        "zero_scale": quantized * _count(decode == 0),
+        "clipped": quantized * _count(clipped),
+        "log2_sum": quantized * jnp.sum(log2),
+        "log2_square": quantized * jnp.sum(jnp.square(log2)),
+        "top_code": quantized * _count((jnp.abs(stored) >= top) & (top > 0)),
+        "flushed": _count((stored == 0) & (grains != 0)),
+        "signal": signal,
+        "overlap": jnp.sum(grains * q),
+        "noise": jnp.sum(jnp.square(q - grains)),
+        "fourth": grains.size * jnp.float32(grains.size) * jnp.sum(jnp.square(square)) / jnp.square(jnp.sum(square)),
+        "compared": jnp.float32(0),
+        "distance": jnp.float32(0),
+    }
+    bins = quantized * _histogram(decode, positive)
+    return jnp.concatenate([jnp.stack([fields[name] for name in _NAMES[:-N_BINS]]), bins])
+
+
+def _count(flags):
+    """In float32, which is faster: XLA sums in blocks, so that no counter stops at 2^24."""
+    return jnp.sum(flags.astype(jnp.float32))
+
+
+def _histogram(decode, positive):
+    """float32 [N_BINS]: how many scales lie from 2^-i to 2^-(i+1) of the largest; the last holds all smaller ones."""
+    ratio = jnp.max(decode) / jnp.where(positive, decode, 1.0)
+    octave = (lax.bitcast_convert_type(ratio, jnp.int32) >> 23) - 127  # the floor of its log2, exactly
+    octave = jnp.clip(octave, 0, N_BINS - 1)
+    return jnp.stack([_count((octave == i) & positive) for i in range(N_BINS)])
+
+
+def with_distance(statistics_S, first, second) -> jax.Array:
+    """The vector of a tensor's second copy with its distance from the first; both float32, dequantized, not rotated."""
+    distance = jnp.sum(jnp.square(second - first))
+    return compared(statistics_S).at[_DISTANCE].set(distance)
+
+
+def compared(statistics_S) -> jax.Array:
+    """The vector of a first copy as that of a second one that is the same."""
+    return statistics_S.at[_COMPARED].set(statistics_S[_NAMES.index("signal")])
+
+
+def named(vector) -> dict[str, jax.Array]:
+    """{name: float32 [...]} from vectors [..., S]; `scale_histogram` is [..., 16].
+
+    `zero_scale`, `clipped`: shares of blocks whose scale is 0, and whose amax was clipped. `scale_log2_mean`,
+    `scale_log2_std`, `scale_log2_min`, `scale_log2_max`: of log2 of the decode scales. `scale_histogram`: share of the
+    scales from 2^-i to 2^-(i+1) of the tensor's largest one, the last bin everything below. `top_code`: share of
+    elements at the largest number. `underflow`: share of elements that were not 0 and became 0. `shrinkage`:
+    1 - <x, q> / <x, x>. `sqnr_db`: 10 log10(<x, x> / |q - x|^2), infinite where nothing was rounded. `amax`.
+    `copy_distance`: |second - first copy|^2 / <x, x>; NaN for a tensor's first copy. `kurtosis`: mean x^4 over the
+    square of mean x^2 (3 for Gaussian numbers; the mean over micro-batches, weighted by elements). NaN where nothing
+    counts: blocks of a slot that is not quantized, energies of zeros.
+    """
+    f = {name: vector[..., i] for i, name in enumerate(FIELDS)}
+    scaled = f["blocks"] - f["zero_scale"]
+    mean = f["log2_sum"] / scaled
+    return {
+        "zero_scale": f["zero_scale"] / f["blocks"],
+        "clipped": f["clipped"] / f["blocks"],
+        "scale_log2_mean": mean,
+        "scale_log2_std": jnp.sqrt(jnp.maximum(f["log2_square"] / scaled - jnp.square(mean), 0.0)),
+        "scale_log2_min": f["smallest_log2"],
+        "scale_log2_max": f["largest_log2"],
+        "scale_histogram": jnp.stack([f[f"bin_{i}"] for i in range(N_BINS)], -1) / scaled[..., None],
+        "top_code": f["top_code"] / jnp.where(f["blocks"] > 0, f["count"], 0.0),
+        "underflow": f["flushed"] / f["count"],
+        "shrinkage": 1 - f["overlap"] / f["signal"],
+        "sqnr_db": 10 * (jnp.log10(f["signal"]) - jnp.log10(f["noise"])),
+        "amax": f["amax"],
+        "copy_distance": f["distance"] / f["compared"],
+        "kurtosis": f["fourth"] / f["count"],
+    }

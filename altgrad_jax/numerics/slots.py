@@ -1,0 +1,320 @@
+"""The three products of a linear layer with six quantized slots, each of them data: one program serves every recipe.
+
+    Y[M,N] = X[M,K] W[K,N]      dX = G W^T      dW = X^T G      G = dY
+
+Each product quantizes its two operands for itself, along the axis that it contracts (`recipes.SLOTS`). A tensor's
+second copy is made of the original, of the dequantized forward copy, or is the first copy itself. With all second
+copies shared the layer is that of `products.quant_dot`, to the bit where all numbers are finite.
+
+A `Slot` is traced, and `Features` are static: the union of what the recipes of a program ask. Recipes of one union
+share one compiled program. Two programs of other unions may differ in the last bits of what surrounds a layer.
+
+Axes: M rows (batch and time flattened), K inputs, N outputs, T tiles of a contracted axis, R rows that are not
+contracted, S len(slot_statistics.FIELDS).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from altgrad_jax.errors import UserError
+from altgrad_jax.numerics import formats, hadamard, recipes, scales, slot_statistics
+from altgrad_jax.numerics.blocks import ACROSS, ALONG
+from altgrad_jax.numerics.products import product, weight_gradient
+from altgrad_jax.numerics.recipes import SLOTS, SOURCES
+from altgrad_jax.numerics.rounding import format_params, stochastic_seed
+from altgrad_jax.numerics.scales import FLOAT32
+from altgrad_jax.numerics.slot_quantization import (
+    Features,
+    Quantized,
+    Slot,
+    choose,
+    first_of,
+    in_tensor_basis,
+    quantize_slot,
+)
+
+ORIGINAL, FPROP, SHARED = range(len(SOURCES))
+# The slots whose statistics the forward pass returns, and those whose leave as the gradient of the probe, by row.
+FORWARD, BACKWARD = (0, 1, 4), (2, 3, 5)
+
+
+def slot_of(spec: recipes.SlotSpec, seed: Sequence[int] = (0, 0)) -> Slot:
+    """A SlotSpec as data: a Slot of NumPy leaves. `seed`, uint32 [2], is that of stochastic rounding."""
+    grid = formats.get_scale_format(spec.scale).grid if spec.rule == "two_level" else None
+    along, across = spec.sides
+    return Slot(
+        format=format_params(formats.get_format(spec.element)),
+        scale_format=format_params(grid or formats.FORMATS["E4M3"]),
+        rule=np.int32(scales.RULES.index(spec.rule)),
+        along=np.int32(ALONG.index(along)),
+        across=np.int32(ACROSS.index(across)),
+        target=np.float32(spec.target),
+        bound=np.float32(spec.bound),
+        shrink=np.float32(spec.shrink),
+        given=np.float32(0),
+        source=np.int32(SOURCES.index(spec.source)),
+        high=np.bool_(spec.high),
+        stochastic=np.bool_(spec.rounding == "stochastic"),
+        four_six=np.bool_(spec.correction == "four_six"),
+        eden=np.bool_(spec.correction == "ms_eden"),
+        rotation=np.int32(spec.rotation),
+        redrawn=np.bool_(spec.transform.endswith("redrawn")),
+        signs=hadamard.fixed_signs(spec.rotation),
+        seed=np.asarray(seed, np.uint32),
+    )
+
+
+def slots_of(recipe: recipes.Recipe, seed: Sequence[int] = (0, 0)) -> Slot:
+    """A recipe as data: a Slot whose NumPy leaves have a leading axis [6], in the order of SLOTS.
+
+    `seed`, two numbers of 32 bits, is that of all slots until `redraw` gives each its own.
+    """
+    six = [slot_of(spec, seed) for spec in recipe.slots]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *six)
+
+
+def features_of(slots: Sequence[Slot], *, lazy: bool = True, statistics: bool = False) -> tuple[Features, ...]:
+    """Six Features: for each slot the union of what these recipes ask of it.
+
+    `slots`: NumPy leaves [6, ...] or [layers, 6, ...]. Members of one program must be compiled with the same features
+    to agree to the bit with a run of each alone.
+    """
+    tiles = any(bool(np.any((s.rule == FLOAT32) & (s.along != ALONG.index(0)) & ~s.high)) for s in slots)
+    return tuple(_features_of_slot(slots, i, tiles, lazy, statistics) for i in range(len(SLOTS)))
+
+
+def _features_of_slot(slots, i, tiles, lazy, statistics):
+    asked = ("along", "across", "high", "stochastic", "four_six", "eden", "source", "rotation")
+    leaves = {name: np.concatenate([getattr(s, name).reshape(-1, len(SLOTS))[:, i] for s in slots]) for name in asked}
+    quantized = ~leaves["high"]  # a slot in the compute dtype asks for no blocks
+
+    def sides(name, known):
+        return tuple(known[k] for k in sorted(set(leaves[name][quantized].tolist()))) or known[-1:]
+
+    return Features(
+        along=sides("along", ALONG),
+        across=sides("across", ACROSS),
+        stochastic=bool(leaves["stochastic"].any()),
+        four_six=bool(leaves["four_six"].any()),
+        eden=bool(leaves["eden"].any()),
+        requantize=bool((leaves["source"] == FPROP).any()),
+        shared=bool((leaves["source"] == SHARED).any()),
+        rotation=int(leaves["rotation"].max()),
+        tiles=tiles,
+        lazy=lazy,
+        statistics=statistics,
+    )
+
+
+def redraw(slots: Slot, seed) -> Slot:
+    """The slots of one step: keys of stochastic rounding for each slot, and new signs where they are redrawn.
+
+    slots: leaves [6, ...]. seed: uint32 [2], other for every layer and step (`rounding.stochastic_seed`). The two
+    operands of a product get the same signs. May be traced.
+    """
+    keys = [stochastic_seed(seed[0], seed[1], i) for i in range(len(SLOTS))]
+    of_products = [stochastic_seed(seed[0], seed[1], len(SLOTS) + i // 2) for i in range(len(SLOTS))]
+    signs = jax.vmap(hadamard.drawn_signs)(jnp.stack(of_products), slots.rotation)
+    redrawn = jnp.asarray(slots.redrawn)[:, None]
+    return slots._replace(seed=jnp.stack(keys), signs=jnp.where(redrawn, signs, slots.signs))
+
+
+class _Copy(NamedTuple):
+    """A quantized tensor, its statistics or None, the axis that its product contracts, and the index of its slot."""
+
+    quantized: Quantized
+    statistics: jax.Array | None
+    axis: int
+    index: int
+
+
+def at(slots: Slot, index: int) -> Slot:
+    """The Slot of one operand."""
+    return jax.tree.map(lambda leaf: leaf[index], slots)
+
+
+def _first(v, slots, index, axis, features, dtype):
+    return _Copy(*quantize_slot(v, at(slots, index), axis, features[index], dtype), axis, index)
+
+
+def _forward_values(v, quantized, slot, axis, features):
+    return in_tensor_basis(quantized, slot, axis, features).astype(v.dtype)
+
+
+def _own_copy(v, quantized, statistics, slots, *, first, index, axis, features, dtype):
+    """(Quantized, statistics) of the second copy of a tensor, made of the original or of the dequantized first copy.
+
+    first: (index, axis) of the first copy.
+    """
+    slot, able, first_slot = at(slots, index), features[index], at(slots, first[0])
+    values = partial(_forward_values, axis=first[1], features=features[first[0]])
+    if able.requantize:
+        v = choose(able.lazy, slot.source == FPROP, values, first_of, v, quantized, first_slot)
+    own, own_statistics = quantize_slot(v, slot, axis, able, dtype)
+    if able.statistics:
+        own_statistics = slot_statistics.with_distance(
+            own_statistics, values(v, quantized, first_slot), in_tensor_basis(own, slot, axis, able)
+        )
+    rows = v.shape[1 - axis]
+    return Quantized(own.q, jnp.broadcast_to(own.row_TR, (own.row_TR.shape[0], rows))), own_statistics
+
+
+def _shared_copy(v, quantized, statistics, slots, *, shape_TR):
+    """The first copy itself: its row factors are one number, or 1."""
+    if statistics is not None:
+        statistics = slot_statistics.compared(statistics)
+    return Quantized(quantized.q, jnp.broadcast_to(quantized.row_TR[:1, :1], shape_TR)), statistics
+
+
+def _again(v, first: _Copy, slots, index, axis, features, dtype):
+    """(Quantized, statistics) of a tensor's second copy, for slot `index`."""
+    own = partial(_own_copy, first=(first.index, first.axis), index=index, axis=axis, features=features, dtype=dtype)
+    args = v, first.quantized, first.statistics, slots
+    if not features[index].shared:
+        return own(*args)
+    shape_TR = jax.eval_shape(own, *args)[0].row_TR.shape
+    shared = partial(_shared_copy, shape_TR=shape_TR)
+    return choose(features[index].lazy, slots.source[index] == SHARED, shared, own, *args)
+
+
+def _scaled_product(multiply, columns_first, q_a, rows_a, q_b, rows_b):
+    """The product of one tile, times a factor per row of a and per row of b, which are the result's columns."""
+    factors = [rows_a[:, None], rows_b[None, :]]
+    y = multiply(q_a, q_b)
+    for factor in reversed(factors) if columns_first else factors:
+        # One after the other: the product of two scales may lie beyond float32.
+        y = y * factor
+    return y
+
+
+def _in_tiles(v, axis, n):
+    """A matrix as [n, ...], its axis cut into n tiles."""
+    v = v.reshape(*v.shape[:axis], n, -1, *v.shape[axis + 1 :])
+    return jnp.moveaxis(v, axis, 0)
+
+
+def tiled_product(multiply, a: Quantized, axis_a: int, b: Quantized, axis_b: int, columns_first: bool = False):
+    """The float32 product of two operands, each with its contracted axis: the sum over its tiles, in their order.
+
+    multiply: the product of two tiles without factors. One tile, the usual case, is one product.
+    """
+    one = partial(_scaled_product, multiply, columns_first)
+    n = max(a.row_TR.shape[0], b.row_TR.shape[0])
+    if n == 1:
+        return one(a.q, a.row_TR[0], b.q, b.row_TR[0])
+    tiles = []
+    for (q, row_TR), axis in ((a, axis_a), (b, axis_b)):
+        tiles += [_in_tiles(q, axis, n), jnp.broadcast_to(row_TR, (n, row_TR.shape[1]))]
+    start = jax.eval_shape(one, *(tile[0] for tile in tiles))
+    return lax.scan(lambda y, tile: (y + one(*tile), None), jnp.zeros(start.shape, start.dtype), tiles)[0]
+
+
+def _stacked(*vectors):
+    """float32 [3, S], or None where the program computes no statistics."""
+    return jnp.stack(vectors) if all(v is not None for v in vectors) else None
+
+
+def _axes(w_is_NK):
+    """The axis of w that fprop contracts, and that which dgrad does."""
+    return (1, 0) if w_is_NK else (0, 1)
+
+
+def _weight_gradient_NK(g_MN, x_MK):
+    return weight_gradient(x_MK, g_MN, w_is_NK=True)
+
+
+def _dot(x_MK, w, slots, g_probe, features, w_is_NK, dtype):
+    return _forward(x_MK, w, slots, g_probe, features, w_is_NK, dtype)[0]
+
+
+def _forward(x_MK, w, slots, g_probe, features, w_is_NK, dtype):
+    axis_K, _ = _axes(w_is_NK)
+    x = _first(x_MK, slots, 0, 1, features, dtype)
+    w_first = _first(w, slots, 1, axis_K, features, dtype)
+    y_MN = tiled_product(partial(product, contract_a=1, contract_b=axis_K), x.quantized, 1, w_first.quantized, axis_K)
+    # X is an intermediate: its second copy is made now, so that one in the compute dtype is kept and not a float32 one.
+    x_again, x_statistics = _again(x_MK, x, slots, 4, 0, features, dtype)
+    statistics = _stacked(x.statistics, w_first.statistics, x_statistics)
+    # W is a parameter: the weight itself is kept, and its first copy where the second one is made of it or compared.
+    needed = features[3].requantize or features[3].shared or features[3].statistics
+    saved_w = w_first.quantized if needed else Quantized(jnp.zeros((), dtype), jnp.zeros((1, 1)))
+    return (y_MN, statistics), (x_again, w, saved_w, w_first.statistics, slots, g_probe is not None)
+
+
+def _backward(features, w_is_NK, dtype, saved, cotangents):
+    x_again, w, w_quantized, w_statistics, slots, probed = saved
+    g_MN, _ = cotangents
+    axis_K, axis_N = _axes(w_is_NK)
+    g = _first(g_MN, slots, 2, 1, features, dtype)
+    w_first = _Copy(w_quantized, w_statistics, axis_K, 1)
+    w_again, again_statistics = _again(w, w_first, slots, 3, axis_N, features, dtype)
+    dx_MK = tiled_product(partial(product, contract_a=1, contract_b=axis_N), g.quantized, 1, w_again, axis_N)
+    g_again, g_statistics = _again(g_MN, g, slots, 5, 0, features, dtype)
+    # The factors of g come first, as in products.quant_dot.
+    if w_is_NK:
+        dw = tiled_product(_weight_gradient_NK, g_again, 0, x_again, 0)
+    else:
+        dw = tiled_product(weight_gradient, x_again, 0, g_again, 0, columns_first=True)
+    probe = _stacked(g.statistics, again_statistics, g_statistics) if probed else None
+    return dx_MK, dw, None, probe
+
+
+_slot_dot = jax.custom_vjp(_dot, nondiff_argnums=(4, 5, 6))
+_slot_dot.defvjp(_forward, _backward)
+
+
+def empty_statistics() -> np.ndarray:
+    """float32 [3, S] that changes nothing when combined; it also serves as a `g_probe`, whose value is never read."""
+    return np.stack([slot_statistics.empty()] * len(BACKWARD))
+
+
+def slot_dot(
+    x_MK,
+    w,
+    slots: Slot,
+    features: tuple[Features, ...],
+    g_probe=None,
+    w_is_NK: bool = False,
+    compute_dtype: Any = jnp.bfloat16,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Product of activations and a weight matrix by a recipe, with float32 result and float32 gradients.
+
+    Args:
+      x_MK: float32 [..., K]; leading axes are flattened for the product.
+      w: float32 [K, N], or [N, K] with `w_is_NK`.
+      slots: `slots_of` a recipe, after `redraw`; traced leaves [6, ...].
+      features: `features_of` all recipes of the program; static.
+      g_probe: float32 [3, S]; the gradient with respect to it is the statistics of the slots BACKWARD. Its value is not
+        read. None: no such statistics. Each call needs a probe of its own, as in products.quant_dot.
+      w_is_NK: whether `w` carries its output axis first.
+      compute_dtype: dtype of the operands, in which all quantized numbers are exact: bfloat16 or float32.
+
+    Returns:
+      (float32 [..., N], float32 [3, S] statistics of the slots FORWARD or None without `Features.statistics`).
+      Gradients of x and w are float32, pass straight through the rounding, and are products of the backward slots.
+
+    Raises:
+      UserError: a probe without `Features.statistics`. ValueError: a contracted axis that blocks do not divide
+      (`recipes.check_dimensions` says so in one sentence, and whose widths they are).
+    """
+    if g_probe is not None and not features[0].statistics:
+        raise UserError("g_probe asks for statistics that this program does not compute: set statistics=True")
+    flat, dtype = x_MK.reshape(-1, x_MK.shape[-1]), jnp.dtype(compute_dtype)
+    y_MN, statistics = _slot_dot(flat, w, slots, g_probe, features, w_is_NK, dtype)
+    return y_MN.reshape(*x_MK.shape[:-1], y_MN.shape[-1]), statistics
+
+
+def named_slot_statistics(forward, backward=None) -> dict[str, dict[str, jax.Array]]:
+    """{slot: {name: float32}} of what slot_dot returned and, where given, of its probe's gradient; as
+    slot_statistics.named. Both are float32 [..., 3, S]."""
+    found = {}
+    for part, indices in ((forward, FORWARD), (backward, BACKWARD)):
+        if part is not None:
+            found |= {SLOTS[index]: slot_statistics.named(part[..., i, :]) for i, index in enumerate(indices)}
+    return {name: found[name] for name in SLOTS if name in found}
