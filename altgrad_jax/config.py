@@ -35,7 +35,7 @@ Config = Any
 FLOAT32_TINY = 2.0**-126  # the smallest normal float32; compiled code may flush what is below to 0
 FLOAT32_BELOW_1 = 1 - 2.0**-24
 METRIC_GROUPS = ("grad", "update", "param", "dead", "activation", "format", "ledger")
-FORMAT_GROUPS = ("format", "ledger")  # exist only with use_fp8
+FORMAT_GROUPS = ("format", "ledger")  # exist only with use_fp8, format with a recipe too
 
 # What people type for a field whose name is too far away for a spelling match.
 _SHORT_NAMES = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size"}
@@ -195,8 +195,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("scaling", "delayed", "what an operand's scale comes from: earlier amaxes; its own, for the whole "
               "tensor, for every output channel or token, or for blocks of neighbours; or no scale",
               choices=SCALINGS, per_operand=True, only_with=FP8),
-        Field("amax_history", 16, "updates whose largest amax gives a delayed scale",
-              low=1, high=65536, only_with=FP8),
+        Field("amax_history", 16, "updates whose largest amax gives a delayed scale, in formats and in recipes",
+              low=1, high=65536),
         Field("scale_rounding", "power_of_two", "whether scales are rounded down to powers of two",
               choices=("power_of_two", "float32"), only_with=FP8),
         Field("operand_rounding", "nearest", "how operands are rounded; an evaluation rounds to nearest",
@@ -215,6 +215,11 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               text=ITEM, only_with=FP8),
         Field("emergency_patience", 3, "bad updates in a row that shift the format",
               low=1, only_with=("emergency_formats", ())),
+        Field("recipe", (), "how every operand of every product is quantized: a named recipe such as mxfp8 or nvfp4 "
+              "(docs/recipes.md), then more with the update or the share of max_steps from which each holds: "
+              "nvfp4,bf16@0.8", text=ITEM),
+        Field("recipe_program", (), "more recipes that the compiled program can follow; a sweep sets it, so that its "
+              "members share one program", text=ITEM, only_with=("recipe", ())),
         Field("use_shadow", False, "compare the gradient with the float32 one of the same parameters and batch, "
               "layer by layer"),
         Field("shadow_interval", 1, "updates between two such comparisons; the first is compared",
@@ -455,6 +460,7 @@ def _conflicts(values: Mapping[str, Any]) -> list[str]:
         *conflicts.of_schedule(c),
         *conflicts.of_formats(c),
         *conflicts.of_xla_options(c),
+        *conflicts.of_recipe(c),
     ]
 
 
@@ -476,13 +482,13 @@ def _without_effect(c: Any) -> Iterator[str]:
                 f"{name}={show(c[name])} has no effect with {other}={show(c[other])}: set {other}{to}, or leave {name} "
                 f"at {show(field.default)}"
             )
-    asked = [group for group in c.metrics.split(",") if group in FORMAT_GROUPS]
+    asked = [group for group in c.metrics.split(",") if group in FORMAT_GROUPS and not (c.recipe and group == "format")]
     if asked and not c.use_fp8:
         yield (
             f"metrics={c.metrics!r} names {', '.join(asked)}, which use_fp8=False leaves nothing to "
             "measure: set use_fp8=True, or leave it out"
         )
-    if c.use_shadow and not c.use_fp8 and c.compute_dtype == "float32":
+    if c.use_shadow and not (c.use_fp8 or c.recipe) and c.compute_dtype == "float32":
         yield (
             "use_shadow=True has nothing to compare: with use_fp8=False and compute_dtype='float32' the "
             "gradient is its own shadow: set use_shadow=False"
@@ -619,7 +625,7 @@ ADDED_IN_2 = frozenset(
 )
 # And those that records of version 1 and 2, and of version 1 to 3, lack.
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
-ADDED_IN_4 = frozenset({"loggers", "xla_options"})
+ADDED_IN_4 = frozenset({"loggers", "xla_options", "recipe", "recipe_program"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.numerics import rules
+from altgrad_jax.numerics import recipes, rules
 from altgrad_jax.numerics.formats import get_format, require_overflow_code
 
 INT32_MAX = 2**31 - 1
+_AMAX_HISTORY = 16  # the default
 VOCABULARY_OF = MappingProxyType({"gpt2": 50257, "bytes": 256})  # token ids each tokenizer can produce
 
 
@@ -94,6 +95,38 @@ def of_schedule(c: Any) -> Iterator[str]:
             f"but schedule='wsd' needs at least 1 and has {c.max_steps - c.warmup_steps} after "
             f"warmup_steps={c.warmup_steps}: change decay_fraction or warmup_steps"
         )
+
+
+def of_recipe(c: Any) -> Iterator[str]:
+    """What is wrong between a recipe and the rest."""
+    if not c.recipe:
+        if not c.use_fp8 and c.amax_history != _AMAX_HISTORY:
+            yield f"amax_history={c.amax_history} has no effect without formats or a recipe: leave it out"
+        return
+    if c.use_fp8:
+        yield (
+            f"recipe={c.recipe!r} and use_fp8=True both say how operands are rounded: give a recipe, or formats with "
+            "use_fp8=True"
+        )
+    try:
+        schedule = recipes.parse_schedule(c.recipe, c.max_steps)
+        known = [recipes.get_recipe(name) for name in (*(name for name, _ in schedule), *c.recipe_program)]
+        tokens = c.batch_size // c.grad_accum_steps * c.block_size
+        for recipe in known:
+            kept = recipes.kept_high(recipe, c.n_layer)
+            for layer in rules.linear_layers(c.n_layer):
+                if layer not in kept:
+                    vocabulary = c.vocab_size or VOCABULARY_OF[c.tokenizer]
+                    k, n = rules.contracted_sizes(layer, c.n_embd, vocabulary)
+                    recipes.check_dimensions(recipe, layer, tokens, k, n)
+        delayed = any(spec.amax == "delayed" for recipe in known for spec in recipe.slots)
+        if not delayed and c.amax_history != _AMAX_HISTORY:
+            yield (
+                f"amax_history={c.amax_history} has no effect with recipe={c.recipe!r}, which takes no amax from "
+                "earlier updates: leave it out"
+            )
+    except UserError as error:
+        yield str(error)
 
 
 def of_xla_options(c: Any) -> Iterator[str]:
@@ -178,7 +211,7 @@ def _of_operands(c: Any, layers: tuple[rules.LayerFormats, ...], scaling: tuple[
             f"{c.weights_at_rest!r}, whose weights are on their grid already: give nearest for W"
         )
     delayed = [way == "delayed" and exists for way, exists in zip(scaling, has_format)]
-    if not any(delayed[1 if stored else 0 :]) and c.amax_history != 16:
+    if not any(delayed[1 if stored else 0 :]) and c.amax_history != _AMAX_HISTORY:
         yield (
             f"amax_history={c.amax_history} has no effect with scaling={c.scaling!r}, which takes no scale of "
             "any operand from earlier amaxes: set scaling=delayed, or leave it out"

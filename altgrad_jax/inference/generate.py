@@ -29,7 +29,7 @@ from altgrad_jax.config import upgraded, wrong_values
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.gpt2 import GPTConfig, Quantized, empty_cache, forward
 from altgrad_jax.run.checkpoint import load_arrays
-from altgrad_jax.step import quantization, update
+from altgrad_jax.step import quantization, recipe, update
 
 SEED_MAX = 2**31 - 1
 
@@ -44,6 +44,9 @@ class Model(NamedTuple):
     operands: dict
 
 
+_READ = ("params/", "quant/amax_history", "quant/level", "quant/number", "quant/rest_scale/")
+
+
 def load_model(path, step: int | None = None) -> Model:
     """The model of a checkpoint, in the number formats it was trained in.
 
@@ -54,16 +57,12 @@ def load_model(path, step: int | None = None) -> Model:
     Raises:
       UserError: there is no such checkpoint, or it is damaged, or its settings describe no model.
     """
-    arrays, meta = load_arrays(path, step, ("params/", "quant/amax_history", "quant/level", "quant/rest_scale/"))
+    arrays, meta = load_arrays(path, step, _READ)
     if "params" not in arrays:
         raise UserError(f"the checkpoint {path} holds no parameters: give one that the training wrote")
     settings = meta.get("config", {})
-    # Kernel and tiles are choices of the machine it trained on; the defaults compute the same everywhere.
-    names = [
-        field.name
-        for field in dataclasses.fields(GPTConfig)
-        if field.name not in ("attention", "rules", "loss_tile_bytes")
-    ]
+    # All else is a choice of the machine it trained on; the defaults compute the same everywhere.
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "compute_dtype")
     missing = [name for name in (*names, "tokenizer") if name not in settings]
     if missing:
         raise UserError(
@@ -78,9 +77,10 @@ def load_model(path, step: int | None = None) -> Model:
             f"of n_head={settings['n_head']}"
         )
     config, operands = GPTConfig(**{name: settings[name] for name in names}), {}
-    options = quantization.options_of(upgraded(settings) | {"use_fp8": settings.get("use_fp8", False)})
-    if options is not None:
-        quant = arrays["quant"]
+    complete = upgraded(settings) | {"use_fp8": settings.get("use_fp8", False)}
+    formats, recipes = quantization.options_of(complete), recipe.options_of(complete)
+    quant = arrays.get("quant", {})
+    if formats is not None:
         state = quantization.QuantState(
             quant["amax_history_Q3H"],
             quant["level"],
@@ -89,8 +89,13 @@ def load_model(path, step: int | None = None) -> Model:
             residual={},
             age={},
         )
-        config = quantization.quantized_model(quantization.layout(config, options), options)
-        operands = jax.device_get(update.operands_at(config, options, state, quantization.format_table(options)))
+        config = quantization.quantized_model(quantization.layout(config, formats), formats)
+        operands = update.operands_at(config, formats, None, state, quantization.format_table(formats))
+    if recipes is not None:
+        state = recipe.RecipeState(quant["amax_history_Q6H"], quant["number"])
+        config = recipe.quantized_model(config, recipes)
+        operands = update.operands_at(config, None, recipes, state, recipe.table_of(recipes))
+    operands = jax.device_get(operands)
     return Model(arrays["params"], config, settings, operands)
 
 

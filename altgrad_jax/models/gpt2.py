@@ -15,7 +15,7 @@ N number of blocks.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +26,11 @@ import jax.numpy as jnp
 
 from altgrad_jax.models.stacking import Segments, segment_key, stack
 from altgrad_jax.numerics.products import Operands, Rule, quant_dot
+from altgrad_jax.numerics.slot_quantization import Features, Slot
+from altgrad_jax.numerics.slots import slot_dot
 
+# The static choices of a quantized layer: those of quant_dot, or of the six slots of a recipe.
+Choices = Rule | tuple[Features, ...]
 LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
 
@@ -35,7 +39,7 @@ INIT_STD = 0.02
 class GPTConfig:
     """Shape and dtypes of the model. `attention` is the kernel: "xla" or "cudnn" (GPU, bfloat16 only).
 
-    `rules`: (group, Rule) of the layers whose products are quantized (models.stacking). `split`: how the blocks are
+    `rules`: (group, Choices) of the layers whose products are quantized (models.stacking). `split`: how the blocks are
     divided into segments, each computed alike; empty stands for one segment. `loss_tile_bytes`: limit of the float32
     logits that the loss computes at once (cross_entropy). `unroll`: whether the program holds every block apart, as a
     GPU wants it, or one block in a loop, which compiles in a fraction of the time.
@@ -49,7 +53,7 @@ class GPTConfig:
     dropout: float = 0.0
     compute_dtype: str = "bfloat16"
     attention: str = "xla"
-    rules: tuple[tuple[str, Rule], ...] = ()
+    rules: tuple[tuple[str, Choices], ...] = ()
     loss_tile_bytes: int = 2**27
     unroll: bool = False
     split: Segments = ()
@@ -88,11 +92,12 @@ class GPTOutput(NamedTuple):
 class Quantized(NamedTuple):
     """What the quantized layers of one call work with.
 
-    operands: {group: Operands, leaves [n, ...]} for every group in GPTConfig.rules. g_probes: {group: float32 [n, S]}
-    where statistics of the output gradients are taken (see quant_dot).
+    operands: {group: Operands, leaves [n, ...]} for every group in GPTConfig.rules, with a recipe {group: Slot}.
+    g_probes: {group: float32 [n, S]} where statistics of the output gradients are taken (see quant_dot; with a recipe
+    [n, 3, S], see slot_dot).
     """
 
-    operands: dict[str, Operands]
+    operands: Mapping[str, Operands | Slot]
     g_probes: dict[str, jax.Array]
 
 
@@ -114,15 +119,13 @@ def _product(config, rules, layer, x, w, quantized, statistics, w_is_NK=False):
     rule = dict(rules).get(layer)
     if rule is None:
         return quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=config.compute_dtype)
-    y, statistics[layer] = quant_dot(
-        x,
-        w,
-        w_is_NK=w_is_NK,
-        compute_dtype=config.compute_dtype,
-        rule=rule,
-        operands=quantized.operands[layer],
-        g_probe=quantized.g_probes.get(layer),
-    )
+    operands, g_probe, dtype = quantized.operands[layer], quantized.g_probes.get(layer), config.compute_dtype
+    if isinstance(rule, Rule):
+        y, statistics[layer] = quant_dot(
+            x, w, w_is_NK=w_is_NK, compute_dtype=dtype, rule=rule, operands=operands, g_probe=g_probe
+        )
+    else:
+        y, statistics[layer] = slot_dot(x, w, operands, rule, g_probe, w_is_NK, dtype)
     return y
 
 
@@ -130,7 +133,7 @@ class Linear(nn.Module):
     """x kernel + bias, through quant_dot; kernel [inputs, outputs]. float32 in and out."""
 
     config: GPTConfig
-    rules: tuple[tuple[str, Rule], ...]
+    rules: tuple[tuple[str, Choices], ...]
     features: int
     init_std: float = INIT_STD
 
@@ -171,7 +174,7 @@ class Block(nn.Module):
     """x + attention(LN(x)), then x + MLP(LN(x)). `rules`: (part, Rule) of the quantized layers of this block."""
 
     config: GPTConfig
-    rules: tuple[tuple[str, Rule], ...] = ()
+    rules: tuple[tuple[str, Choices], ...] = ()
 
     @nn.compact
     def __call__(self, x_BLD, cache: KVCache | None, i, position, quantized: Quantized | None, *, train):

@@ -322,15 +322,15 @@ def _grid_update(
             stream = i + _STREAMS * np.arange(len(w), dtype=np.uint32) if is_stack else i
             words: Any = seed[0], seed[1]
             of_tensor = partial(_grid_direction, settings, words, lr)
-            of_one = jax.vmap(of_tensor) if is_stack else of_tensor
-            direction = of_one(stream, m / correction, w, grid)  # pyright: ignore[reportCallIssue] (vmap's type)
+            of_one: Any = jax.vmap(of_tensor) if is_stack else of_tensor
+            direction = of_one(stream, m / correction, w, grid)
         out.append(direction)
     return jax.tree.structure(params).unflatten(out), GridState(momentum, adamw_state)
 
 
 def _grid_direction(settings: _GridSettings, words, lr, stream, m_hat, w, grid: Grid):
     """The direction of one tensor from its bias-corrected momentum. `words`, `stream`: of its random bits."""
-    seed = stochastic_seed(*words, stream)
+    seed = stochastic_seed(words[0], words[1], stream)
     rms = jnp.sqrt(jnp.mean(jnp.square(m_hat)))
     rms = jnp.where(jnp.isfinite(rms), rms, jnp.nan)  # else one infinite element would divide all others to 0
     codes = m_hat / (rms + settings.eps) / jnp.mean(ulp(w, grid))

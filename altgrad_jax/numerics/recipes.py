@@ -294,6 +294,30 @@ def get_recipe(name: str) -> Recipe:
     return only(RECIPES[own], part) if colon else RECIPES[own]
 
 
+def parse_schedule(items: tuple[str, ...], max_steps: int) -> tuple[tuple[str, int], ...]:
+    """(recipe, update from which it holds) of items `NAME[:PART][@WHEN]`, in the order of the updates.
+
+    WHEN is a number of updates, or with a point a share of max_steps; the first item has none. UserError, one sentence.
+    """
+    found: list[tuple[str, int]] = []
+    for item in items:
+        name, at, when = item.partition("@")
+        get_recipe(name)
+        if not found and at or found and not re.fullmatch(r"\d+|0?\.\d+", when):
+            raise UserError(
+                f"recipe has an item {item!r}: give the first recipe alone, such as nvfp4, and each later one with the "
+                "update from which it holds, bf16@1600, or the share of max_steps, bf16@0.8"
+            )
+        start = (round(float(when) * max_steps) if "." in when else int(when)) if at else 0
+        if found and not found[-1][1] < start < max_steps:
+            raise UserError(
+                f"recipe has an item {item!r} that begins at update {start}, which is not after {found[-1][1]} and "
+                f"before max_steps={max_steps}: give another"
+            )
+        found.append((name, start))
+    return tuple(found)
+
+
 def only(recipe: Recipe, part: str) -> Recipe:
     """The recipe in 'fprop', 'dgrad', 'wgrad' or 'backward' (dgrad and wgrad) only; all else in the compute dtype.
 

@@ -48,6 +48,12 @@ def combine(a, b) -> jax.Array:
     return jnp.stack([of_both(a[..., i], b[..., i]) for i, of_both in enumerate(FIELDS.values())], axis=-1)
 
 
+def combine_all(vectors) -> jax.Array:
+    """Vectors [Q, ..., S] of many tensors as that of all: [..., S]."""
+    whole = {jnp.add: jnp.sum, jnp.maximum: jnp.max, jnp.minimum: jnp.min}
+    return jnp.stack([whole[of_both](vectors[..., i], axis=0) for i, of_both in enumerate(FIELDS.values())], axis=-1)
+
+
 def measure(grains, stored, axis: int, slot, encode, block, decode, row) -> jax.Array:
     """float32 [S] of one operand.
 

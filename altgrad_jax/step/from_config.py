@@ -9,7 +9,7 @@ from altgrad_jax.config import Config
 from altgrad_jax.errors import UserError
 from altgrad_jax.models import flops
 from altgrad_jax.models.gpt2 import GPTConfig
-from altgrad_jax.step import quantization, stability
+from altgrad_jax.step import quantization, recipe, stability, update
 from altgrad_jax.step.mesh import Device
 from altgrad_jax.step.update import Inputs, StepOptions
 
@@ -91,17 +91,14 @@ def step_options(config: Config, *, steps_per_dispatch: int, data_on_device: boo
         metric_groups=settings.metric_groups(config.metrics),
         data_on_device=data_on_device,
         quant=quantization.options_of(config),
+        recipe=recipe.options_of(config),
     )
 
 
 def inputs_of(config: Config) -> Inputs:
     """What the run that `config` describes gives the compiled step as data."""
-    quant = quantization.options_of(config)
-    return Inputs(
-        np.int32(config.seed),
-        np.float32(config.learning_rate),
-        None if quant is None else quantization.format_table(quant),
-    )
+    options = step_options(config, steps_per_dispatch=1)
+    return Inputs(np.int32(config.seed), np.float32(config.learning_rate), update.numbers_table(options))
 
 
 def flops_per_step(config: Config) -> float:

@@ -33,8 +33,8 @@ from altgrad_jax.data.dataset import gather_windows, permute_windows
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.gpt2 import GPTConfig, Quantized
 from altgrad_jax.numerics import histograms
-from altgrad_jax.numerics.products import empty_statistics, named_statistics
-from altgrad_jax.step import metrics, quantization, stability, update
+from altgrad_jax.numerics.products import Rule, empty_statistics, named_statistics
+from altgrad_jax.step import metrics, quantization, recipe, stability, update
 from altgrad_jax.step.mesh import Device, constrain, gather, over_batch, replicated
 from altgrad_jax.step.update import Inputs, Step, StepOptions, TrainState, state_shardings
 
@@ -65,7 +65,7 @@ def run(step: Step, names, state: TrainState, data, n_steps, inputs: Inputs):
     rows_KM = jnp.full((K, len(names)), jnp.nan, jnp.float32)
     start = jnp.int32(0), update.stacked(step, state), rows_KM
     _, state, rows_KM = jax.lax.while_loop(goes_on, body, start)
-    return update.unstacked(state), rows_KM
+    return update.unstacked(step, state), rows_KM
 
 
 def evaluate(model: GPTConfig, batch_size, mesh, operands_of, params, windows, *formats):
@@ -96,21 +96,26 @@ def _split_over(model: GPTConfig, mesh) -> GPTConfig:
     return dataclasses.replace(model, loss_tile_bytes=model.loss_tile_bytes * mesh.size)
 
 
-def diagnose(plain: GPTConfig, quant, mesh, params, windows, quant_state=None, table=None):
+def diagnose(step: Step, params, windows, quant_state=None, table=None):
     """({name: scalar}, Observed or None) of the parameters and a batch [B, L+1]; see StepFunctions.diagnose.
 
     Operands are rounded to nearest, as in an evaluation. Rank statistics: metrics.rank_metrics.
     """
-    params = gather(params, mesh)
+    plain, quant = step.plain, step.quant
+    params = gather(params, step.mesh)
     found = metrics.rank_metrics(params)
     if quant is None:
         return found, None
     rules = quantization.quantized_model(plain, quant).rules
     model = dataclasses.replace(
         plain,
-        rules=tuple((group, dataclasses.replace(rule, observe=histograms.observe)) for group, rule in rules),
+        rules=tuple(
+            (group, dataclasses.replace(rule, observe=histograms.observe))
+            for group, rule in rules
+            if isinstance(rule, Rule)
+        ),
     )
-    groups, operands = quantization.groups(quant, plain.segments), update.operands_at(plain, quant, quant_state, table)
+    groups, operands = step.groups, update.operands_at(plain, quant, None, quant_state, table)
     nothing = jnp.zeros(2 * histograms.HISTOGRAMS, jnp.float32)
     probes = {
         group: jnp.concatenate([probe_n, jnp.broadcast_to(nothing, (len(probe_n), *nothing.shape))], axis=1)
@@ -166,12 +171,11 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
     logits in `model_config` is that of one device.
     """
     plain = quantization.layout(model_config, options.quant)
+    if options.recipe is not None:
+        platform = mesh.devices.flat[0].platform
+        options = dataclasses.replace(options, recipe=recipe.for_platform(options.recipe, platform))
     step = Step(plain, options, mesh, n_train_windows, eval_batch_size)
-    inputs = Inputs(
-        np.int32(seed),
-        np.float32(options.learning_rate),
-        None if step.quant is None else quantization.format_table(step.quant),
-    )
+    inputs = Inputs(np.int32(seed), np.float32(options.learning_rate), update.numbers_table(options))
     init = partial(update.init, step)
     shapes = jax.eval_shape(init, 0, inputs.formats)
     shardings = state_shardings(shapes, mesh)
@@ -183,13 +187,17 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
     return StepFunctions(
         init=jax.jit(init, out_shardings=shardings),
         run=jax.jit(partial(run, split, names), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
-        evaluate=make_evaluate(step.model, eval_batch_size, mesh, partial(update.operands_at, step.plain, step.quant)),
-        diagnose=make_diagnose(step.plain, step.quant, mesh),
+        evaluate=make_evaluate(step.model, eval_batch_size, mesh, _operands_of(step)),
+        diagnose=make_diagnose(step),
         abstract_state=abstract_state,
         metric_names=names,
         inputs=inputs,
         step=step,
     )
+
+
+def _operands_of(step: Step) -> Callable:
+    return partial(update.operands_at, step.plain, step.quant, step.recipe)
 
 
 def _metric_names(step, state, inputs):
@@ -215,9 +223,9 @@ def make_evaluate(model: GPTConfig, eval_batch_size, mesh, operands_of=lambda op
     return jax.jit(partial(evaluate, model, eval_batch_size, mesh, operands_of), out_shardings=replicated(mesh))
 
 
-def make_diagnose(plain: GPTConfig, quant: quantization.QuantOptions | None, mesh):
+def make_diagnose(step: Step):
     """diagnose(params, windows [B, L+1], state.quant, table), compiled."""
-    return jax.jit(partial(diagnose, plain, quant, mesh), out_shardings=replicated(mesh))
+    return jax.jit(partial(diagnose, step), out_shardings=replicated(step.mesh))
 
 
 # ------------------------------------------------------------------------------------------------------- many runs
@@ -256,7 +264,7 @@ def over_members(functions: StepFunctions, devices, member_loop="map"):
     step, names = functions.step, functions.metric_names
     mesh = jax.make_mesh((len(devices),), ("run",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
     by_run = NamedSharding(mesh, PartitionSpec("run"))
-    operands_of = partial(update.operands_at, step.plain, step.quant)
+    operands_of = _operands_of(step)
     run_each = _on_devices(lambda data, state, n, inputs: run(step, names, state, data, n, inputs), mesh, member_loop)
     evaluate_each = _on_devices(
         lambda windows, params, *formats: evaluate(

@@ -447,7 +447,7 @@ def weight_grids(
     """{group: Grid, leaves [n, ...]} that the weights {group: [n, K, N]} were rounded on as operands, or are stored on,
     at this step. `model`: with its rules."""
     used = operands(options, groups, state, formats_Q3)
-    rule_of = dict(model.rules)
+    rule_of: dict[str, Any] = dict(model.rules)
     grids = {}
     for group in groups:
         if group.has[0]:

@@ -45,8 +45,9 @@ from altgrad_jax.numerics.cross_entropy import cross_entropy, tied_cross_entropy
 from altgrad_jax.numerics.products import combine_statistics
 from altgrad_jax.numerics.rounding import FormatParams, stochastic_seed
 from altgrad_jax.numerics.rules import HEAD
-from altgrad_jax.step import metrics, quantization, stability
+from altgrad_jax.step import metrics, quantization, recipe, stability
 from altgrad_jax.step.mesh import constrain, gather, over_batch, replicated, scatter, split_like_parameters
+from altgrad_jax.step.recipe import RecipeOptions
 
 SPARSE, _ALERT = "sparse/", "alert/"
 # Streams of random bits beside those of the operands, which are numbered from 0.
@@ -60,7 +61,7 @@ class TrainState(NamedTuple):
     params: Any  # nested dict of float32
     opt_state: Any
     monitor: stability.Monitor
-    quant: quantization.QuantState | None = None  # None without number formats
+    quant: Any = None  # quantization.QuantState, with a recipe a RecipeState; None without either
 
 
 class Inputs(NamedTuple):
@@ -68,7 +69,7 @@ class Inputs(NamedTuple):
 
     seed: Any  # int32: of the dropout masks and of stochastic rounding; the initialization has its own, see init
     learning_rate: Any  # float32, the peak
-    formats: FormatParams | None = None  # quantization.format_table; None without number formats
+    formats: Any = None  # quantization.format_table, with a recipe a RecipeTable; None without either
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class StepOptions:
     data_on_device: bool = True  # False: the host brings the batches of each dispatch
     optimizer: str = "adamw"
     quant: quantization.QuantOptions | None = None
+    recipe: RecipeOptions | None = None
     use_shadow: bool = False
     shadow_interval: int = 1
 
@@ -127,9 +129,21 @@ class Step:
     @property
     def model(self) -> GPTConfig:
         """The model that is trained."""
+        if self.recipe is not None:
+            return recipe.quantized_model(self.plain, self.recipe)
         if self.quant is None:
             return self.plain
         return quantization.quantized_model(self.plain, self.quant)
+
+    @property
+    def recipe(self) -> RecipeOptions | None:
+        """The recipe; None without one."""
+        return self.options.recipe
+
+    @property
+    def recipe_groups(self) -> tuple[quantization.Group, ...]:
+        """The groups of layers that a recipe quantizes."""
+        return () if self.recipe is None else recipe.groups(self.recipe, self.plain.segments)
 
     @property
     def groups(self) -> tuple[quantization.Group, ...]:
@@ -205,6 +219,37 @@ class Formats(NamedTuple):
         """The seed of stochastic rounding of one tensor: uint32 [2]. No two tensors of an update share a stream."""
         return stochastic_seed(self.seed, self.number, stream)
 
+    # What a pass asks, of formats as of a recipe (recipe.InUse).
+
+    def operands(self, micro_batch) -> dict:
+        """{group: Operands} of the training pass over the micro-batch of this number, rounded as the options say."""
+        noise = self.noise(micro_batch) if any(self.options.stochastic) else None
+        return quantization.operands(self.options, self.groups, self.state, self.in_use_Q3, noise)
+
+    def probes(self) -> dict:
+        """quantization.g_probes"""
+        return quantization.g_probes(self.groups)
+
+    def gather(self, forward: dict, backward: dict) -> jax.Array:
+        """float32 [Q, 3, S]: quantization.gather_statistics"""
+        return quantization.gather_statistics(self.groups, forward, backward)
+
+    def no_statistics(self) -> jax.Array:
+        """float32 [Q, 3, S] that changes nothing when combined."""
+        return quantization.no_statistics(self.options)
+
+    def combine(self, a, b) -> jax.Array:
+        """The statistics of two micro-batches as those of both."""
+        return combine_statistics(a, b)
+
+    def faults(self) -> dict:
+        """quantization.faults"""
+        return quantization.faults(self.options, self.groups, self.state)
+
+
+# What a quantized pass asks: formats, or a recipe.
+Numbers = Formats | recipe.InUse
+
 
 class Gradients(NamedTuple):
     """Means over a batch."""
@@ -212,7 +257,7 @@ class Gradients(NamedTuple):
     loss: jax.Array
     grads: Any
     output: GPTOutput  # without hidden and logits
-    statistics_Q3S: jax.Array | None  # of the quantized operands
+    statistics: jax.Array | None  # of the quantized operands: [Q, 3, S], of a recipe's slots [Q, 6, S]
 
 
 class Health(NamedTuple):
@@ -321,8 +366,8 @@ def loss(
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """The sharding of every array of a TrainState (of arrays or of their shapes)."""
     out = jax.tree.map(lambda leaf: replicated(mesh), state)
-    quant = None
-    if state.quant is not None:
+    quant = out.quant
+    if isinstance(state.quant, quantization.QuantState):
         quant = out.quant._replace(
             residual=split_like_parameters(mesh, state.quant.residual), age=split_like_parameters(mesh, state.quant.age)
         )
@@ -348,6 +393,8 @@ def init(step: Step, seed, table: FormatParams | None = None) -> TrainState:
             step.quant, weights, quantization.formats_at(table, 0), step.ages
         )
         params = with_weights(params, at_rest)
+    if step.recipe is not None:
+        quant_state = recipe.init_state(step.recipe)
     monitor = stability.init_monitor(
         step.options.thresholds,
         metrics.neuron_layers(params),
@@ -366,11 +413,11 @@ def stacked(step: Step, state: TrainState) -> TrainState:
         params=stacking.stack(state.params, segments),
         opt_state=stacking.stack(state.opt_state, segments),
         monitor=state.monitor._replace(dead_streak=stacking.stack(streaks, segments)),
-        quant=None if state.quant is None else quantization.stacked(state.quant, segments),
+        quant=quantization.stacked(state.quant, segments) if step.quant is not None else state.quant,
     )
 
 
-def unstacked(state: TrainState) -> TrainState:
+def unstacked(step: Step, state: TrainState) -> TrainState:
     """The inverse of `stacked`."""
     params = stacking.unstack(state.params)
     streaks = stacking.unstack(state.monitor.dead_streak)
@@ -378,7 +425,7 @@ def unstacked(state: TrainState) -> TrainState:
         params=params,
         opt_state=stacking.unstack(state.opt_state),
         monitor=state.monitor._replace(dead_streak=tuple(streaks[layer] for layer in metrics.neuron_layers(params))),
-        quant=None if state.quant is None else quantization.unstacked(state.quant),
+        quant=quantization.unstacked(state.quant) if step.quant is not None else state.quant,
     )
 
 
@@ -387,8 +434,9 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
     state = constrain(state, state_shardings(state, step.mesh), step.mesh)
     formats, batch = formats_of(step, state, inputs), Batch(windows, state.step, inputs.seed)
 
-    found = gradients(step, step.model, state.params, batch, formats)
-    health = judge(found, formats)
+    recipes = recipe.in_use(step.recipe, step.recipe_groups, state.quant, inputs.formats, inputs.seed, state.step)
+    found = gradients(step, step.model, state.params, batch, formats or recipes)
+    health = judge(found, formats or recipes)
     update = propose_update(step, state, inputs, found.grads, health, formats)
     counts = count_nonfinite(state, update, health)
     after = None
@@ -399,7 +447,7 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
             finite=health.finite,
             bad=counts_towards_shift(step, state.monitor, found.loss, counts),
         )
-        after = apply_formats(step, formats, change, update.params, found.statistics_Q3S)
+        after = apply_formats(step, formats, change, update.params, found.statistics)
     watched = watch(step, state, found, health, counts, after)
 
     outcome = Outcome(found, health, update, counts, after, watched)
@@ -413,6 +461,9 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
     if formats is not None and after is not None:
         row += format_alert_columns(formats, after, outcome)
         params, quant = after.params, after.quant
+    if recipes is not None:
+        row += recipe_columns(step, recipes, outcome)
+        quant = recipes.after(found.statistics, health.finite)
     state = TrainState(state.step + 1, params, update.opt_state, watched.monitor, quant)
     return constrain(state, state_shardings(state, step.mesh), step.mesh), metrics.joined(row)
 
@@ -426,40 +477,45 @@ def formats_of(step: Step, state: TrainState, inputs: Inputs) -> Formats | None:
     return Formats(step.quant, step.groups, state.quant, inputs.formats, in_use_Q3, inputs.seed, state.step)
 
 
+def numbers_table(options: StepOptions) -> Any:
+    """Inputs.formats of these options."""
+    if options.recipe is not None:
+        return recipe.table_of(options.recipe)
+    return None if options.quant is None else quantization.format_table(options.quant)
+
+
 def operands_at(
     plain: GPTConfig,
-    options: quantization.QuantOptions | None,
-    quant_state: quantization.QuantState | None,
-    table: FormatParams | None,
+    quant: quantization.QuantOptions | None,
+    recipes: RecipeOptions | None,
+    quant_state,
+    table,
 ) -> dict:
-    """{group: Operands} of a pass from this state, which is not stacked, every one rounded to nearest. Only for a step
-    with formats."""
-    assert options is not None and quant_state is not None and table is not None
-    return quantization.operands(
-        options,
-        quantization.groups(options, plain.segments),
-        quantization.stacked(quant_state, plain.segments),
-        quantization.formats_at(table, quant_state.level),
-    )
+    """{group: Operands or Slot} of a pass from this state, which is not stacked, every one rounded to nearest.
+
+    Args:
+      quant, recipes: one of them. quant_state, table: TrainState.quant and Inputs.formats.
+    """
+    if recipes is not None:
+        slots_Q6 = recipe.slots_at(recipes, quant_state, table)
+        return recipe.operands(recipe.groups(recipes, plain.segments), slots_Q6)
+    assert quant is not None, "made for a step with number formats"
+    state = quantization.stacked(quant_state, plain.segments)
+    formats_Q3 = quantization.formats_at(table, quant_state.level)
+    return quantization.operands(quant, quantization.groups(quant, plain.segments), state, formats_Q3)
 
 
-def noisy_operands(formats: Formats, micro_batch) -> dict:
-    """{group: Operands} of the training pass over the micro-batch of this number, rounded as the options say."""
-    noise = formats.noise(micro_batch) if any(formats.options.stochastic) else None
-    return quantization.operands(formats.options, formats.groups, formats.state, formats.in_use_Q3, noise)
-
-
-def gradients(step: Step, model: GPTConfig, params, batch: Batch, formats: Formats | None = None) -> Gradients:
-    """Mean loss, mean gradient, model output and, with `formats`, statistics [Q, 3, S], over the batch.
+def gradients(step: Step, model: GPTConfig, params, batch: Batch, numbers: Numbers | None = None) -> Gradients:
+    """Mean loss, mean gradient, model output and, with `numbers`, statistics of the operands, over the batch.
 
     The batch is taken in grad_accum_steps equal micro-batches.
 
     Args:
-      model: trained, plain or shadow. formats: None for a model without.
+      model: trained, plain or shadow. numbers: None for a model without formats and recipe.
     """
     mesh, A = step.mesh, step.options.grad_accum_steps
     key = jax.random.fold_in(jax.random.key(batch.seed), batch.number) if model.dropout > 0 else None
-    pass_over = partial(_micro_gradients, mesh, model, gather(params, mesh), formats)
+    pass_over = partial(_micro_gradients, mesh, model, gather(params, mesh), numbers)
     if A == 1:
         return pass_over(MicroBatch(batch.windows, key, 0))
 
@@ -468,50 +524,50 @@ def gradients(step: Step, model: GPTConfig, params, batch: Batch, formats: Forma
     def add(carry, item):
         windows, i = item
         windows = constrain(windows, over_batch(mesh), mesh)
-        sums, seen_Q3S = carry
+        sums, seen = carry
         sums = constrain(sums, layout, mesh)
         found = pass_over(MicroBatch(windows, None if key is None else jax.random.fold_in(key, i), i))
-        if found.statistics_Q3S is not None:
-            seen_Q3S = combine_statistics(seen_Q3S, found.statistics_Q3S)
-        return (jax.tree.map(jnp.add, sums, (found.loss, found.grads)), seen_Q3S), found.output
+        if numbers is not None and found.statistics is not None:
+            seen = numbers.combine(seen, found.statistics)
+        return (jax.tree.map(jnp.add, sums, (found.loss, found.grads)), seen), found.output
 
     zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    nothing = None if formats is None else quantization.no_statistics(formats.options)
-    ((total, grads), statistics_Q3S), outputs = jax.lax.scan(
+    nothing = None if numbers is None else numbers.no_statistics()
+    ((total, grads), statistics), outputs = jax.lax.scan(
         add, (zeros, nothing), (batch.windows.reshape(A, len(batch.windows) // A, -1), jnp.arange(A))
     )
     output = outputs._replace(
         act_amax_N=outputs.act_amax_N.max(0), act_rms_N=jnp.sqrt(jnp.square(outputs.act_rms_N).mean(0))
     )
-    return Gradients(total / A, jax.tree.map(lambda g: g / A, grads), output, statistics_Q3S)
+    return Gradients(total / A, jax.tree.map(lambda g: g / A, grads), output, statistics)
 
 
-def _micro_gradients(mesh: Mesh, model: GPTConfig, params, formats: Formats | None, micro: MicroBatch) -> Gradients:
+def _micro_gradients(mesh: Mesh, model: GPTConfig, params, numbers: Numbers | None, micro: MicroBatch) -> Gradients:
     """`gradients` of one micro-batch, of parameters that are already gathered."""
     # The partitioner forgets inside the loop over micro-batches that they are whole. To repeat it costs nothing.
     whole = gather(params, mesh)
-    if formats is None:
+    if numbers is None:
         (mean, output), grads = jax.value_and_grad(partial(loss, model), has_aux=True)(
             whole, micro.windows, micro.dropout_key
         )
         return Gradients(mean, scatter(grads, mesh), output, None)
 
     def with_probes(params, g_probes):
-        operands = noisy_operands(formats, micro.number)
+        operands = numbers.operands(micro.number)
         return loss(model, params, micro.windows, micro.dropout_key, Quantized(operands, g_probes))
 
     (mean, output), (grads, of_g) = jax.value_and_grad(with_probes, argnums=(0, 1), has_aux=True)(
-        whole, quantization.g_probes(formats.groups)
+        whole, numbers.probes()
     )
-    statistics_Q3S = quantization.gather_statistics(formats.groups, output.statistics, of_g)
-    return Gradients(mean, scatter(grads, mesh), output._replace(statistics={}), statistics_Q3S)
+    statistics = numbers.gather(output.statistics, of_g)
+    return Gradients(mean, scatter(grads, mesh), output._replace(statistics={}), statistics)
 
 
-def judge(found: Gradients, formats: Formats | None) -> Health:
+def judge(found: Gradients, numbers: Numbers | None) -> Health:
     """Statistics of the unclipped gradient, and whether a step can be made from it and from the state."""
     stats = metrics.gradient_stats(found.grads)
     grad_norm = jnp.sqrt(stats.square_sum.sum())
-    faults = {} if formats is None else quantization.faults(formats.options, formats.groups, formats.state)
+    faults = {} if numbers is None else numbers.faults()
     finite = jnp.isfinite(found.loss) & jnp.isfinite(grad_norm) & (stats.nonfinite.sum() == 0)
     for _, counts in faults.values():
         finite &= counts.sum() == 0
@@ -668,7 +724,7 @@ def watch(
     thresholds = step.options.thresholds
     overflow_names, overflow_O, lost_S = (), None, None
     if step.quant is not None:
-        overflow_names, overflow_O = quantization.overflow_of(step.quant, found.statistics_Q3S)
+        overflow_names, overflow_O = quantization.overflow_of(step.quant, found.statistics)
     if step.stored and after is not None:
         lost_S = ledger.lost_share(_by_layer(_with_format(step.groups), after.entries))
     before = state.monitor.dead_streak
@@ -728,7 +784,7 @@ def group_metrics(step: Step, outcome: Outcome) -> list[metrics.Columns]:
     if "activation" in chosen:
         row.append(metrics.activation_metrics(found.output))
     if step.quant is not None and "format" in chosen:
-        row.append(_sparse(quantization.format_metrics(step.quant, found.statistics_Q3S)))
+        row.append(_sparse(quantization.format_metrics(step.quant, found.statistics)))
     if step.quant is not None and after is not None and "ledger" in chosen:
         entries = _by_layer(_with_format(step.groups), after.entries)
         named, of_all = ledger.ledger_metrics(entries, stored=bool(step.stored), ages=step.ages)
@@ -776,6 +832,18 @@ def alert_columns(outcome: Outcome) -> list[metrics.Columns]:
         metrics.scalars(of_run),
         metrics.over(layers, of_layers, _ALERT),
         metrics.over(watched.neuron_layers, {"dead_layer": begins["dead_layer"]}, _ALERT),
+    ]
+
+
+def recipe_columns(step: Step, recipes: recipe.InUse, outcome: Outcome) -> list[metrics.Columns]:
+    """The columns that only recipes have."""
+    row, statistics = [], outcome.found.statistics
+    if "format" in step.options.metric_groups and statistics is not None:
+        row.append(_sparse(recipe.format_metrics(recipes.options, statistics)))
+    if len(recipes.options.schedule) > 1:
+        row.append(metrics.scalars({"recipe_phase": recipes.phase}))
+    return row + [
+        metrics.over(names, {kind: counts}, _ALERT) for kind, (names, counts) in outcome.health.faults.items()
     ]
 
 

@@ -1,0 +1,271 @@
+"""The recipe of a run: six quantized slots per linear layer, as data of the step, and what they carry along.
+
+A recipe says how each operand of each product of a linear layer is quantized (numerics.recipes). What the compiled
+program can do is the union of what its recipes ask (`RecipeOptions.features`); which recipe a run follows, in which
+layers and from which update on is a `RecipeTable`, data. So one program serves every recipe of a sweep, and a schedule
+that changes the recipe compiles nothing.
+
+Slots whose amax is delayed are given the largest of the last `amax_history` updates; where there was none, their own.
+
+Axes: P phases of the schedule, Q quantized layers, 6 slots (recipes.SLOTS), H history, S len(slot_statistics.FIELDS),
+n layers of a group.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.stacking import group_of
+from altgrad_jax.numerics import slot_statistics, slots
+from altgrad_jax.numerics.products import push_amax
+from altgrad_jax.numerics.recipes import SLOTS, Recipe, get_recipe, kept_high, parse_schedule
+from altgrad_jax.numerics.rounding import stochastic_seed
+from altgrad_jax.numerics.rules import HEAD, linear_layers
+from altgrad_jax.numerics.slot_quantization import Features, Slot
+from altgrad_jax.step.metrics import Columns, joined, over
+from altgrad_jax.step.quantization import Group, in_layer_order
+
+# Where the rows of a forward and of a backward vector stand among SLOTS.
+_ORDER = np.argsort([*slots.FORWARD, *slots.BACKWARD])
+_OF_ALL = ("zero_scale", "clipped", "top_code", "underflow", "shrinkage", "sqnr_db", "copy_distance")
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Static choices of a program with recipes.
+
+    names: the layers that some recipe of the program quantizes, in the order of the model. features: of the six slots.
+    schedule: the run's recipes, each with the update from which it holds. delayed: whether some amax of the program is
+    of earlier steps. amax_history: how many of them count.
+    """
+
+    names: tuple[str, ...]
+    n_layer: int
+    features: tuple[Features, ...]
+    schedule: tuple[tuple[str, int], ...]
+    delayed: bool = False
+    amax_history: int = 1
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The run's recipes."""
+        return tuple(get_recipe(name) for name, _ in self.schedule)
+
+
+class RecipeTable(NamedTuple):
+    """A run's recipes as data."""
+
+    slots: Slot  # leaves [P, Q, 6, ...]
+    delayed_PQ6: Any  # bool
+    start_P: Any  # int32: the update from which a phase holds
+
+
+class RecipeState(NamedTuple):
+    """What recipes carry from step to step."""
+
+    amax_history_Q6H: jax.Array  # float32, oldest first; 0 where no update was made
+    number: jax.Array  # int32: of the next update, which decides what recipe of the schedule holds
+
+
+def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
+    """The options that a run's settings ask for; None without a recipe."""
+    if not config["recipe"]:
+        return None
+    schedule = parse_schedule(tuple(config["recipe"]), config["max_steps"])
+    known = [get_recipe(name) for name in dict.fromkeys([*(name for name, _ in schedule), *config["recipe_program"]])]
+    n_layer = config["n_layer"]
+    kept = [set(kept_high(recipe, n_layer)) for recipe in known]
+    quantizes = [any(not spec.high for spec in recipe.slots) for recipe in known]
+    names = tuple(
+        layer
+        for layer in linear_layers(n_layer)
+        if layer != HEAD or any(layer not in high and own for high, own in zip(kept, quantizes))
+    )
+    delayed = any(spec.amax == "delayed" for recipe in known for spec in recipe.slots)
+    measured = config["metrics"] == "all" or "format" in config["metrics"].split(",")
+    return RecipeOptions(
+        names=names,
+        n_layer=n_layer,
+        features=slots.features_of([slots.slots_of(recipe) for recipe in known], statistics=measured or delayed),
+        schedule=schedule,
+        delayed=delayed,
+        amax_history=config["amax_history"] if delayed else 1,
+    )
+
+
+def for_platform(options: RecipeOptions, platform: str) -> RecipeOptions:
+    """The options for a device: what a slot does not use is skipped on a CPU, and computed and dropped elsewhere, where
+    a branch costs more than what it saves."""
+    lazy = platform == "cpu"
+    return dataclasses.replace(
+        options, features=tuple(dataclasses.replace(features, lazy=lazy) for features in options.features)
+    )
+
+
+def table_of(options: RecipeOptions) -> RecipeTable:
+    """The run's recipes as NumPy arrays. A layer that a recipe keeps high has slots that quantize nothing."""
+    high = slots.slots_of(get_recipe("bf16"))
+    phases, delayed = [], []
+    for recipe in options.recipes:
+        kept, own = set(kept_high(recipe, options.n_layer)), slots.slots_of(recipe)
+        rows = [high if layer in kept else own for layer in options.names]
+        phases.append(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+        is_delayed = [spec.amax == "delayed" for spec in recipe.slots]
+        delayed.append([[flag and layer not in kept for flag in is_delayed] for layer in options.names])
+    return RecipeTable(
+        jax.tree.map(lambda *leaves: np.stack(leaves), *phases),
+        np.array(delayed, bool),
+        np.array([start for _, start in options.schedule], np.int32),
+    )
+
+
+def quantized_model(plain: GPTConfig, options: RecipeOptions) -> GPTConfig:
+    """The model with the features of its quantized layers."""
+    found = {group_of(layer, plain.segments): options.features for layer in options.names}
+    return dataclasses.replace(plain, rules=tuple(found.items()))
+
+
+def groups(options: RecipeOptions, segments) -> tuple[Group, ...]:
+    """The groups of quantized layers, in the order in which the model first reaches them."""
+    rows: dict[str, list[int]] = {}
+    for q, layer in enumerate(options.names):
+        rows.setdefault(group_of(layer, segments), []).append(q)
+    return tuple(Group(name, tuple(at), (False, False, False)) for name, at in rows.items())
+
+
+def init_state(options: RecipeOptions) -> RecipeState:
+    """The state of a fresh run."""
+    history = jnp.zeros((len(options.names), len(SLOTS), options.amax_history), jnp.float32)
+    return RecipeState(history, jnp.int32(0))
+
+
+def phase_at(table: RecipeTable, number) -> jax.Array:
+    """int32: which recipe of the schedule update `number` follows, from 0."""
+    return jnp.maximum(jnp.sum(number >= jnp.asarray(table.start_P)) - 1, 0)
+
+
+def slots_at(options: RecipeOptions, state: RecipeState, table: RecipeTable, seed=None) -> Slot:
+    """The slots of a pass from this state: leaves [Q, 6, ...].
+
+    Args:
+      seed: uint32 [2], fresh for every pass; None rounds everything to nearest and draws no signs, as an evaluation
+        does.
+    """
+    phase = phase_at(table, state.number)
+    slots_Q6, delayed_Q6 = jax.tree.map(lambda leaf: jnp.asarray(leaf)[phase], (table.slots, table.delayed_PQ6))
+    slots_Q6 = slots_Q6._replace(given=jnp.where(delayed_Q6, jnp.max(state.amax_history_Q6H, axis=-1), 0.0))
+    if seed is None:
+        return slots_Q6._replace(stochastic=jnp.zeros_like(slots_Q6.stochastic))
+    seeds_Q2 = jax.vmap(stochastic_seed, in_axes=(None, None, 0))(
+        seed[0], seed[1], np.arange(len(options.names), dtype=np.uint32)
+    )
+    return jax.vmap(slots.redraw)(slots_Q6, seeds_Q2)
+
+
+def operands(groups: Sequence[Group], slots_Q6: Slot) -> dict[str, Slot]:
+    """{group: Slot, leaves [n, 6, ...]}, what the layers of the model are given."""
+    return {group.name: group.of(slots_Q6) for group in groups}
+
+
+def probes(options: RecipeOptions, groups: Sequence[Group]) -> dict:
+    """{group: float32 [n, 3, S]}: the arguments whose gradients are the statistics of the backward slots."""
+    if not options.features[0].statistics:
+        return {}
+    return {group.name: np.stack([slots.empty_statistics()] * len(group.rows)) for group in groups}
+
+
+def no_statistics(options: RecipeOptions):
+    """float32 [Q, 6, S] that changes nothing when combined with the statistics of a pass; None where there are none."""
+    if not options.features[0].statistics:
+        return None
+    return jnp.broadcast_to(slot_statistics.empty(), (len(options.names), len(SLOTS), len(slot_statistics.FIELDS)))
+
+
+def gather_statistics(groups: Sequence[Group], forward: dict, backward: dict):
+    """float32 [Q, 6, S] from the forward pass's {group: [n, 3, S]} and the probes' gradients; None without."""
+    if not backward:
+        return None
+    parts = [jnp.concatenate([forward[group.name], backward[group.name]], axis=1)[:, _ORDER] for group in groups]
+    return in_layer_order(groups, parts)
+
+
+def format_metrics(options: RecipeOptions, statistics_Q6S) -> Columns:
+    """`statistic/layer/slot` by slot_statistics.named, and `statistic/all/slot` over all layers together, with the
+    histogram of their scales as `scale_bin_i/all/slot`."""
+    named = slot_statistics.named(statistics_Q6S)
+    of_layers = [f"{layer}/{slot}" for layer in options.names for slot in SLOTS]
+    own = {name: value for name, value in named.items() if name != "scale_histogram"}
+    total = slot_statistics.named(slot_statistics.combine_all(statistics_Q6S))
+    of_all = [f"all/{slot}" for slot in SLOTS]
+    bins = {f"scale_bin_{i}": total["scale_histogram"][:, i] for i in range(slot_statistics.N_BINS)}
+    return joined(
+        [
+            over(of_layers, {name: value.reshape(-1) for name, value in own.items()}),
+            over(of_all, {name: total[name] for name in _OF_ALL} | bins),
+        ]
+    )
+
+
+class InUse(NamedTuple):
+    """The recipe of an update, before it is made. Its methods are those that a pass asks of number formats too."""
+
+    options: RecipeOptions
+    groups: tuple[Group, ...]
+    state: RecipeState
+    table: RecipeTable
+    seed: Any  # int32: of the run
+    number: Any  # int32: of the update
+
+    @property
+    def phase(self) -> jax.Array:
+        """int32: which recipe of the schedule the update follows, from 0."""
+        return phase_at(self.table, self.state.number)
+
+    def operands(self, micro_batch) -> dict[str, Slot]:
+        """{group: Slot} of the training pass over the micro-batch of this number."""
+        seed = stochastic_seed(self.seed, self.number, micro_batch)
+        return operands(self.groups, slots_at(self.options, self.state, self.table, seed))
+
+    def probes(self) -> dict:
+        """`probes`"""
+        return probes(self.options, self.groups)
+
+    def gather(self, forward: dict, backward: dict):
+        """float32 [Q, 6, S]: `gather_statistics`"""
+        return gather_statistics(self.groups, forward, backward)
+
+    def no_statistics(self):
+        """float32 [Q, 6, S] that changes nothing when combined; None without statistics."""
+        return no_statistics(self.options)
+
+    def combine(self, a, b) -> jax.Array:
+        """The statistics of two micro-batches as those of both."""
+        return slot_statistics.combine(a, b)
+
+    def faults(self) -> dict[str, tuple[Sequence[str], jax.Array]]:
+        """Values of the state from which no step can be made: nonfinite_amax of `layer/slot`, with a delayed amax."""
+        if not self.options.delayed:
+            return {}
+        names = [f"{layer}/{slot}" for layer in self.options.names for slot in SLOTS]
+        count_Q6 = jnp.sum(~jnp.isfinite(self.state.amax_history_Q6H), axis=-1, dtype=jnp.float32)
+        return {"nonfinite_amax": (names, count_Q6.reshape(-1))}
+
+    def after(self, statistics_Q6S, finite) -> RecipeState:
+        """The state after an update with these statistics; a step that is not finite leaves the history as it was."""
+        state = self.state._replace(number=self.state.number + 1)
+        if statistics_Q6S is None or not self.options.delayed:
+            return state
+        amax_Q6 = statistics_Q6S[..., list(slot_statistics.FIELDS).index("amax")]
+        pushed = push_amax(self.state.amax_history_Q6H, amax_Q6)
+        return state._replace(amax_history_Q6H=jnp.where(finite, pushed, self.state.amax_history_Q6H))
+
+
+def in_use(options: RecipeOptions | None, groups, state, table, seed, number) -> InUse | None:
+    """The recipe of the update from this state; None without any."""
+    return None if options is None else InUse(options, groups, state, table, seed, number)
