@@ -5,6 +5,8 @@ ratios. A block counts once for each grain and row that it covers (numerics/bloc
 where a tensor ends in short blocks. Slots in the compute dtype have no block scales.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,8 +65,8 @@ def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int
     top = jnp.expand_dims(jnp.where(block > 0, slot.format.max_finite * block, jnp.inf), axis + 1)
     of_scales = _of_scales(decode, amax * encode > slot.format.max_finite * _TOLERANCE)
     of_scales["top_code"] = _count(jnp.abs(stored) >= top)
-    empty_fields = dict(zip(FIELDS, empty(), strict=True))
-    fields = {name: jnp.where(slot.high, empty_fields[name], value) for name, value in of_scales.items()}
+    none = dict(zip(FIELDS, empty(), strict=True))
+    fields: dict[str, Any] = {name: jnp.where(slot.high, none[name], value) for name, value in of_scales.items()}
     q = stored * jnp.expand_dims(jnp.where(slot.high, 1.0, row), axis + 1)
     fields |= _of_elements(grains, q, jnp.max(amax))
     return jnp.stack([fields.get(name, jnp.float32(0)) for name in FIELDS])
