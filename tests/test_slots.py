@@ -94,6 +94,8 @@ def test_two_levels_of_scales_are_alike_in_numpy_and_jax():
         block = scales.block_scale(of_block, tensor[3:], 6.0, factor)
         np.testing.assert_allclose(block, 448 * factor * of_block.astype(np.float64) / amax[3:], rtol=1e-6)
         np.testing.assert_array_equal(scales.block_scale(of_block, tensor[3:], 6.0, factor, xp=jnp), block)
+        in_this_order = np.float32(factor) * (of_block * (tensor[3:] * (np.float32(1) / np.float32(6))))
+        np.testing.assert_array_equal(block, in_this_order)
     block[:5] = 0
     encode = scales.encode_scale(block, tensor[3:])
     assert not encode[:5].any() and np.all(encode[5:] > 0)
