@@ -40,6 +40,7 @@ WITHOUT_JAX = {
     "config",
     "cli",
     "numerics.formats",
+    "numerics.recipe_reference",
     "numerics.recipes",
     "numerics.rules",
     "numerics.scales",

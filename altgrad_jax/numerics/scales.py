@@ -94,7 +94,7 @@ def tensor_scale(amax, target, bound, *, xp: ModuleType = np):
     """The first level of two: the float32 encode scale that maps a tensor's amax to target * bound.
 
     min(bound * target / amax, largest float32); 1 where the amax is 0. Target and bound: what the largest element and
-    the largest block scale become, 6 and 448 in NVFP4. Where the amax is below 2^-116 the inverse of this scale is a
+    the largest block scale become, 6 and 448 in NVFP4. Where the amax is below 2^-114 the inverse of this scale is a
     subnormal float32, which XLA flushes on a CPU: such a tensor becomes 0.
     """
     amax, target, bound = (xp.asarray(v, xp.float32) for v in (amax, target, bound))

@@ -5,6 +5,8 @@ ratios. A block counts once for each grain and row that it covers (numerics/bloc
 where a tensor ends in short blocks. Slots in the compute dtype have no block scales.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +36,7 @@ FIELDS = {
     **{f"bin_{i}": jnp.add for i in range(N_BINS)},  # scales from 2^-i to 2^-(i+1) of the tensor's largest one
 }
 _IDENTITY = {jnp.add: 0.0, jnp.maximum: -np.inf, jnp.minimum: np.inf}
-_NAMES = list(FIELDS)
-_COMPARED, _DISTANCE = _NAMES.index("compared"), _NAMES.index("distance")
+_SIGNAL, _COMPARED, _DISTANCE = map(list(FIELDS).index, ("signal", "compared", "distance"))
 
 
 def empty() -> np.ndarray:
@@ -54,62 +55,68 @@ def combine_all(vectors) -> jax.Array:
     return jnp.stack([whole[of_both](vectors[..., i], axis=0) for i, of_both in enumerate(FIELDS.values())], axis=-1)
 
 
-def measure(grains, stored, axis: int, slot, encode, block, decode, row) -> jax.Array:
+def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int) -> jax.Array:
     """float32 [S] of one operand.
 
     Args:
       grains: what was quantized, float32, its contracted axis split into grains at `axis`.
       stored: the operand as it enters the product, of that shape.
-      slot: the traced slot.
+      slot: the traced slot, of which the largest number is read, and whether it is quantized.
+      amax: float32 per grain and row, of its block.
       encode, block, decode: float32 scales per grain and row: that which multiplies an element, that which is in the
         operand, and that of the value.
       row: float32 that broadcasts to them: what results are multiplied by.
     """
-    quantized = jnp.where(slot.high, 0.0, 1.0)
-    size, stored = jnp.abs(grains), stored.astype(jnp.float32)
+    stored = stored.astype(jnp.float32)
+    top = jnp.expand_dims(jnp.where(block > 0, slot.format.max_finite * block, jnp.inf), axis + 1)
+    of_scales = _of_scales(decode, amax * encode > slot.format.max_finite * _TOLERANCE)
+    of_scales["top_code"] = _count(jnp.abs(stored) >= top)
+    none = dict(zip(FIELDS, empty(), strict=True))
+    fields: dict[str, Any] = {name: jnp.where(slot.high, none[name], value) for name, value in of_scales.items()}
     q = stored * jnp.expand_dims(jnp.where(slot.high, 1.0, row), axis + 1)
-    amax = jnp.max(size, axis + 1)
-    top = slot.format.max_finite * jnp.expand_dims(block, axis + 1)
-    clipped = amax * encode > slot.format.max_finite * _TOLERANCE
-    signal, largest = jnp.sum(jnp.square(grains)), jnp.max(amax)
-    normal = grains / jnp.where(largest > 0, largest, 1.0)  # the fourth power of a gradient may be no float32
-    square = jnp.square(normal)
+    fields |= _of_elements(grains, q, jnp.max(amax))
+    return jnp.stack([fields.get(name, jnp.float32(0)) for name in FIELDS])
+
+
+def _of_scales(decode, clipped):
+    """Fields of the decode scales and of which blocks are clipped."""
     positive = decode > 0
     log2 = jnp.where(positive, jnp.log2(jnp.where(positive, decode, 1.0)), 0.0)
-    fields = {
-        "count": jnp.float32(grains.size),
-        "amax": largest,
-        "smallest_log2": jnp.min(jnp.where(positive & ~slot.high, log2, jnp.inf)),
-        "largest_log2": jnp.max(jnp.where(positive & ~slot.high, log2, -jnp.inf)),
-        "blocks": quantized * decode.size,
-        "zero_scale": quantized * _count(decode == 0),
-        "clipped": quantized * _count(clipped),
-        "log2_sum": quantized * jnp.sum(log2),
-        "log2_square": quantized * jnp.sum(jnp.square(log2)),
-        "top_code": quantized * _count((jnp.abs(stored) >= top) & (top > 0)),
-        "flushed": _count((stored == 0) & (grains != 0)),
-        "signal": signal,
-        "overlap": jnp.sum(grains * q),
-        "noise": jnp.sum(jnp.square(q - grains)),
-        "fourth": grains.size * jnp.float32(grains.size) * jnp.sum(jnp.square(square)) / jnp.square(jnp.sum(square)),
-        "compared": jnp.float32(0),
-        "distance": jnp.float32(0),
+    largest = jnp.max(decode)
+    ratio = largest / jnp.where(positive, decode, 1.0)
+    octave = (lax.bitcast_convert_type(ratio, jnp.int32) >> 23) - 127  # the floor of its log2, exactly
+    octave = jnp.where(positive, jnp.clip(octave, 0, N_BINS - 1), N_BINS)
+    bins = jnp.sum((octave[..., None] == jnp.arange(N_BINS)).astype(jnp.float32), (0, 1))
+    return {
+        "smallest_log2": jnp.log2(jnp.min(jnp.where(positive, decode, jnp.inf))),
+        "largest_log2": jnp.log2(largest),
+        "blocks": jnp.float32(decode.size),
+        "zero_scale": _count(decode == 0),
+        "clipped": _count(clipped),
+        "log2_sum": jnp.sum(log2),
+        "log2_square": jnp.sum(jnp.square(log2)),
+        **{f"bin_{i}": bins[i] for i in range(N_BINS)},
     }
-    bins = quantized * _histogram(decode, positive)
-    return jnp.concatenate([jnp.stack([fields[name] for name in _NAMES[:-N_BINS]]), bins])
+
+
+def _of_elements(v, q, amax):
+    """Fields of elements and of what they became."""
+    square = jnp.square(v / jnp.where(amax > 0, amax, 1.0))  # the fourth power of a gradient may be no float32
+    size = jnp.float32(v.size)
+    return {
+        "count": size,
+        "amax": amax,
+        "flushed": _count((q == 0) & (v != 0)),
+        "signal": jnp.sum(jnp.square(v)),
+        "overlap": jnp.sum(v * q),
+        "noise": jnp.sum(jnp.square(q - v)),
+        "fourth": size * size * jnp.sum(jnp.square(square)) / jnp.square(jnp.sum(square)),
+    }
 
 
 def _count(flags):
     """In float32, which is faster: XLA sums in blocks, so that no counter stops at 2^24."""
     return jnp.sum(flags.astype(jnp.float32))
-
-
-def _histogram(decode, positive):
-    """float32 [N_BINS]: how many scales lie from 2^-i to 2^-(i+1) of the largest; the last holds all smaller ones."""
-    ratio = jnp.max(decode) / jnp.where(positive, decode, 1.0)
-    octave = (lax.bitcast_convert_type(ratio, jnp.int32) >> 23) - 127  # the floor of its log2, exactly
-    octave = jnp.clip(octave, 0, N_BINS - 1)
-    return jnp.stack([_count((octave == i) & positive) for i in range(N_BINS)])
 
 
 def with_distance(statistics_S, first, second) -> jax.Array:
@@ -120,7 +127,7 @@ def with_distance(statistics_S, first, second) -> jax.Array:
 
 def compared(statistics_S) -> jax.Array:
     """The vector of a first copy as that of a second one that is the same."""
-    return statistics_S.at[_COMPARED].set(statistics_S[_NAMES.index("signal")])
+    return statistics_S.at[_COMPARED].set(statistics_S[_SIGNAL])
 
 
 def named(vector) -> dict[str, jax.Array]:

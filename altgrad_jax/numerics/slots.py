@@ -44,7 +44,7 @@ ORIGINAL, FPROP, SHARED = range(len(SOURCES))
 FORWARD, BACKWARD = (0, 1, 4), (2, 3, 5)
 
 
-def slot_of(spec: recipes.SlotSpec, seed: Sequence[int] = (0, 0)) -> Slot:
+def slot_of(spec: recipes.SlotSpec, seed: Any = (0, 0)) -> Slot:
     """A SlotSpec as data: a Slot of NumPy leaves. `seed`, uint32 [2], is that of stochastic rounding."""
     grid = formats.get_scale_format(spec.scale).grid if spec.rule == "two_level" else None
     along, across = spec.sides
@@ -70,7 +70,7 @@ def slot_of(spec: recipes.SlotSpec, seed: Sequence[int] = (0, 0)) -> Slot:
     )
 
 
-def slots_of(recipe: recipes.Recipe, seed: Sequence[int] = (0, 0)) -> Slot:
+def slots_of(recipe: recipes.Recipe, seed: Any = (0, 0)) -> Slot:
     """A recipe as data: a Slot whose NumPy leaves have a leading axis [6], in the order of SLOTS.
 
     `seed`, two numbers of 32 bits, is that of all slots until `redraw` gives each its own.
