@@ -123,7 +123,7 @@ def compile_for(setup: Setup, program: str = "run") -> Compiled:
     with assumed_cudnn():
         lowered = next(itertools.islice(setup.program().lower(), PROGRAMS.index(program), None))
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="gpu-program-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gpu-program-") as folder, _nothing_cached():
         compiled = compile_lowered(lowered, options | {"xla_dump_to": folder})
         seconds = time.perf_counter() - started
         thunks = [path.read_text() for path in sorted(Path(folder).glob(_THUNKS))]
@@ -132,6 +132,18 @@ def compile_for(setup: Setup, program: str = "run") -> Compiled:
     return Compiled(
         program, compiled.as_text() or "", _memory(compiled.memory_analysis()), graphs, options, seconds, native
     )
+
+
+@contextlib.contextmanager
+def _nothing_cached() -> Iterator[None]:
+    """A context in which jax keeps no compiled program on the disk: none of these could be found again, for each is
+    compiled with a folder of its own among its options."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 def graphs_of(thunks: str) -> tuple[int, ...]:
