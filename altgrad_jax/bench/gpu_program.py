@@ -21,6 +21,7 @@ from unittest import mock
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from altgrad_jax.bench.cards import Card
 from altgrad_jax.bench.gpu_report import UNITS, Compiled
@@ -136,14 +137,19 @@ def compile_for(setup: Setup, program: str = "run") -> Compiled:
 
 @contextlib.contextmanager
 def _nothing_cached() -> Iterator[None]:
-    """A context in which jax keeps no compiled program on the disk: none of these could be found again, for each is
-    compiled with a folder of its own among its options."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    """A context in which jax neither keeps compiled programs on the disk nor looks for them: without the device it can
+    write them, and not read them."""
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+    _use_cache(False)
     try:
         yield
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+        _use_cache(before)
+
+
+def _use_cache(enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # what jax remembers of whether there is one
 
 
 def graphs_of(thunks: str) -> tuple[int, ...]:
