@@ -4,7 +4,7 @@
   python scripts/inspect_program.py --config configs/fp8.py:E4M3 --target=h200 --json=e4m3.json
   python scripts/inspect_program.py --config configs/bf16_baseline.py --config.batch_size=96 --devices=8 --config.fsdp=8
 
-It needs jax's CUDA plugin, and no driver: pip install -e ".[gpu-program]". A program takes a minute or two to compile.
+It needs jax's CUDA plugin, and no driver: pip install -e ".[gpu-program]". A program takes minutes to compile.
 """
 
 import os

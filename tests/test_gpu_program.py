@@ -34,15 +34,19 @@ PROGRAMS = {
     "fsdp=8": (BASELINE, [*EIGHT, "--config.fsdp=8"], "run", 8),
     "diagnosis": (BASELINE, [], "diagnose", 1),
 }
-# Kernels of a step: measured, and 5%.
-MOST_KERNELS = {"baseline": 1, "emulated": 1, "native": 1, "data=8": 1, "fsdp=8": 1}
+# Kernels of a step, copies included: measured (495, 840, 873, 539, 644), and 5%.
+MOST_KERNELS = {"baseline": 519, "emulated": 882, "native": 916, "data=8": 565, "fsdp=8": 676}
+# CUDA graphs of the whole program. A collective ends one; what the entry does before and after its loop may be others.
+MOST_GRAPHS = {"baseline": 1, "emulated": 1, "native": 3, "data=8": 5, "fsdp=8": 16}
 # {program: {kind: MB of all collectives of at least LARGE}}, and how many there are below.
 LARGE = 1e6
 MEGABYTES = {
-    "data=8": {"all-reduce": 0},
-    "fsdp=8": {"all-gather": 0, "all-reduce": 0, "reduce-scatter": 0},
+    # 4P = 91.9 with two layers, and the tied table's 77.2 once more.
+    "data=8": {"all-reduce": 169.05},
+    # All parameters gathered; the blocks' gradients and the lookup's reduce-scattered, the head's all-reduced whole.
+    "fsdp=8": {"all-gather": 91.74, "reduce-scatter": 91.35, "all-reduce": 77.27},
 }
-MOST_SMALL = {"data=8": 0, "fsdp=8": 0}
+MOST_SMALL = {"data=8": 1, "fsdp=8": 6}
 
 
 @functools.cache
@@ -63,10 +67,12 @@ def test_a_step_has_no_more_kernels_than_today(name):
 
 
 @pytest.mark.gpu_program
-@pytest.mark.parametrize("name", MOST_KERNELS)
-def test_a_step_is_one_cuda_graph(name):
-    graphs = report(name).compiled.graphs
-    assert len(graphs) == 1, graphs
+@pytest.mark.parametrize("name", MOST_GRAPHS)
+def test_a_step_lies_in_few_cuda_graphs(name):
+    found = report(name)
+    assert len(found.compiled.graphs) <= MOST_GRAPHS[name]
+    if not found.step.collectives:
+        assert max(found.compiled.graphs) >= n_kernels(found.step)  # the whole step is one
 
 
 @pytest.mark.gpu_program
@@ -96,13 +102,13 @@ def test_other_products_are_bfloat16_with_float32_sums(name):
 @pytest.mark.parametrize("name", ["emulated", "native"])
 def test_rounding_is_not_optimized_away(name):
     step = report(name).step
-    # W, A and G of every layer are rounded by instructions of their own.
-    assert rounding_instructions(step) >= 3 * QUANTIZED
+    # W, A and G of every layer are rounded by instructions of their own, and every W once more by the ledger.
+    assert rounding_instructions(step) >= (3 + 1) * QUANTIZED
     assert rounding_instructions(report("baseline").step) == 0
     for kernel in step.kernels:
         if "round-nearest-even" in kernel.opcodes:
             # The other branch, normal numbers: half of the last kept bit is added and the bits below it cut off.
-            assert {"and", "add", "select", "bitcast-convert"} <= set(kernel.opcodes), kernel.name
+            assert {"and", "or", "add", "compare", "select"} <= set(kernel.opcodes), kernel.name
 
 
 @pytest.mark.gpu_program
@@ -118,6 +124,7 @@ def test_float32_products_are_float32(name):
 def test_collectives_are_those_of_the_page(name):
     found = report(name).step.collectives
     large = Counter()
+    assert all(kernel.times == 1 for kernel in report(name).step.kernels)  # the loss is one tile, as on one device
     for collective in found:
         assert collective.group == 8 and not collective.hosts
         if collective.n_bytes >= LARGE:

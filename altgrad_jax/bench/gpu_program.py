@@ -21,6 +21,7 @@ from unittest import mock
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from altgrad_jax.bench.cards import Card
 from altgrad_jax.bench.gpu_report import UNITS, Compiled
@@ -123,7 +124,7 @@ def compile_for(setup: Setup, program: str = "run") -> Compiled:
     with assumed_cudnn():
         lowered = next(itertools.islice(setup.program().lower(), PROGRAMS.index(program), None))
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="gpu-program-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gpu-program-") as folder, _nothing_cached():
         compiled = compile_lowered(lowered, options | {"xla_dump_to": folder})
         seconds = time.perf_counter() - started
         thunks = [path.read_text() for path in sorted(Path(folder).glob(_THUNKS))]
@@ -132,6 +133,23 @@ def compile_for(setup: Setup, program: str = "run") -> Compiled:
     return Compiled(
         program, compiled.as_text() or "", _memory(compiled.memory_analysis()), graphs, options, seconds, native
     )
+
+
+@contextlib.contextmanager
+def _nothing_cached() -> Iterator[None]:
+    """A context in which jax neither keeps compiled programs on the disk nor looks for them: without the device it can
+    write them, and not read them."""
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+    _use_cache(False)
+    try:
+        yield
+    finally:
+        _use_cache(before)
+
+
+def _use_cache(enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # what jax remembers of whether there is one
 
 
 def graphs_of(thunks: str) -> tuple[int, ...]:

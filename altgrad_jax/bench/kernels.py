@@ -297,7 +297,8 @@ def _groups(attributes: str) -> list[list[int]]:
     """The groups of devices of a collective; none where the text names none.
 
     Written out, {{0,1},{2,3}}; as rows of a transposed array, [2,4]<=[4,2]T(1,0); or by axes of a mesh,
-    mesh['data'=8,'fsdp'=8] {'fsdp'}, or parts of them, {'data':(2)4}.
+    mesh['data'=8,'fsdp'=8] {'fsdp'}, or parts of them, {'data':(2)4}, of devices in an order of their own,
+    device_ids=([8,8]T(1,0)).
     """
     listed = re.search(r"replica_groups=\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", attributes)
     if listed:
@@ -319,7 +320,14 @@ def _groups(attributes: str) -> list[list[int]]:
         within.append(3 * list(parts).index(name) + 1)
     dims = [size for part in parts.values() for size in part]
     order = [axis for axis in range(len(dims)) if axis not in within] + within
-    return _rows(dims, order, math.prod(dims[axis] for axis in within))
+    groups = _rows(dims, order, math.prod(dims[axis] for axis in within))
+    # The mesh need not hold the devices in their order.
+    ids = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", attributes)
+    if ids is None:
+        return groups
+    shape = [int(n) for n in ids[1].split(",")]
+    numbers = _rows(shape, [int(n) for n in ids[2].split(",")] if ids[2] else list(range(len(shape))), 1)
+    return [[numbers[position][0] for position in group] for group in groups]
 
 
 def _rows(dims: list[int], order: list[int], width: int) -> list[list[int]]:
