@@ -36,7 +36,7 @@ SEED_MAX = 2**31 - 1
 
 class Model(NamedTuple):
     """What a checkpoint computes: nested dict of NumPy float32 arrays, the GPTConfig, the flat dict of the run's
-    settings, and {layer: products.Operands} of the layers that were trained in number formats (empty without)."""
+    settings, and {group: products.Operands} of the layers that were trained in number formats (empty without)."""
 
     params: dict
     config: GPTConfig
@@ -58,11 +58,11 @@ def load_model(path, step: int | None = None) -> Model:
     if "params" not in arrays:
         raise UserError(f"the checkpoint {path} holds no parameters: give one that the training wrote")
     settings = meta.get("config", {})
-    # Kernel and tiles are choices of the machine it trained on; the defaults compute the same everywhere.
+    # Kernel, tiles and loops are choices of the machine it trained on; the defaults compute the same everywhere.
     names = [
         field.name
         for field in dataclasses.fields(GPTConfig)
-        if field.name not in ("attention", "rules", "loss_tile_bytes")
+        if field.name not in ("attention", "rules", "loss_tile_bytes", "unroll", "split")
     ]
     missing = [name for name in (*names, "tokenizer") if name not in settings]
     if missing:
