@@ -18,6 +18,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.inference import generate as generate_module
 from altgrad_jax.inference.generate import generate, load_model, sample_token
 from altgrad_jax.models.gpt2 import GPT, GPTConfig, Quantized, init_params, weights_of
+from altgrad_jax.models.stacking import layers_of
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.run import checkpoint
 from altgrad_jax.step import quantization
@@ -391,8 +392,13 @@ def test_text_comes_from_the_model_in_its_formats(quantized_run):
 def test_a_checkpoint_is_loaded_in_the_formats_in_use(quantized_run, params, step, of_block, of_head):
     """After an emergency shift they are others; scales are the stored weights' own, and from the amaxes seen."""
     operands = load_model(quantized_run, step).operands
-    assert set(operands) == {f"block_0/{part}" for part in ("attn_qkv", "attn_out", "mlp_up", "mlp_down")} | {"head"}
-    for layer, (w, a, g) in operands.items():
+    of_layers = {
+        layer: jax.tree.map(lambda leaf: leaf[i], of_group)
+        for group, of_group in operands.items()
+        for i, layer in enumerate(layers_of(group))
+    }
+    assert set(of_layers) == {f"block_0/{part}" for part in ("attn_qkv", "attn_out", "mlp_up", "mlp_down")} | {"head"}
+    for layer, (w, a, g) in of_layers.items():
         fmt = get_format(of_head if layer == "head" else of_block)
         largest = min(fmt.max_finite, 2.0**16)
         assert (a.format.mantissa_bits, a.format.max_finite) == (fmt.mantissa_bits, fmt.max_finite)

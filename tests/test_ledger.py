@@ -62,6 +62,15 @@ def expected_metrics(s):
             "scale_flip": s["scale_flips"] / s["elements"], "code_age": s["age"] / s["elements"]}  # fmt: skip
 
 
+def of_one(sums):
+    """The metrics of one stored layer, which are those of all layers together too."""
+    (named, together) = ledger.ledger_metrics(sums[None], stored=True, ages=False)
+    assert set(named) == set(together)
+    for key, values in named.items():
+        np.testing.assert_array_equal(values, [together[key]])
+    return together
+
+
 def layer(name, shape, seed):
     """w, new_w, update, age, unlost of a layer: master weights off the grid, some at zero, some without an update."""
     rng = np.random.default_rng(seed)
@@ -76,27 +85,32 @@ def layer(name, shape, seed):
 def test_entries_and_metrics_are_those_of_a_loop_over_the_weights(name):
     """Two layers of different size, with a scale each: the totals are over all weights, not a mean of layers."""
     fmt = get_format(name)
-    sums, expected, totals = {}, {}, {}
+    sums, expected, totals = [], {}, {}
     for label, shape, seed in (("a", (4, 5), 1), ("b", (12, 20), 2)):
         w, new_w, update, age, unlost = layer(label, shape, seed)
         grid = grid_for(name, w * 4)  # a coarse scale, so that weights stay in E0M7 too
         got, new_age = entries(w, new_w, update, grid, age=age, unlost=unlost)
-        sums[label] = ledger.with_scale_flips(got, 3.0)
+        sums.append(ledger.with_scale_flips(got, 3.0))
         wanted, ages = reference(fmt, float(grid.scale), w, new_w, update, age, unlost)
         np.testing.assert_array_equal(new_age, ages.reshape(shape))
         assert new_age.dtype == jnp.uint16
         assert 0 < wanted["flips"] < wanted["updates"] < wanted["elements"]
         assert float(ledger.lost_share(got)) == pytest.approx(wanted["lost"] / wanted["elements"], rel=1e-6)
         totals = {key: totals.get(key, 0) + value for key, value in wanted.items()}
-        expected |= {f"{key}/{label}": value for key, value in expected_metrics(wanted).items()}
-    expected |= expected_metrics(totals)
-    found = ledger.ledger_metrics(sums, stored=False, ages=True)
-    assert set(found) == set(expected)
-    for key, value in expected.items():
-        assert float(found[key]) == pytest.approx(value, rel=2e-5), key
-    stored = ledger.ledger_metrics(sums, stored=True, ages=False)
-    assert set(stored) == {key.replace("not_flipped", "lost") for key in expected if not key.startswith("code_age")}
-    assert stored["lost/a"] == found["not_flipped/a"]
+        for key, value in expected_metrics(wanted).items():
+            expected.setdefault(key, []).append(value)
+    sums_SF = jnp.stack(sums)
+    together = expected_metrics(totals)
+    found, overall = ledger.ledger_metrics(sums_SF, stored=False, ages=True)
+    assert set(found) == set(overall) == set(expected) == set(together)
+    for key, values in expected.items():
+        assert found[key].shape == (2,) and overall[key].shape == ()
+        np.testing.assert_allclose(found[key], values, rtol=2e-5, err_msg=key)
+        assert float(overall[key]) == pytest.approx(together[key], rel=2e-5), key
+    np.testing.assert_array_equal(ledger.lost_share(sums_SF), found["not_flipped"])
+    for of, stored in zip((found, overall), ledger.ledger_metrics(sums_SF, stored=True, ages=False), strict=True):
+        assert set(stored) == {key.replace("not_flipped", "lost") for key in expected if key != "code_age"}
+        np.testing.assert_array_equal(stored["lost"], of["not_flipped"])
 
 
 def test_without_residuals_every_update_that_moves_no_code_is_lost():
@@ -104,7 +118,7 @@ def test_without_residuals_every_update_that_moves_no_code_is_lost():
     update = np.float32([[0.4, 0.001, 0.0, 1e-6]])
     got, age = entries(w, w + update, update, Grid(format_params(get_format("E0M7")), 1.0))
     assert age is None
-    found = ledger.ledger_metrics({"x": got}, stored=True, ages=False)
+    found = of_one(got)
     assert found["lost"] == 2 / 4 and found["flip"] == 1 / 4 and found["ulps_moved"] == round(0.4 * 128) / 4
     assert found["stall_ratio"] == pytest.approx(2 / 3)
 
@@ -112,7 +126,7 @@ def test_without_residuals_every_update_that_moves_no_code_is_lost():
 def test_without_any_update_ratios_are_not_applicable():
     w = normal(0, (4, 4), 0.02)
     got, _ = entries(w, w, 0 * w, grid_for("E4M3", w))
-    found = ledger.ledger_metrics({"x": got}, stored=True, ages=False)
+    found = of_one(got)
     assert found["flip"] == found["lost"] == 0
     assert all(np.isnan(found[name]) for name in ("stall_ratio", "effective_lr", "lost_energy"))
 
@@ -289,7 +303,7 @@ def test_one_element_that_is_not_finite_harms_no_other_when_the_format_changes(d
 def one_step(name, update):
     w, grid = stored_weights(name, shape=(384, 384))
     after = store(w, update, grid, grid.format)
-    found = ledger.ledger_metrics({"x": entries(w, after.weights, update, after.grid)[0]}, stored=True, ages=False)
+    found = of_one(entries(w, after.weights, update, after.grid)[0])
     return float(found["lost"]), float(found["effective_lr"])
 
 

@@ -9,6 +9,8 @@ import pytest
 from test_products_formats import reference_quantize, reference_scale
 
 from altgrad_jax.config import default_config
+from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.stacking import layers_of
 from altgrad_jax.numerics.formats import get_format, round_reference
 from altgrad_jax.numerics.products import FIELDS, SCALINGS, Statistics, empty_statistics, quant_dot
 from altgrad_jax.numerics.rounding import format_params, stochastic_seed, to_grid
@@ -16,13 +18,51 @@ from altgrad_jax.numerics.rules import resolve_rules
 from altgrad_jax.step import quantization
 from altgrad_jax.step.quantization import QuantOptions
 
-# Different formats for the operands; attn_out has none at all, mlp_up none for W, the head for W alone.
-RULES = ("E4M3", "block_*:G=E5M2", "block_0/attn_out=none", "block_0/mlp_up:W=none", "block_0/mlp_*:A=E3M4",
-         "head:W=E2M5")  # fmt: skip
-LAYERS = resolve_rules(RULES, 1)
+# Different formats for the operands and in the two blocks, which are one segment all the same; attn_out has none at
+# all, mlp_up none for W, the head for W alone.
+RULES = ("E4M3", "block_*:G=E5M2", "block_1/*:W=E3M4", "block_*/attn_out=none", "block_*/mlp_up:W=none",
+         "block_0/mlp_*:A=E3M4", "block_1/mlp_up:G=E4M3", "head:W=E2M5")  # fmt: skip
+LAYERS = resolve_rules(RULES, 2)
 WAG = {"block_0/attn_qkv": ("E4M3", "E4M3", "E5M2"), "block_0/mlp_up": (None, "E3M4", "E5M2"),
-       "block_0/mlp_down": ("E4M3", "E3M4", "E5M2"), "head": ("E2M5", None, None)}  # fmt: skip
-SHAPES = {"block_0/attn_qkv": (32, 96), "block_0/mlp_down": (128, 32), "head": (64, 32)}
+       "block_0/mlp_down": ("E4M3", "E3M4", "E5M2"), "block_1/attn_qkv": ("E3M4", "E4M3", "E5M2"),
+       "block_1/mlp_up": (None, "E4M3", "E4M3"), "block_1/mlp_down": ("E3M4", "E4M3", "E5M2"),
+       "head": ("E2M5", None, None)}  # fmt: skip
+SHAPES = {"block_0/attn_qkv": (32, 96), "block_0/mlp_down": (128, 32), "block_1/attn_qkv": (32, 96),
+          "block_1/mlp_down": (128, 32), "head": (64, 32)}  # fmt: skip
+PLAIN = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=64)
+SEGMENTS = ((0, 2),)
+
+
+def groups_of(options):
+    return quantization.groups(options, options.segments(PLAIN.n_layer))
+
+
+def rules_of(options):
+    """{layer: Rule} of a model of two blocks."""
+    return by_layer(
+        dict(quantization.quantized_model(quantization.layout(PLAIN, options), options).rules), lambda r, _: r
+    )
+
+
+def by_layer(tree, member=lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)):
+    """{layer: its members} of a dictionary keyed by group."""
+    return {layer: member(tree[group], i) for group in tree for i, layer in enumerate(layers_of(group))}
+
+
+def by_group(tree, groups):
+    """{group: members stacked} of a dictionary keyed by layer."""
+    return {
+        group.name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[layer] for layer in layers_of(group.name)))
+        for group in groups
+        if layers_of(group.name)[0] in tree
+    }
+
+
+def operands_of(options, state, formats_Q3, *seed):
+    """{layer: Operands}, in the order of the layers, from a state that is not stacked."""
+    stacked = quantization.stacked(state, SEGMENTS)
+    found = by_layer(quantization.operands(options, groups_of(options), stacked, formats_Q3, *seed))
+    return {layer.layer: found[layer.layer] for layer in options.layers}
 
 
 def options_for(**choices):
@@ -70,22 +110,24 @@ def test_the_table_holds_the_format_of_every_operand_at_every_level(saturate):
 
 def test_the_rule_of_a_layer_has_the_choices_of_its_operands():
     options = options_for(scaling=("channel", "tensor", "delayed"))
-    for layer, rule in quantization.rules(options):
-        assert (rule.w, rule.a, rule.g) == options.scaling and layer in WAG
+    assert set(rules_of(options)) == set(WAG)
+    for rule in rules_of(options).values():
+        assert (rule.w, rule.a, rule.g) == options.scaling
         assert rule.power_of_two and rule.native is None and not rule.float32_operands
-    wide = dict(quantization.rules(QuantOptions(resolve_rules(("E4M3", "head:W=FP16"), 1))))
-    assert {layer for layer, rule in wide.items() if rule.float32_operands} == {"head"}
-    shifts = quantization.rules(options_for(emergency_formats=("FP16",)))
-    assert all(rule.float32_operands for _, rule in shifts)
-    native = QuantOptions(resolve_rules(("E4M3", "block_*:G=E5M2"), 1), native=True, power_of_two=False)
-    for _, rule in quantization.rules(native):
+    for wide in ("head", "block_1/mlp_up"):
+        rules = rules_of(QuantOptions(resolve_rules(("E4M3", f"{wide}:W=FP16"), 2)))
+        assert {layer for layer, rule in rules.items() if rule.float32_operands} == {wide}
+    shifts = rules_of(options_for(emergency_formats=("FP16",)))
+    assert set(shifts) == set(WAG) and all(rule.float32_operands for rule in shifts.values())
+    native = QuantOptions(resolve_rules(("E4M3", "block_*:G=E5M2"), 2), native=True, power_of_two=False)
+    for rule in rules_of(native).values():
         assert rule.native == ("float8_e4m3fn", "float8_e4m3fn", "float8_e5m2") and not rule.power_of_two
 
 
 def test_options_are_read_from_the_settings_of_a_run():
     config = default_config()
     assert quantization.options_of(config) is None
-    config.use_fp8, config.formats, config.n_layer = True, RULES, 1
+    config.use_fp8, config.formats, config.n_layer = True, RULES, 2
     assert quantization.options_of(config) == QuantOptions(LAYERS, emergency_patience=3)
     config.update(
         scaling="tensor,delayed,block32",
@@ -143,14 +185,14 @@ def test_stored_weights_are_used_as_they_are():
     options = options_for(weights_at_rest="nearest", stochastic=(True, True, True))
     table, state, stored = fresh(options)
     state = state._replace(amax_history_Q3H=state.amax_history_Q3H + 3e-3)  # a scale at which W would clip
-    operands = quantization.operands(options, state, quantization.formats_at(table, 0), stochastic_seed(0, 1, 2))
+    operands = operands_of(options, state, quantization.formats_at(table, 0), stochastic_seed(0, 1, 2))
 
     @jax.jit
     def used(w_of, operands_of):
         """Every W as it enters a product, the other operand being the identity, and its statistics."""
         eye = {layer: jnp.eye(w.shape[1 if layer == "head" else 0]) for layer, w in w_of.items()}
         return {layer: quant_dot(eye[layer], w, operands=operands_of[layer]._replace(a=None, g=None),
-                                 rule=dict(quantization.rules(options))[layer], w_is_NK=layer == "head")
+                                 rule=rules_of(options)[layer], w_is_NK=layer == "head")
                 for layer, w in w_of.items()}  # fmt: skip
 
     for layer, (y, stats) in used(stored, operands).items():
@@ -168,7 +210,7 @@ def test_delayed_scales_come_from_the_largest_amax_of_the_history(power_of_two):
     history[2, 1] = 0
     state = state._replace(amax_history_Q3H=jnp.asarray(history))
     for level in (0, 1):
-        operands = quantization.operands(options, state, quantization.formats_at(table, level))
+        operands = operands_of(options, state, quantization.formats_at(table, level))
         assert list(operands) == list(WAG)
         for q, (layer, names) in enumerate(WAG.items()):
             for i, (name, operand) in enumerate(zip(names, operands[layer], strict=True)):
@@ -188,15 +230,35 @@ def test_every_stochastic_operand_of_every_pass_has_its_own_noise():
     seen = set()
     for step, micro_batch in ((0, 0), (0, 1), (1, 0)):
         seed = stochastic_seed(42, step, micro_batch)
-        operands = quantization.operands(options, state, formats_Q3, seed)
+        operands = operands_of(options, state, formats_Q3, seed)
         found = [operand.seed for layer in operands.values() for operand in (layer.w, layer.g) if operand is not None]
         assert all(layer.a is None or layer.a.seed is None for layer in operands.values())
         seen |= {tuple(np.asarray(seed).tolist()) for seed in found}
-        again = quantization.operands(options, state, formats_Q3, seed)
+        again = operands_of(options, state, formats_Q3, seed)
         jax.tree.map(np.testing.assert_array_equal, operands, again)
-    assert len(seen) == 3 * 6  # three passes; three layers with a W and three with a G
-    evaluation = quantization.operands(options, state, formats_Q3)
+    assert len(seen) == 3 * (5 + 6)  # three passes; five layers with a W and six with a G
+    evaluation = operands_of(options, state, formats_Q3)
     assert all(operand is None or operand.seed is None for layer in evaluation.values() for operand in layer)
+
+
+def test_the_noise_of_an_operand_does_not_depend_on_the_groups():
+    """It is that of its layer's number and of the operand's, so that a run does not depend on how blocks are taken."""
+    options = options_for(stochastic=(True, True, True))
+    table, state, _ = fresh(options)
+    seed = stochastic_seed(1, 2, 3)
+    found = operands_of(options, state, quantization.formats_at(table, 0), seed)
+    for q, layer in enumerate(WAG):
+        for i, operand in enumerate(found[layer]):
+            if operand is not None:
+                np.testing.assert_array_equal(operand.seed, stochastic_seed(seed[0], seed[1], 3 * q + i))
+    apart = quantization.groups(options, ((0, 1), (1, 2)))
+    of_blocks = by_layer(
+        quantization.operands(
+            options, apart, quantization.stacked(state, ((0, 1), (1, 2))), quantization.formats_at(table, 0), seed
+        )
+    )
+    for layer in WAG:
+        jax.tree.map(np.testing.assert_array_equal, of_blocks[layer], found[layer])
 
 
 def statistics(seed=0):
@@ -221,14 +283,14 @@ def test_the_history_takes_the_amaxes_of_the_update():
     options = options_for(amax_history=3)
     vectors, raw = statistics()
     table, state, _ = fresh(options)
-    history = np.arange(4 * 3 * 3, dtype=np.float32).reshape(4, 3, 3)
-    vectors = vectors.at[0, 0, 0].set(np.nan).at[3, 0, 0].set(np.inf)
+    history = np.arange(7 * 3 * 3, dtype=np.float32).reshape(7, 3, 3)
+    vectors = vectors.at[0, 0, 0].set(np.nan).at[6, 0, 0].set(np.inf)
     got = quantization.push_history(options, jnp.asarray(history), vectors, quantization.formats_at(table, 0))
     for q, (layer, names) in enumerate(WAG.items()):
         for i, name in enumerate(names):
             amax = np.abs(raw[layer, "WAG"[i]][0]).max().astype(np.float32) if name else np.float32(0)
             expected = [*history[q, i, 1:], amax]
-            if (q, i) in ((0, 0), (3, 0)):  # not finite: as it was
+            if (q, i) in ((0, 0), (6, 0)):  # not finite: as it was
                 expected = history[q, i]
             np.testing.assert_array_equal(got[q, i], expected)
 
@@ -240,7 +302,6 @@ def test_range_clip_limits_the_amax_of_g_by_its_rms_times_the_range(factor):
     table, state, _ = fresh(options)
     formats_Q3 = quantization.formats_at(table, 0)
     got = quantization.push_history(options, state.amax_history_Q3H, vectors, formats_Q3)
-    fmt = get_format("E5M2")
     limited = 0
     for q, layer in enumerate(WAG):
         for i, operand in enumerate("WAG"):
@@ -249,11 +310,12 @@ def test_range_clip_limits_the_amax_of_g_by_its_rms_times_the_range(factor):
             v = raw[layer, operand][0]
             expected = np.abs(v).max()
             if operand == "G":
+                fmt = get_format(WAG[layer][2])
                 limit = factor * fmt.max_finite / fmt.smallest_subnormal * np.sqrt(np.mean(v**2))
                 limited += limit < expected
                 expected = min(expected, limit)
             assert float(got[q, i, -1]) == pytest.approx(expected, rel=1e-5), (layer, operand)
-    assert limited == {1e-9: 3, 1.0: 0}[factor]
+    assert limited == {1e-9: 6, 1.0: 0}[factor]
     for value in (np.nan, np.inf):
         spoilt = vectors.at[:, 2, 0].set(value).at[:, 2, list(FIELDS).index("signal")].set(value)
         kept = quantization.push_history(options, got, spoilt, formats_Q3)
@@ -309,7 +371,8 @@ def without_of(operand, at_rest):
 def test_format_metrics_by_layer_and_over_all_elements(at_rest):
     options = options_for(scaling=("delayed", "tensor", "delayed"), weights_at_rest=at_rest)
     vectors, raw = statistics()
-    found = quantization.format_metrics(options, vectors)
+    columns = quantization.format_metrics(options, vectors)
+    found = dict(zip(columns.names, columns.values, strict=True))
     expected, together = {}, {}
     for (layer, operand), (v, q, limit) in raw.items():
         size = np.abs(v)
@@ -353,40 +416,130 @@ def test_what_can_be_clipped_is_watched():
 
 def test_statistics_are_gathered_by_layer_and_operand():
     options = options_for()
+    groups = groups_of(options)
     vectors, _ = statistics()
     forward = {layer: Statistics(*(vectors[q, i] if names[i] else None for i in (0, 1)))
                for q, (layer, names) in enumerate(WAG.items())}  # fmt: skip
     backward = {layer: vectors[q, 2] for q, (layer, names) in enumerate(WAG.items()) if names[2]}
-    assert set(quantization.g_probes(options)) == set(backward)
-    np.testing.assert_array_equal(quantization.gather_statistics(options, forward, backward), vectors)
+    probes = quantization.g_probes(groups)
+    assert set(by_layer(probes)) == set(backward)
+    assert all((probe == empty_statistics()).all() for probe in probes.values())
+    of_groups = by_group(forward, groups), by_group(backward, groups)
+    np.testing.assert_array_equal(quantization.gather_statistics(groups, *of_groups), vectors)
+    nothing = jnp.arange(len(FIELDS) * 1.0)
+    filled = np.array(vectors)
+    filled[[[names[i] is None for i in range(3)] for names in WAG.values()]] = nothing
+    np.testing.assert_array_equal(quantization.gather_statistics(groups, *of_groups, nothing), filled)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_the_grids_of_the_weights_are_those_of_the_product(scaling):
     options = options_for(scaling=(scaling, "delayed", "delayed"))
     table, state, _ = fresh(options)
-    state = state._replace(amax_history_Q3H=state.amax_history_Q3H.at[:, 0].set(0.05))
+    amax = np.float32(0.05 * 1.5 ** np.arange(len(LAYERS)))  # another scale for most layers
+    state = state._replace(amax_history_Q3H=state.amax_history_Q3H.at[:, 0].set(amax[:, None]))
     if scaling.startswith("block128"):
-        options = dataclasses.replace(options, layers=LAYERS[2:3])
+        rows = np.array([q for q, layer in enumerate(WAG) if layer.endswith("mlp_down")])
+        options = dataclasses.replace(options, layers=tuple(LAYERS[q] for q in rows))
         table = quantization.format_table(options)
-        state = state._replace(amax_history_Q3H=state.amax_history_Q3H[2:3])
+        state = state._replace(amax_history_Q3H=state.amax_history_Q3H[rows])
+    groups, model = groups_of(options), quantization.quantized_model(quantization.layout(PLAIN, options), options)
 
     @jax.jit
     def rounded(state, formats_Q3, w_of):
-        grids = quantization.weight_grids(options, state, formats_Q3, w_of)
-        return {layer: (to_grid(w_of[layer], grid), grid.scale) for layer, grid in grids.items()}
+        stacked = quantization.stacked(state, SEGMENTS)
+        grids = quantization.weight_grids(model, options, groups, stacked, formats_Q3, w_of)
+        return {group: (jax.vmap(to_grid)(w_of[group], grid), grid.scale) for group, grid in grids.items()}
 
-    found = rounded(state, quantization.formats_at(table, 0), weights())
+    w_of = {layer: w for layer, w in weights().items() if layer in options.weight_layers}
+    found = by_layer(rounded(state, quantization.formats_at(table, 0), by_group(w_of, groups)))
     assert set(found) == set(options.weight_layers)
     for layer, (q, scale) in found.items():
-        w, fmt = weights()[layer], get_format(WAG[layer][0])
-        given = reference_scale(0.05, fmt)
+        w, fmt = w_of[layer], get_format(WAG[layer][0])
+        given = reference_scale(float(amax[list(WAG).index(layer)]), fmt)
         expected, fields = reference_quantize(w, fmt, scaling, 1 if layer == "head" else 0, given)
         np.testing.assert_array_equal(q, expected)
         assert scale.min() == fields["scale"] and (scaling != "delayed" or scale == given)
 
 
-def test_layers_of_one_shape_are_grouped_in_the_order_of_the_model():
-    shapes = {"a": (2, 3), "b": (4, 3), "c": (2, 3), "d": (3, 2), "head": (2, 3)}
-    groups = quantization.by_shape({name: np.zeros(shape) for name, shape in shapes.items()})
-    assert groups == [["a", "c"], ["b"], ["d"], ["head"]]  # the head's scales lie along another axis
+@pytest.mark.parametrize(
+    "rules, choices, segments",
+    [
+        (("E4M3",), {}, ((0, 4),)),
+        (("E4M3", "block_1/*=E5M2", "block_2/*:G=E3M4"), {}, ((0, 4),)),  # other formats, the same computation
+        (("E4M3", "block_0/*=none"), {}, ((0, 1), (1, 4))),
+        (("E4M3", "block_1/mlp_up:W=none"), {}, ((0, 1), (1, 2), (2, 4))),
+        (("E4M3", "block_3/mlp_up:W=FP16"), {}, ((0, 3), (3, 4))),  # float32 operands
+        (("E4M3", "block_3/mlp_up:W=FP16"), {"emergency_formats": ("FP16",)}, ((0, 4),)),
+        (("block_*/mlp_up=E4M3", "block_1/mlp_up=none", "block_1/mlp_down=E4M3"), {}, ((0, 1), (1, 2), (2, 4))),
+        (("E4M3", "block_2/*:G=E5M2"), {"native": True}, ((0, 2), (2, 3), (3, 4))),  # a native product has its dtypes
+        (("head=E4M3",), {}, ((0, 4),)),
+    ],
+)
+def test_neighbouring_blocks_are_taken_together_where_they_are_computed_alike(rules, choices, segments):
+    options = QuantOptions(resolve_rules(rules, 4), **choices)
+    assert options.segments(4) == segments
+    plain = dataclasses.replace(PLAIN, n_layer=4)
+    assert quantization.layout(plain, options) == dataclasses.replace(plain, split=segments)
+    assert quantization.layout(plain, None) == plain and plain.segments == ((0, 4),)
+
+
+def test_groups_hold_the_layers_of_one_name_in_a_segment():
+    options = QuantOptions(resolve_rules(("E4M3", "block_*/mlp_up:W=none", "block_0/attn_qkv=none", "head:W=E5M2"), 3))
+    groups = quantization.groups(options, options.segments(3))
+    no_w = (False, True, True)
+    assert [(group.name, layers_of(group.name), group.has) for group in groups] == [
+        ("block_0:1/attn_out", ("block_0/attn_out",), (True,) * 3),
+        ("block_0:1/mlp_up", ("block_0/mlp_up",), no_w),
+        ("block_0:1/mlp_down", ("block_0/mlp_down",), (True,) * 3),
+        ("block_1:3/attn_qkv", ("block_1/attn_qkv", "block_2/attn_qkv"), (True,) * 3),
+        ("block_1:3/attn_out", ("block_1/attn_out", "block_2/attn_out"), (True,) * 3),
+        ("block_1:3/mlp_up", ("block_1/mlp_up", "block_2/mlp_up"), no_w),
+        ("block_1:3/mlp_down", ("block_1/mlp_down", "block_2/mlp_down"), (True,) * 3),
+        ("head", ("head",), (True, False, False)),
+    ]
+    rows = {layer.layer: q for q, layer in enumerate(options.layers)}
+    numbers = np.arange(len(rows))
+    for group in groups:
+        assert group.rows == tuple(rows[layer] for layer in layers_of(group.name))
+        np.testing.assert_array_equal(group.of(numbers), group.rows)
+        assert group.key == group.name.replace("/", ".")
+    tree = {"a": numbers, "b": np.stack([numbers, -numbers], axis=1)}
+    again = quantization.in_layer_order(groups, [group.of(tree) for group in groups])
+    jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+def test_formats_of_weights_are_stacked_by_group():
+    options = options_for()
+    formats_Q3 = quantization.formats_at(quantization.format_table(options), 0)
+    found = by_layer(quantization.weight_formats(groups_of(options), formats_Q3))
+    assert set(found) == set(SHAPES)
+    for layer, params in found.items():
+        assert list(params) == list(format_params(get_format(WAG[layer][0])))
+
+
+def test_faults_of_the_state_are_named_by_layer():
+    """Whichever way the layers are grouped, each fault is counted at its layer."""
+    options = options_for(weights_at_rest="error_feedback", amax_history=3)
+    _, state, _ = fresh(options)
+    history = state.amax_history_Q3H.at[4, 2, 1].set(np.nan).at[4, 2, 2].set(np.inf).at[0, 0].set(np.nan)
+    residual = state.residual | {"block_1.mlp_down": state.residual["block_1.mlp_down"].at[2, 3].set(np.nan)}
+    scales = {"block_0.mlp_down": 0.0, "head": np.inf, "block_1.attn_qkv": -1.0}
+    state = state._replace(
+        amax_history_Q3H=history,
+        residual=residual,
+        rest_scale=state.rest_scale | {key: jnp.float32(value) for key, value in scales.items()},
+    )
+    for segments in (SEGMENTS, ((0, 1), (1, 2))):
+        groups = quantization.groups(options, segments)
+        found = {
+            kind: {name: float(count) for name, count in zip(names, counts, strict=True) if count}
+            for kind, (names, counts) in quantization.faults(
+                options, groups, quantization.stacked(state, segments)
+            ).items()
+        }
+        assert found == {
+            "nonfinite_amax": {"block_1/mlp_up/G": 2},  # no scale of stored weights comes from a history
+            "nonfinite_scale": {"block_0/mlp_down": 1, "block_1/attn_qkv": 1, "head": 1},
+            "nonfinite_residual": {"block_1/mlp_down": 1},
+        }

@@ -25,13 +25,15 @@ def run_monitor(losses, *, bad=None, neuron_norms=None, zero_update=None):
     neuron_norms = np.ones((n, 2)) if neuron_norms is None else np.asarray(neuron_norms)
     zero_update = np.zeros((n, 2)) if zero_update is None else np.asarray(zero_update)
     monitor = stability.init_monitor(THRESHOLDS, {"block_0/mlp_up": 2}, n_layers=2)
+    monitor = monitor._replace(dead_streak={"block_0:1/mlp_up": monitor.dead_streak[0][None]})
     begun, shares, scores = [], [], []
     for k in range(n):
         is_bad = jnp.asarray(bad[k])
         streak, dead = stability.update_dead_streaks(
-            monitor, {"block_0/mlp_up": jnp.float32(neuron_norms[k] ** 2)}, THRESHOLDS, ok=~is_bad
+            monitor.dead_streak, {"block_0:1/mlp_up": jnp.float32(neuron_norms[k : k + 1] ** 2)}, THRESHOLDS, ok=~is_bad
         )
-        share = jnp.stack(list(dead.values()))
+        assert streak["block_0:1/mlp_up"].dtype == jnp.int32 and list(streak) == list(dead) == ["block_0:1/mlp_up"]
+        share = dead["block_0:1/mlp_up"]
         monitor, z, begins = stability.update_monitor(
             monitor,
             row_number=k + 1,
@@ -63,6 +65,28 @@ def test_the_threshold_is_on_the_norm_and_a_non_finite_step_leaves_the_streak():
     _, _, shares, _ = run_monitor(np.ones(7), neuron_norms=norms, bad=bad)
     assert shares == [0, 0, 0, 0, 1, 1, 1]
     assert run_monitor(np.ones(6), neuron_norms=np.full((6, 2), 1.01e-3))[2] == [0] * 6
+
+
+def test_the_streaks_of_several_layers_do_not_mix():
+    """Two groups of three layers and of one, against a loop over their neurons."""
+    rng = np.random.default_rng(1)
+    shapes = {"block_0:3/mlp_up": (3, 5), "block_3:4/attn_out": (1, 2)}
+    streaks = {group: jnp.zeros(shape, jnp.int32) for group, shape in shapes.items()}
+    counted = {group: np.zeros(shape, int) for group, shape in shapes.items()}
+    seen_shares = set()
+    for k in range(12):
+        small = {group: rng.random(shape) < 0.9 for group, shape in shapes.items()}
+        ok = k % 5 != 3
+        squares = {group: jnp.where(is_small, 1e-8, 1.0).astype(jnp.float32) for group, is_small in small.items()}
+        streaks, shares = stability.update_dead_streaks(streaks, squares, THRESHOLDS, ok=jnp.asarray(ok))
+        for group, (n, outputs) in shapes.items():
+            for i in range(n):
+                for j in range(outputs) if ok else ():
+                    counted[group][i, j] = min(counted[group][i, j] + 1, 4) if small[group][i, j] else 0
+            np.testing.assert_array_equal(streaks[group], counted[group])
+            np.testing.assert_allclose(shares[group], (counted[group] >= 4).mean(1), rtol=1e-6)
+            seen_shares |= set(np.asarray(shares[group]).tolist())
+    assert len(seen_shares) > 4
 
 
 def test_robust_z_is_the_textbook_formula():

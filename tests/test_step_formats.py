@@ -11,17 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_gpt2
 import pytest
+from test_metrics import by_layer
 from test_optimizers import reference_ulp
 from test_products_formats import dot_dtypes, neighbours, reference_quantize, reference_scale
 from test_step import TOKENS_T, assert_same, column, make, windows_of
 
 from altgrad_jax.models.gpt2 import GPTConfig, Quantized, weights_of, with_weights
+from altgrad_jax.models.stacking import group_of, layers_of
 from altgrad_jax.numerics.formats import encode, get_format, round_reference
 from altgrad_jax.numerics.optimizers import OPTIMIZERS, adam_moments
 from altgrad_jax.numerics.products import FIELDS, Operand, Operands
-from altgrad_jax.numerics.rounding import format_params
+from altgrad_jax.numerics.rounding import FormatParams, format_params
 from altgrad_jax.numerics.rules import resolve_rules
-from altgrad_jax.step import metrics, quantization, update
+from altgrad_jax.step import quantization, update
 from altgrad_jax.step.mesh import data_mesh
 from altgrad_jax.step.program import make_evaluate
 from altgrad_jax.step.quantization import QuantOptions, format_table, key_of
@@ -164,10 +166,16 @@ def loud(params):
 
 
 def first_operands(options, params, table):
-    """{layer: Operands} before there is any history."""
+    """{group: Operands} before there is any history."""
     formats_Q3 = quantization.formats_at(table, 0)
     weights = {layer: weights_of(params, layer) for layer in options.weight_layers}
-    return quantization.operands(options, quantization.init_state(options, weights, formats_Q3, False)[0], formats_Q3)
+    state, _ = quantization.init_state(options, weights, formats_Q3, False)
+    return update.operands_at(MODEL, options, state, table)
+
+
+def by_layer_of(tree):
+    """{layer: array} of a dictionary {group: array [n, ...]}."""
+    return {layer: array[i] for group, array in tree.items() for i, layer in enumerate(layers_of(group))}
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +186,7 @@ def params(plain):
 @pytest.fixture(scope="module")
 def gradient_of():
     """(loss, gradients, {layer: statistics of G}) of a model with float32 attention and a format in every layer."""
-    config = dataclasses.replace(MODEL, compute_dtype="float32", rules=quantization.rules(EVERYWHERE))
+    config = quantization.quantized_model(dataclasses.replace(MODEL, compute_dtype="float32"), EVERYWHERE)
 
     @jax.jit
     def gradient(params, windows, table):
@@ -188,9 +196,9 @@ def gradient_of():
             return update.loss(config, params, windows, None, Quantized(operands, probes))
 
         (mean, _), (grads, of_g) = jax.value_and_grad(of_probes, argnums=(0, 1), has_aux=True)(
-            params, quantization.g_probes(EVERYWHERE)
+            params, quantization.g_probes(quantization.groups(EVERYWHERE, MODEL.segments))
         )
-        return mean, grads, of_g
+        return mean, grads, by_layer_of(of_g)
 
     return gradient
 
@@ -227,7 +235,7 @@ def test_weights_that_lie_on_the_grid_already_give_the_same_gradient_bit_for_bit
 
 def test_an_evaluation_is_the_quantized_forward_pass(monkeypatch, params, plain):
     windows, table = windows_of(3), named(EVERYWHERE, "E5M2")
-    config = dataclasses.replace(MODEL, rules=quantization.rules(EVERYWHERE))
+    config = quantization.quantized_model(MODEL, EVERYWHERE)
     evaluate = make_evaluate(config, 1, data_mesh(jax.devices()[:1]))
     loss = float(evaluate(params, windows, jax.jit(first_operands, static_argnums=0)(EVERYWHERE, params, table)))
     assert loss == pytest.approx(reference_run(monkeypatch, params, windows, "E5M2", bfloat16)[0], rel=1e-5)
@@ -238,15 +246,21 @@ def test_an_evaluation_takes_the_scales_of_the_training(params, master, runs):
     state, _ = runs["E5M2"]
     history = np.float32(np.random.default_rng(0).uniform(0.01, 0.1, state.quant.amax_history_Q3H.shape))
     fmt = get_format("E5M2")
-    operands = {layer: Operands(*(Operand(format_params(fmt), np.float32(reference_scale(amax, fmt)))
-                                  for amax in history[q].max(-1)))
+    operands = {group_of(layer, MODEL.segments): Operands(*(
+                    Operand(FormatParams(*(np.stack([field]) for field in format_params(fmt))),
+                            np.float32([reference_scale(amax, fmt)]))
+                    for amax in history[q].max(-1)))
                 for q, layer in enumerate(MASTER_LAYERS)}  # fmt: skip
-    model = dataclasses.replace(MODEL, rules=quantization.rules(MASTER))
+    model = quantization.quantized_model(MODEL, MASTER)
     by_hand = jax.jit(lambda params, windows: update.loss(model, params, windows, None, Quantized(operands, {}))[0])
     expected = np.mean([float(by_hand(params, window[None])) for window in windows_of(3)])
     quant, table = state.quant._replace(amax_history_Q3H=history), named(MASTER, "E5M2")
     assert float(master.evaluate(params, windows_of(3), quant, table)) == pytest.approx(expected, rel=1e-6)
     assert float(master.evaluate(params, windows_of(3), state.quant, table)) != pytest.approx(expected, rel=1e-3)
+
+
+def stacked_start(step, table):
+    return update.stacked(step, update.init(step, 0, table))
 
 
 def test_products_without_a_format_have_the_baseline_s_operands():
@@ -256,7 +270,7 @@ def test_products_without_a_format_have_the_baseline_s_operands():
     for quant in (None, EVERYWHERE, dataclasses.replace(MASTER, weights_at_rest="nearest")):
         step = dataclasses.replace(baseline.step, options=dataclasses.replace(baseline.step.options, quant=quant))
         inputs = baseline.inputs._replace(formats=quant and format_table(quant))
-        state = jax.eval_shape(functools.partial(update.init, step), 0, inputs.formats)
+        state = jax.eval_shape(functools.partial(stacked_start, step), inputs.formats)
         jaxpr = jax.make_jaxpr(functools.partial(update.train_step, step))(state, windows_of(0), inputs)
         programs.append(list(dot_dtypes(jaxpr.jaxpr)))
     assert programs[0] == programs[1] == programs[2]
@@ -386,10 +400,7 @@ def test_the_shadow_compares_with_the_float64_gradient(plain, master, runs):
     reference = numpy_gpt2.run(start.params, tokens, 2, targets)[2]
     for suffix, found in (("", gradient), ("_bfloat16", baseline)):
         parts = [("", found, reference)]
-        parts += [
-            (f"/{layer}", arrays, metrics.by_layer(reference)[layer])
-            for layer, arrays in metrics.by_layer(found).items()
-        ]
+        parts += [(f"/{layer}", arrays, by_layer(reference)[layer]) for layer, arrays in by_layer(found).items()]
         for layer, g, r in parts:
             for statistic, value in fidelity(elements(g), elements(r)).items():
                 got = column(master, rows, f"sparse/{statistic}{suffix}{layer}")[0]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from test_step import MODEL, THRESHOLDS
 
+from altgrad_jax.models import stacking
 from altgrad_jax.models.gpt2 import weights_of, with_weights
-from altgrad_jax.numerics.rounding import Grid, to_grid
+from altgrad_jax.numerics.rounding import FormatParams, Grid, to_grid
 from altgrad_jax.numerics.rules import resolve_rules
 from altgrad_jax.step import metrics, quantization, update
 from altgrad_jax.step.mesh import data_mesh
@@ -17,6 +18,7 @@ from altgrad_jax.step.quantization import QuantOptions, format_table
 from altgrad_jax.step.update import Inputs, Step, StepOptions
 
 FLOAT32 = dataclasses.replace(MODEL, compute_dtype="float32")
+PARTS = ("attn_qkv", "attn_out", "mlp_up", "mlp_down")
 QUANT = QuantOptions(resolve_rules(("E4M3",), 2), weights_at_rest="nearest")
 WINDOWS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (4, MODEL.block_size + 1)).astype(np.uint16)
 
@@ -33,7 +35,9 @@ def step_of(**options):
 
 def state_and_inputs(step):
     table = None if step.quant is None else format_table(step.quant)
-    return update.init(step, 0, table), Inputs(np.int32(0), np.float32(step.options.learning_rate), table)
+    return update.stacked(step, update.init(step, 0, table)), Inputs(
+        np.int32(0), np.float32(step.options.learning_rate), table
+    )
 
 
 def test_step_is_a_static_argument():
@@ -71,23 +75,32 @@ def test_stored_weights_end_on_their_grid():
     step = step_of(quant=QUANT)
     state, inputs = state_and_inputs(step)
     formats = update.formats_of(step, state, inputs)
-    old = {layer: weights_of(state.params, layer) for layer in step.stored}
+    old = {group.name: weights_of(state.params, group.name) for group in step.groups}
+    assert [stacking.layers_of(name) for name in old] == [(f"block_0/{part}", f"block_1/{part}") for part in PARTS]
     updates = jax.tree.map(lambda w: jnp.full_like(w, 0.01), old)
     params = with_weights(state.params, jax.tree.map(jnp.add, old, updates))
     change = update.Change(old, updates, finite=jnp.bool_(True), bad=jnp.bool_(False))
     after = update.apply_formats(step, formats, change, params, quantization.no_statistics(QUANT))
-    weight_formats = quantization.weight_formats(QUANT, formats.in_use_Q3)
-    for layer in step.stored:
-        w = weights_of(after.params, layer)
-        grid = Grid(weight_formats[layer], after.quant.rest_scale[quantization.key_of(layer)])
+    formats_Q3 = jax.tree.map(np.asarray, formats.in_use_Q3)
+    for q, layer in enumerate(step.stored):
+        group = stacking.group_of(layer, step.plain.segments)
+        i = stacking.layers_of(group).index(layer)
+        w = weights_of(after.params, group)[i]
+        fmt = FormatParams(*(field[q, 0] for field in formats_Q3))
+        grid = Grid(fmt, after.quant.rest_scale[quantization.key_of(group)][i])
         np.testing.assert_array_equal(w, to_grid(w, grid))
-        assert not np.array_equal(w, old[layer])
-    assert set(after.entries) == set(step.stored) and not after.rises
+        assert not np.array_equal(w, old[group][i])
+    assert set(after.entries) == set(old) and not after.rises
+    assert {entries.shape[0] for entries in after.entries.values()} == {MODEL.n_layer}
 
 
 def test_every_metric_is_a_scalar_without_running_a_step():
     step = step_of(quant=QUANT, use_shadow=True)
     state, inputs = state_and_inputs(step)
-    state, row = jax.eval_shape(lambda *data: update.train_step(step, *data), state, WINDOWS, inputs)
-    assert all(value.shape == () for value in row.values())
-    assert {f"grad_norm/{layer}" for layer in metrics.by_layer(state.params)} <= set(row)
+    after, row = jax.eval_shape(lambda *data: update.train_step(step, *data), state, WINDOWS, inputs)
+    assert row.values.shape == (len(row.names),) == (len(set(row.names)),) and row.values.dtype == jnp.float32
+    assert {f"grad_norm/{layer}" for layer in metrics.layer_names(state.params)} <= set(row.names)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )

@@ -36,7 +36,7 @@ SEED_MAX = 2**31 - 1
 
 class Model(NamedTuple):
     """What a checkpoint computes: nested dict of NumPy float32 arrays, the GPTConfig, the flat dict of the run's
-    settings, and {layer: products.Operands} of the layers that were trained in number formats (empty without)."""
+    settings, and {group: products.Operands} of the layers that were trained in number formats (empty without)."""
 
     params: dict
     config: GPTConfig

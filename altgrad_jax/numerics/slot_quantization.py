@@ -228,11 +228,8 @@ def quantize_slot(v, slot: Slot, axis: int, features: Features = Features(), dty
     if not features.statistics:
         return quantized, None
     decode = jnp.broadcast_to(found.block * found.row, found.block.shape)
-    args = grains, stored, slot, own, found.encode, found.block, decode, found.row
-    # Always taken: a conditional is the one boundary that keeps XLA from fusing what makes the scales into each of the
-    # reductions, which multiplies the time to compile by six.
-    measure = partial(slot_statistics.measure, axis=axis)
-    return quantized, lax.cond(slot.shrink > 0, measure, lambda *_: jnp.asarray(slot_statistics.empty()), *args)
+    scales_of = own, found.encode, found.block, decode, found.row
+    return quantized, slot_statistics.measure(grains, stored, slot, *scales_of, axis=axis)
 
 
 def dequantized(quantized: Quantized, axis: int) -> jax.Array:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from altgrad_jax.numerics.sums import sums
+
 N_BINS = 16
 # A block's amax counts as clipped beyond the largest number by more than what rounding of its scale in float32 does.
 _TOLERANCE = np.float32(1 + 2.0**-20)
@@ -67,14 +69,29 @@ def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int
         operand, and that of the value.
       row: float32 that broadcasts to them: what results are multiplied by.
     """
-    stored = stored.astype(jnp.float32)
+    stored, largest = stored.astype(jnp.float32), jnp.max(amax)
     top = jnp.expand_dims(jnp.where(block > 0, slot.format.max_finite * block, jnp.inf), axis + 1)
+    q = stored * jnp.expand_dims(jnp.where(slot.high, 1.0, row), axis + 1)
+    # The fourth power of a gradient may be no float32.
+    square = jnp.square(grains / jnp.where(largest > 0, largest, 1.0))
+    of_elements = sums(
+        {
+            "top_code": jnp.abs(stored) >= top,
+            "flushed": (q == 0) & (grains != 0),
+            "signal": jnp.square(grains),
+            "overlap": grains * q,
+            "noise": jnp.square(q - grains),
+            "square": square,
+            "fourth": jnp.square(square),
+        }
+    )
+    count = jnp.float32(grains.size)
+    of_elements["fourth"] *= count * count / jnp.square(of_elements.pop("square"))
     of_scales = _of_scales(decode, amax * encode > slot.format.max_finite * _TOLERANCE)
-    of_scales["top_code"] = _count(jnp.abs(stored) >= top)
+    of_scales["top_code"] = of_elements.pop("top_code")
     none = dict(zip(FIELDS, empty(), strict=True))
     fields: dict[str, Any] = {name: jnp.where(slot.high, none[name], value) for name, value in of_scales.items()}
-    q = stored * jnp.expand_dims(jnp.where(slot.high, 1.0, row), axis + 1)
-    fields |= _of_elements(grains, q, jnp.max(amax))
+    fields |= of_elements | {"count": count, "amax": largest}
     return jnp.stack([fields.get(name, jnp.float32(0)) for name in FIELDS])
 
 
@@ -86,37 +103,20 @@ def _of_scales(decode, clipped):
     ratio = largest / jnp.where(positive, decode, 1.0)
     octave = (lax.bitcast_convert_type(ratio, jnp.int32) >> 23) - 127  # the floor of its log2, exactly
     octave = jnp.where(positive, jnp.clip(octave, 0, N_BINS - 1), N_BINS)
-    bins = jnp.sum((octave[..., None] == jnp.arange(N_BINS)).astype(jnp.float32), (0, 1))
-    return {
+    of_scales = sums(
+        {
+            "zero_scale": decode == 0,
+            "clipped": clipped,
+            "log2_sum": log2,
+            "log2_square": jnp.square(log2),
+            **{f"bin_{i}": octave == i for i in range(N_BINS)},
+        }
+    )
+    return of_scales | {
         "smallest_log2": jnp.log2(jnp.min(jnp.where(positive, decode, jnp.inf))),
         "largest_log2": jnp.log2(largest),
         "blocks": jnp.float32(decode.size),
-        "zero_scale": _count(decode == 0),
-        "clipped": _count(clipped),
-        "log2_sum": jnp.sum(log2),
-        "log2_square": jnp.sum(jnp.square(log2)),
-        **{f"bin_{i}": bins[i] for i in range(N_BINS)},
     }
-
-
-def _of_elements(v, q, amax):
-    """Fields of elements and of what they became."""
-    square = jnp.square(v / jnp.where(amax > 0, amax, 1.0))  # the fourth power of a gradient may be no float32
-    size = jnp.float32(v.size)
-    return {
-        "count": size,
-        "amax": amax,
-        "flushed": _count((q == 0) & (v != 0)),
-        "signal": jnp.sum(jnp.square(v)),
-        "overlap": jnp.sum(v * q),
-        "noise": jnp.sum(jnp.square(q - v)),
-        "fourth": size * size * jnp.sum(jnp.square(square)) / jnp.square(jnp.sum(square)),
-    }
-
-
-def _count(flags):
-    """In float32, which is faster: XLA sums in blocks, so that no counter stops at 2^24."""
-    return jnp.sum(flags.astype(jnp.float32))
 
 
 def with_distance(statistics_S, first, second) -> jax.Array:

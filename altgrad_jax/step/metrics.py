@@ -39,7 +39,8 @@ class Columns:
 
 def scalars(metrics: Mapping[str, jax.Array | float]) -> Columns:
     """Columns of single numbers."""
-    return Columns(tuple(metrics), jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()]))
+    values = [jnp.asarray(value, jnp.float32) for value in metrics.values()]
+    return Columns(tuple(metrics), jnp.stack(values) if values else jnp.zeros(0, jnp.float32))
 
 
 def over(layers: Sequence[str], statistics: Mapping[str, jax.Array], prefix: str = "") -> Columns:

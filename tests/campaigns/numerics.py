@@ -38,6 +38,7 @@ from altgrad_jax.data.prepare import prepare
 from altgrad_jax.data.sources import local
 from altgrad_jax.data.tokenizer import get_tokenizer
 from altgrad_jax.models import gpt2
+from altgrad_jax.models.stacking import is_stacked, layers_of
 from altgrad_jax.numerics.rules import resolve_rules
 from altgrad_jax.run import setup
 from altgrad_jax.run.checkpoint import read_document
@@ -105,7 +106,7 @@ class Row(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _in_gradient(x, fault, index):
-    """x, whose gradient has `fault` added at `index`."""
+    """x, whose gradient has `fault` added at `index`; None: to the first element of each entry of the first axis."""
     return x
 
 
@@ -114,16 +115,16 @@ def _in_gradient_forward(x, fault, index):
 
 
 def _in_gradient_backward(index, fault, g):
-    return g.at[index].add(fault), jnp.zeros_like(fault)
+    where = (slice(None), *(0,) * (g.ndim - 1)) if index is None else index
+    return g.at[where].add(fault), jnp.zeros_like(fault)
 
 
 _in_gradient.defvjp(_in_gradient_forward, _in_gradient_backward)
 
 
 def _sites(params):
-    """[(place, layer)]: where a batch can bring a fault, in the order of their codes."""
-    layers = metrics.by_layer(params)
-    linear = [layer for layer, arrays in layers.items() if "kernel" in arrays]
+    """[(place, layer)]: where a batch can bring a fault, in the order of their codes, also of stacked parameters."""
+    layers, linear = metrics.layer_names(params), list(metrics.neuron_layers(params))
     return [
         ("loss", ""),
         *(("gradient", layer) for layer in layers),
@@ -135,16 +136,28 @@ def _sites(params):
 @contextlib.contextmanager
 def faults_ride_on_batches():
     """While this is entered, programs that are built act on the faults of their batches."""
-    loss, product = update.loss, gpt2._product
+    loss, product, one_block = update.loss, gpt2._product, gpt2._one_block
     fault_of = []  # the function of the loss that is being traced
+    numbers = []  # of the block that is being traced, which stands for several
 
-    def faulty_product(config, layer, *args, **choices):
-        y = product(config, layer, *args, **choices)
-        if not fault_of or layer == "head":
+    def faulty_block(config, rules, position, carried, block):
+        numbers.append(block.i)
+        try:
+            return one_block(config, rules, position, carried, block)
+        finally:
+            numbers.pop()
+
+    def of_this_block(place, part):
+        faults = [fault_of[-1](place, f"block_{i}/{part}") for i in range(SIZE["n_layer"])]
+        return jnp.stack(faults)[numbers[-1]]
+
+    def faulty_product(config, rules, part, *args, **choices):
+        y = product(config, rules, part, *args, **choices)
+        if not fault_of or part == "head":
             return y
         first_token = (0,) * (y.ndim - 1)
-        y = y.at[first_token].add(fault_of[-1]("output", layer))
-        return _in_gradient(y, fault_of[-1]("output's gradient", layer), first_token)
+        y = y.at[first_token].add(of_this_block("output", part))
+        return _in_gradient(y, of_this_block("output's gradient", part), first_token)
 
     def faulty_loss(model, params, windows, *args):
         code, sites = jnp.max(windows[:, 0]).astype(jnp.int32) // CODE - 1, _sites(params)
@@ -155,8 +168,11 @@ def faults_ride_on_batches():
             return jnp.where((code >= 0) & (site == sites.index((place, layer))), values[kind], 0.0)
 
         def leaf(path, x):
-            *layer, name = (key.key for key in path)
-            return x if name == "bias" else _in_gradient(x, fault("gradient", "/".join(layer)), (0,) * x.ndim)
+            *group, name = (key.key for key in path)
+            if name == "bias":
+                return x
+            faults = [fault("gradient", layer) for layer in layers_of("/".join(group))]
+            return _in_gradient(x, *((jnp.stack(faults), None) if is_stacked(path) else (faults[0], (0,) * x.ndim)))
 
         fault_of.append(fault)
         try:
@@ -166,11 +182,11 @@ def faults_ride_on_batches():
             fault_of.pop()
         return mean + fault("loss"), output
 
-    update.loss, gpt2._product = faulty_loss, faulty_product
+    update.loss, gpt2._product, gpt2._one_block = faulty_loss, faulty_product, faulty_block
     try:
         yield
     finally:
-        update.loss, gpt2._product = loss, product
+        update.loss, gpt2._product, gpt2._one_block = loss, product, one_block
 
 
 # -------------------------------------------------------------------------------------------------- states and programs
@@ -245,7 +261,7 @@ class Bench:
         )
         fresh = self.functions.init(seed, self.functions.inputs.formats)
         self.sites = _sites(fresh.params)
-        self.layers = list(metrics.by_layer(fresh.params))
+        self.layers = list(metrics.layer_names(fresh.params))
         self.start, _ = self.advance(jax.device_get(fresh), range(BEFORE))
         if self.histories_may_move():
             # Where overflow is not clipped, a young history makes bad steps of its own: room for these batches.
