@@ -65,6 +65,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import scales
 from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format
 from altgrad_jax.numerics.rules import PER_TENSOR, SCALINGS
+from altgrad_jax.numerics.sums import sums
 
 # How the vectors of several micro-batches become one, field by field.
 FIELDS = {
@@ -246,26 +247,26 @@ def _quantize(v, operand, scaling, axis, name, dtype, rule):
     q = jnp.where(jnp.isfinite(v), scaled if rule.on_results else stored, v).astype(dtype)
     descale = (1 / scale).reshape(()) if rule.on_results else None
 
-    # Counts in float32, which is faster: XLA sums in blocks, so that no counter stops at 2^24.
     if not rule.on_results:
         stored = q.astype(jnp.float32)
-    clipped = excess = jnp.float32(0)
-    if scaling in ("delayed", "none"):  # from its own amax nothing is clipped, and two passes are saved
+    terms = [(stored == 0) & (v != 0), jnp.square(v), jnp.square(stored - v)]
+    if scaling in ("delayed", "none"):  # from its own amax nothing is clipped
         limit = operand.format.max_finite / scale
         # With a scale from the own amax the limit may lie an ulp below it, by rounding: no clipping either.
-        clipped = jnp.where(given > 0, jnp.sum((size > limit).astype(jnp.float32)), 0.0)
-        excess = jnp.where(given > 0, jnp.sum(jnp.where(size > limit, jnp.square(size - limit), 0)), 0.0)
+        beyond = (size > limit) & (given > 0)
+        terms += [beyond, jnp.where(beyond, jnp.square(size - limit), 0)]
+    totals = sums(*terms)
     fields = {
         "amax": jnp.max(amax),
         "scale": jnp.min(scale),
         "smallest": jnp.min(jnp.where(size > 0, size, jnp.inf)),
         "count": jnp.float32(v.size),
         "exposed": jnp.where(given > 0, jnp.float32(v.size), 0.0),
-        "clipped": clipped,
-        "flushed": jnp.sum(((stored == 0) & (v != 0)).astype(jnp.float32)),
-        "signal": jnp.sum(jnp.square(v)),
-        "noise": jnp.sum(jnp.square(stored - v)),
-        "excess": excess,
+        "clipped": totals[3] if len(terms) > 3 else jnp.float32(0),
+        "flushed": totals[0],
+        "signal": totals[1],
+        "noise": totals[2],
+        "excess": totals[4] if len(terms) > 3 else jnp.float32(0),
     }
     statistics = jnp.stack([fields[field] for field in FIELDS])
     if rule.observe is not None:

@@ -5,8 +5,6 @@ ratios. A block counts once for each grain and row that it covers (numerics/bloc
 where a tensor ends in short blocks. Slots in the compute dtype have no block scales.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +28,7 @@ FIELDS = {
     "top_code": jnp.add,  # elements at the largest number
     "flushed": jnp.add,  # elements that are not 0 and became 0
     "signal": jnp.add,  # <x, x>
-    "overlap": jnp.add,  # <x, q>
+    "missing": jnp.add,  # <x, x - q>
     "noise": jnp.add,  # |q - x|^2
     "fourth": jnp.add,  # kurtosis times elements
     "compared": jnp.add,  # <x, x> where the tensor has a first copy
@@ -75,48 +73,42 @@ def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int
     # The fourth power of a gradient may be no float32.
     square = jnp.square(grains / jnp.where(largest > 0, largest, 1.0))
     of_elements = sums(
-        {
-            "top_code": jnp.abs(stored) >= top,
-            "flushed": (q == 0) & (grains != 0),
-            "signal": jnp.square(grains),
-            "overlap": grains * q,
-            "noise": jnp.square(q - grains),
-            "square": square,
-            "fourth": jnp.square(square),
-        }
+        jnp.abs(stored) >= top,
+        (q == 0) & (grains != 0),
+        jnp.square(grains),
+        grains * (grains - q),
+        jnp.square(q - grains),
+        square,
+        jnp.square(square),
     )
     count = jnp.float32(grains.size)
-    of_elements["fourth"] *= count * count / jnp.square(of_elements.pop("square"))
+    fourth = count * count * of_elements[6] / jnp.square(of_elements[5])
     of_scales = _of_scales(decode, amax * encode > slot.format.max_finite * _TOLERANCE)
-    of_scales["top_code"] = of_elements.pop("top_code")
-    none = dict(zip(FIELDS, empty(), strict=True))
-    fields: dict[str, Any] = {name: jnp.where(slot.high, none[name], value) for name, value in of_scales.items()}
-    fields |= of_elements | {"count": count, "amax": largest}
-    return jnp.stack([fields.get(name, jnp.float32(0)) for name in FIELDS])
+    zero = jnp.float32(0)
+    found = jnp.concatenate([of_elements[:5], jnp.stack([count, largest, fourth, zero, zero]), of_scales])
+    # A slot that is not quantized has no scales.
+    return jnp.where(slot.high & _IS_OF_SCALES, empty(), found[_ORDER])
+
+
+# What `measure` computes, in its order, and where the fields stand there.
+_ELEMENTS = ("top_code", "flushed", "signal", "missing", "noise", "count", "amax", "fourth", "compared", "distance")
+_SCALES = ("zero_scale", "clipped", "log2_sum", "log2_square", *(f"bin_{i}" for i in range(N_BINS)))
+_MEASURED = (*_ELEMENTS, *_SCALES, "smallest_log2", "largest_log2", "blocks")
+_ORDER = np.array([_MEASURED.index(name) for name in FIELDS])
+_IS_OF_SCALES = np.array([name == "top_code" or name not in _ELEMENTS for name in FIELDS])
 
 
 def _of_scales(decode, clipped):
-    """Fields of the decode scales and of which blocks are clipped."""
+    """float32: the fields of the decode scales and of which blocks are clipped, _SCALES and the three after them."""
     positive = decode > 0
     log2 = jnp.where(positive, jnp.log2(jnp.where(positive, decode, 1.0)), 0.0)
     largest = jnp.max(decode)
     ratio = largest / jnp.where(positive, decode, 1.0)
     octave = (lax.bitcast_convert_type(ratio, jnp.int32) >> 23) - 127  # the floor of its log2, exactly
     octave = jnp.where(positive, jnp.clip(octave, 0, N_BINS - 1), N_BINS)
-    of_scales = sums(
-        {
-            "zero_scale": decode == 0,
-            "clipped": clipped,
-            "log2_sum": log2,
-            "log2_square": jnp.square(log2),
-            **{f"bin_{i}": octave == i for i in range(N_BINS)},
-        }
-    )
-    return of_scales | {
-        "smallest_log2": jnp.log2(jnp.min(jnp.where(positive, decode, jnp.inf))),
-        "largest_log2": jnp.log2(largest),
-        "blocks": jnp.float32(decode.size),
-    }
+    counted = sums(decode == 0, clipped, log2, jnp.square(log2), *(octave == i for i in range(N_BINS)))
+    smallest = jnp.min(jnp.where(positive, decode, jnp.inf))
+    return jnp.concatenate([counted, jnp.log2(jnp.stack([smallest, largest])), jnp.full(1, decode.size, jnp.float32)])
 
 
 def with_distance(statistics_S, first, second) -> jax.Array:
@@ -155,7 +147,7 @@ def named(vector) -> dict[str, jax.Array]:
         "scale_histogram": jnp.stack([f[f"bin_{i}"] for i in range(N_BINS)], -1) / scaled[..., None],
         "top_code": f["top_code"] / jnp.where(f["blocks"] > 0, f["count"], 0.0),
         "underflow": f["flushed"] / f["count"],
-        "shrinkage": 1 - f["overlap"] / f["signal"],
+        "shrinkage": f["missing"] / f["signal"],
         "sqnr_db": 10 * (jnp.log10(f["signal"]) - jnp.log10(f["noise"])),
         "amax": f["amax"],
         "copy_distance": f["distance"] / f["compared"],

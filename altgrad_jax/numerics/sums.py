@@ -5,8 +5,6 @@ operand take ten passes and ten copies of the code that makes it. One reduction 
 several accumulators: on a CPU a third of the time, on a GPU one kernel.
 """
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,15 +14,14 @@ def _add(a, b):
     return tuple(x + y for x, y in zip(a, b))
 
 
-def sums(terms: Mapping[str, jax.Array], lead: int = 0) -> dict[str, jax.Array]:
-    """{name: float32 sum} of arrays of one shape, over all axes but the first `lead`.
+def sums(*terms, lead: int = 0) -> jax.Array:
+    """float32 [number of terms, ...]: the sums of arrays of one shape over all axes but the first `lead`.
 
     First over all axes but the first of those, then over that one: an accumulator that runs over a whole matrix in
     float32 would lose what it counts beyond 2^24. Booleans are counted.
     """
-    arrays = [jnp.asarray(term).astype(jnp.float32) for term in terms.values()]
+    arrays = [jnp.asarray(term).astype(jnp.float32) for term in terms]
     axes = tuple(range(lead + 1, arrays[0].ndim))
     if axes:
         arrays = lax.reduce(tuple(arrays), tuple(jnp.float32(0) for _ in arrays), _add, axes)
-    totals = jnp.sum(jnp.stack(arrays), axis=lead + 1)
-    return {name: totals[i] for i, name in enumerate(terms)}
+    return jnp.sum(jnp.stack(arrays), axis=lead + 1)

@@ -23,6 +23,7 @@ import optax
 from altgrad_jax.models.stacking import is_stacked, layers_of
 from altgrad_jax.numerics.histograms import rank_health
 from altgrad_jax.numerics.rules import model_order
+from altgrad_jax.numerics.sums import sums
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["names"])
@@ -109,9 +110,9 @@ def _rest(a) -> tuple[int, ...]:
     return tuple(range(1, a.ndim))
 
 
-def _sums(arrays: Iterable[jax.Array]) -> jax.Array:
-    """float32 [n]: the sum of several arrays [n, ...] over all but their first axis."""
-    first, *others = (jnp.sum(a, axis=_rest(a), dtype=jnp.float32) for a in arrays)
+def _sums(terms: Iterable[tuple[jax.Array, ...]]) -> jax.Array:
+    """float32 [statistics, n]: over all but the first axis, and over the arrays of a layer, from each array's terms."""
+    first, *others = (sums(*of_array, lead=1) for of_array in terms)
     return sum(others, start=first)
 
 
@@ -128,19 +129,14 @@ def _sizes(arrays: dict) -> int:
 def gradient_stats(grads) -> LayerStats:
     """One pass over the unclipped gradients.
 
-    The square sum of a kernel is taken per output column and then added up. The columns are the neurons, so dead
-    neurons are counted without a second pass.
+    The columns of a kernel, with their biases, are the neurons, whose square sums the count of dead neurons needs.
     """
     found, neurons = {}, {}
     for group, arrays in by_group(grads).items():
-        squares = {name: jnp.square(g).sum(1) if name == "kernel" else jnp.square(g) for name, g in arrays.items()}
         if "kernel" in arrays:
-            neurons[group] = squares["kernel"] + squares["bias"]
-        found[group] = {
-            "square_sum": _sums(squares.values()),
-            "max_abs": _max_abs(arrays.values()),
-            "nonfinite": _sums(~jnp.isfinite(g) for g in arrays.values()),
-        }
+            neurons[group] = jnp.square(arrays["kernel"]).sum(1) + jnp.square(arrays["bias"])
+        square_sum, nonfinite = _sums((jnp.square(g), ~jnp.isfinite(g)) for g in arrays.values())
+        found[group] = {"square_sum": square_sum, "max_abs": _max_abs(arrays.values()), "nonfinite": nonfinite}
     return LayerStats(layer_names(grads), **_vectors(found), neuron_square_sum=neurons)
 
 
@@ -166,9 +162,9 @@ def gradient_snr(moments: optax.ScaleByAdamState, *, beta1: float, beta2: float)
     found = {
         group: {
             "grad_snr": _sums(
-                jnp.where(second[group][k] > 0, jnp.abs(m) * jax.lax.rsqrt(second[group][k]), 0.0)
+                (jnp.where(second[group][k] > 0, jnp.abs(m) * jax.lax.rsqrt(second[group][k]), 0.0),)
                 for k, m in mu.items()
-            )
+            )[0]
             / _sizes(mu)
         }
         for group, mu in first.items()
@@ -182,8 +178,8 @@ def nonfinite_moments(moments: optax.ScaleByAdamState) -> jax.Array:
     found = {
         group: {
             "count": _sums(
-                ~jnp.isfinite(m) | ~jnp.isfinite(second[group][k]) | (second[group][k] < 0) for k, m in mu.items()
-            )
+                (~jnp.isfinite(m) | ~jnp.isfinite(second[group][k]) | (second[group][k] < 0),) for k, m in mu.items()
+            )[0]
         }
         for group, mu in first.items()
     }
@@ -201,14 +197,10 @@ class TreeNorms(NamedTuple):
 
 def tree_norms(tree) -> TreeNorms:
     """L2 norm, elements that are not finite, and share of zeros, of every layer."""
-    found = {
-        group: {
-            "square_sum": _sums(jnp.square(a) for a in arrays.values()),
-            "nonfinite": _sums(~jnp.isfinite(a) for a in arrays.values()),
-            "zeros": _sums(a == 0 for a in arrays.values()) / _sizes(arrays),
-        }
-        for group, arrays in by_group(tree).items()
-    }
+    found = {}
+    for group, arrays in by_group(tree).items():
+        square_sum, nonfinite, zeros = _sums((jnp.square(a), ~jnp.isfinite(a), a == 0) for a in arrays.values())
+        found[group] = {"square_sum": square_sum, "nonfinite": nonfinite, "zeros": zeros / _sizes(arrays)}
     v = _vectors(found)
     return TreeNorms(layer_names(tree), jnp.sqrt(v["square_sum"]), v["nonfinite"], v["zeros"])
 
@@ -244,24 +236,19 @@ def gradient_fidelity(grads, reference, suffix: str = "") -> Columns:
     found, others = {}, by_group(reference)
     for group, arrays in by_group(grads).items():
         pairs = [(g, others[group][name]) for name, g in arrays.items()]
-        found[group] = {
-            "dot": _sums(g * r for g, r in pairs),
-            "own": _sums(g * g for g, _ in pairs),
-            "other": _sums(r * r for _, r in pairs),
-            "error": _sums(jnp.square(g - r) for g, r in pairs),
-            "flushed": _sums((g == 0) & (r != 0) for g, r in pairs),
-            "size": jnp.full(len(layers_of(group)), _sizes(arrays), jnp.float32),
-        }
-    sums = _vectors(found)
-    total = {name: vector.sum() for name, vector in sums.items()}
-    return joined([over(layer_names(grads), _fidelity(sums, suffix)), scalars(_fidelity(total, suffix))])
+        terms = ((g * r, g * g, r * r, jnp.square(g - r), (g == 0) & (r != 0)) for g, r in pairs)
+        found[group] = dict(zip(("dot", "own", "other", "error", "flushed"), _sums(terms)))
+        found[group]["size"] = jnp.full(len(layers_of(group)), _sizes(arrays), jnp.float32)
+    of_layers = _vectors(found)
+    total = {name: vector.sum() for name, vector in of_layers.items()}
+    return joined([over(layer_names(grads), _fidelity(of_layers, suffix)), scalars(_fidelity(total, suffix))])
 
 
-def _fidelity(sums, suffix) -> dict[str, jax.Array]:
+def _fidelity(f, suffix) -> dict[str, jax.Array]:
     return {
-        f"grad_cosine{suffix}": sums["dot"] / (jnp.sqrt(sums["own"]) * jnp.sqrt(sums["other"])),
-        f"grad_sqnr_db{suffix}": 10 * (jnp.log10(sums["other"]) - jnp.log10(sums["error"])),
-        f"grad_flushed{suffix}": sums["flushed"] / sums["size"],
+        f"grad_cosine{suffix}": f["dot"] / (jnp.sqrt(f["own"]) * jnp.sqrt(f["other"])),
+        f"grad_sqnr_db{suffix}": 10 * (jnp.log10(f["other"]) - jnp.log10(f["error"])),
+        f"grad_flushed{suffix}": f["flushed"] / f["size"],
     }
 
 
