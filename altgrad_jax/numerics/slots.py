@@ -229,15 +229,24 @@ def _weight_gradient_NK(g_MN, x_MK):
     return weight_gradient(x_MK, g_MN, w_is_NK=True)
 
 
-def _dot(x_MK, w, slots, g_probe, features, w_is_NK, dtype):
-    return _forward(x_MK, w, slots, g_probe, features, w_is_NK, dtype)[0]
-
-
-def _forward(x_MK, w, slots, g_probe, features, w_is_NK, dtype):
+def _fprop(x_MK, w, slots, features, w_is_NK, dtype):
+    """(y, first copy of x, first copy of w)."""
     axis_K, _ = _axes(w_is_NK)
     x = _first(x_MK, slots, 0, 1, features, dtype)
     w_first = _first(w, slots, 1, axis_K, features, dtype)
     y_MN = tiled_product(partial(product, contract_a=1, contract_b=axis_K), x.quantized, 1, w_first.quantized, axis_K)
+    return y_MN, x, w_first
+
+
+def _dot(x_MK, w, slots, g_probe, features, w_is_NK, dtype):
+    # Without a backward pass there is no second copy of x, and M may be any number of tokens.
+    y_MN, x, w_first = _fprop(x_MK, w, slots, features, w_is_NK, dtype)
+    nothing = None if x.statistics is None else jnp.asarray(slot_statistics.empty())
+    return y_MN, _stacked(x.statistics, w_first.statistics, nothing)
+
+
+def _forward(x_MK, w, slots, g_probe, features, w_is_NK, dtype):
+    y_MN, x, w_first = _fprop(x_MK, w, slots, features, w_is_NK, dtype)
     # X is an intermediate: its second copy is made now, so that one in the compute dtype is kept and not a float32 one.
     x_again, x_statistics = _again(x_MK, x, slots, 4, 0, features, dtype)
     statistics = _stacked(x.statistics, w_first.statistics, x_statistics)
@@ -296,7 +305,8 @@ def slot_dot(
       compute_dtype: dtype of the operands, in which all quantized numbers are exact: bfloat16 or float32.
 
     Returns:
-      (float32 [..., N], float32 [3, S] statistics of the slots FORWARD or None without `Features.statistics`).
+      (float32 [..., N], float32 [3, S] statistics of the slots FORWARD or None without `Features.statistics`; without a
+      derivative the third is empty, for nothing needs that copy).
       Gradients of x and w are float32, pass straight through the rounding, and are products of the backward slots.
 
     Raises:

@@ -25,6 +25,7 @@ from altgrad_jax.config import Config
 from altgrad_jax.data.dataset import permute_windows
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.gpt2 import count_params
+from altgrad_jax.numerics import recipes
 from altgrad_jax.run import processes, verdict
 from altgrad_jax.run.alerts import rules_of
 from altgrad_jax.run.checkpoint import list_steps, open_checkpoints, save_anomaly
@@ -47,6 +48,7 @@ from altgrad_jax.run.writer import DispatchRecord, RunFacts, Writer
 from altgrad_jax.step import quantization, stability
 from altgrad_jax.step.from_config import inputs_of
 from altgrad_jax.step.mesh import FSDP
+from altgrad_jax.step.recipe import options_of as recipe_options
 from altgrad_jax.step.update import TrainState
 
 FINISHED, NOT_SAVED, STOPPED_NON_FINITE = 0, 1, 3
@@ -178,7 +180,7 @@ class RunFolder:
         self.manifest, self.made_on = claim.manifest, claim.made_on
         self.setup, self.console, self.goodput, self.watch = setup, console, goodput, watch or console
         self.width = width
-        self.quant = quantization.options_of(self.config)
+        self.quant, self.recipe = quantization.options_of(self.config), recipe_options(self.config)
         self.inputs, self.certificates = inputs_of(self.config), certify(self.quant)
         self.started = time.time()
         self.step, self.resumed, self.frozen, self.first_bad_step = 0, False, False, -1
@@ -328,6 +330,8 @@ class RunFolder:
         if self.quant is not None:
             layers = [dataclasses.asdict(layer) for layer in self.quant.layers]
             manifest["formats"] = {"layers": layers, "certificates": self.certificates}
+        if self.recipe is not None:
+            manifest["recipes"] = {recipe.name: recipes.facts(recipe) for recipe in self.recipe.recipes}
         return manifest
 
     def introduce(self) -> None:
@@ -346,6 +350,9 @@ class RunFolder:
         )
         if self.quant is not None:
             say(_describe_formats(config, self.quant))
+        if self.recipe is not None:
+            for recipe, (_, start) in zip(self.recipe.recipes, self.recipe.schedule):
+                say("\n".join([f"from update {start}:" if start else "at first:", *recipes.describe(recipe)]))
         n_tokens = tokens.meta["n_tokens"]
         say(
             f"data: {tokens.meta['source']}, {n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens, "

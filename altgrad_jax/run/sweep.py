@@ -32,6 +32,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.files import write_atomically, writing
 from altgrad_jax.numerics import rules
 from altgrad_jax.numerics.formats import get_format
+from altgrad_jax.numerics.recipes import get_recipe
 from altgrad_jax.run.console import make_console, show_duration
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.run.dry_run import program_bytes
@@ -39,6 +40,7 @@ from altgrad_jax.run.folder import NOT_SAVED, claim, has_ended, open_run
 from altgrad_jax.run.goodput import Goodput, describe
 from altgrad_jax.run.lock import locked
 from altgrad_jax.run.loop import loop
+from altgrad_jax.run.record import MANIFEST, read_manifest
 from altgrad_jax.run.setup import Feed, Setup, open_data, set_up
 from altgrad_jax.run.signals import Interrupted, StopRequest
 from altgrad_jax.run.train import compile_program, disk_failures_as_one_sentence
@@ -57,6 +59,8 @@ _NOT_COMPILED = frozenset(
         "learning_rate",
         "formats",
         "emergency_formats",
+        "recipe",
+        "recipe_program",
         "run_name",
         "checkpoint_dir",
         "tags",
@@ -171,7 +175,26 @@ def make_members(config, points, out):
         members.append(Member(member))
     if not members:
         raise UserError("the sweep has no members: give it points with get_sweep() in the config file, or with --axes")
+    for group in make_groups(members):
+        _share_program(group)
     return members
+
+
+def _share_program(group):
+    """Gives the members of a group that follow recipes one program, which can follow all of them.
+
+    A member that was begun keeps the program that its folder names: other machinery may round its neighbourhood
+    otherwise, and a resumed run is to go on to the bit.
+    """
+    names = sorted({item.partition("@")[0] for member in group for item in member.config.recipe})
+    for member in group:
+        program = tuple(names) if len(names) > 1 else ()
+        manifest = member.folder / MANIFEST
+        if manifest.exists():
+            program = tuple(read_manifest(member.folder)["config"].get("recipe_program", ()))
+        if member.config.recipe:
+            with member.config.unlocked():
+                member.config.recipe_program = program
 
 
 def parse_axes(text):
@@ -207,8 +230,11 @@ def program_key(config):
         layers = tuple(
             (layer.layer, *map(kind, layer.wag)) for layer in rules.resolve_rules(config.formats, config.n_layer)
         )
+    followed = [get_recipe(item.partition("@")[0]) for item in config.recipe]
+    # Sums over tiles are another program. So is another number of phases, and a program that a folder names.
+    recipe = len(followed), any(recipe.tiled for recipe in followed), list(config.recipe_program)
     common = {name: value for name, value in settings.to_dict(config).items() if name not in _NOT_COMPILED}
-    return json.dumps([common, layers, list(map(kind, config.emergency_formats))], sort_keys=True)
+    return json.dumps([common, layers, list(map(kind, config.emergency_formats)), recipe], sort_keys=True)
 
 
 def make_groups(members):
