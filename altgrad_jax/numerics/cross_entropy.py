@@ -145,10 +145,29 @@ def _tile_losses(x_MD, table_PD, targets_M, vocab_size):
 
 def _losses(logits, targets):
     """(loss in nats of each token [...], softmax [..., V], whether a column is the token's target [..., V])."""
-    amax = logits.max(-1, keepdims=True)
-    # One exponential serves the sum and the softmax.
+    # A CPU keeps the exponentials of the sum for the softmax; a GPU computes them twice and reads the logits once less.
+    amax, total = lax.platform_dependent(logits, cuda=amax_and_total_in_one_pass, default=amax_and_total)
     e = jnp.exp(logits - amax)
-    total = e.sum(-1, keepdims=True)
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
     loss = (jnp.log(total) + amax - target)[..., 0]
     return loss, e * (1 / total), jnp.arange(logits.shape[-1]) == targets[..., None]
+
+
+def amax_and_total(logits) -> tuple[jax.Array, jax.Array]:
+    """(largest logit, sum of exp(logit - largest)) along the last axis, float32 [..., 1]."""
+    amax = logits.max(-1, keepdims=True)
+    return amax, jnp.exp(logits - amax).sum(-1, keepdims=True)
+
+
+def amax_and_total_in_one_pass(logits) -> tuple[jax.Array, jax.Array]:
+    """`amax_and_total` in one reduction of pairs (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
+    start = -jnp.float32(jnp.inf), jnp.float32(0)
+    amax, total = lax.reduce((logits, jnp.ones_like(logits)), start, _both, (logits.ndim - 1,))
+    return amax[..., None], total[..., None]
+
+
+def _both(a, b):
+    amax = jnp.maximum(a[0], b[0])
+    # Where all is -inf so far, a difference would be NaN.
+    level = jnp.where(amax == -jnp.inf, 0.0, amax)
+    return amax, a[1] * jnp.exp(a[0] - level) + b[1] * jnp.exp(b[0] - level)
