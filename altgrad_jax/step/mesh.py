@@ -93,11 +93,11 @@ def gather(params, mesh: Mesh) -> Any:
 
 
 def scatter(grads, mesh: Mesh) -> Any:
-    """Gradients of gathered parameters, each summed over all devices and then split like its parameter.
+    """Gradients of gathered parameters, summed over all devices and split like the parameters.
 
-    This is an all-reduce of which a device keeps a part. On a GPU XLA turns it into a reduce-scatter.
+    On a GPU XLA makes one reduce-scatter of all of them.
     """
-    return constrain(constrain(grads, replicated(mesh), mesh), split_like_parameters(mesh, grads), mesh)
+    return constrain(grads, split_like_parameters(mesh, grads), mesh)
 
 
 def place(array, sharding: jax.sharding.Sharding) -> jax.Array:

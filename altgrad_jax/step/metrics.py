@@ -8,6 +8,7 @@ The reductions are grouped by what they read, because at small batch their cost 
 gradients before the update. Another reads parameter, moments and update; the compiler can merge it with the update.
 The arrays of neighbouring blocks come stacked (models.stacking), and one reduction serves all of them: a statistic is a
 vector over the layers, float32 [S] in the order in which the model applies them. Trees that are not stacked do too.
+`split` says that arrays lie in parts on several devices (sums.sums).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,9 +111,9 @@ def _rest(a) -> tuple[int, ...]:
     return tuple(range(1, a.ndim))
 
 
-def _sums(terms: Iterable[tuple[jax.Array, ...]]) -> jax.Array:
+def _sums(terms: Iterable[tuple[jax.Array, ...]], split: bool) -> jax.Array:
     """float32 [statistics, n]: over all but the first axis, and over the arrays of a layer, from each array's terms."""
-    first, *others = (sums(*of_array, lead=1) for of_array in terms)
+    first, *others = (sums(*of_array, lead=1, apart=split) for of_array in terms)
     return sum(others, start=first)
 
 
@@ -126,7 +127,7 @@ def _sizes(arrays: dict) -> int:
     return sum(a[0].size for a in arrays.values())
 
 
-def gradient_stats(grads) -> LayerStats:
+def gradient_stats(grads, split: bool = False) -> LayerStats:
     """One pass over the unclipped gradients.
 
     The columns of a kernel, with their biases, are the neurons, whose square sums the count of dead neurons needs.
@@ -135,7 +136,7 @@ def gradient_stats(grads) -> LayerStats:
     for group, arrays in by_group(grads).items():
         if "kernel" in arrays:
             neurons[group] = jnp.square(arrays["kernel"]).sum(1) + jnp.square(arrays["bias"])
-        square_sum, nonfinite = _sums((jnp.square(g), ~jnp.isfinite(g)) for g in arrays.values())
+        square_sum, nonfinite = _sums(((jnp.square(g), ~jnp.isfinite(g)) for g in arrays.values()), split)
         found[group] = {"square_sum": square_sum, "max_abs": _max_abs(arrays.values()), "nonfinite": nonfinite}
     return LayerStats(layer_names(grads), **_vectors(found), neuron_square_sum=neurons)
 
@@ -148,7 +149,7 @@ def gradient_metrics(stats: LayerStats) -> Columns:
     )
 
 
-def gradient_snr(moments: optax.ScaleByAdamState, *, beta1: float, beta2: float) -> Columns:
+def gradient_snr(moments: optax.ScaleByAdamState, *, beta1: float, beta2: float, split: bool = False) -> Columns:
     """grad_snr/layer: signal-to-noise ratio of the gradient as Adam sees it.
 
     mean over the layer's elements of |m_hat| / sqrt(v_hat), with m_hat = mu / (1 - beta1^t), v_hat = nu / (1 - beta2^t)
@@ -159,30 +160,22 @@ def gradient_snr(moments: optax.ScaleByAdamState, *, beta1: float, beta2: float)
     t = jnp.maximum(moments.count, 1).astype(jnp.float32)
     correction = jnp.sqrt(1 - beta2**t) / (1 - beta1**t)
     first, second = by_group(moments.mu), by_group(moments.nu)
-    found = {
-        group: {
-            "grad_snr": _sums(
-                (jnp.where(second[group][k] > 0, jnp.abs(m) * jax.lax.rsqrt(second[group][k]), 0.0),)
-                for k, m in mu.items()
-            )[0]
-            / _sizes(mu)
-        }
-        for group, mu in first.items()
-    }
+    found = {}
+    for group, mu in first.items():
+        pairs = ((m, second[group][k]) for k, m in mu.items())
+        ratios = ((jnp.where(nu > 0, jnp.abs(m) * jax.lax.rsqrt(nu), 0.0),) for m, nu in pairs)
+        found[group] = {"grad_snr": _sums(ratios, split)[0] / _sizes(mu)}
     return over(layer_names(moments.mu), {"grad_snr": correction * _vectors(found)["grad_snr"]})
 
 
-def nonfinite_moments(moments: optax.ScaleByAdamState) -> jax.Array:
+def nonfinite_moments(moments: optax.ScaleByAdamState, split: bool = False) -> jax.Array:
     """float32 [S]: elements whose first or second moment is not finite, or whose second one is negative."""
     first, second = by_group(moments.mu), by_group(moments.nu)
-    found = {
-        group: {
-            "count": _sums(
-                (~jnp.isfinite(m) | ~jnp.isfinite(second[group][k]) | (second[group][k] < 0),) for k, m in mu.items()
-            )[0]
-        }
-        for group, mu in first.items()
-    }
+    found = {}
+    for group, mu in first.items():
+        pairs = ((m, second[group][k]) for k, m in mu.items())
+        unusable = ((~jnp.isfinite(m) | ~jnp.isfinite(nu) | (nu < 0),) for m, nu in pairs)
+        found[group] = {"count": _sums(unusable, split)[0]}
     return _vectors(found)["count"]
 
 
@@ -195,11 +188,13 @@ class TreeNorms(NamedTuple):
     zeros: jax.Array  # share of elements that are exactly 0
 
 
-def tree_norms(tree) -> TreeNorms:
+def tree_norms(tree, split: bool = False) -> TreeNorms:
     """L2 norm, elements that are not finite, and share of zeros, of every layer."""
     found = {}
     for group, arrays in by_group(tree).items():
-        square_sum, nonfinite, zeros = _sums((jnp.square(a), ~jnp.isfinite(a), a == 0) for a in arrays.values())
+        square_sum, nonfinite, zeros = _sums(
+            ((jnp.square(a), ~jnp.isfinite(a), a == 0) for a in arrays.values()), split
+        )
         found[group] = {"square_sum": square_sum, "nonfinite": nonfinite, "zeros": zeros / _sizes(arrays)}
     v = _vectors(found)
     return TreeNorms(layer_names(tree), jnp.sqrt(v["square_sum"]), v["nonfinite"], v["zeros"])
@@ -223,7 +218,7 @@ def activation_metrics(output) -> Columns:
     return over(blocks, {"act_amax": output.act_amax_N, "act_rms": output.act_rms_N})
 
 
-def gradient_fidelity(grads, reference, suffix: str = "") -> Columns:
+def gradient_fidelity(grads, reference, suffix: str = "", split: bool = False) -> Columns:
     """How close a gradient is to a reference of the same parameters and batch, per layer and over all elements.
 
     grad_cosine: <g, r> / (|g| |r|). grad_sqnr_db: 10 log10(|r|^2 / |g - r|^2). grad_flushed: share of elements that are
@@ -237,7 +232,7 @@ def gradient_fidelity(grads, reference, suffix: str = "") -> Columns:
     for group, arrays in by_group(grads).items():
         pairs = [(g, others[group][name]) for name, g in arrays.items()]
         terms = ((g * r, g * g, r * r, jnp.square(g - r), (g == 0) & (r != 0)) for g, r in pairs)
-        found[group] = dict(zip(("dot", "own", "other", "error", "flushed"), _sums(terms)))
+        found[group] = dict(zip(("dot", "own", "other", "error", "flushed"), _sums(terms, split)))
         found[group]["size"] = jnp.full(len(layers_of(group)), _sizes(arrays), jnp.float32)
     of_layers = _vectors(found)
     total = {name: vector.sum() for name, vector in of_layers.items()}

@@ -46,7 +46,7 @@ from altgrad_jax.numerics.products import combine_statistics
 from altgrad_jax.numerics.rounding import FormatParams, stochastic_seed
 from altgrad_jax.numerics.rules import HEAD
 from altgrad_jax.step import metrics, quantization, recipe, stability
-from altgrad_jax.step.mesh import constrain, gather, over_batch, replicated, scatter, split_like_parameters
+from altgrad_jax.step.mesh import FSDP, constrain, gather, over_batch, replicated, scatter, split_like_parameters
 from altgrad_jax.step.recipe import RecipeOptions
 
 SPARSE, _ALERT = "sparse/", "alert/"
@@ -149,6 +149,11 @@ class Step:
     def groups(self) -> tuple[quantization.Group, ...]:
         """The groups of quantized layers."""
         return () if self.quant is None else quantization.groups(self.quant, self.plain.segments)
+
+    @property
+    def split(self) -> bool:
+        """Whether parameters lie in parts on several devices."""
+        return self.mesh.shape[FSDP] > 1
 
     @property
     def shadow(self) -> GPTConfig:
@@ -436,9 +441,9 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
 
     recipes = recipe.in_use(step.recipe, step.recipe_groups, state.quant, inputs.formats, inputs.seed, state.step)
     found = gradients(step, step.model, state.params, batch, formats or recipes)
-    health = judge(found, formats or recipes)
+    health = judge(step, found, formats or recipes)
     update = propose_update(step, state, inputs, found.grads, health, formats)
-    counts = count_nonfinite(state, update, health)
+    counts = count_nonfinite(step, state, update, health)
     after = None
     if formats is not None:
         change = Change(
@@ -563,9 +568,9 @@ def _micro_gradients(mesh: Mesh, model: GPTConfig, params, numbers: Numbers | No
     return Gradients(mean, scatter(grads, mesh), output._replace(statistics={}), statistics)
 
 
-def judge(found: Gradients, numbers: Numbers | None) -> Health:
+def judge(step: Step, found: Gradients, numbers: Numbers | None) -> Health:
     """Statistics of the unclipped gradient, and whether a step can be made from it and from the state."""
-    stats = metrics.gradient_stats(found.grads)
+    stats = metrics.gradient_stats(found.grads, step.split)
     grad_norm = jnp.sqrt(stats.square_sum.sum())
     faults = {} if numbers is None else numbers.faults()
     finite = jnp.isfinite(found.loss) & jnp.isfinite(grad_norm) & (stats.nonfinite.sum() == 0)
@@ -612,13 +617,13 @@ def propose_update(
     return Update(lr, factor, raw, applied, params, opt_state)
 
 
-def count_nonfinite(state: TrainState, update: Update, health: Health) -> Counts:
+def count_nonfinite(step: Step, state: TrainState, update: Update, health: Health) -> Counts:
     """What is not finite of the update, the moments after it and the parameters before it, with their statistics."""
-    nonfinite_updates_S = metrics.tree_norms(update.raw).nonfinite
+    nonfinite_updates_S = metrics.tree_norms(update.raw, step.split).nonfinite
     # A damaged moment makes its update non-finite.
-    nonfinite_moments_S = metrics.nonfinite_moments(optimizers.adam_moments(update.opt_state))
+    nonfinite_moments_S = metrics.nonfinite_moments(optimizers.adam_moments(update.opt_state), step.split)
     nonfinite_updates_S = jnp.where(health.finite, nonfinite_updates_S, 0.0)
-    params, updates = metrics.tree_norms(state.params), metrics.tree_norms(update.applied)
+    params, updates = (metrics.tree_norms(tree, step.split) for tree in (state.params, update.applied))
     bad = ~health.finite | (nonfinite_updates_S.sum() + params.nonfinite.sum() > 0)
     return Counts(nonfinite_updates_S, nonfinite_moments_S, params, updates, bad)
 
@@ -774,7 +779,8 @@ def group_metrics(step: Step, outcome: Outcome) -> list[metrics.Columns]:
     o, chosen, row = step.options, step.options.metric_groups, []
     if "grad" in chosen:
         row.append(metrics.gradient_metrics(health.stats))
-        row.append(metrics.gradient_snr(optimizers.adam_moments(update.opt_state), beta1=o.beta1, beta2=o.beta2))
+        moments = optimizers.adam_moments(update.opt_state)
+        row.append(metrics.gradient_snr(moments, beta1=o.beta1, beta2=o.beta2, split=step.split))
     if "update" in chosen:
         row.append(metrics.update_metrics(counts.updates, counts.params))
     if "param" in chosen:
@@ -797,10 +803,10 @@ def shadow_metrics(step: Step, params, batch: Batch, grads) -> metrics.Columns:
 
     def measure():
         reference = gradients(step, step.shadow, params, batch).grads
-        found = [metrics.gradient_fidelity(grads, reference)]
+        found = [metrics.gradient_fidelity(grads, reference, split=step.split)]
         if step.quant is not None:
             plain = gradients(step, step.plain, params, batch).grads
-            found.append(metrics.gradient_fidelity(plain, reference, f"_{step.model.compute_dtype}"))
+            found.append(metrics.gradient_fidelity(plain, reference, f"_{step.model.compute_dtype}", step.split))
         return _sparse(metrics.joined(found))
 
     interval = step.options.shadow_interval
