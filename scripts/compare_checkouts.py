@@ -8,7 +8,8 @@ in both checkouts (nothing is compiled), and the sha256 of their StableHLO is co
 `jax.result_info`, the path of a result in its Python container, is a label and is left out.
 
 Runs, with --tokens (a folder of byte tokens from scripts/prepare_data.py): six short trainings by scripts/train.py of
-each checkout; compared are the bytes of metrics.jsonl and diagnostics.jsonl and every array of the last checkpoint.
+each checkout; compared are metrics.jsonl and diagnostics.jsonl, to the byte but for the order of the columns in a row,
+and every array of the last checkpoint. So are the names of the metrics, in any order.
 
 Exit code: 0 all equal, 1 something differs, 2 a checkout could not be compared.
 """
@@ -17,6 +18,7 @@ import argparse
 import difflib
 import hashlib
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -232,14 +234,25 @@ def compared(folders: list[Path]) -> list[tuple[str, int, list[str]]]:
     ]
     rows = []
     for name in sorted(set(kept)):
-        contents = [(folder / name).read_bytes() if (folder / name).exists() else None for folder in folders]
+        contents = [in_order(folder / name) if (folder / name).exists() else None for folder in folders]
         sums = ["absent" if content is None else hashlib.sha256(content).hexdigest() for content in contents]
         rows.append((str(name), max(len(content or b"") for content in contents), sums))
     return rows
 
 
+def in_order(path: Path) -> bytes:
+    """The bytes of a file, with the columns of a record's rows, or the names of metrics, sorted."""
+    if path.suffix == ".jsonl":
+        # Numbers stay the text that they are.
+        rows = [json.loads(line, parse_float=str, parse_int=str) for line in path.read_text().splitlines()]
+        return "\n".join(json.dumps(row, sort_keys=True) for row in rows).encode()
+    if path.suffix == ".metric_names":
+        return "\n".join(sorted(path.read_text().splitlines())).encode()
+    return path.read_bytes()
+
+
 def print_difference(folders: list[Path], name: str) -> None:
-    a, b = [(folder / name).read_text().splitlines() if (folder / name).exists() else [] for folder in folders]
+    a, b = [in_order(folder / name).decode().splitlines() if (folder / name).exists() else [] for folder in folders]
     lines = difflib.unified_diff(a, b, n=0, lineterm="")
     print("".join(f"    {line[:160]}\n" for line, _ in zip(lines, range(12))), end="")
 

@@ -294,7 +294,13 @@ def test_a_step_is_the_same_whether_blocks_are_stacked_or_apart():
     inputs = update.Inputs(np.int32(0), np.float32(1e-2), table)
     ended = []
     for split in (quant.segments(3), APART):
-        step = step_of(dataclasses.replace(MODEL, split=split), quant=quant, optimizer="ulp_adamw", adam_eps=1e-3)
+        step = step_of(
+            dataclasses.replace(MODEL, split=split),
+            quant=quant,
+            optimizer="ulp_adamw",
+            adam_eps=1e-3,
+            metric_groups=("update", "format", "ledger"),
+        )
         one_step = jax.jit(partial(update.train_step, step))
         state, rows = jax.jit(lambda table, step=step: update.stacked(step, update.init(step, 0, table)))(table), []
         for _ in range(2):
@@ -302,18 +308,24 @@ def test_a_step_is_the_same_whether_blocks_are_stacked_or_apart():
             rows.append(row)
         ended.append((update.unstacked(state), rows))
     (state, rows), (other, other_rows) = ended
+    # The gradient of a key's bias is zero but for rounding, which differs: a share of attn_qkv's elements.
+    uncertain = 1 / (3 * (MODEL.n_embd + 1))
     for row, other_row in zip(rows, other_rows, strict=True):
-        assert row.names == other_row.names and len(row.names) > 200
+        assert row.names == other_row.names and len(row.names) > 150
         for name, got, want in zip(row.names, np.asarray(row.values), np.asarray(other_row.values), strict=True):
-            # The gradient of a key's bias is zero but for rounding, which differs: elements of no consequence.
-            biases = "attn_qkv" in name and name.startswith(("grad_snr", "zero_update"))
-            atol = 1 / (3 * (MODEL.n_embd + 1)) if biases else 1e-6
-            assert got == pytest.approx(want, rel=1e-3, abs=atol, nan_ok=True), name
+            assert got == pytest.approx(
+                want, rel=1e-3, abs=uncertain if "zero_update" in name else 1e-6, nan_ok=True
+            ), name
     assert jax.tree.structure(state) == jax.tree.structure(other)
     for (path, got), want in zip(jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(other), strict=True):
-        assert got.dtype == want.dtype
+        name = jax.tree_util.keystr(path)
+        assert got.dtype == want.dtype, name
         np.testing.assert_allclose(
-            np.float64(got), np.float64(want), rtol=1e-4, atol=1e-6, err_msg=jax.tree_util.keystr(path)
+            np.float64(got),
+            np.float64(want),
+            rtol=1e-4,
+            atol=uncertain if "zero_update" in name else 1e-6,
+            err_msg=name,
         )
 
 
