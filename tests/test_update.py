@@ -65,7 +65,7 @@ def test_nothing_moves_from_what_is_not_finite(damage):
     if damage == "gradient":
         grads = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), grads)
     found = update.Gradients(jnp.float32(jnp.nan if damage == "loss" else 1.0), grads, None, None)
-    health = update.judge(found, None)
+    health = update.judge(step, found, None)
     after = update.propose_update(step, state, inputs, grads, health, None)
     assert not health.finite
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
