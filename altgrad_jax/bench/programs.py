@@ -67,9 +67,10 @@ def memory_errors(clear=lambda: None):
 
 def require_plain(config):
     """UserError for configs whose ratios to the bare step would mislead."""
-    if config.use_fp8:
+    if config.use_fp8 or config.recipe:
         raise UserError(
-            "the benchmark sets the number formats itself: give it a config without, and name one with --format"
+            "the benchmark sets the number formats itself: give it a config without formats and recipe, and name a "
+            "format with --format"
         )
     if config.dropout or config.grad_accum_steps > 1 or config.deterministic:
         raise UserError(

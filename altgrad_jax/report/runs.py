@@ -54,12 +54,12 @@ FREE = frozenset(
     """
     bit_stall_threshold checkpoint_dir checkpoint_seconds console data_placement data_source dead_neuron_threshold
     dead_neuron_window deterministic eval_batch_size max_checkpoints metrics nan_patience overflow_threshold project
-    rank_threshold rank_threshold_strict run_name spike_threshold spike_window stall_window steps_per_dispatch tags
+    recipe_program rank_threshold rank_threshold_strict run_name spike_threshold spike_window stall_window steps_per_dispatch tags
     use_shadow val_patience""".split()
 )
 # Settings that the arm or the cell stands for.
 IDENTITY = frozenset(
-    ("compute_dtype", "formats", "learning_rate", "optimizer", "seed", "store_formats", "use_fp8", "weights_at_rest")
+    "compute_dtype formats learning_rate optimizer recipe seed store_formats use_fp8 weights_at_rest".split()
 )
 # Settings that make a separate arm where they differ from what most runs have. Those of number formats mean nothing
 # to a run without any.
@@ -366,6 +366,9 @@ def _operands(layers):
 def _arm_of(run):
     config = run.config
     rest = {"at_rest": config.get("weights_at_rest", "float32"), "optimizer": config.get("optimizer", "adamw")}
+    recipe = config.get("recipe") or ["bf16"]
+    if recipe != ["bf16"]:  # that one quantizes nothing
+        return Arm("recipe " + ", ".join(recipe), **rest)
     if not config.get("use_fp8", False):
         return Arm(REFERENCE if config["compute_dtype"] == "bfloat16" else config["compute_dtype"], **rest)
     formats, operands = _operands((run.manifest.get("formats") or {}).get("layers") or [])

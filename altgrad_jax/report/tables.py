@@ -605,7 +605,9 @@ def kind_of_run(run):
     """Words for what decides a run's speed: formats, storage, optimizer, what it measures, and the device."""
     config, arm = run.config, run.arm
     formats = (
-        f"no format, {arm.format}"
+        f"recipes of {len(config.get('recipe_program') or config['recipe'])}"
+        if config.get("recipe")
+        else f"no format, {arm.format}"
         if not config.get("use_fp8")
         else "formats"
         if arm.plain

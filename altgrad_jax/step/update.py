@@ -804,7 +804,7 @@ def shadow_metrics(step: Step, params, batch: Batch, grads) -> metrics.Columns:
     def measure():
         reference = gradients(step, step.shadow, params, batch).grads
         found = [metrics.gradient_fidelity(grads, reference, split=step.split)]
-        if step.quant is not None:
+        if step.model != step.plain:
             plain = gradients(step, step.plain, params, batch).grads
             found.append(metrics.gradient_fidelity(plain, reference, f"_{step.model.compute_dtype}", step.split))
         return _sparse(metrics.joined(found))
