@@ -54,8 +54,8 @@ FREE = frozenset(
     """
     bit_stall_threshold checkpoint_dir checkpoint_seconds console data_placement data_source dead_neuron_threshold
     dead_neuron_window deterministic eval_batch_size max_checkpoints metrics nan_patience overflow_threshold project
-    recipe_program rank_threshold rank_threshold_strict run_name spike_threshold spike_window stall_window steps_per_dispatch
-    tags use_shadow val_patience""".split()
+    recipe_program rank_threshold rank_threshold_strict run_name spike_threshold spike_window stall_window
+    steps_per_dispatch tags use_shadow val_patience""".split()
 )
 # Settings that the arm or the cell stands for.
 IDENTITY = frozenset(
