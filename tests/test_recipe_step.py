@@ -35,7 +35,7 @@ from altgrad_jax.run.sweep import axis, make_groups, make_members
 from altgrad_jax.step import recipe
 from altgrad_jax.step.from_config import model_config, step_options
 from altgrad_jax.step.mesh import data_mesh
-from altgrad_jax.step.program import make_step_functions
+from altgrad_jax.step.program import compile_lowered, compiler_options, make_step_functions
 
 # Such a program takes half as long to compile, and computes the same by the same operations.
 QUICK = ("xla_llvm_disable_expensive_passes=true", "xla_backend_optimization_level=0")
@@ -74,15 +74,15 @@ class Bench:
     def __init__(self, **changes):
         self.functions = make(**changes)
         self.fresh = jax.device_get(self.functions.init(42, self.functions.inputs.formats))
-        options = dict(option.split("=") for option in QUICK)
-        options = {name: {"true": True}.get(value, value) for name, value in options.items()}
         lowered = self.functions.run.lower(self.fresh, TOKENS_T, np.int32(0), self.functions.inputs)
-        self.compiled = lowered.compile(compiler_options=options)
+        self.compiled = compile_lowered(lowered, compiler_options(None, "cpu", QUICK))
 
     def table(self, *schedule):
         """A schedule of (recipe, first update); one recipe alone holds for ever."""
         schedule = schedule if len(schedule) == 2 else (*schedule, (schedule[0][0], 10**6))
-        return recipe.table_of(dataclasses.replace(self.functions.step.recipe, schedule=schedule))
+        options = self.functions.step.recipe
+        assert options is not None
+        return recipe.table_of(dataclasses.replace(options, schedule=schedule))
 
     def train(self, *schedule, n=N_STEPS, state=None, seed=3):
         """(state, {column: float32 [n]})."""
