@@ -116,7 +116,7 @@ def first_batch(n=8):
 
 def first_input(params, windows):
     """float32 [tokens, width]: what block_0/attn_qkv is given, without dropout."""
-    x = params["embed"]["embedding"][windows[:, :-1]] + params["pos"]["embedding"][:32]
+    x = params["embed"]["embedding"][windows[:, :-1]] + params["pos_embed"]["embedding"][:32]
     x = x.reshape(-1, x.shape[-1]).astype(np.float64)
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     norm = params["block_0"]["ln_1"]
@@ -132,9 +132,9 @@ def test_every_statistic_of_every_slot_is_there_and_says_what_it_can(trained):
         for layer in LAYERS:
             kept = name == "bf16" or name == "nvfp4_redrawn" and layer.startswith("block_1/")
             for slot in SLOTS:
-                found = {
-                    column.removesuffix(f"/{layer}/{slot}") for column in rows if column.endswith(f"/{layer}/{slot}")
-                }
+                ending = f"/{layer}/{slot}"
+                named = {column.removesuffix(ending) for column in rows if column.endswith(ending)}
+                found = named - {"alert/nonfinite_amax"}
                 assert found == OF_SLOT
                 nothing = OF_BLOCKS if kept else set()
                 nothing = nothing | ({"copy_distance"} if slot in SLOTS[:3] else set())
@@ -187,7 +187,8 @@ def test_a_schedule_is_its_recipes_one_after_the_other(bench, trained):
     assert_same(whole, after)
     for name in set(rows) - {"recipe_phase"}:
         np.testing.assert_array_equal(rows[name], np.concatenate([first[name], second[name]]), err_msg=name)
-    np.testing.assert_array_equal(rows["loss"][:4], trained["mxfp8"]["loss"][:4])  # the fourth is of the same weights
+    equal = rows["loss"] == trained["mxfp8"]["loss"]
+    assert equal[:3].all() and not equal[3:].any()
     assert rows["sqnr_db/all/fprop.x"][2] < 40 < 45 < rows["sqnr_db/all/fprop.x"][3]
 
 
