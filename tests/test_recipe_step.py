@@ -140,6 +140,10 @@ def test_every_statistic_of_every_slot_is_there_and_says_what_it_can(trained):
                 nothing = nothing | ({"copy_distance"} if slot in SLOTS[:3] else set())
                 for statistic in OF_SLOT:
                     values = rows[f"{statistic}/{layer}/{slot}"]
+                    if kept and statistic == "sqnr_db":
+                        # Infinite where nothing is rounded: attention takes the gradient of qkv in bfloat16.
+                        assert not np.isnan(values).any()
+                        continue
                     assert (np.isnan(values) if statistic in nothing else np.isfinite(values)).all(), (statistic, slot)
                 if kept:
                     assert (rows[f"sqnr_db/{layer}/{slot}"] > 45).all()
