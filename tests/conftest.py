@@ -25,6 +25,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 # Files that take long, longest first: two processes that take whole files then end at about the same time.
 LONG_FILES = (
+    "test_recipe_step",
     "test_sweep",
     "test_training",
     "test_step_formats",

@@ -108,6 +108,8 @@ NEW = {
     "checkpoint_seconds": 60.0,
     "loggers": ("wandb",),
     "xla_options": (),
+    "recipe": (),
+    "recipe_program": (),
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -349,8 +351,11 @@ OTHER = {
 def test_nothing_about_formats_is_ignored_without_formats(name):
     assert FIELDS[name].accepts(OTHER[name]) and OTHER[name] != FIELDS[name].default
     message = refusal(**{name: OTHER[name]})
-    other = "emergency_formats=()" if name == "emergency_patience" else "use_fp8=False"
-    assert message.startswith(f"{name}={OTHER[name]!r} has no effect with {other}: set ") and "\n" not in message
+    why = {
+        "emergency_patience": "with emergency_formats=(): set ",
+        "amax_history": "without formats or a recipe: leave it out",
+    }.get(name, "with use_fp8=False: set ")
+    assert message.startswith(f"{name}={OTHER[name]!r} has no effect {why}") and "\n" not in message
 
 
 SPLIT = ("E4M3", "block_*:G=E5M2")  # what native products can compute with
@@ -759,7 +764,8 @@ def test_difference_lists_fields_in_order_and_names_absent_ones():
 
 def test_a_record_of_version_1_is_one_with_the_defaults():
     assert settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 == set(NEW)
-    assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers", "xla_options"}
+    assert settings.ADDED_IN_3 == {"checkpoint_seconds"}
+    assert settings.ADDED_IN_4 == {"loggers", "xla_options", "recipe", "recipe_program"}
     new = to_dict(default_config())
     old = {name: value for name, value in new.items() if name not in NEW}
     assert from_dict(old).to_dict() == default_config().to_dict()

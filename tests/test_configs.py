@@ -101,8 +101,28 @@ def test_parts_change_nothing_but_their_formats(spec, expected):
     assert config.checkpoint_dir == f"checkpoints/{config.run_name}"
 
 
+@pytest.mark.parametrize(
+    "spec, recipe, run_name, more",
+    [
+        ("nvfp4", ("nvfp4",), "nvfp4", {}),
+        ("nvfp4,bf16@0.8", ("nvfp4", "bf16@0.8"), "nvfp4-bf16-at-0.8", {}),
+        ("mxfp8:backward", ("mxfp8:backward",), "mxfp8-backward", {}),
+        ("te_delayed", ("te_delayed",), "te_delayed", {"amax_history": 1024}),
+        ("bf16,te_delayed@100", ("bf16", "te_delayed@100"), "bf16-te_delayed-at-100", {"amax_history": 1024}),
+    ],
+)
+def test_a_recipe_changes_nothing_but_the_recipe(spec, recipe, run_name, more):
+    _, differs = load(f"recipe.py:{spec}")
+    names = {"run_name": run_name, "checkpoint_dir": f"checkpoints/{run_name}", "tags": ("recipe", "eurlex", run_name)}
+    assert differs == {"recipe": recipe, **names, **more}
+
+
 def test_no_two_runs_share_a_folder():
     specs = [
+        "recipe.py:mxfp8",
+        "recipe.py:mxfp8:backward",
+        "recipe.py:mxfp8,bf16@0.8",
+        "recipe.py:mxfp8,bf16@8",
         "bf16_baseline.py",
         "mixed.py",
         "mixed.py:E4M3,E5M2,none",
@@ -135,6 +155,12 @@ def test_no_two_runs_share_a_folder():
         ("mixed.py:E4M3,E4M3,E4M3,E4M3", ["names 4 formats"]),
         ("mixed.py:E4M3,E9M9,none", ["no number format 'E9M9'"]),
         ("mixed.py:none,none,none", ["gives no layer a format", "set use_fp8=False"]),
+        ("recipe.py", ["needs an argument", "configs/recipe.py:ARGUMENT"]),
+        ("recipe.py:", ["there is no recipe ''", "nvfp4"]),
+        ("recipe.py:nvfp5", ["there is no recipe 'nvfp5': give one of nvfp4"]),
+        ("recipe.py:nvfp4:sideways", ["recipe nvfp4 has no part 'sideways'", "backward"]),
+        ("recipe.py:nvfp4,bf16", ["recipe has an item 'bf16'", "bf16@0.8"]),
+        ("recipe.py:nvfp4,bf16@5000", ["begins at update 5000", "before max_steps=2000"]),
     ],
 )
 def test_refused(spec, words):
@@ -166,6 +192,7 @@ def test_refused(spec, words):
             ["scaling='block128'", "block_0/attn_qkv", "192 numbers", "blocks of 128", "another scaling"],
         ),
         (["configs/mixed.py:E4M3,E4M3,E4M3", "--config.scaling=block32"], ["operand G of head", "50257 numbers"]),
+        (["configs/recipe.py:quartet_2", "--config.n_embd=192"], ["recipe quartet_2", "multiples of 128 and N is 576"]),
     ],
 )
 def test_the_command_line_refuses_in_one_line_without_jax(tmp_path, arguments, words):

@@ -30,8 +30,14 @@ OWNERS = {
     "torch": {"bench.torch_peer"},
     "transformers": {"bench.torch_peer"},
 }
-# `numerics.rounding` compiles the canary: rounding as the device at hand does it.
-MAY_COMPILE = {"step.program", "inference.generate", "bench.programs", "numerics.rounding"}
+# `numerics.rounding` compiles the canary, and `numerics.recipe_certificate` slots: as the device at hand computes them.
+MAY_COMPILE = {
+    "step.program",
+    "inference.generate",
+    "bench.programs",
+    "numerics.rounding",
+    "numerics.recipe_certificate",
+}
 # What a script needs before it has understood its command line must start at once.
 WITHOUT_JAX = {
     "errors",

@@ -42,7 +42,7 @@ from altgrad_jax.run.record import (
     read_timing,
     write_manifest,
 )
-from altgrad_jax.run.setup import Setup, certify
+from altgrad_jax.run.setup import Setup, certify, certify_recipes
 from altgrad_jax.run.sinks import Sinks, open_sinks
 from altgrad_jax.run.writer import DispatchRecord, RunFacts, Writer
 from altgrad_jax.step import quantization, stability
@@ -182,6 +182,7 @@ class RunFolder:
         self.width = width
         self.quant, self.recipe = quantization.options_of(self.config), recipe_options(self.config)
         self.inputs, self.certificates = inputs_of(self.config), certify(self.quant)
+        self.recipe_certificates = certify_recipes(self.recipe)
         self.started = time.time()
         self.step, self.resumed, self.frozen, self.first_bad_step = 0, False, False, -1
         self.furthest = 0
@@ -331,7 +332,10 @@ class RunFolder:
             layers = [dataclasses.asdict(layer) for layer in self.quant.layers]
             manifest["formats"] = {"layers": layers, "certificates": self.certificates}
         if self.recipe is not None:
-            manifest["recipes"] = {recipe.name: recipes.facts(recipe) for recipe in self.recipe.recipes}
+            manifest["recipes"] = {
+                recipe.name: recipes.facts(recipe) | {"certificate": self.recipe_certificates[recipe.name]}
+                for recipe in self.recipe.recipes
+            }
         return manifest
 
     def introduce(self) -> None:

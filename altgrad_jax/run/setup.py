@@ -13,14 +13,16 @@ from altgrad_jax.data.dataset import HostStream, TokenData, choose_windows, load
 from altgrad_jax.data.prepare import banner, resolve
 from altgrad_jax.errors import UserError
 from altgrad_jax.models import flops
-from altgrad_jax.numerics import rules
+from altgrad_jax.numerics import recipe_certificate, rules
 from altgrad_jax.numerics.formats import get_format
+from altgrad_jax.numerics.recipes import get_recipe
 from altgrad_jax.numerics.rounding import canary
 from altgrad_jax.run import processes
 from altgrad_jax.step.from_config import flops_per_step, model_config, step_options
 from altgrad_jax.step.mesh import Device, data_mesh, place
 from altgrad_jax.step.program import Program, StepFunctions, make_step_functions, without_garbage_collection
 from altgrad_jax.step.quantization import QuantOptions
+from altgrad_jax.step.recipe import RecipeOptions
 
 SAMPLE_TAG = "eurlex-sample"
 # With steps_per_dispatch=0: rows of the metrics buffer.
@@ -154,7 +156,7 @@ def set_up(
             eval_batch_size=data.eval_batch_size,
             seed=config.seed,
         )
-    processes.everywhere(lambda: certify(functions.step.quant))
+    processes.everywhere(lambda: (certify(functions.step.quant), certify_recipes(functions.step.recipe)))
     return Setup(config, data, functions, tuple(devices), side_by_side)
 
 
@@ -212,6 +214,17 @@ def certify(quant: QuantOptions | None) -> dict[str, dict]:
 @functools.cache
 def _certificate(name: str, saturate: bool) -> dict:
     return canary(get_format(name), saturate=saturate)
+
+
+def certify_recipes(options: RecipeOptions | None) -> dict[str, dict | None]:
+    """Proves on this device, before anything is trained, that the run's recipes quantize as they are defined. Returns
+    {recipe: certificate}, None for one that quantizes nothing."""
+    return {} if options is None else {name: _recipe_certificate(name) for name, _ in options.schedule}
+
+
+@functools.cache
+def _recipe_certificate(name: str) -> dict | None:
+    return recipe_certificate.certify(get_recipe(name))
 
 
 class Feed:
