@@ -170,7 +170,7 @@ def first_operands(options, params, table):
     formats_Q3 = quantization.formats_at(table, 0)
     weights = {layer: weights_of(params, layer) for layer in options.weight_layers}
     state, _ = quantization.init_state(options, weights, formats_Q3, False)
-    return update.operands_at(MODEL, options, state, table)
+    return update.operands_at(MODEL, options, None, state, table)
 
 
 def by_layer_of(tree):
