@@ -265,7 +265,7 @@ def test_names_that_a_config_derives_follow_the_flags(words, run_name, checkpoin
         (["--config.loggers=wandb,aim"], ["loggers=('wandb', 'aim')", "one of wandb, tensorboard"]),
         (["--config.use_fp8"], ["use_fp8=True needs to know the formats", "--config.formats=E4M3"]),
         (["--config.formats=E4M3", "--noconfig.use_fp8"], ["formats=('E4M3',) has no effect with use_fp8=False"]),
-        (["--config.use_fp8", "--config.formats=float8_e4m3fn"], ["a rule 'float8_e4m3fn'", "give one of E4M3"]),
+        (["--config.use_fp8", "--config.formats=float8_e4m3xx"], ["a rule 'float8_e4m3xx'", "give one of E4M3"]),
         (["--config.n_head=5"], ["n_embd=384", "n_head=5"]),
         (["--resume=maybe"], ["--resume=maybe cannot be used: give auto", "never", "1000"]),
         (["--resume=-1"], ["--resume=-1"]),

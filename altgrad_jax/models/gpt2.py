@@ -314,12 +314,16 @@ class GPT(nn.Module):
         x_BLD = embed.lookup(tokens_BL) + pos_embed.lookup(position + jnp.arange(tokens_BL.shape[1]))
         x_BLD = nn.Dropout(config.dropout, deterministic=not train)(x_BLD)
         if self.is_initializing():
+            # Every block makes its own parameters; only they are wanted.
             for i in range(config.n_layer):
                 x_BLD, _, _ = Block(config, name=f"block_{i}")(x_BLD, None, i, position, None, train=False)
-        key = self.make_rng("dropout") if train and config.dropout > 0 else None
-        x_BLD, cache, amax_N, rms_N, statistics = _through_blocks(
-            config, self.variables["params"], x_BLD, cache, position, key, quantized
-        )
+            amax_N = rms_N = jnp.zeros(config.n_layer)
+            statistics = {}
+        else:
+            key = self.make_rng("dropout") if train and config.dropout > 0 else None
+            x_BLD, cache, amax_N, rms_N, statistics = _through_blocks(
+                config, self.variables["params"], x_BLD, cache, position, key, quantized
+            )
         x_BLD = LayerNorm(name="ln_f")(x_BLD)
         logits_BLV = None
         if head:
