@@ -110,7 +110,7 @@ def test_a_state_is_stacked_and_unstacked(name):
     table = None if quant is None else format_table(quant)
     state = filled(jax.eval_shape(partial(update.init, step, 0), table))
     stacked = update.stacked(step, state)
-    assert_same(update.unstacked(stacked), state)
+    assert_same(update.unstacked(step, stacked), state)
     assert step.plain.segments == (
         ((0, 1), (1, 2), (2, 3)) if quant and quant.layers[0].layer[:7] != "block_0" else ((0, 3),)
     )
@@ -244,7 +244,7 @@ def test_a_pass_is_that_of_a_loop_over_the_blocks(rules, segments, unroll):
             # The smallest number of a sum is as uncertain as the sum's largest numbers allow.
             atol = 2e-7 * np.abs(vector[0])
             np.testing.assert_allclose(
-                found.statistics_Q3S[q, i], vector, rtol=1e-4, atol=atol, err_msg=f"{layer.layer} {i}"
+                found.statistics[q, i], vector, rtol=1e-4, atol=atol, err_msg=f"{layer.layer} {i}"
             )
 
 
@@ -306,7 +306,7 @@ def test_a_step_is_the_same_whether_blocks_are_stacked_or_apart():
         for _ in range(2):
             state, row = one_step(state, WINDOWS, inputs)
             rows.append(row)
-        ended.append((update.unstacked(state), rows))
+        ended.append((update.unstacked(step, state), rows))
     (state, rows), (other, other_rows) = ended
     # The gradient of a key's bias is zero but for rounding, which differs: a share of attn_qkv's elements.
     uncertain = 1 / (3 * (MODEL.n_embd + 1))
