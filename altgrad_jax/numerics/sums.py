@@ -17,17 +17,18 @@ def _add(a, b):
 def sums(*terms, lead: int = 0, apart: bool = False) -> jax.Array:
     """float32 [number of terms, ...]: the sums of arrays of one shape over all axes but the first `lead`.
 
-    First over all axes but the first of those, then over that one: an accumulator that runs over a whole matrix in
-    float32 would lose what it counts beyond 2^24. Booleans are counted.
+    First over the last axis, then over the others: an accumulator that runs over a whole matrix in float32 would lose
+    digits, and what it counts beyond 2^24. Booleans are counted.
 
     Args:
       apart: one reduction for each, which arrays that are split over devices along a reduced axis need: XLA's
         partitioner gathers what a reduction of several arrays reads.
     """
     arrays = [jnp.asarray(term).astype(jnp.float32) for term in terms]
-    axes = tuple(range(lead + 1, arrays[0].ndim))
+    last = arrays[0].ndim - 1
     if apart:
-        return jnp.stack([jnp.sum(array, axis=(lead, *axes)) for array in arrays])
-    if axes:
-        arrays = lax.reduce(tuple(arrays), tuple(jnp.float32(0) for _ in arrays), _add, axes)
-    return jnp.sum(jnp.stack(arrays), axis=lead + 1)
+        return jnp.stack([jnp.sum(array, axis=tuple(range(lead, last + 1))) for array in arrays])
+    if last > lead:
+        arrays = lax.reduce(tuple(arrays), tuple(jnp.float32(0) for _ in arrays), _add, (last,))
+    totals = jnp.stack(arrays)
+    return jnp.sum(totals, axis=tuple(range(lead + 1, totals.ndim)))
