@@ -34,7 +34,7 @@ PROGRAMS = {
     "fsdp=8": (BASELINE, [*EIGHT, "--config.fsdp=8"], "run", 8),
     "diagnosis": (BASELINE, [], "diagnose", 1),
 }
-# Kernels of a step, copies included, with some room (measured before the last change of the sums: 376 and 490 on 8 devices).
+# Kernels of a step, copies included, with some room: 376 and 490 on 8 devices before the last change of the sums.
 MOST_KERNELS = {"baseline": 380, "emulated": 680, "native": 720, "data=8": 430, "fsdp=8": 550}
 # CUDA graphs of the whole program. A collective ends one; what the entry does before and after its loop are others.
 MOST_GRAPHS = {"baseline": 4, "emulated": 4, "native": 6, "data=8": 8, "fsdp=8": 16}
