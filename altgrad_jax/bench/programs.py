@@ -160,7 +160,7 @@ class Step:
     """A compiled K-step loop of one config.
 
     Attributes:
-      facts: compile_s, n_metrics, flops_xla, flops_lowered, bytes_xla, memory_bytes.
+      facts: compile_s, n_metrics, memory_bytes.
     """
 
     def __init__(self, bench, config, buffer_steps, bare):
@@ -200,7 +200,7 @@ class Step:
         self.facts = {
             "compile_s": time.perf_counter() - started,
             "n_metrics": len(self.names),
-            **roofline.program_facts(lowered, self.compiled),
+            "memory_bytes": roofline.memory_bytes(self.compiled),
         }
         if quant is not None and quant.native:
             require_float8_kernels(self.compiled, own, len(quant.layers))

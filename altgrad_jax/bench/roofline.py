@@ -1,17 +1,10 @@
 """What the device allows: FLOPs, bytes and memory of a step beside the peaks, stated and measured. No jax.
 
-FLOPs of a step are given twice. `flops` is the formula (flops.training_flops_per_token: matrix products only, attention
-over the full square) and is what MFU and the floor use: it is the same for every program and every peer that does the
-same work. `flops_xla` is XLA's cost analysis of the compiled program. It counts a loop's body once, and the K-step loop
-is the only loop, so its figure is that of one step, whatever K. On a CPU every product stays a `dot` in the program
-and is counted, with elementwise work on top (a few percent above the formula, more with metrics: trust it to see what
-metrics add). On a GPU products become calls of cuBLAS and cuDNN, which XLA may count as nothing: there trust the
-formula alone. `flops_lowered` is the analysis before those passes, where every product is still a `dot`, on any
-device; it misses what a compiler adds or removes.
+`flops` of a step is the formula (flops.training_flops_per_token: matrix products only, attention over the full square):
+it is the same for every program and every peer that does the same work. XLA's own analysis counts the body of a loop
+once, and the blocks of the model and the tiles of the loss are loops.
 
-Bytes are given twice too. `bytes_xla` ("accessed") adds the operands and results of every compiled operation: an upper
-figure, for what stays in a cache is counted as moved. `bytes_least` is what must move, if no cache holds the model: per
-parameter 40 bytes of float32 state, namely
+`bytes_least` is what must move, if no cache holds the model: per parameter 40 bytes of float32 state, namely
 
     8   weights read by the forward and by the backward pass
     8   gradients written, and read by the update, which waits for the global norm of all of them
@@ -40,26 +33,17 @@ def parameters_of(*, n_layer, n_embd, block_size, vocab_size):
     return n_layer * per_block + (vocab_size + block_size + 2) * n_embd
 
 
-def program_facts(lowered, compiled):
-    """{flops_xla, flops_lowered, bytes_xla, memory_bytes} of a compiled step; None where the backend tells none.
-
-    memory_bytes: arguments, results and temporary arrays that are alive together in one dispatch, shared buffers once.
-    """
-    before, after, memory = lowered.cost_analysis() or {}, compiled.cost_analysis() or {}, compiled.memory_analysis()
-    total = None
-    if memory is not None:
-        total = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
-    return {
-        "flops_xla": after.get("flops"),
-        "flops_lowered": before.get("flops"),
-        "bytes_xla": after.get("bytes accessed"),
-        "memory_bytes": total,
-    }
+def memory_bytes(compiled):
+    """Arguments, results and temporary arrays that are alive together in one dispatch, shared buffers once; or None."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
 
 
 def free_memory(memory_stats):

@@ -41,10 +41,8 @@ def limits_table(rows):
     return _table(
         (
             "row",
-            "GFLOP (formula)",
-            "GFLOP (XLA)",
+            "GFLOP",
             "GB least",
-            "GB accessed (XLA)",
             "memory GiB",
             "MFU",
             "floor ms",
@@ -55,9 +53,7 @@ def limits_table(rows):
             (
                 row["name"],
                 _scaled(row["flops"], 1e9),
-                _scaled(row.get("flops_xla"), 1e9),
                 _scaled(row["bytes_least"], 1e9),
-                _scaled(row.get("bytes_xla"), 1e9),
                 _scaled(row.get("memory_bytes"), GIB),
                 f"{100 * row['mfu']:.1f}% of {row['mfu_of']}",
                 f"{row['floor_ms']:.4g}",

@@ -264,9 +264,9 @@ def get_format(name: str) -> FloatFormat:
         return FORMATS.get(found) or _REGISTERED[found]
     if plain in _scale_names():
         raise UserError(f"{name!r} is a format of block scales, not of elements: give an element format such as E4M3")
-    names = [*FORMATS, *_REGISTERED, *ALIASES]
+    names = [*FORMATS, *_REGISTERED]
     foreign = re.match(r"(?:FLOAT[468]|FP[468])_(E\d+M\d+)", plain)  # as torch and ml_dtypes spell float8_e4m3fn
-    near = difflib.get_close_matches(plain, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(plain, [*names, *ALIASES], n=3, cutoff=0.5)
     if foreign and foreign[1] in names:
         near = [foreign[1]]
     listed = ", ".join([*near, *(other for other in names if other not in near)])
