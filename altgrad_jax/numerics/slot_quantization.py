@@ -186,6 +186,8 @@ def _of_tiles(row, axis, grain):
     return row[:: TILE // grain] if row.shape[0] > 1 else row
 
 
+# Jitted, so that a slot of one shape is traced and lowered once, however often a derivative passes.
+@partial(jax.jit, static_argnames=("axis", "features", "dtype"))
 def quantize_slot(v, slot: Slot, axis: int, features: Features = Features(), dtype: Any = jnp.bfloat16):
     """A matrix as the operand of a product that contracts `axis`.
 

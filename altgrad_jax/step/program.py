@@ -53,8 +53,6 @@ def run(step: Step, names, state: TrainState, data, n_steps, inputs: Inputs):
     def body(carry):
         i, state, rows_KM = carry
         windows = data[i] if index_KB is None else gather_windows(data, index_KB[i], block_size, xp=jnp)
-        if o.grad_accum_steps == 1:
-            windows = constrain(windows, over_batch(step.mesh), step.mesh)
         state, row = update.train_step(step, state, windows, inputs)
         return i + 1, state, rows_KM.at[i].set(row.values)
 
@@ -182,8 +180,8 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
     abstract_state = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings
     )
-    names = _metric_names(step, abstract_state, inputs)
     split = dataclasses.replace(step, plain=_split_over(step.plain, mesh))
+    names = _metric_names(split, abstract_state, inputs)
     return StepFunctions(
         init=jax.jit(init, out_shardings=shardings),
         run=jax.jit(partial(run, split, names), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
@@ -202,7 +200,8 @@ def _operands_of(step: Step) -> Callable:
 
 def _metric_names(step, state, inputs):
     """The names of a row, in the order in which the step makes them."""
-    windows = jax.ShapeDtypeStruct((step.options.batch_size, step.plain.block_size + 1), jnp.uint16)
+    shape = step.options.batch_size, step.plain.block_size + 1
+    windows = jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=replicated(step.mesh))
     return jax.eval_shape(partial(_first_row, step), state, windows, inputs).names
 
 

@@ -434,8 +434,12 @@ def unstacked(step: Step, state: TrainState) -> TrainState:
     )
 
 
+# Jitted, so that it is traced once for the names of its metrics and for the loop over updates.
+@partial(jax.jit, static_argnums=0, inline=True)
 def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[TrainState, metrics.Columns]:
     """One update on windows [B, L+1]: (the next state, its row of metrics). The state is stacked."""
+    if step.options.grad_accum_steps == 1:
+        windows = constrain(windows, over_batch(step.mesh), step.mesh)
     state = constrain(state, state_shardings(state, step.mesh), step.mesh)
     formats, batch = formats_of(step, state, inputs), Batch(windows, state.step, inputs.seed)
 
@@ -791,7 +795,7 @@ def group_metrics(step: Step, outcome: Outcome) -> list[metrics.Columns]:
         row.append(metrics.activation_metrics(found.output))
     if step.quant is not None and "format" in chosen:
         row.append(_sparse(quantization.format_metrics(step.quant, found.statistics)))
-    if step.quant is not None and after is not None and "ledger" in chosen:
+    if step.quant is not None and after is not None and after.entries and "ledger" in chosen:
         entries = _by_layer(_with_format(step.groups), after.entries)
         named, of_all = ledger.ledger_metrics(entries, stored=bool(step.stored), ages=step.ages)
         row += [_sparse(metrics.over(step.quant.weight_layers, named)), _sparse(metrics.scalars(of_all))]
