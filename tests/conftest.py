@@ -47,6 +47,26 @@ LONG_FILES = (
 )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def programs_compiled_once():
+    """Runs of one program, which differ in their data or are continued, take it compiled from the first of them."""
+    from altgrad_jax.step.program import Program
+
+    compile_, known = Program.compile, {}
+
+    def once(self, n_threads=3):
+        sizes = self._n_train_tokens, self._n_val_windows, self.width, self.member_loop
+        key = self.functions.step, self.shared, self._xla_options, *sizes
+        if key not in known:
+            compile_(self, n_threads)
+            known[key] = self.compiled
+        self.compiled = known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Program, "compile", once)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """cli.run_script, which ends a process, leaves other handlers behind."""
