@@ -637,12 +637,18 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """A line for each field that forbids resuming the run made with `old` under `new`; none if it may go on.
 
-    Either may come from `to_dict` or from JSON. Fields of RESUMABLE_FIELDS may differ, with one exception:
-    under schedule "cosine" or "wsd", max_steps decides learning rates of updates that are already made.
+    Either may come from `to_dict` or from JSON. Fields of RESUMABLE_FIELDS may differ, with two exceptions: under
+    schedule "cosine" or "wsd", max_steps decides learning rates of updates that are already made, and under a recipe
+    that holds from a share of the run it decides which recipe they followed.
     """
     old = upgraded(old)
-    schedule = old.get("schedule")
-    free = RESUMABLE_FIELDS if schedule == "constant" else RESUMABLE_FIELDS - {"max_steps"}
+    schedule, free, why_not = old.get("schedule"), RESUMABLE_FIELDS, ""
+    if schedule != "constant":
+        why_not = f"with schedule={schedule!r} it changes the learning rate"
+    elif shares := [item for item in old.get("recipe") or () if "." in item.partition("@")[2]]:
+        why_not = f"with {shares[0]} it changes which updates follow which recipe"
+    if why_not:
+        free = free - {"max_steps"}
     names = [*FIELDS, *sorted((set(old) | set(new)) - set(FIELDS))]
     lines = []
     for name in names:
@@ -651,7 +657,7 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
             continue
         words_before = f"{show(before)} in the run" if name in old else "not a setting of the run"
         words_now = f"{show(now)} now" if name in new else "not a setting now"
-        why = f" (with schedule={schedule!r} it changes the learning rate)" if name == "max_steps" else ""
+        why = f" ({why_not})" if name == "max_steps" and why_not else ""
         lines.append(f"{name}: {words_before}, {words_now}{why}")
     return lines
 

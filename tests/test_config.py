@@ -793,6 +793,14 @@ def test_max_steps_is_fixed_where_it_shapes_the_learning_rate(schedule):
     assert line.startswith("max_steps: 2000 in the run, 3000 now") and schedule in line
 
 
+def test_max_steps_is_fixed_where_a_recipe_holds_from_a_share_of_it():
+    old = to_dict(changed(recipe=("mxfp8", "bf16@0.8")))
+    (line,) = settings.config_difference(old, {**old, "max_steps": 3000})
+    assert line.startswith("max_steps: 2000 in the run, 3000 now (with bf16@0.8 it changes")
+    old = to_dict(changed(recipe=("mxfp8", "bf16@1600")))
+    assert settings.config_difference(old, {**old, "max_steps": 3000}) == []
+
+
 def test_metric_groups():
     assert settings.metric_groups("all") == settings.METRIC_GROUPS
     assert settings.metric_groups("none") == ()

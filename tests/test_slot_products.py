@@ -26,6 +26,7 @@ from altgrad_jax.numerics.slots import (
     slot_dot,
     slots_of,
 )
+from altgrad_jax.numerics.sums import combine
 
 M, K, N = 128, 256, 128
 NAMED = {name: slots_of(recipe) for name, recipe in RECIPES.items()}
@@ -260,7 +261,7 @@ def test_statistics_of_a_slot_that_is_not_quantized_and_of_two_micro_batches():
     # Blocks lie within rows, so two micro-batches together are quantized as one batch of both.
     parts = [matrices(seed)[0] for seed in (6, 7)]
     vectors = [measured("mxfp8_floor", part, w, g)[2] for part in parts]
-    both = named_slot_statistics(slot_statistics.combine(*vectors))["fprop.x"]
+    both = named_slot_statistics(combine(slot_statistics.FIELDS, *vectors))["fprop.x"]
     alone = [named_slot_statistics(vector)["fprop.x"] for vector in vectors]
     v = np.concatenate(parts).astype(np.float64)
     q = reference.quantize(np.concatenate(parts), RECIPES["mxfp8_floor"].fprop_x, 1)
@@ -274,7 +275,7 @@ def test_statistics_of_a_slot_that_is_not_quantized_and_of_two_micro_batches():
         ("kurtosis", np.mean),
     ):
         assert both[name] == pytest.approx(of_both([float(stats[name]) for stats in alone]), rel=1e-6), name
-    np.testing.assert_array_equal(slot_statistics.combine(empty_statistics(), vectors[0]), vectors[0])
+    np.testing.assert_array_equal(combine(slot_statistics.FIELDS, empty_statistics(), vectors[0]), vectors[0])
 
 
 def test_what_is_refused():

@@ -24,7 +24,15 @@ from altgrad_jax.run.checkpoint import list_steps, load_arrays, read_document, r
 from altgrad_jax.run.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
+# Whole runs are about everything around the program, which takes a third of the time to compile without LLVM's passes
+# and with XLA's older code for fusions. What is computed, and in which order, is decided before.
+QUICK = (
+    "xla_llvm_disable_expensive_passes=true",
+    "xla_backend_optimization_level=0",
+    "xla_cpu_use_fusion_emitters=false",
+)
 TINY = dict(
+    xla_options=QUICK,
     tokenizer="bytes",
     vocab_size=256,
     n_layer=1,

@@ -65,7 +65,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import scales
 from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format
 from altgrad_jax.numerics.rules import PER_TENSOR, SCALINGS
-from altgrad_jax.numerics.sums import sums
+from altgrad_jax.numerics.sums import combine, sums
 
 # How the vectors of several micro-batches become one, field by field.
 FIELDS = {
@@ -167,13 +167,7 @@ def empty_statistics() -> np.ndarray:
 
 def combine_statistics(a, b) -> jax.Array:
     """Vectors [..., S] of two parts of a batch as that of both: amax by maximum, counts and energies by sum."""
-    return jnp.stack([combine(a[..., i], b[..., i]) for i, combine in enumerate(FIELDS.values())], axis=-1)
-
-
-def combine_all(vectors_QS) -> jax.Array:
-    """`combine_statistics` of all rows of [Q, S]: [S]."""
-    whole = {jnp.maximum: jnp.max, jnp.minimum: jnp.min, jnp.add: jnp.sum}
-    return jnp.stack([whole[combine](vectors_QS[:, i]) for i, combine in enumerate(FIELDS.values())])
+    return combine(FIELDS, a, b)
 
 
 def named_statistics(fields_S) -> dict[str, jax.Array]:

@@ -44,17 +44,6 @@ def empty() -> np.ndarray:
     return np.array([_IDENTITY[combine] for combine in FIELDS.values()], np.float32)
 
 
-def combine(a, b) -> jax.Array:
-    """Vectors [..., S] of two parts of a batch as that of both."""
-    return jnp.stack([of_both(a[..., i], b[..., i]) for i, of_both in enumerate(FIELDS.values())], axis=-1)
-
-
-def combine_all(vectors) -> jax.Array:
-    """Vectors [Q, ..., S] of many tensors as that of all: [..., S]."""
-    whole = {jnp.add: jnp.sum, jnp.maximum: jnp.max, jnp.minimum: jnp.min}
-    return jnp.stack([whole[of_both](vectors[..., i], axis=0) for i, of_both in enumerate(FIELDS.values())], axis=-1)
-
-
 def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int) -> jax.Array:
     """float32 [S] of one operand.
 

@@ -1,13 +1,30 @@
-"""Several sums over one array in one pass.
+"""Several sums over one array in one pass, and vectors of statistics that combine field by field.
 
 XLA computes each reduction of a program by itself, and computes what it reads anew for each: ten statistics of an
 operand take ten passes and ten copies of the code that makes it. One reduction of several arrays is one loop with
 several accumulators: on a CPU a third of the time, on a GPU one kernel.
 """
 
+from collections.abc import Callable, Mapping
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+# {field: jnp.add, jnp.maximum or jnp.minimum}, in the order of a vector's last axis.
+Fields = Mapping[str, Callable]
+_OVER_AXIS: dict[Callable, Callable] = {jnp.add: jnp.sum, jnp.maximum: jnp.max, jnp.minimum: jnp.min}
+
+
+def combine(fields: Fields, a, b) -> jax.Array:
+    """float32 vectors [..., S] of two parts as that of both."""
+    return jnp.stack([of_both(a[..., i], b[..., i]) for i, of_both in enumerate(fields.values())], axis=-1)
+
+
+def combine_all(fields: Fields, vectors) -> jax.Array:
+    """float32 vectors [Q, ..., S] of many parts as that of all: [..., S]."""
+    columns = [_OVER_AXIS[of_both](vectors[..., i], axis=0) for i, of_both in enumerate(fields.values())]
+    return jnp.stack(columns, axis=-1)
 
 
 def _add(a, b):

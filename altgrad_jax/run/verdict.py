@@ -93,29 +93,12 @@ def make_verdict(run_dir: str | Path, *, max_steps: int | None = None, stopped: 
     """
     run_dir = Path(run_dir)
     max_steps = _max_steps(run_dir) if max_steps is None else max_steps
-    steps, losses, validation, alerts, bad = 0, [], [], {}, []
-    for row in read_rows(run_dir):
-        steps = row["step"]
-        if "loss" in row:
-            losses.append(row["loss"])
-            if _is_nonfinite(row):
-                bad.append(row["step"])
-        if "val_loss" in row:
-            validation.append((row["step"], row["val_loss"]))
-        for alert in row.get("alerts", ()):
-            alerts[alert["kind"]] = alerts.get(alert["kind"], 0) + 1
+    steps, losses, validation, alerts, bad = _curves(run_dir)
     first, last = _end_means(losses)
     fell = None if len(losses) < 2 or first is None or last is None else last < first
     finished = max_steps is not None and steps >= max_steps and stopped is None
     timing, events = read_timing(run_dir)
-    cause = next(
-        (
-            event.get("cause")
-            for event in reversed(events)
-            if event["event"] == "anomaly" and event.get("first_bad_step") in bad[:1]
-        ),
-        None,
-    )
+    cause = _first_cause(events, bad)
     reasons = _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, cause, alerts)
     finite_validation = [(loss, step) for step, loss in validation if math.isfinite(loss)]
     best_loss, best_step = min(finite_validation, default=(None, None))
@@ -163,6 +146,32 @@ def make_verdict(run_dir: str | Path, *, max_steps: int | None = None, stopped: 
         }
     )
     return found
+
+
+def _curves(run_dir: Path) -> tuple[int, list[float], list[tuple[int, float]], dict[str, int], list[int]]:
+    """(steps made, losses, (step, validation loss), {kind of alert: count}, steps that were not finite)."""
+    steps, losses, validation, alerts, bad = 0, [], [], {}, []
+    for row in read_rows(run_dir):
+        steps = row["step"]
+        if "loss" in row:
+            losses.append(row["loss"])
+            if _is_nonfinite(row):
+                bad.append(row["step"])
+        if "val_loss" in row:
+            validation.append((row["step"], row["val_loss"]))
+        for alert in row.get("alerts", ()):
+            alerts[alert["kind"]] = alerts.get(alert["kind"], 0) + 1
+    return steps, losses, validation, alerts, bad
+
+
+def _first_cause(events: list[dict], bad: list[int]) -> str | None:
+    """What the latest anomaly event says of the first step that was not finite."""
+    causes = (
+        event.get("cause")
+        for event in reversed(events)
+        if event["event"] == "anomaly" and event.get("first_bad_step") in bad[:1]
+    )
+    return next(causes, None)
 
 
 def _reasons(steps, max_steps, finished, stopped, fell, first, last, bad, cause, alerts):

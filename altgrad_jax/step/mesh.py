@@ -95,7 +95,7 @@ def gather(params, mesh: Mesh) -> Any:
 def scatter(grads, mesh: Mesh) -> Any:
     """Gradients of gathered parameters, summed over all devices and split like the parameters.
 
-    On a GPU XLA makes one reduce-scatter of all of them.
+    With fsdp XLA makes one reduce-scatter of it on a GPU.
     """
     return constrain(grads, split_like_parameters(mesh, grads), mesh)
 

@@ -51,6 +51,7 @@ from altgrad_jax.numerics.products import (
 from altgrad_jax.numerics.rounding import FormatParams, Grid, format_params, stochastic_seed, to_grid
 from altgrad_jax.numerics.rules import FLOAT8, HEAD, OPERANDS, LayerFormats, resolve_rules
 from altgrad_jax.numerics.scales import LARGEST_SCALED
+from altgrad_jax.numerics.sums import combine_all
 from altgrad_jax.step.metrics import Columns, joined, over, scalars
 
 
@@ -160,13 +161,19 @@ class Group:
 
 def groups(options: QuantOptions, segments: Segments) -> tuple[Group, ...]:
     """The groups of quantized layers, in the order in which the model first reaches them."""
+    return grouped([row.layer for row in options.layers], [_has_format(row) for row in options.layers], segments)
+
+
+def _has_format(row: LayerFormats) -> tuple[bool, bool, bool]:
+    return row.w is not None, row.a is not None, row.g is not None
+
+
+def grouped(layers: Sequence[str], has: Sequence[tuple[bool, bool, bool]], segments: Segments) -> tuple[Group, ...]:
+    """The groups of these layers; `has`: whether W, A and G of each have a format."""
     rows: dict[str, list[int]] = {}
-    for q, row in enumerate(options.layers):
-        rows.setdefault(group_of(row.layer, segments), []).append(q)
-    return tuple(
-        Group(name, tuple(at), tuple(own is not None for own in options.layers[at[0]].wag))  # pyright: ignore
-        for name, at in rows.items()
-    )
+    for q, layer in enumerate(layers):
+        rows.setdefault(group_of(layer, segments), []).append(q)
+    return tuple(Group(name, tuple(at), has[at[0]]) for name, at in rows.items())
 
 
 def in_layer_order(groups: Sequence[Group], parts_n: Sequence[Any]) -> Any:
@@ -411,7 +418,7 @@ def format_metrics(options: QuantOptions, statistics_Q3S) -> Columns:
     for i, operand in enumerate(OPERANDS):
         rows = [q for q, layer in enumerate(options.layers) if layer.wag[i]]
         if rows:
-            total = products.named_statistics(products.combine_all(statistics_Q3S[np.array(rows), i]))
+            total = products.named_statistics(combine_all(FIELDS, statistics_Q3S[np.array(rows), i]))
             own = [
                 name
                 for name in ("overflow", "underflow", "clipped_energy", "sqnr_db")

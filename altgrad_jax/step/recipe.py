@@ -21,15 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from altgrad_jax.models.gpt2 import GPTConfig
-from altgrad_jax.models.stacking import group_of
+from altgrad_jax.models.stacking import Segments, group_of
 from altgrad_jax.numerics import slot_statistics, slots
 from altgrad_jax.numerics.products import push_amax
 from altgrad_jax.numerics.recipes import SLOTS, Recipe, get_recipe, kept_high, parse_schedule
 from altgrad_jax.numerics.rounding import stochastic_seed
 from altgrad_jax.numerics.rules import HEAD, linear_layers
 from altgrad_jax.numerics.slot_quantization import Features, Slot
+from altgrad_jax.numerics.sums import combine, combine_all
 from altgrad_jax.step.metrics import Columns, joined, over
-from altgrad_jax.step.quantization import Group, in_layer_order
+from altgrad_jax.step.quantization import Group, grouped, in_layer_order
 
 # Where the rows of a forward and of a backward vector stand among SLOTS.
 _ORDER = np.argsort([*slots.FORWARD, *slots.BACKWARD])
@@ -100,8 +101,8 @@ def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
 
 
 def for_platform(options: RecipeOptions, platform: str) -> RecipeOptions:
-    """The options for a device: what a slot does not use is skipped on a CPU, and computed and dropped elsewhere, where
-    a branch costs more than what it saves."""
+    """The options for a device: what a slot does not use is skipped by a branch on a CPU, and computed and dropped
+    elsewhere. (Which is faster on a GPU was not measured.)"""
     lazy = platform == "cpu"
     return dataclasses.replace(
         options, features=tuple(dataclasses.replace(features, lazy=lazy) for features in options.features)
@@ -131,12 +132,9 @@ def quantized_model(plain: GPTConfig, options: RecipeOptions) -> GPTConfig:
     return dataclasses.replace(plain, rules=tuple(found.items()))
 
 
-def groups(options: RecipeOptions, segments) -> tuple[Group, ...]:
+def groups(options: RecipeOptions, segments: Segments) -> tuple[Group, ...]:
     """The groups of quantized layers, in the order in which the model first reaches them."""
-    rows: dict[str, list[int]] = {}
-    for q, layer in enumerate(options.names):
-        rows.setdefault(group_of(layer, segments), []).append(q)
-    return tuple(Group(name, tuple(at), (False, False, False)) for name, at in rows.items())
+    return grouped(options.names, [(False, False, False)] * len(options.names), segments)
 
 
 def init_state(options: RecipeOptions) -> RecipeState:
@@ -173,35 +171,13 @@ def operands(groups: Sequence[Group], slots_Q6: Slot) -> dict[str, Slot]:
     return {group.name: group.of(slots_Q6) for group in groups}
 
 
-def probes(options: RecipeOptions, groups: Sequence[Group]) -> dict:
-    """{group: float32 [n, 3, S]}: the arguments whose gradients are the statistics of the backward slots."""
-    if not options.features[0].statistics:
-        return {}
-    return {group.name: np.stack([slots.empty_statistics()] * len(group.rows)) for group in groups}
-
-
-def no_statistics(options: RecipeOptions):
-    """float32 [Q, 6, S] that changes nothing when combined with the statistics of a pass; None where there are none."""
-    if not options.features[0].statistics:
-        return None
-    return jnp.broadcast_to(slot_statistics.empty(), (len(options.names), len(SLOTS), len(slot_statistics.FIELDS)))
-
-
-def gather_statistics(groups: Sequence[Group], forward: dict, backward: dict):
-    """float32 [Q, 6, S] from the forward pass's {group: [n, 3, S]} and the probes' gradients; None without."""
-    if not backward:
-        return None
-    parts = [jnp.concatenate([forward[group.name], backward[group.name]], axis=1)[:, _ORDER] for group in groups]
-    return in_layer_order(groups, parts)
-
-
 def format_metrics(options: RecipeOptions, statistics_Q6S) -> Columns:
     """`statistic/layer/slot` by slot_statistics.named, and `statistic/all/slot` over all layers together, with the
     histogram of their scales as `scale_bin_i/all/slot`."""
     named = slot_statistics.named(statistics_Q6S)
     of_layers = [f"{layer}/{slot}" for layer in options.names for slot in SLOTS]
     own = {name: value for name, value in named.items() if name != "scale_histogram"}
-    total = slot_statistics.named(slot_statistics.combine_all(statistics_Q6S))
+    total = slot_statistics.named(combine_all(slot_statistics.FIELDS, statistics_Q6S))
     of_all = [f"all/{slot}" for slot in SLOTS]
     bins = {f"scale_bin_{i}": total["scale_histogram"][:, i] for i in range(slot_statistics.N_BINS)}
     return joined(
@@ -232,21 +208,34 @@ class InUse(NamedTuple):
         seed = stochastic_seed(self.seed, self.number, micro_batch)
         return operands(self.groups, slots_at(self.options, self.state, self.table, seed))
 
+    @property
+    def measured(self) -> bool:
+        """Whether the program computes statistics."""
+        return self.options.features[0].statistics
+
     def probes(self) -> dict:
-        """`probes`"""
-        return probes(self.options, self.groups)
+        """{group: float32 [n, 3, S]}: the arguments whose gradients are the statistics of the backward slots."""
+        if not self.measured:
+            return {}
+        return {group.name: np.stack([slots.empty_statistics()] * len(group.rows)) for group in self.groups}
 
     def gather(self, forward: dict, backward: dict):
-        """float32 [Q, 6, S]: `gather_statistics`"""
-        return gather_statistics(self.groups, forward, backward)
+        """float32 [Q, 6, S] from the forward pass's {group: [n, 3, S]} and the probes' gradients; None without."""
+        if not self.measured:
+            return None
+        both = (jnp.concatenate([forward[group.name], backward[group.name]], axis=1) for group in self.groups)
+        return in_layer_order(self.groups, [part[:, _ORDER] for part in both])
 
     def no_statistics(self):
         """float32 [Q, 6, S] that changes nothing when combined; None without statistics."""
-        return no_statistics(self.options)
+        if not self.measured:
+            return None
+        shape = len(self.options.names), len(SLOTS), len(slot_statistics.FIELDS)
+        return jnp.broadcast_to(slot_statistics.empty(), shape)
 
     def combine(self, a, b) -> jax.Array:
         """The statistics of two micro-batches as those of both."""
-        return slot_statistics.combine(a, b)
+        return combine(slot_statistics.FIELDS, a, b)
 
     def faults(self) -> dict[str, tuple[Sequence[str], jax.Array]]:
         """Values of the state from which no step can be made: nonfinite_amax of `layer/slot`, with a delayed amax."""
