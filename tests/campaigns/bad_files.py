@@ -1873,18 +1873,6 @@ def flags(originals):
         (["--cpu_devices=x"], "x"),
     ):
         yield case(words, *names, script="bench_sweep.py")
-    for words, *names in (
-        (["--formats=E9M9"], "E9M9"),
-        (["--formats="], "format"),
-        (["--seeds=1,x"], "1,x"),
-        (["--seeds=\u00b2"], "--seeds"),
-        (["--seeds=-1"], "-1"),
-        (["--shadow_interval=0"], "0"),
-        (["--shadow_interval=\u00b2"], "--shadow_interval"),
-        (["--seeds=99999999999"], "99999999999"),
-    ):
-        yield case(words, *names, script="format_campaign.py")
-
     for variables in (
         {"SLURM_ARRAY_TASK_ID": "x", "SLURM_ARRAY_TASK_COUNT": "2"},
         {"SLURM_PROCID": "2", "SLURM_NTASKS": "2"},
@@ -2130,7 +2118,6 @@ def command_lines(originals):
         run("sweep.py", CONFIG, "--out={folder}/out", "--axes=run_name=../x"),
         "../x",
     )
-    yield case("format_campaign.py: no such format", run("format_campaign.py", CONFIG, "--formats=E9M9"), "E9M9")
     yield case("bench.py: no such suite", run("bench.py", CONFIG, "--suite=moon"), "moon")
     yield case(
         "make_format_docs.py: a place that cannot be written", run("make_format_docs.py", "--folder=/proc/x"), "/proc/x"
