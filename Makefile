@@ -29,8 +29,13 @@ endif
 train: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config configs/bf16_baseline.py $(ARGS)
 
+# Most of the time of the tests is compilation, and most of that are LLVM's optimizations. What is about exact arithmetic
+# is compiled with them, as a user's program is.
+QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not oracle and not gpu_program" $(PARALLEL)
+	$(BIN)/python -m pytest -m exact $(PARALLEL)
+	XLA_FLAGS="$(QUICK)" $(BIN)/python -m pytest -m "not exact and not oracle and not gpu_program" $(PARALLEL)
 
 oracle: $(VENV)/.oracle
 	$(BIN)/python -m pytest -m oracle

@@ -23,6 +23,12 @@ gc.set_threshold(200_000, 50, 100)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def cpu_devices(n: int) -> str:
+    """XLA_FLAGS of a process in which the CPU is n devices."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={n}"
+
+
 # Files that take long, longest first: two processes that take whole files then end at about the same time.
 LONG_FILES = (
     "test_recipe_step",
@@ -76,6 +82,31 @@ def signal_handlers():
         signal.signal(number, handler)
 
 
+# Files about exact arithmetic, which `make test` compiles as a user's program is.
+EXACT_FILES = (
+    "test_cross_entropy",
+    "test_formats",
+    "test_gpt2",
+    "test_hadamard",
+    "test_histograms",
+    "test_layers",
+    "test_ledger",
+    "test_optimizers",
+    "test_products",
+    "test_products_formats",
+    "test_recipe_certificate",
+    "test_recipes",
+    "test_rounding",
+    "test_scales",
+    "test_slot_products",
+    "test_slots",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in EXACT_FILES:
+            item.add_marker("exact")
     order = {name: i for i, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # stable: within a file nothing moves

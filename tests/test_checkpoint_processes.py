@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import cpu_devices
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.multihost import multihost  # to shorten its wait for a process that failed
@@ -193,7 +194,7 @@ def start(function, *args, n_devices):
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "PYTHONWARNINGS": "error",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}",
+        "XLA_FLAGS": cpu_devices(n_devices),
     }
     code = f"import test_checkpoint_processes as t; t.{function}(*{[str(arg) for arg in args]!r})"
     return subprocess.Popen(

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import cpu_devices
 from test_training import command, make_data, rows_of, wait_for_rows
 
 from altgrad_jax.errors import UserError
@@ -156,9 +157,7 @@ def loops_on_eight_devices():
 
 
 def environment(n_devices=1, **more):
-    # Compiled with less effort, for compiling is what these tests spend their time with.
-    flags = f"--xla_force_host_platform_device_count={n_devices} --xla_backend_optimization_level=0"
-    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, **more}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": cpu_devices(n_devices), **more}
 
 
 @pytest.fixture(scope="module")

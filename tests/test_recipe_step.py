@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_sweep import counted_compiles
-from test_training import QUICK, make_data, rows_of, state_bytes, tiny
+from test_training import make_data, rows_of, state_bytes, tiny
 
 from altgrad_jax import train
 from altgrad_jax.config import validate
@@ -35,7 +35,7 @@ from altgrad_jax.run.sweep import axis, make_groups, make_members
 from altgrad_jax.step import recipe
 from altgrad_jax.step.from_config import model_config, step_options
 from altgrad_jax.step.mesh import data_mesh
-from altgrad_jax.step.program import compile_lowered, compiler_options, make_step_functions
+from altgrad_jax.step.program import make_step_functions
 
 SMALL = dict(
     n_layer=2, n_embd=32, block_size=32, max_steps=6, warmup_steps=2, checkpoint_interval=3, eval_interval=3,
@@ -66,19 +66,12 @@ def make(n_devices=1, **changes):
     )
 
 
-def compiled(functions, state):
-    """The program of functions.run."""
-    lowered = functions.run.lower(state, TOKENS_T, np.int32(0), functions.inputs)
-    return compile_lowered(lowered, compiler_options(None, "cpu", QUICK))
-
-
 class Bench:
     """A compiled step that trains by any schedule of its recipes, which is data."""
 
     def __init__(self, **changes):
         self.functions = make(**changes)
         self.fresh = jax.device_get(self.functions.init(42, self.functions.inputs.formats))
-        self.compiled = compiled(self.functions, self.fresh)
 
     def table(self, *schedule):
         """A schedule of (recipe, first update); one recipe alone holds for ever."""
@@ -92,7 +85,7 @@ class Bench:
         inputs = self.functions.inputs._replace(seed=np.int32(seed), formats=self.table(*schedule))
         # The state is donated.
         state = jax.tree.map(jnp.array, self.fresh if state is None else state)
-        state, rows_KM = self.compiled(state, jnp.asarray(TOKENS_T), np.int32(n), inputs)
+        state, rows_KM = self.functions.run(state, jnp.asarray(TOKENS_T), np.int32(n), inputs)
         names = [name.removeprefix("sparse/") for name in self.functions.metric_names]
         return jax.device_get(state), dict(zip(names, np.asarray(rows_KM)[:n].T))
 
@@ -280,7 +273,7 @@ def test_bf16_is_the_baseline():
     for name in ((), ("bf16",)):
         functions = make(recipe=name, n_layer=1, metrics="grad")
         state = functions.init(42, functions.inputs.formats)
-        state, rows_KM = compiled(functions, state)(state, jnp.asarray(TOKENS_T), np.int32(N_STEPS), functions.inputs)
+        state, rows_KM = functions.run(state, jnp.asarray(TOKENS_T), np.int32(N_STEPS), functions.inputs)
         states.append(jax.device_get((state.params, state.opt_state)))
         rows.append(dict(zip(functions.metric_names, np.asarray(rows_KM).T)))
     assert set(rows[0]) == set(rows[1])
@@ -294,7 +287,7 @@ def losses_on_two_devices():
     """Prints the losses of a program of its own, which can follow one recipe."""
     functions = make(2, recipe=("nvfp4_redrawn",), metrics="grad", **TWO_PARTS)
     state = functions.init(42, functions.inputs.formats)
-    _, rows_KM = compiled(functions, state)(state, jnp.asarray(TOKENS_T), np.int32(N_STEPS), functions.inputs)
+    _, rows_KM = functions.run(state, jnp.asarray(TOKENS_T), np.int32(N_STEPS), functions.inputs)
     print(json.dumps(np.asarray(rows_KM)[:, functions.metric_names.index("loss")].tolist()))
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training import QUICK, make_data, rows_of, state_bytes, tiny
+from test_training import make_data, rows_of, state_bytes, tiny
 
 from altgrad_jax import cli, train
 from altgrad_jax.errors import UserError
@@ -23,7 +23,7 @@ from altgrad_jax.run.record import read_timing
 from altgrad_jax.run.setup import open_data, set_up
 from altgrad_jax.run.sweep import axis, grid, make_members, only, program_key
 from altgrad_jax.step.from_config import flops_per_step
-from altgrad_jax.step.program import Program, compile_lowered, compiler_options
+from altgrad_jax.step.program import Program
 
 ROOT = Path(__file__).parent.parent
 FORMAT = dict(use_fp8=True, metrics="format", weights_at_rest="stochastic")
@@ -457,9 +457,7 @@ def test_the_estimate_of_memory_is_near_what_is_compiled(data_dir, changes, memb
     )
     setup = set_up(config, open_data(config, data_dir, print), print, side_by_side=True)
     per_lane, once = sweep.lane_bytes(setup, member_loop=member_loop)
-    # Memory is planned before LLVM gets to see anything.
-    lowered = next(setup.program(4, member_loop).lower())
-    analysis = compile_lowered(lowered, compiler_options(None, "cpu", QUICK)).memory_analysis()
+    analysis = next(setup.program(4, member_loop).lower()).compile().memory_analysis()
     n_bytes = (
         analysis.temp_size_in_bytes
         + analysis.argument_size_in_bytes

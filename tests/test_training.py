@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import cpu_devices
 
 from altgrad_jax import default_config, train
 from altgrad_jax.data.prepare import prepare
@@ -24,15 +25,7 @@ from altgrad_jax.run.checkpoint import list_steps, load_arrays, read_document, r
 from altgrad_jax.run.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
-# Whole runs are about everything around the program, which takes a third of the time to compile without LLVM's passes
-# and with XLA's older code for fusions. What is computed, and in which order, is decided before.
-QUICK = (
-    "xla_llvm_disable_expensive_passes=true",
-    "xla_backend_optimization_level=0",
-    "xla_cpu_use_fusion_emitters=false",
-)
 TINY = dict(
-    xla_options=QUICK,
     tokenizer="bytes",
     vocab_size=256,
     n_layer=1,
@@ -457,7 +450,7 @@ def test_two_devices_train_as_one(whole, data_dir, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": cpu_devices(2)},
     )
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0 and "device: 2 x cpu" in output, output
