@@ -31,8 +31,11 @@ OWNERS = {
     "transformers": {"bench.torch_peer"},
 }
 # `numerics.rounding` compiles the canary, and `numerics.recipe_certificate` slots: as the device at hand computes them.
+# `step.update` and `numerics.slot_quantization` use jax.jit so that what is met again is not traced again.
 MAY_COMPILE = {
     "step.program",
+    "step.update",
+    "numerics.slot_quantization",
     "inference.generate",
     "bench.programs",
     "numerics.rounding",

@@ -1,8 +1,8 @@
 """One update of a training run, as pure functions of a `Step` and arrays.
 
 `Step` holds every choice that is static; all else is data. `train_step` is the whole update. The functions it is made
-of follow below it in the order in which it calls them; each can be called, traced and tested alone. Nothing here
-compiles: `program` does.
+of follow below it in the order in which it calls them; each can be called, traced and tested alone. A step is
+compiled by `program`.
 
 A step that is not finite changes nothing but counters. If the loss, a gradient or the gradient norm is not finite, or
 no step can be made from an amax history, a scale or a residual, then parameters, moments and Adam's count stay as they
