@@ -35,6 +35,8 @@ from altgrad_jax.numerics.rounding import FormatParams, round_to_format
 from altgrad_jax.numerics.scales import FLOAT32, TWO_LEVEL
 
 TILE = 128
+# Scales that are powers of two, float32 per row and tensor, and of two levels.
+KINDS = ("power_of_two", "float32", "two_level")
 _in_jax: dict[str, Any] = {"xp": jnp, "bitcast": lax.bitcast_convert_type}
 
 
@@ -66,14 +68,16 @@ class Features:
     """What the program of one slot can do; static.
 
     along, across: sides of blocks that occur, rising, 0 for all; the smallest along is the grain of the statistics of
-    blocks. rotation: the largest Hadamard blocks, 0 for none. requantize: whether some copy is made of the forward
-    copy; shared: whether some copy is the first one. tiles: whether products are sums over K-tiles. lazy: whether what
-    a slot does not use is skipped (lax.cond) or computed and dropped (for vmap, where cond computes both anyway).
+    blocks. kinds: the kinds of scales that occur, of KINDS. rotation: the largest Hadamard blocks, 0 for none.
+    requantize: whether some copy is made of the forward copy; shared: whether some copy is the first one. tiles:
+    whether products are sums over K-tiles. lazy: whether what a slot does not use is skipped (lax.cond) or computed and
+    dropped (for vmap, where cond computes both anyway).
     statistics: whether block statistics are computed; they change no result.
     """
 
     along: tuple[int, ...] = ALONG
     across: tuple[int, ...] = ACROSS
+    kinds: tuple[str, ...] = KINDS
     stochastic: bool = True
     four_six: bool = True
     eden: bool = True
@@ -103,32 +107,48 @@ class _Scales(NamedTuple):
     """Per grain along the contracted axis and row across it; `row` broadcasts to that."""
 
     amax: jax.Array  # of the block
-    tensor: jax.Array  # the tensor's encode scale, of TWO_LEVEL
+    tensor: Any  # the tensor's encode scale, of TWO_LEVEL
     encode: jax.Array  # what elements are multiplied by
     block: jax.Array
     row: jax.Array
 
 
-def _scales_of(own, tensor_amax, slot, axis, tiles):
+def _scales_of(own, tensor_amax, slot, axis, features):
     """_Scales of amaxes of blocks; NaN where an amax that counts is not finite."""
-    two, mx = slot.rule == TWO_LEVEL, slot.rule < FLOAT32
+    two, power = slot.rule == TWO_LEVEL, slot.rule < FLOAT32
     amax = jnp.where((slot.given > 0) & ~two, slot.given, own)
-    tensor_amax = jnp.where(slot.given > 0, slot.given, tensor_amax)
-    exponent = scales.mx_exponent(amax, slot.target, slot.format.mantissa_bits, slot.rule, **_in_jax)
     # Without tiles a float32 scale belongs to whole rows, whose grains have one amax.
-    of_row = amax if tiles else lax.slice_in_dim(amax, 0, 1, axis=axis)
-    factor = scale_for(of_row, slot.format._replace(max_finite=slot.target), power_of_two=False)
-    tensor = scales.tensor_scale(tensor_amax, slot.target, slot.bound, xp=jnp)
-    on_format = jnp.minimum(scales.block_scale(amax, tensor, slot.target, xp=jnp), slot.bound)
-    on_format = round_to_format(on_format, slot.scale_format)
-    second = scales.encode_scale(on_format, tensor, xp=jnp)
-    encode = jnp.where(two, second, jnp.where(mx, scales.power_of_two(-exponent, **_in_jax), factor))
-    row = jnp.where(two, 1 / tensor, jnp.where(mx, 1.0, 1 / factor))
+    of_row = amax if features.tiles else lax.slice_in_dim(amax, 0, 1, axis=axis)
+    of_kind = {}  # (what elements are multiplied by, block before its division, row)
+    tensor = jnp.float32(1)
+    if "float32" in features.kinds:
+        factor = scale_for(of_row, slot.format._replace(max_finite=slot.target), power_of_two=False)
+        of_kind["float32"] = factor, jnp.float32(1), 1 / factor
+    if "power_of_two" in features.kinds:
+        exponent = scales.mx_exponent(amax, slot.target, slot.format.mantissa_bits, slot.rule, **_in_jax)
+        of_kind["power_of_two"] = scales.power_of_two(-exponent, **_in_jax), jnp.float32(1), jnp.float32(1)
+    if "two_level" in features.kinds:
+        tensor_amax = jnp.where(slot.given > 0, slot.given, tensor_amax)
+        tensor = scales.tensor_scale(tensor_amax, slot.target, slot.bound, xp=jnp)
+        on_format = jnp.minimum(scales.block_scale(amax, tensor, slot.target, xp=jnp), slot.bound)
+        on_format = round_to_format(on_format, slot.scale_format)
+        of_kind["two_level"] = scales.encode_scale(on_format, tensor, xp=jnp), on_format, 1 / tensor
+    encode, block, row = _chosen(of_kind, {"power_of_two": power, "two_level": two})
     # Both end in a division: XLA's CPU backend computes no division again for each of the elements that read it,
     # whereas it would a chain of cheap operations, and drops an optimization_barrier before it decides so.
-    block = jnp.where(two, on_format, 1.0) / jnp.where(mx, encode, 1.0)
+    block = block / jnp.where(power, encode, 1.0)
     block = jnp.where(amax < jnp.inf, block, jnp.nan)
-    return _Scales(amax, tensor, encode / slot.shrink, block, row * slot.shrink)
+    row = jnp.broadcast_to(row * slot.shrink, of_row.shape)
+    return _Scales(amax, tensor, encode / slot.shrink, block, row)
+
+
+def _chosen(of_kind, flags):
+    """The values of the kind whose flag is set; of the first one where none is."""
+    names = list(of_kind)
+    found = of_kind[names[0]]
+    for name in names[1:]:
+        found = tuple(jnp.where(flags[name], new, old) for new, old in zip(of_kind[name], found, strict=True))
+    return found
 
 
 def _scaled(grains, encode, axis):
@@ -214,7 +234,7 @@ def quantize_slot(v, slot: Slot, axis: int, features: Features = Features(), dty
     size = jnp.max(lax.bitcast_convert_type(grains, jnp.int32) & 0x7FFFFFFF, axis=axis + 1)
     as_float = partial(lax.bitcast_convert_type, new_dtype=jnp.float32)
     own = as_float(_of_block(size, slot, axis, features, jnp.max))
-    found = _scales_of(own, as_float(jnp.max(size)), slot, axis, features.tiles)
+    found = _scales_of(own, as_float(jnp.max(size)), slot, axis, features)
     if features.four_six:
         better = partial(_four_or_six, axis=axis, features=features)
         encode, block = choose(lazy, slot.four_six, better, lambda g, f, s: (f.encode, f.block), grains, found, slot)

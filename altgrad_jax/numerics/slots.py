@@ -28,8 +28,9 @@ from altgrad_jax.numerics.blocks import ACROSS, ALONG
 from altgrad_jax.numerics.products import product, weight_gradient
 from altgrad_jax.numerics.recipes import SLOTS, SOURCES
 from altgrad_jax.numerics.rounding import format_params, stochastic_seed
-from altgrad_jax.numerics.scales import FLOAT32
+from altgrad_jax.numerics.scales import FLOAT32, TWO_LEVEL
 from altgrad_jax.numerics.slot_quantization import (
+    KINDS,
     Features,
     Quantized,
     Slot,
@@ -90,7 +91,7 @@ def features_of(slots: Sequence[Slot], *, lazy: bool = True, statistics: bool = 
 
 
 def _features_of_slot(slots, i, tiles, lazy, statistics):
-    asked = ("along", "across", "high", "stochastic", "four_six", "eden", "source", "rotation")
+    asked = ("along", "across", "rule", "high", "stochastic", "four_six", "eden", "source", "rotation")
     leaves = {name: np.concatenate([getattr(s, name).reshape(-1, len(SLOTS))[:, i] for s in slots]) for name in asked}
     quantized = ~leaves["high"]  # a slot in the compute dtype asks for no blocks
 
@@ -100,6 +101,7 @@ def _features_of_slot(slots, i, tiles, lazy, statistics):
     return Features(
         along=sides("along", ALONG),
         across=sides("across", ACROSS),
+        kinds=_kinds(leaves["rule"][quantized]),
         stochastic=bool(leaves["stochastic"].any()),
         four_six=bool(leaves["four_six"].any()),
         eden=bool(leaves["eden"].any()),
@@ -110,6 +112,12 @@ def _features_of_slot(slots, i, tiles, lazy, statistics):
         lazy=lazy,
         statistics=statistics,
     )
+
+
+def _kinds(rules) -> tuple[str, ...]:
+    """The kinds of scales, of KINDS, that these indices into scales.RULES ask for; one at least."""
+    asked = rules < FLOAT32, rules == FLOAT32, rules == TWO_LEVEL
+    return tuple(kind for kind, flags in zip(KINDS, asked, strict=True) if flags.any()) or KINDS[:1]
 
 
 def redraw(slots: Slot, seed) -> Slot:
