@@ -171,6 +171,7 @@ XLA_OPTION = Text(
     about="an option of XLA's compiler as NAME=VALUE, without blanks or commas, whose name begins with xla_",
 )
 FP8, SHADOW = ("use_fp8", (True,)), ("use_shadow", (True,))
+WANDB = ("loggers", (("wandb",), ("wandb", "tensorboard"), ("tensorboard", "wandb")))
 
 # The upper limits of sizes are not promises that such a model fits a device; beyond them a value is a slip.
 # fmt: off
@@ -315,10 +316,12 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               text=TAG, resumable=True),
         Field("wandb_mode", "auto", "auto = online where W&B finds credentials, else offline",
               choices=("auto", "online", "offline", "disabled"), resumable=True),
-        Field("wandb_entity", "", "W&B user or team; empty = the account's own", text=ENTITY, resumable=True),
-        Field("wandb_group", "", "W&B group; empty = none", text=ENTITY, resumable=True),
+        Field("wandb_entity", "", "W&B user or team; empty = the account's own", text=ENTITY, resumable=True,
+              only_with=WANDB),
+        Field("wandb_group", "", "W&B group; empty = none", text=ENTITY, resumable=True, only_with=WANDB),
         Field("wandb_keys", (), "metrics that W&B gets, by name or shell-style pattern (loss, val_*, grad_norm/*; * "
-              "also matches /); empty = all; the local record has all in any case", text=ITEM, resumable=True),
+              "also matches /); empty = all; the local record has all in any case", text=ITEM, resumable=True,
+              only_with=WANDB),
         Field("loggers", ("wandb",), "where rows go besides the local record",
               choices=("wandb", "tensorboard"), resumable=True),
         Field("console", "auto", "auto = one live line on a terminal, plain lines when piped; quiet = alerts and "
@@ -477,7 +480,8 @@ def _without_effect(c: Any) -> Iterator[str]:
     for name, field in FIELDS.items():
         if field.only_with and c[name] != field.default and not _matters(field, c):
             other, allowed = field.only_with
-            to = f" to {' or '.join(map(str, allowed))}" if allowed else ""
+            words = (",".join(value) if isinstance(value, tuple) else str(value) for value in allowed)
+            to = f" to {' or '.join(words)}" if allowed else ""
             yield (
                 f"{name}={show(c[name])} has no effect with {other}={show(c[other])}: set {other}{to}, or leave {name} "
                 f"at {show(field.default)}"

@@ -285,6 +285,12 @@ def test_the_spike_window_holds_as_many_losses_as_the_monitor_needs():
             ["shadow_interval=10 has no effect with use_shadow=False: set use_shadow to True, or leave"],
         ),
         (
+            {"loggers": ("tensorboard",), "wandb_group": "x"},
+            [
+                "wandb_group='x' has no effect with loggers=('tensorboard',): set loggers to wandb or wandb,tensorboard or"
+            ],
+        ),
+        (
             {"metrics": "grad,format,ledger"},
             ["metrics='grad,format,ledger' names format, ledger", "use_fp8=False", "set use_fp8=True, or leave it out"],
         ),

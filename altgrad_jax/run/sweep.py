@@ -144,14 +144,10 @@ def make_members(config, points, out):
             raise UserError(f"run_name={name!r} {why} of the sweep: give each point a name of its own")
         names.add(name)
         member = config.copy_and_resolve_references()
+        if "wandb" in point.get("loggers", config.loggers) and not config.wandb_group:
+            point = {"wandb_group": Path(out).name, **point}
         with member.unlocked():
-            member.update(
-                {
-                    "checkpoint_dir": str(Path(out).absolute() / name),
-                    "wandb_group": config.wandb_group or Path(out).name,
-                    **point,
-                }
-            )
+            member.update({"checkpoint_dir": str(Path(out).absolute() / name), **point})
         if unknown := set(point) - set(settings.FIELDS):
             raise UserError(f"member {name}: {settings.unknown_field(sorted(unknown)[0])}")
         member, said = settings.fitted(member)
