@@ -270,6 +270,7 @@ def get_format(name: str) -> FloatFormat:
     if foreign and foreign[1] in names:
         near = [foreign[1]]
     listed = ", ".join([*near, *(other for other in names if other not in near)])
+    listed = re.sub("P3109_P1, .*P3109_P8", "P3109_P1 to P3109_P8", listed)
     raise UserError(f"there is no number format {str(name)[:40]!r}: give one of {listed}")
 
 
