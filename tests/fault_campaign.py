@@ -14,6 +14,7 @@ same faults. Exits with 1 if anything was not answered as it should be, or not e
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -110,6 +111,9 @@ def run(**values):
 
 
 def campaign(args, data_dir, folder, out):
+    # A shell starts background jobs with SIGINT ignored, and the runs that are interrupted would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Not before the arguments are known to be good: jax takes seconds to start.
     from campaigns import runs
 
