@@ -440,18 +440,16 @@ def _same_grid(cells, first, second):
 
 
 def _same(run, other):
-    """Whether two runs have equal losses at all steps that both recorded, to the bit."""
+    """Whether two runs have equal losses at all steps that both recorded, to the bit; False where there is none."""
 
     def columns(r):
         return dict(zip(r.steps.tolist(), r.losses.view(np.int32).tolist())), dict(
             zip(r.val_steps.tolist(), r.val_losses.view(np.int32).tolist())
         )
 
-    return all(
-        mine[step] == theirs[step]
-        for mine, theirs in zip(columns(run), columns(other))
-        for step in mine.keys() & theirs.keys()
-    )
+    both = list(zip(columns(run), columns(other)))
+    found = [(mine[step], theirs[step]) for mine, theirs in both for step in mine.keys() & theirs.keys()]
+    return bool(found) and all(mine == theirs for mine, theirs in found)
 
 
 def _is_reference(arm):

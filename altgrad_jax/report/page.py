@@ -298,15 +298,15 @@ class Report:
                     f"- **{name}**: {state}" + (f": {reason}" if reason else "") for name, state, reason in troubles
                 )
             )
-        parts += [_markdown_table(self.ranking), "\n".join(f"- {text}" for text in tables.caveats(c))]
+        parts += [markdown_table(self.ranking), "\n".join(f"- {text}" for text in tables.caveats(c))]
         parts += [f"{words}: {result}" for words, result in tables.checks(c)]
         parts += map(
-            _markdown_table, [*self.tables, *self.details, *([self.speed] if self.speed.rows else []), self.runs]
+            markdown_table, [*self.tables, *self.details, *([self.speed] if self.speed.rows else []), self.runs]
         )
         return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table):
+def markdown_table(table):
     def cells(row):
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 

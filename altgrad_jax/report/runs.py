@@ -8,7 +8,7 @@ differ in the seed or the data seed.
 What happened to it follows from its record:
 
     finished    it made all its steps and its last validation loss is a number
-    lost        it diverged or stopped by itself: it has no loss, and counts as worse than any number
+    lost        it diverged or stopped by itself: it has no loss, and is counted apart
     unfinished  it was interrupted or is going on: counted nowhere, named in the report
     damaged     the folder cannot be read: counted nowhere, named with the reason
 

@@ -242,7 +242,8 @@ class Judged:
 
     @property
     def separated(self) -> bool:
-        return bool(self.sign or self.sign_lost)
+        """Whether the two are told apart: worse, better, or equivalent with a side."""
+        return self.kind in (WORSE, BETTER) or self.kind == EQUIVALENT and bool(self.sign)
 
     @property
     def reversed(self) -> "Judged":

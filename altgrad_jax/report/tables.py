@@ -132,10 +132,7 @@ def show_cost(c, name):
     compared = {c.choice(Arm(name)).rate, c.reference_rate(Arm(name))} if Arm(name) in c.arms else {rate}
     elsewhere = "" if compared == {rate} else ", not the rates of the gap"
     parts = "; ".join(arm.treatment_parts) or "float32 master"
-    return (
-        f"largest cost: {worst.cause} {show_difference(worst.judged)}, {parts} against {against}, "
-        f"at {rate:g}{elsewhere}{among}"
-    )
+    return f"{worst.cause} {show_difference(worst.judged)}, {parts} against {against}, at {rate:g}{elsewhere}{among}"
 
 
 def show_crossing(warning, seed=None):
@@ -281,9 +278,8 @@ def caveats(c):
             f"better than a fresh run at it would; {REFERENCE} is favoured in the same way."
         )
     if c.twin:
-        parts.append(
-            f"{SAME_GRID[0]} and {c.twin} are one grid and their common runs agree to the bit: it stands once."
-        )
+        n = c.same_grid(*SAME_GRID)[1]
+        parts.append(f"{SAME_GRID[0]} and {c.twin} are one grid, and agree in all {n} runs of both: it stands once.")
     at_edge = [_short(arm, c) for arm in c.ranked if c.choice(arm).at_edge]
     if at_edge:
         parts.append(f"At the edge of the rates tried, so that a better one may lie beyond: {', '.join(at_edge)}.")

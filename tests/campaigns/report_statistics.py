@@ -9,12 +9,12 @@ import numpy as np
 
 from altgrad_jax.report import statistics, tables
 from altgrad_jax.report.analysis import Comparison
-from altgrad_jax.report.page import _markdown_table
+from altgrad_jax.report.page import markdown_table
 from altgrad_jax.report.runs import AT_REST_LABELS, FINISHED, Arm, Run
 
 DRAWS, SD = 20_000, 0.02  # experiments a line; nats
 PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "matrix" / "report.md"
-COMMON = {"data_seed": 1337, "eval_windows": 128}
+STEPS, COMMON = 400, {"data_seed": 1337, "eval_windows": 128}
 
 
 # ------------------------------------------------------------------------------------------------- simulation
@@ -121,6 +121,7 @@ def published():
         run = Run(Path(name), name, FINISHED, sound=True, arm=_arm(label), val_loss=float(loss))
         run.config = {**COMMON, "learning_rate": float(rate), "seed": int(seed), "use_fp8": False}
         run.manifest = {"data": {"fingerprint": ""}}
+        run.val_steps, run.val_losses = np.array([STEPS]), np.array([loss], np.float32)
         runs.append(run)
     return Comparison(runs)
 
@@ -130,18 +131,12 @@ def main():
     for words, promise, share in simulation_rows():
         print(f"| {words} | {promise} | {share:.1%} |")
     c = published()
-    print()
-    for heading, sentence in tables.answer(c):
-        print(f"**{heading}:** {sentence}\n")
+    print("\n" + "\n\n".join(f"**{heading}:** {sentence}" for heading, sentence in tables.answer(c)) + "\n")
     print("\n".join(f"- {text}" for text in tables.caveats(c)) + "\n")
-    for make in (
-        tables.tests_table,
-        tables.costs_table,
-        tables.optimizer_table,
-        tables.rates_table,
-        tables.pairwise_table,
-    ):
-        print(_markdown_table(make(c)) + "\n")
+    print("Groups: " + ", ".join(f"{arm.label} {group}" for group, arm in c.ranking()) + "\n")
+    found = [tables.tests_table, tables.costs_table, tables.treatments_table, tables.optimizer_table]
+    for make in (*found, tables.rates_table, tables.pairwise_table):
+        print(markdown_table(make(c)) + "\n")
 
 
 if __name__ == "__main__":
