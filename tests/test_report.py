@@ -4,6 +4,7 @@ import base64
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import re
@@ -330,7 +331,7 @@ def test_noise_is_bf16_against_itself_at_each_rate(tmp_path):
         assert (
             c.noise(rate).rms == pytest.approx(math.sqrt(2) * values.std(ddof=1)) == pytest.approx(1.118 * size, 1e-2)
         )
-        assert c.noise(rate).n == 5 and c.noise(rate).largest == pytest.approx(2 * size, rel=1e-3)
+        assert c.noise(rate).n == 5
     assert "0.0011 at 0.001 (n=5), 0.0112 at 0.002 (n=5), 0.1118 at 0.004 (n=5)" in dict(tables.answer(c))["Noise"]
 
 
@@ -368,9 +369,14 @@ def test_causes_that_are_not_separated_from_the_largest_are_named_with_it(tmp_pa
     c = Comparison(Reader().runs([tmp_path]))
     worst, rivals = c.largest_cost("E4M3")
     assert worst.cause == "forward (W)" and rivals == ("forward (A)",)
-    assert "not separated from it: forward (A)" in tables.show_cost(c, "E4M3")
+    assert "not shown to cost less: forward (A)" in tables.show_cost(c, "E4M3")
     (words,) = [words for heading, words in tables.answer(c) if heading.startswith("Largest cost")]
     assert words == "forward (W) or forward (A) in E4M3; none separated in E5M2."
+    for seed in (1, 2, 3, 4, 5):  # all runs with G are lost: that decides, and the others are shown to cost less
+        shutil.rmtree(tmp_path / f"G{seed}")
+        write_run(tmp_path / f"G{seed}", val=2.0, seed=seed, rise=True, **rules("E4M3", "G"))
+    worst, rivals = Comparison(Reader().runs([tmp_path])).largest_cost("E4M3")
+    assert worst.cause == "gradient (G)" and rivals == ()
     assert set(c.costs["E5M2"][1]) == {"forward (W)"} and tables.show_cost(c, "E5M2") == "not separated"
 
 
@@ -426,7 +432,8 @@ def test_formats_of_one_grid_are_checked_to_the_bit(compared, tmp_path):
     assert tables.checks(compared)[0][1] == "yes"
     for name, val in (("E0M7", 2.0), ("E1M6", np.nextafter(np.float32(2), np.float32(3)))):
         write_run(tmp_path / name, val=val, **rules(name))
-    assert Comparison(Reader().runs([tmp_path])).same_grid("E0M7", "E1M6") == (False, 1)
+    c = Comparison(Reader().runs([tmp_path]))
+    assert c.same_grid("E0M7", "E1M6") == (False, 1) and c.twin is None and c.formats == ["E0M7", "E1M6"]
 
 
 # ---------------------------------------------------------------------------------------- fewer seeds and rates
@@ -483,6 +490,8 @@ def test_without_bf16_the_report_says_so(tmp_path):
     write_run(tmp_path / "e", val=2.0, **rules("E4M3"))
     c = Comparison(Reader().runs([tmp_path]))
     assert "No finished BF16 run" in tables.answer(c)[0][1]
+    for draw in itertools.product((3, 4), (5, 6)):
+        write_run(tmp_path / f"e{draw}", val=2.0, seed=draw[0], data_seed=draw[1], **rules("E4M3"))
     assert "no BF16 run" in report.build([tmp_path]).html()
 
 

@@ -212,6 +212,7 @@ def test_published_groups_merge_nothing_that_the_page_separates(published):
         assert bool(groups[arm.format] & groups[other.format]) != judged.separated
     one = pairs[Arm("E0M7"), Arm("E6M1")]
     assert one.kind == "worse" and one.d.mean == pytest.approx(0.136, abs=1e-3)
+    assert published.twin == "E1M6" and "E1M6" not in groups  # E0M7's grid, at another rate: it had a gap of its own
     assert not groups["E6M1"] & groups["E0M7"]
 
 
@@ -270,7 +271,7 @@ def test_noise_is_over_all_pairs_of_runs():
     losses = [2.0, 2.1, 2.3, math.inf]
     found = noise(losses)
     differences = [abs(a - b) for a, b in itertools.combinations(losses[:3], 2)]
-    assert found.n == 3 and found.largest == pytest.approx(max(differences))
+    assert found.n == 3
     assert found.rms == pytest.approx(math.sqrt(sum(x * x for x in differences) / 3))
     assert math.isnan(noise([2.0]).rms)
 

@@ -106,6 +106,11 @@ class Cost:
     def d(self):
         return self.judged.d
 
+    @property
+    def by_draw(self):
+        """{draw: cost in nats}; infinity where only the first run has no loss."""
+        return dict(zip(self.d.draws, self.d.values)) | dict.fromkeys(self.d.worse, math.inf)
+
 
 class Comparison:
     """Runs that may be compared, by cell. UserError where they may not; unfinished and damaged ones do not count.
@@ -371,24 +376,20 @@ class Comparison:
         }
 
     def largest_cost(self, name):
-        """(the largest Cost that is separated from 0, or None; causes that are not separated from it).
+        """(the largest Cost that is separated from 0, or None; causes that are not shown to cost less).
 
         The causes are compared with the largest over common draws, and corrected among themselves.
         """
         _, causes = self.costs.get(name, (None, {}))
-        guilty = [cost for cost in causes.values() if (cost.judged.sign or cost.judged.sign_lost) > 0]
+        guilty = [
+            one for one in causes.values() if one.judged.separated and (one.judged.sign_lost or one.judged.sign) > 0
+        ]
         if not guilty:
             return None, ()
-        worst = max(guilty, key=lambda cost: (len(cost.d.worse), cost.d.mean))
-        between = {
-            cost.cause: statistics.paired(
-                dict(zip(worst.d.draws, worst.d.values)), dict(zip(cost.d.draws, cost.d.values))
-            )
-            for cost in causes.values()
-            if cost is not worst
-        }
-        judged = statistics.judge_all(between, self.margin)
-        return worst, tuple(cause for cause, one in judged.items() if one.sign <= 0)
+        worst = max(guilty, key=lambda one: (one.judged.sign_lost, np.nan_to_num(one.d.mean)))
+        others = [one for one in causes.values() if one is not worst]
+        between = statistics.judge([statistics.paired(worst.by_draw, one.by_draw) for one in others], self.margin)
+        return worst, tuple(one.cause for one, judged in zip(others, between) if judged.kind != statistics.WORSE)
 
     # -------------------------------------------------------------------------------------------- optimizer
 

@@ -103,12 +103,10 @@ def _path(xs, ys):
     return "".join(out)
 
 
-def lines(title, series, *, y_range, x_range, x_label="step", zero=False, note=""):
-    """A panel of lines. note: words beside the title."""
-    parts, px, py = _axes(x_range, y_range, x_label)
+def lines(title, series, *, y_range, x_range, zero=False):
+    """A panel of lines over steps."""
+    parts, px, py = _axes(x_range, y_range, "step")
     parts.insert(0, text(LEFT, 14, title, cls="title"))
-    if note:
-        parts.append(text(WIDTH - RIGHT, 14, note, "end", "note"))
     clipped = []
 
     def area(xs, low, high, cls):

@@ -110,38 +110,14 @@ class Report:
         self.c, self.seconds = c, seconds
         first, every = tables.early_warnings(c, reader)
         self.ranking = tables.ranking_table(c, first)
-        self.tables = [
-            table
-            for table in (
-                tables.tests_table(c),
-                tables.costs_table(c),
-                tables.treatments_table(c),
-                tables.optimizer_table(c),
-            )
-            if table.rows
-        ]
-        self.details = [
-            table
-            for table in (
-                tables.rates_table(c),
-                tables.pairwise_table(c),
-                tables.warnings_table(every),
-                tables.thresholds_table(c),
-            )
-            if table.rows
-        ]
+        first_tables = tables.tests_table, tables.costs_table, tables.treatments_table, tables.optimizer_table
+        self.tables = [table for table in (make(c) for make in first_tables) if table.rows]
+        last = tables.rates_table(c), tables.pairwise_table(c), tables.warnings_table(every), tables.thresholds_table(c)
+        self.details = [table for table in last if table.rows]
         self.speed, self.kinds = tables.speed_table(c, reader)
         self.runs = tables.runs_table(c)
-        self.figures = [
-            figure
-            for figure in (
-                panels.gaps(c),
-                panels.losses(c),
-                panels.gaps_over_steps(c, True),
-                panels.gaps_over_steps(c, False),
-            )
-            if figure
-        ]
+        over_steps = panels.gaps_over_steps(c, True), panels.gaps_over_steps(c, False)
+        self.figures = [figure for figure in (panels.gaps(c), panels.losses(c), *over_steps) if figure]
         self.late_figures = [figure for figure in (panels.code_use(c, reader), panels.rank_health(c, reader)) if figure]
         self.heat = []
         for arm in self._heat_arms():
@@ -160,17 +136,10 @@ class Report:
 
     def data(self):
         """[(file name, bytes)] of every table's and figure's numbers."""
-        out = [
-            (name, text.encode())
-            for name, text in (
-                table.data for table in (self.ranking, *self.tables, *self.details, self.speed, self.runs)
-            )
-        ]
-        return (
-            out
-            + [item for figure in (*self.figures, *self.late_figures) for item in figure.data]
-            + [csv for *_, csv in self.heat]
-        )
+        every_table = self.ranking, *self.tables, *self.details, self.speed, self.runs
+        of_figures = [item for figure in (*self.figures, *self.late_figures) for item in figure.data]
+        of_tables = [(table.data[0], table.data[1].encode()) for table in every_table]
+        return of_tables + of_figures + [csv for *_, csv in self.heat]
 
     def _counts(self):
         states = Counter(run.state for run in self.c.all_runs)

@@ -10,7 +10,7 @@ from altgrad_jax.numerics.rules import BLOCK_LAYERS
 from altgrad_jax.report import figures
 from altgrad_jax.report.analysis import ADAMW, MASTER, layers_of
 from altgrad_jax.report.runs import LOST, OPERANDS, Arm
-from altgrad_jax.report.tables import difference_cells, difference_columns, show_class, to_csv, treatment
+from altgrad_jax.report.tables import difference_cells, show_class, to_csv, treatment
 
 POINTS = 100  # of a curve, at most; columns of a heat map
 
@@ -117,7 +117,7 @@ def _series(arm, curves, **more):
     }, rows
 
 
-_CURVE_COLUMNS = ["arm", "first_step", "last_step", "mean", "lowest", "highest", "seeds"]
+_CURVE_COLUMNS = "arm first_step last_step mean lowest highest seeds"
 
 
 def _arms_of(c, name):
@@ -146,7 +146,7 @@ def _x_range(c):
 
 def gaps(c):
     """Gap of every format, a panel per treatment."""
-    panels, entries, data = [], {}, []
+    entries, data = {}, []
     for at_rest, optimizer, variant in c.treatments():
         rows = []
         for name in c.formats:
@@ -155,48 +155,30 @@ def gaps(c):
                 d = judged.d
                 data.append([arm.label, *difference_cells(judged)])
                 lost = f"{len(d.worse)} of {d.n_pairs} lost" if d.worse else ""
-                rows.append(
-                    {
-                        "label": name,
-                        "class": style(arm)["class"],
-                        "hollow": style(arm)["dashed"],
-                        "mean": d.mean,
-                        "low": d.low,
-                        "high": d.high,
-                        "note": lost or f"{d.mean:+.4f}, n={d.n}: {show_class(judged)}",
-                    }
-                )
+                look = {"label": name, "class": style(arm)["class"], "hollow": style(arm)["dashed"]}
+                note = lost or f"{d.mean:+.4f}, n={d.n}: {show_class(judged)}"
+                rows.append({**look, "mean": d.mean, "low": d.low, "high": d.high, "note": note})
         if rows:
             entries[at_rest, optimizer, variant] = rows
-    ends = [
-        value
-        for rows in entries.values()
-        for row in rows
-        for value in (row["mean"], row["low"], row["high"])
-        if math.isfinite(value)
-    ]
+    numbers = [row[name] for rows in entries.values() for row in rows for name in ("mean", "low", "high")]
+    ends = [value for value in numbers if math.isfinite(value)]
     if not ends:
         return None
     # One far outlier must not squeeze the others into a line: it is drawn as an arrow.
     high = min(max(ends), max(4 * float(np.median(np.abs(ends))), 3 * c.margin, 0.05))
     low = max(min(ends), -high)
     low, high = min(low, -1.3 * c.margin) - 0.04 * (high - low), max(high, 1.3 * c.margin) * 1.04
+    panels = []
     for kind, rows in entries.items():
-        panels.append(
-            figures.intervals(
-                treatment(*kind),
-                sorted(rows, key=lambda row: (math.isnan(row["mean"]), row["mean"])),
-                x_range=(low, high),
-                margin=c.margin,
-            )
-        )
+        rows.sort(key=lambda row: (math.isnan(row["mean"]), row["mean"]))
+        panels.append(figures.intervals(treatment(*kind), rows, x_range=(low, high), margin=c.margin))
     return Figure(
         "Gap to BF16 at the end",
         "A dot is the mean over seeds, the line its 95% interval (none with one seed), uncorrected. Left of 0 is "
         "better than BF16; the grey band is the margin within which losses count as equivalent.",
         [],
         panels,
-        [("gaps.csv", to_csv(["arm", *difference_columns()], data).encode())],
+        [("gaps.csv", to_csv("arm *", data).encode())],
     )
 
 
@@ -349,7 +331,7 @@ def heat(c, reader, arm):
 
 def heat_csv(arm, rows):
     name = "-".join(filter(None, (arm.format, arm.at_rest, arm.variant))).replace(" ", "").replace("/", "_")
-    text = to_csv(["statistic", "layer", "operand", "first_step", "last_step", "mean"], rows)
+    text = to_csv("statistic layer operand first_step last_step mean", rows)
     return f"heat-{name}.csv.gz", gzip.compress(text.encode(), mtime=0)
 
 
@@ -395,7 +377,7 @@ def code_use(c, reader):
         "values, peaks at the ends are clipped ones, gaps are codes the format has for nothing.",
         [],
         panels,
-        [("codes.csv", to_csv(["format", "operand", "step", "code", "count"], rows).encode())],
+        [("codes.csv", to_csv("format operand step code count", rows).encode())],
     )
 
 
@@ -436,18 +418,9 @@ def rank_health(c, reader):
                 ratios = np.array(ratios)
                 keep = np.isfinite(ratios).any(0)
                 _, low, high, _ = _over_seeds(ratios[:, keep])
-                series.append(
-                    {
-                        "class": cls,
-                        "dashed": dashed,
-                        "label": statistic,
-                        "x": steps[keep],
-                        "y": np.nanmedian(ratios[:, keep], 0),
-                        "low": low,
-                        "high": high,
-                        "dots": True,
-                    }
-                )
+                look = {"class": cls, "dashed": dashed, "label": statistic, "dots": True}
+                middle = np.nanmedian(ratios[:, keep], 0)
+                series.append({**look, "x": steps[keep], "y": middle, "low": low, "high": high})
         if series:
             panels.append((name, series))
     if not panels:
@@ -462,5 +435,5 @@ def rank_health(c, reader):
         "is BF16 of the same seed at the same step. Below 1 the weights use fewer directions.",
         [("s-float32", False, "stable rank"), ("s-stochastic", True, "participation ratio")],
         drawn,
-        [("rank.csv", to_csv(["format", "statistic", "layer", "step", "value", "bf16_value"], rows).encode())],
+        [("rank.csv", to_csv("format statistic layer step value bf16_value", rows).encode())],
     )

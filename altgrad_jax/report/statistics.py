@@ -306,14 +306,13 @@ def _letter(k):
 
 @dataclass(frozen=True)
 class Noise:
-    """What another draw does: absolute differences of the losses of all pairs of runs of one cell, in nats.
+    """What another draw does, in nats. n: runs of one cell that have a loss.
 
-    rms: root mean square over the pairs (sqrt(2) times their standard deviation); largest; n: runs with a loss. NaN
-    with fewer than 2.
+    rms: root mean square difference of all pairs of them, sqrt(2) times their standard deviation; NaN with fewer than
+    2.
     """
 
     rms: float
-    largest: float
     n: int
 
 
@@ -321,8 +320,8 @@ def noise(losses) -> Noise:
     """The Noise among the losses of one cell; those that are not finite do not count."""
     losses = np.asarray([loss for loss in losses if math.isfinite(loss)], np.float64)
     if losses.size < 2:
-        return Noise(math.nan, math.nan, int(losses.size))
-    return Noise(math.sqrt(2) * float(losses.std(ddof=1)), float(np.ptp(losses)), int(losses.size))
+        return Noise(math.nan, int(losses.size))
+    return Noise(math.sqrt(2) * float(losses.std(ddof=1)), int(losses.size))
 
 
 def power(n: int, effect: float) -> float:

@@ -35,8 +35,19 @@ class Table:
     data: tuple
 
 
+TESTS = ("p", "p_holm", "p_equivalence", "p_equivalence_holm", "p_lost", "p_lost_holm", "class", "two_clusters")
+DIFFERENCE = ("mean", "low", "high", "sd", "n", "pairs", "worse_only", "better_only", "neither")
+
+
 def to_csv(columns, rows):
-    """CSV text. Numbers in the shortest form that reads back as the same number; NaN and None as nothing."""
+    """CSV text. Numbers in the shortest form that reads back as the same number; NaN and None as nothing.
+
+    columns: names with spaces between; `*` stands for those of `difference_cells`, `gap_*` for the same with a prefix.
+    """
+    names = []
+    for name in columns.split():
+        prefix = name.removesuffix("*")
+        names += [name] if prefix == name else [*(prefix + part for part in DIFFERENCE), *TESTS]
 
     def cell(value):
         if value is None or isinstance(value, float | np.floating) and math.isnan(value):
@@ -45,7 +56,7 @@ def to_csv(columns, rows):
 
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow(names)
     writer.writerows([[cell(value) for value in row] for row in rows])
     return out.getvalue()
 
@@ -111,12 +122,8 @@ def names(words):
 
 
 def treatment(at_rest, optimizer=ADAMW, variant=""):
-    words = [
-        AT_REST_LABELS.get(at_rest, at_rest),
-        *([] if optimizer == ADAMW else [optimizer]),
-        *filter(None, [variant]),
-    ]
-    return ", ".join(words)
+    own = "" if optimizer == ADAMW else optimizer
+    return ", ".join(filter(None, (AT_REST_LABELS.get(at_rest, at_rest), own, variant)))
 
 
 def show_cost(c, name):
@@ -128,7 +135,7 @@ def show_cost(c, name):
         return "not separated"
     (arm, rate), (base, _) = worst.first, worst.second
     against = treatment(base.at_rest) if base.format == name else base.label
-    among = f"; not separated from it: {names(rivals)}" if rivals else ""
+    among = f"; not shown to cost less: {names(rivals)}" if rivals else ""
     compared = {c.choice(Arm(name)).rate, c.reference_rate(Arm(name))} if Arm(name) in c.arms else {rate}
     elsewhere = "" if compared == {rate} else ", not the rates of the gap"
     parts = "; ".join(arm.treatment_parts) or "float32 master"
@@ -147,17 +154,9 @@ def show_crossing(warning, seed=None):
     )
 
 
-TESTS = ("p", "p_holm", "p_equivalence", "p_equivalence_holm", "p_lost", "p_lost_holm", "class", "two_clusters")
-
-
-def difference_columns(prefix=""):
-    differences = ("mean", "low", "high", "sd", "n", "pairs", "worse_only", "better_only", "neither")
-    return [*(f"{prefix}{name}" for name in differences), *TESTS]
-
-
 def difference_cells(judged):
     if judged is None:
-        return [None] * (9 + len(TESTS))
+        return [None] * len(DIFFERENCE + TESTS)
     d = judged.d
     lost = [len(d.worse), len(d.better), len(d.neither)]
     ps = [judged.p, judged.holm_p, judged.p_equal, judged.holm_equal, judged.p_lost, judged.holm_lost]
@@ -231,14 +230,18 @@ def variation(c):
     """What the intervals hold of what could have come out otherwise: one or two sentences."""
     draws = {draw for cell in c.cells.values() for draw in cell}
     orders = {order for _, order in draws}
-    windows = next((run.config["eval_windows"] for run in c.all_runs if run.config), None)
+    windows = next((run.config["eval_windows"] for run in c.all_runs if run.arm), None)
     if len(orders) < 2:
         held = "The intervals hold the seed of the weights, not the data order"
     elif len(orders) == len(draws) == len({seed for seed, _ in draws}):
         held = "The intervals hold the seed of the weights and the data order together; their parts cannot be told"
     else:
         parts = [statistics.variance_parts(one.d.values, one.d.draws) for one in c.gaps.values()]
-        sums = {name: sum(part[name] for part in parts if part) for name in (parts[0] or ())} if all(parts) else {}
+        sums = (
+            {name: sum(part[name] for part in parts if part) for name in (parts[0] or ())}
+            if parts and all(parts)
+            else {}
+        )
         shares = ", ".join(f"{name} {value / sum(sums.values()):.0%}" for name, value in sums.items() if value)
         held = "The intervals hold the seed of the weights and the data order" + (
             f"; of the variance of one gap: {shares}" if shares else "; their parts cannot be told"
@@ -295,6 +298,14 @@ def _half(pairs, c):
     return [(arm, other) for arm, other in pairs if place[arm] < place[other] and c.reference not in (arm, other)]
 
 
+RANKING = "group format gap_* val_loss ended seeds failed learning_rate rates best_of_rates largest_cost"
+
+
+def columns(words):
+    """The names of a table's columns, written with bars between."""
+    return tuple(words.split("|"))
+
+
 def ranking_table(c, warnings):
     """The opening table. warnings: {arm: (seed, (statistic, crossing)) or None}, of arms whose statistics were read."""
     found = [_ranked(c, letters, arm, warnings.get(arm)) for letters, arm in c.ranking()]
@@ -302,28 +313,12 @@ def ranking_table(c, warnings):
         f"Formats by validation-loss gap to {REFERENCE}: {treatment(*c.primary)}, {c.lr_heading()}",
         "Above 0 is worse than BF16. Formats that share a letter are not separated. Largest cost: from ablations. "
         "Early warning: the first threshold crossed, which need not be the cause.",
-        (
-            "group",
-            "format",
-            "gap to BF16, nats per token",
-            f"against {REFERENCE}",
-            "validation loss",
-            "failed runs",
-            f"learning rate (range within {c.margin:g})",
-            "largest cost",
-            "early warning",
+        columns(
+            f"group|format|gap to BF16, nats per token|against {REFERENCE}|validation loss|failed runs|"
+            f"learning rate (range within {c.margin:g})|largest cost|early warning"
         ),
         [row for row, _ in found],
-        (
-            "ranking.csv",
-            to_csv(
-                [
-                    *("group", "format", *difference_columns("gap_"), "val_loss", "ended", "seeds", "failed"),
-                    *("learning_rate", "rates", "best_of_rates", "largest_cost"),
-                ],
-                [numbers for _, numbers in found],
-            ),
-        ),
+        ("ranking.csv", to_csv(RANKING, [numbers for _, numbers in found])),
     )
 
 
@@ -381,20 +376,14 @@ def tests_table(c):
         f"equivalence, uncorrected. Pairs needed: to reach {POWER:.0%} power with this standard deviation, "
         "uncorrected, for this gap, and for equivalence of a true gap of 0. Separated since: the first evaluation from "
         "which the paired curves stay apart, corrected over the evaluations.",
-        (
-            *("arm", f"against {REFERENCE}", "p of no gap", "p of no equivalence", "smallest margin", "sd of a pair"),
-            *("pairs needed to separate", "pairs needed for equivalence", "separated since"),
+        columns(
+            f"arm|against {REFERENCE}|p of no gap|p of no equivalence|smallest margin|sd of a pair|"
+            "pairs needed to separate|pairs needed for equivalence|separated since"
         ),
         rows,
         (
             "tests.csv",
-            to_csv(
-                [
-                    *("arm", *difference_columns("gap_"), "smallest_margin"),
-                    *("pairs_to_separate", "pairs_for_equivalence", "separated_since"),
-                ],
-                data,
-            ),
+            to_csv("arm gap_* smallest_margin pairs_to_separate pairs_for_equivalence separated_since", data),
         ),
     )
 
@@ -430,20 +419,7 @@ def treatments_table(c):
         rows,
         (
             "treatments.csv",
-            to_csv(
-                [
-                    "format",
-                    "at_rest",
-                    "optimizer",
-                    "variant",
-                    "learning_rate",
-                    "best_of_rates",
-                    *difference_columns("gap_"),
-                    "failed",
-                    "runs",
-                ],
-                data,
-            ),
+            to_csv("format at_rest optimizer variant learning_rate best_of_rates gap_* failed runs", data),
         ),
     )
 
@@ -463,15 +439,14 @@ def costs_table(c):
             [name, rate, cause, one.first[0].label, one.second[0].label, *difference_cells(one.judged), one is worst]
             for cause, one in causes.items()
         ]
-    columns = ["format", "learning_rate", "cause", "arm", "against", *difference_columns(), "largest"]
     return Table(
         "What one part of each format costs",
         "Only W, only A, only G in the format, each against BF16; update: weights stored (to nearest, where run) "
         "against a float32 master. The largest is named only where it is separated from 0, with those that are not "
-        "separated from it.",
+        "shown to cost less.",
         ("format", "learning rate", *CAUSES, "largest cost"),
         rows,
-        ("costs.csv", to_csv(columns, data)),
+        ("costs.csv", to_csv("format learning_rate cause arm against * largest", data)),
     )
 
 
@@ -498,10 +473,7 @@ def optimizer_table(c):
         "Below 0 it helps. Same format, storage, learning rate and seeds; AdamW's learning rate is the best for it.",
         ("format", "treatment", "at AdamW's learning rate", "it is", "at other rates"),
         rows,
-        (
-            "optimizer.csv",
-            to_csv(["format", "at_rest", "optimizer", "learning_rate", "adamw_best_rate", *difference_columns()], data),
-        ),
+        ("optimizer.csv", to_csv("format at_rest optimizer learning_rate adamw_best_rate *", data)),
     )
 
 
@@ -532,14 +504,16 @@ def rates_table(c):
         chosen = f"best of {len(choice.rates)}, on seeds {seeds}" if choice.best else f"fewer than {MIN_RATES} rates"
         works = "" if choice.works is None else _works(choice).strip(" ()")
         rows.append([arm.label, "; ".join(cells), chosen, works])
-    columns = ["arm", "learning_rate", "val_loss", "ended", "seeds", "chosen", "candidate", "noise_rms"]
     return Table(
         "Learning rates, and the gaps at each",
         f"Mean validation loss at each rate, and its gap to {REFERENCE} at the same rate: a family of its own. The "
         f"range: neighbouring rates whose mean lies within {c.margin:g} of the best, without a test.",
         ("arm", "rates", "choice", f"range within {c.margin:g}"),
         rows,
-        ("learning-rates.csv", to_csv([*columns, *difference_columns("gap_")], data)),
+        (
+            "learning-rates.csv",
+            to_csv("arm learning_rate val_loss ended seeds chosen candidate noise_rms gap_*", data),
+        ),
     )
 
 
@@ -557,7 +531,7 @@ def pairwise_table(c):
         f"Row minus column, each at the rate of the opening table; pairs with {REFERENCE} are its gaps.",
         ("", *(_short(arm, c) for arm in c.ranked)),
         rows,
-        ("pairs.csv", to_csv(["arm", "other", *difference_columns()], data)),
+        ("pairs.csv", to_csv("arm other *", data)),
     )
 
 
@@ -574,34 +548,26 @@ def warnings_table(crossings):
         "cross one at step 1 and train all the same.",
         ("arm", "first crossing", "seed"),
         rows,
-        ("early-warnings.csv", to_csv(["arm", "statistic", "seed", "step", "layer", "value", "limit", "layers"], data)),
+        ("early-warnings.csv", to_csv("arm statistic seed step layer value limit layers", data)),
     )
 
 
 def thresholds_table(c):
     config = next((run.config for run in c.all_runs if run.config), {})
-    rows = [
-        [
-            t.statistic,
-            ("above " if t.above else "below ")
-            + f"{config.get(t.setting, t.value):g}"
-            + (
-                f" ({config['rank_threshold_strict']:g} for the head and the projections into the residual stream)"
-                if t.statistic == "stable_rank" and "rank_threshold_strict" in config
-                else ""
-            ),
-            t.unit,
-            f"the setting {t.setting}" if t.setting in config else "fixed here",
-            "stored weights only" if t.stored else "",
-        ]
-        for t in THRESHOLDS
-    ]
+    rows = []
+    for t in THRESHOLDS:
+        limit = f"{'above' if t.above else 'below'} {config.get(t.setting, t.value):g}"
+        if t.statistic == "stable_rank" and "rank_threshold_strict" in config:
+            strict = config["rank_threshold_strict"]
+            limit += f" ({strict:g} for the head and the projections into the residual stream)"
+        source = f"the setting {t.setting}" if t.setting in config else "fixed here"
+        rows.append([t.statistic, limit, t.unit, source, "stored weights only" if t.stored else ""])
     return Table(
         "Thresholds of the early warnings",
         "A setting's value is taken from each run's own config; shown is the first run's.",
         ("statistic", "warns", "unit", "from", "where"),
         rows,
-        ("thresholds.csv", to_csv(["statistic", "warns", "unit", "from", "where"], rows)),
+        ("thresholds.csv", to_csv("statistic warns unit from where", rows)),
     )
 
 
@@ -641,7 +607,7 @@ def runs_table(c):
         "Unfinished and damaged runs are counted nowhere.",
         ("run", "arm", "learning rate", "seed", "state", "validation loss", "remark"),
         rows,
-        ("runs.csv", to_csv(["run", "arm", "learning_rate", "seed", "state", "val_loss", "remark"], rows)),
+        ("runs.csv", to_csv("run arm learning_rate seed state val_loss remark", rows)),
     )
 
 
@@ -661,15 +627,11 @@ def troubles(c):
 def kind_of_run(run):
     """Words for what decides a run's speed: formats, storage, optimizer, what it measures, and the device."""
     config, arm = run.config, run.arm
-    formats = (
-        f"recipes of {len(config.get('recipe_program') or config['recipe'])}"
-        if config.get("recipe")
-        else f"no format, {arm.format}"
-        if not config.get("use_fp8")
-        else "formats"
-        if arm.plain
-        else "formats, some operands"
-    )
+    formats = "formats" if arm.plain else "formats, some operands"
+    if config.get("recipe"):
+        formats = f"recipes of {len(config.get('recipe_program') or config['recipe'])}"
+    elif not config.get("use_fp8"):
+        formats = f"no format, {arm.format}"
     watch = f"metrics {config.get('metrics', 'all')}" + (
         f", shadow every {config.get('shadow_interval', 1)}" if config.get("use_shadow") else ""
     )
@@ -677,14 +639,8 @@ def kind_of_run(run):
         device = run.manifest["starts"][-1]["device"]["kind"]
     except (KeyError, IndexError, TypeError):
         device = "device not recorded"
-    parts = [
-        formats,
-        *([AT_REST_LABELS.get(arm.at_rest, arm.at_rest)] if arm.at_rest != MASTER else []),
-        *([arm.optimizer] if arm.optimizer != ADAMW else []),
-        watch,
-        device,
-    ]
-    return "; ".join(parts)
+    kept = AT_REST_LABELS.get(arm.at_rest, arm.at_rest) if arm.at_rest != MASTER else ""
+    return "; ".join(filter(None, (formats, kept, arm.optimizer if arm.optimizer != ADAMW else "", watch, device)))
 
 
 def speed_table(c, reader):
@@ -723,33 +679,11 @@ def speed_table(c, reader):
         "Medians over the runs of a kind. A record does not say how much of a step went into its statistics: compare "
         "kinds that differ in the metrics alone, or run scripts/bench.py, which interleaves them. Runs that shared a "
         "machine slowed each other.",
-        (
-            "kind of run",
-            "runs",
-            "ms per step",
-            "range",
-            "tokens/s",
-            "compiling, s",
-            "one evaluation, s",
-            "one diagnosis, s",
-        ),
+        columns("kind of run|runs|ms per step|range|tokens/s|compiling, s|one evaluation, s|one diagnosis, s"),
         rows,
         (
             "throughput.csv",
-            to_csv(
-                [
-                    "kind",
-                    "runs",
-                    "ms_per_step",
-                    "lowest",
-                    "highest",
-                    "tokens_per_s",
-                    "compile_s",
-                    "evaluation_s",
-                    "diagnosis_s",
-                ],
-                data,
-            ),
+            to_csv("kind runs ms_per_step lowest highest tokens_per_s compile_s evaluation_s diagnosis_s", data),
         ),
     ), drawn
 

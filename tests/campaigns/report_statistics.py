@@ -92,7 +92,7 @@ def simulation_rows(seed=0, draws=DRAWS):
         combined, naive = coverage_on_a_grid(rng, a, b, draws // 4)
         rows.append((f"{a} seeds x {b} data seeds: the interval holds the true gap", "about 95%", combined))
         rows.append((f"the same, all {a * b} pairs taken as independent", "none", naive))
-    for n, share in ((5, 0), (8, 0), (5, 0.2)):
+    for n, share in ((4, 0), (5, 0), (8, 0), (16, 0), (5, 0.2)):
         flagged, held = clusters(rng, n, share, 20, draws)
         words = f"{n} pairs, {'one in five 20 sd off' if share else 'normal'}"
         rows.append((f"{words}: called two clusters", "none" if share else "about 1%", flagged))
