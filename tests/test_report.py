@@ -4,6 +4,7 @@ import base64
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import re
@@ -261,7 +262,7 @@ def losses(c, arm, rate):
 def test_every_arm_is_taken_at_its_own_best_learning_rate(compared):
     assert compared.choice(Arm("BF16")).rate == 0.002 and compared.choice(Arm("E5M2")).rate == 0.001
     assert compared.choice(Arm("E4M3")).rates == RATES and compared.choice(Arm("E4M3")).best
-    # BF16 at 0.001 is 0.004 from its best, within the noise floor; at 0.004 it is not.
+    # BF16 at 0.001 is 0.004 from its best, within the margin of 0.02; at 0.004 it is not.
     assert compared.choice(Arm("BF16")).works == (0.001, 0.002)
     assert compared.choice(Arm("E4M3", "G")).best is False
     assert "own best learning rate" in compared.lr_heading()  # E7M0 has one rate
@@ -275,50 +276,76 @@ def test_a_best_rate_at_the_edge_of_those_tried_is_said(compared, page):
 
 
 def test_gap_is_the_paired_difference_with_its_t_interval_in_float64(compared):
-    d = compared.gap(Arm("E5M2"))
+    d = compared.gap(Arm("E5M2")).d
     values = losses(compared, Arm("E5M2"), 0.001) - losses(compared, Arm("BF16"), 0.002)
     half = 2.7764451051977987 * values.std(ddof=1) / math.sqrt(5)
-    assert d.seeds == SEEDS
+    assert d.draws == tuple((seed, 1337) for seed in SEEDS)
     np.testing.assert_allclose(
         [d.mean, d.low, d.high], [values.mean(), values.mean() - half, values.mean() + half], rtol=1e-12
     )
     np.testing.assert_allclose(values, [EFFECTS["E5M2"] + jitter("E5M2", s, size=0.002) for s in SEEDS], atol=1e-6)
 
 
-def test_ranking_groups_what_is_not_separated_and_puts_lost_runs_last(compared):
-    ranks = {arm.format: rank for rank, arm in compared.ranking()}
-    assert ranks == {"BF16": 1, "E2M5": 1, "E4M3": 3, "E5M2": 3, "E0M7": 5, "E1M6": 5, "E7M0": 7}
-    assert compared.gap(Arm("E2M5")).sign == 0
+def test_groups_hold_what_no_test_separates_and_lost_runs_come_last(compared):
+    assert [(arm.format, group) for group, arm in compared.ranking()] == [
+        ("BF16", "a"),
+        ("E2M5", "a"),
+        ("E4M3", "b"),
+        ("E5M2", "b"),
+        ("E0M7", "c"),
+        ("E7M0", "abc"),  # its survivors are better than all, and two of five are lost: told apart from none
+    ]
+    assert compared.gap(Arm("E2M5")).kind == "equivalent" and compared.gap(Arm("E4M3")).kind == "worse"
     row = next(row for row in tables.ranking_table(compared, {}).rows if row[1] == "E7M0")
-    assert row[0] == "7" and row[5] == "2 of 5"
-    assert "survivors only: both ended in 3 of 5 pairs" in row[2] and "fewer than 5" in row[2] and row[3] == "worse"
-    assert next(row for row in tables.ranking_table(compared, {}).rows if row[1] == "E2M5")[0] == "1="
+    assert row[5] == "2 of 5" and row[3] == "inconclusive; 2 of 5 runs lost against 0 (p 0.44, Holm 0.44)"
+    assert "survivors only: both ended in 3 of 5 pairs" in row[2] and "fewer than 5" in row[2]
+
+
+def test_two_names_of_one_grid_stand_once(compared, page):
+    """E1M6 and E0M7 stood on the page twice, with two gaps where one of them had fewer rates."""
+    assert compared.twin == "E1M6" and "E1M6" not in compared.formats
+    assert not any(arm.format == "E1M6" for arm in compared.gaps)
+    assert any(row[1] == "E0M7 = E1M6" for row in page.ranking.rows)
+    assert any("agree in all 15 runs of both: it stands once" in text for text in tables.caveats(compared))
 
 
 def test_a_better_number_does_not_hide_lost_runs(compared):
     """The surviving seeds of E7M0 are better than BF16 by 0.1; two of five have no loss."""
-    d = compared.gap(Arm("E7M0"))
-    assert d.mean == pytest.approx(-0.1, abs=1e-6) and d.worse == (2, 4) and d.sign == 1
+    gap = compared.gap(Arm("E7M0"))
+    assert gap.d.mean == pytest.approx(-0.1, abs=1e-6) and [seed for seed, _ in gap.d.worse] == [2, 4]
+    assert gap.sign == -1 and gap.kind == "inconclusive"  # neither better for the survivors nor worse for two of five
     assert [run.state for run in compared.cell(Arm("E7M0"), 0.002).values()] == [FINISHED, LOST] * 2 + [FINISHED]
     answer = dict(tables.answer(compared))
-    assert "with runs that were lost: E7M0 (2 of 5 seeds)" in next(iter(answer.values()))
+    assert "lost runs: E7M0 2 of 5 runs lost against 0" in next(iter(answer.values()))
 
 
-def test_noise_floor_is_bf16_against_itself(compared):
-    values = losses(compared, Arm("BF16"), 0.002)
-    assert compared.noise.n_seeds == 5
-    assert compared.noise.rms == pytest.approx(math.sqrt(2) * values.std(ddof=1))
-    assert compared.noise.largest == pytest.approx(values.max() - values.min())
+def test_noise_is_bf16_against_itself_at_each_rate(tmp_path):
+    """One floor, taken at BF16's best rate, stood for all rates."""
+    for rate, size in zip(RATES, (0.001, 0.01, 0.1)):
+        for seed in SEEDS:
+            write_run(tmp_path / f"{rate}-{seed}", val=2 + jitter("n", seed, size), learning_rate=rate, seed=seed)
+    write_run(tmp_path / "e", val=2.0, seed=1, learning_rate=0.001, **rules("E4M3"))
+    c = Comparison(Reader().runs([tmp_path]))
+    for rate, size in zip(RATES, (0.001, 0.01, 0.1)):
+        values = losses(c, Arm("BF16"), rate)
+        assert (
+            c.noise(rate).rms == pytest.approx(math.sqrt(2) * values.std(ddof=1)) == pytest.approx(1.118 * size, 1e-2)
+        )
+        assert c.noise(rate).n == 5
+    assert "0.0011 at 0.001 (n=5), 0.0112 at 0.002 (n=5), 0.1118 at 0.004 (n=5)" in dict(tables.answer(c))["Noise"]
 
 
-def test_first_failure_is_attributed_by_ablations(compared):
-    assert compared.first_failure("E4M3") == ("gradient (G)", ("gradient (G)",), "")
-    rate, causes = compared.causes("E4M3")
+def test_the_largest_cost_comes_from_ablations_and_names_its_treatment(compared):
+    worst, rivals = compared.largest_cost("E4M3")
+    assert worst.cause == "gradient (G)" and rivals == ()
+    rate, causes = compared.costs["E4M3"]
     assert rate == 0.002 and list(causes) == list(analysis.CAUSES)
-    assert causes["gradient (G)"].mean == pytest.approx(0.03, abs=0.003)
-    assert causes["update"].mean == pytest.approx(0.012, abs=0.001)
-    assert compared.first_failure("E2M5")[0] == "update"
-    assert compared.first_failure("E5M2") == ("not measured", (), "no ablations")
+    assert causes["gradient (G)"].d.mean == pytest.approx(0.03, abs=0.003)
+    assert causes["update"].d.mean == pytest.approx(0.012, abs=0.001)
+    assert compared.largest_cost("E2M5")[0].cause == "update"
+    words = tables.show_cost(compared, "E2M5")
+    assert words.startswith("update +0.300 [") and "stored, nearest against float32 master, at 0.002" in words
+    assert "E5M2" not in compared.costs and tables.show_cost(compared, "E5M2") == "not measured"
 
 
 def test_causes_that_are_not_separated_from_the_largest_are_named_with_it(tmp_path):
@@ -338,17 +365,27 @@ def test_causes_that_are_not_separated_from_the_largest_are_named_with_it(tmp_pa
             val=seed_loss(seed) + 0.001 + jitter("x", seed, size=0.004),
             **rules("E5M2", "W"),
         )
+        write_run(tmp_path / f"y{seed}", val=seed_loss(seed), seed=seed, **rules("E5M2"))
     c = Comparison(Reader().runs([tmp_path]))
-    assert c.first_failure("E4M3")[0] == "forward (W) or forward (A)"
-    assert set(c.causes("E5M2")[1]) == {"forward (W)"} and c.first_failure("E5M2")[0] == "not separated"
+    worst, rivals = c.largest_cost("E4M3")
+    assert worst.cause == "forward (W)" and rivals == ("forward (A)",)
+    assert "not shown to cost less: forward (A)" in tables.show_cost(c, "E4M3")
+    (words,) = [words for heading, words in tables.answer(c) if heading.startswith("Largest cost")]
+    assert words == "forward (W) or forward (A) in E4M3; none separated in E5M2."
+    for seed in (1, 2, 3, 4, 5):  # all runs with G are lost: that decides, and the others are shown to cost less
+        shutil.rmtree(tmp_path / f"G{seed}")
+        write_run(tmp_path / f"G{seed}", val=2.0, seed=seed, rise=True, **rules("E4M3", "G"))
+    worst, rivals = Comparison(Reader().runs([tmp_path])).largest_cost("E4M3")
+    assert worst.cause == "gradient (G)" and rivals == ()
+    assert set(c.costs["E5M2"][1]) == {"forward (W)"} and tables.show_cost(c, "E5M2") == "not separated"
 
 
 def test_the_optimizer_is_compared_at_the_same_rate_and_seed(compared):
-    effects = {arm.format: d for arm, rate, own, d in compared.optimizer_effects() if own and rate == 0.002}
-    assert effects["E4M3"].sign == -1 and effects["E4M3"].mean == pytest.approx(-0.05, abs=0.004)
-    assert effects["E2M5"].sign == 0
+    effects = {arm.format: judged for (arm, rate), judged in compared.effects.items() if rate == 0.002}
+    assert effects["E4M3"].kind == "better" and effects["E4M3"].d.mean == pytest.approx(-0.05, abs=0.004)
+    assert effects["E2M5"].kind == "inconclusive"
     words = next(text for heading, text in tables.answer(compared) if heading.startswith("ulp_adamw"))
-    assert "lower loss in E4M3" in words and "not separated in E2M5" in words
+    assert "better: E4M3 (" in words and "inconclusive: E2M5 (" in words
 
 
 def test_early_warning_names_step_layer_statistic_and_seed(compared, reader):
@@ -395,7 +432,8 @@ def test_formats_of_one_grid_are_checked_to_the_bit(compared, tmp_path):
     assert tables.checks(compared)[0][1] == "yes"
     for name, val in (("E0M7", 2.0), ("E1M6", np.nextafter(np.float32(2), np.float32(3)))):
         write_run(tmp_path / name, val=val, **rules(name))
-    assert Comparison(Reader().runs([tmp_path])).same_grid("E0M7", "E1M6") == (False, 1)
+    c = Comparison(Reader().runs([tmp_path]))
+    assert c.same_grid("E0M7", "E1M6") == (False, 1) and c.twin is None and c.formats == ["E0M7", "E1M6"]
 
 
 # ---------------------------------------------------------------------------------------- fewer seeds and rates
@@ -409,7 +447,8 @@ def test_few_seeds_are_said(tmp_path):
     c = Comparison(Reader().runs([tmp_path]))
     rows = {row[1]: row for row in tables.ranking_table(c, {}).rows}
     assert "(n=3, fewer than 5)" in rows["E4M3"][2] and "[" in rows["E4M3"][2] and rows["E4M3"][3] == "worse"
-    assert "(n=1, no interval)" in rows["E5M2"][2] and "[" not in rows["E5M2"][2] and rows["E5M2"][3] == "one seed"
+    assert "(n=1, no interval)" in rows["E5M2"][2] and "[" not in rows["E5M2"][2]
+    assert rows["E5M2"][3] == "inconclusive, one pair"
     assert c.lr_heading() == "at learning rate 0.0006"
     assert not any("chosen on the same seeds" in text for text in tables.caveats(c))
 
@@ -424,7 +463,7 @@ def test_one_seed_ranks_nothing(tmp_path):
     write_run(tmp_path / "b", val=1.9)
     c = Comparison(Reader().runs([tmp_path]))
     assert [rank for rank, _ in c.ranking()] == [None] * 3
-    assert "one seed and no noise floor: E4M3 (+0.100) and E5M2 (+1.100)" in tables.answer(c)[0][1]
+    assert tables.answer(c)[0][1] == "inconclusive: E4M3 (+0.100, one pair) and E5M2 (+1.100, one pair)."
 
 
 def test_rates_compete_on_common_seeds_only(tmp_path):
@@ -434,7 +473,7 @@ def test_rates_compete_on_common_seeds_only(tmp_path):
             write_run(tmp_path / f"{rate}-{seed}", val=2 + cost, learning_rate=rate, seed=seed)
     write_run(tmp_path / "extra", val=0.1, learning_rate=0.004, seed=9)
     choice = Comparison(Reader().runs([tmp_path])).choice(Arm("BF16"))
-    assert (choice.rate, choice.seeds) == (0.001, (1, 2))
+    assert (choice.rate, choice.draws) == (0.001, ((1, 1337), (2, 1337)))
 
 
 def test_a_rate_with_a_lost_run_is_not_the_best(tmp_path):
@@ -444,14 +483,51 @@ def test_a_rate_with_a_lost_run_is_not_the_best(tmp_path):
                 tmp_path / f"{rate}-{seed}", val=val, learning_rate=rate, seed=seed, rise=rate == 0.004 and seed == 2
             )
     c = Comparison(Reader().runs([tmp_path]))
-    assert c.choice(Arm("BF16")).rate == 0.002 and c.losses(Arm("BF16"), 0.004)[2] == math.inf
+    assert c.choice(Arm("BF16")).rate == 0.002 and c.losses(Arm("BF16"), 0.004)[2, 1337] == math.inf
 
 
 def test_without_bf16_the_report_says_so(tmp_path):
     write_run(tmp_path / "e", val=2.0, **rules("E4M3"))
     c = Comparison(Reader().runs([tmp_path]))
     assert "No finished BF16 run" in tables.answer(c)[0][1]
+    for draw in itertools.product((3, 4), (5, 6)):
+        write_run(tmp_path / f"e{draw}", val=2.0, seed=draw[0], data_seed=draw[1], **rules("E4M3"))
     assert "no BF16 run" in report.build([tmp_path]).html()
+
+
+def test_pairs_share_both_seeds_and_the_page_says_what_they_hold(tmp_path):
+    """Runs of another data seed were refused, so that no interval could hold the data order."""
+    rng = np.random.default_rng(0)
+    draws = [(seed, order) for seed in (1, 2, 3) for order in (7, 8)]
+    for seed, order in draws:
+        common, name = {"seed": seed, "data_seed": order}, f"{seed}-{order}"
+        write_run(tmp_path / f"b{name}", val=2 + 0.1 * order, **common)
+        write_run(tmp_path / f"e{name}", val=2.1 + 0.1 * order + rng.normal(0, 0.01), **common, **rules("E4M3"))
+    write_run(tmp_path / "alone", val=9.0, seed=1, data_seed=9, **rules("E4M3"))  # BF16 has no such pair
+    c = Comparison(Reader().runs([tmp_path]))
+    d = c.gap(Arm("E4M3")).d
+    assert d.draws == tuple(draws) and d.mean == pytest.approx(0.1, abs=0.02)
+    assert "of the variance of one gap: " in tables.variation(c) and "both together" in tables.variation(c)
+    shutil.rmtree(tmp_path / "alone")
+    for seed, order in draws[1:5]:  # leaves (1, 7) and (3, 8)
+        shutil.rmtree(tmp_path / f"b{seed}-{order}"), shutil.rmtree(tmp_path / f"e{seed}-{order}")
+    c = Comparison(Reader().runs([tmp_path]))
+    assert "and the data order together; their parts cannot be told" in tables.variation(c)
+    assert math.isfinite(c.gap(Arm("E4M3")).d.low)
+
+
+def test_a_time_of_onset_stands_only_where_the_paired_curve_separates(compared):
+    step = {arm.format: compared.onsets.get(arm) for arm in compared.gaps if arm.at_rest == "float32"}
+    assert step["E0M7"] == 5 and step["E2M5"] is None  # write_run shifts a whole curve by the gap
+    row = next(row for row in tables.tests_table(compared).rows if row[0] == "E0M7 = E1M6")
+    assert row[1] == "worse" and row[-1] == "step 5"
+    row = next(row for row in tables.tests_table(compared).rows if row[0] == "E2M5")
+    assert row[1] == "equivalent within 0.02" and row[-1] == ""
+
+
+def test_the_margin_decides_what_is_equivalent(matrix, reader):
+    kinds = [Comparison(reader.runs([matrix]), margin).gap(Arm("E4M3")).kind for margin in (0.02, 0.05)]
+    assert kinds == ["worse", "equivalent"]
 
 
 # ------------------------------------------------------------------------------------------ which run is which
@@ -512,7 +588,6 @@ def test_settings_of_the_formats_make_arms_of_their_own(tmp_path):
     [
         ("n_embd", 768, "n_embd is 384 in the one and 768 in the other"),
         ("max_steps", 40, "max_steps is 20"),
-        ("data_seed", 1, "data_seed is 1337"),
         ("schedule", "cosine", "schedule is constant in the one and cosine"),
         ("weight_decay", 0.0, "weight_decay is 0.1 in the one and 0"),
         ("eval_windows", 64, "eval_windows is 128"),
@@ -577,7 +652,7 @@ def test_unfinished_and_damaged_runs_are_named_and_the_report_goes_on(tmp_path):
     for name in ("hole", "noise", "late", "manifest", "verdict", "going"):
         assert f"<b>{name}</b>: {states[name]}" in text
     assert "metrics.jsonl is damaged in line 10" in text and "step 8 of 20, no verdict" in text
-    assert page.c.gap(Arm("E4M3")).seeds == (1, 2)  # seed 4 has no partner
+    assert page.c.gap(Arm("E4M3")).d.draws == ((1, 1337), (2, 1337))  # seed 4 has no partner
 
 
 def test_a_run_resumed_after_its_verdict_is_unfinished(tmp_path):
@@ -601,7 +676,7 @@ def test_duplicates_are_left_out_by_name(tmp_path):
     write_run(tmp_path / "b", val=3.0)
     page = report.build([tmp_path, tmp_path / "a"])  # a folder given twice is one run
     assert len(page.c.all_runs) == 2
-    assert page.c.losses(Arm("BF16"), 6e-4) == {42: 2.0}
+    assert page.c.losses(Arm("BF16"), 6e-4) == {(42, 1337): 2.0}
     assert "the same arm, learning rate and seed as a" in page.html()
 
 
@@ -671,7 +746,8 @@ def test_the_page_opens_with_the_answer(page):
     text = page.html()
     assert text.index("<div class=answer>") < text.index("<table") < text.index("<svg")
     before_table = text[: text.index("<table")]
-    assert "not separated from BF16: E2M5" in before_table and "gradient (G) in E4M3" in before_table
+    assert "equivalent within 0.02: E2M5" in before_table and "gradient (G) in E4M3" in before_table
+    assert "fails first" not in text.lower() and "noise floor" not in text
     assert "E0M7 and E1M6, one grid, agree to the bit (15 pairs of runs): <span class=yes>yes</span>" in text
 
 
@@ -689,7 +765,8 @@ def test_every_table_and_figure_has_its_data_in_the_page(page):
         "codes.csv",
         "rank.csv",
         "throughput.csv",
-        "first-failure.csv",
+        "costs.csv",
+        "tests.csv",
         "heat-E4M3-float32.csv.gz",
     } <= set(linked)
 
@@ -743,9 +820,10 @@ def test_data_of_heat_maps_codes_and_rank_equal_the_records(page, matrix):
 def test_data_of_the_tables_are_the_numbers_shown(page, compared):
     data = dict(page.data())
     row = next(row for row in read_csv(data["ranking.csv"]) if row["format"] == "E4M3")
-    d = compared.gap(Arm("E4M3"))
+    d = compared.gap(Arm("E4M3")).d
     assert [float(row[f"gap_{name}"]) for name in ("mean", "low", "high")] == [d.mean, d.low, d.high]
-    assert row["rank"] == "3" and row["fails_first"] == "gradient (G)" and row["failed"] == "0"
+    assert row["group"] == "b" and row["largest_cost"] == "gradient (G)" and row["failed"] == "0"
+    assert float(row["p_holm"]) == compared.gap(Arm("E4M3")).holm_p and row["class"] == "worse"
     row = next(row for row in read_csv(data["gaps.csv"]) if row["arm"] == "E7M0")
     assert (row["n"], row["pairs"]) == ("3", "5")
     speed = read_csv(data["throughput.csv"])
@@ -757,7 +835,7 @@ def test_markdown_says_the_same(page, tmp_path):
     text = (tmp_path / "r.md").read_text()
     assert all(sentence in text for _, sentence in tables.answer(page.c))
     table = [line for line in text.splitlines() if line.startswith("| ")]
-    assert any(line.startswith("| 3= | E4M3 |") for line in table)
+    assert any(line.startswith("| b | E4M3 |") for line in table)
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(name for name, _ in page.data())
     assert (tmp_path / "sub" / "r.html").read_text() == page.html()
 
@@ -805,6 +883,21 @@ def test_command(tmp_path):
     done = command(tmp_path / "none", "-o", tmp_path / "r.html")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert command(tmp_path / "runs", "-o", "r.pdf").returncode == 2
+
+
+@pytest.mark.parametrize("margin", [0, -0.1, math.nan, math.inf])
+def test_a_margin_that_cannot_be_is_refused_in_one_sentence(tmp_path, margin):
+    with pytest.raises(UserError, match=f"--margin={margin:g} cannot be used: give a number of nats per token above 0"):
+        report.build([tmp_path], margin=margin)
+
+
+def test_the_command_takes_a_margin(tmp_path):
+    write_run(tmp_path / "runs" / "b", val=2.0)
+    write_run(tmp_path / "runs" / "e", val=2.0, **rules("E4M3"))
+    done = command(tmp_path / "runs", "-o", tmp_path / "r.md", "--margin=0.5")
+    assert done.returncode == 0 and "within 0.5 nats of 0" in (tmp_path / "r.md").read_text()
+    done = command(tmp_path / "runs", "-o", tmp_path / "r.md", "--margin=0")
+    assert done.returncode == 2 and done.stderr.startswith("error: --margin=0 ") and done.stderr.count("\n") == 1
 
 
 def test_no_jax_and_no_matplotlib():

@@ -1,14 +1,15 @@
-"""One page from many run folders: which formats train, how far from BF16, where each fails first.
+"""One page from many run folders: how far each format is from BF16, and what each test says of it.
 
 Only run folders are read (manifest, record, diagnostics, timing, verdict), never a checkpoint, and jax is not imported.
 
     runs        finds, identifies and reads run folders, and refuses those that cannot be compared
-    statistics  paired differences, Student t intervals, ranks
-    analysis    gaps, learning rates, first failures, early warnings
+    statistics  paired differences, their tests, corrections and classes
+    analysis    gaps, learning rates, costs of parts, early warnings
     tables      the words and tables;  panels, figures: the figures and their numbers
     page        HTML and Markdown
 """
 
+import math
 import time
 from pathlib import Path
 
@@ -17,10 +18,18 @@ from altgrad_jax.files import write_atomically, writing
 from altgrad_jax.report.analysis import Comparison
 from altgrad_jax.report.page import Report
 from altgrad_jax.report.runs import UNFINISHED, Reader
+from altgrad_jax.report.statistics import MARGIN
 
 
-def build(paths, reader=None, seconds=None):
-    """The Report of the runs at or below `paths`. UserError where there is none, or they cannot be compared."""
+def build(paths, reader=None, seconds=None, margin=MARGIN):
+    """The Report of the runs at or below `paths`. UserError where there is none, or they cannot be compared.
+
+    margin: nats per token within which two losses count as equivalent; UserError unless it is a number above 0.
+    """
+    if not 0 < margin < math.inf:
+        raise UserError(
+            f"--margin={margin:g} cannot be used: give a number of nats per token above 0, such as {MARGIN}"
+        )
     reader = reader or Reader()
     runs = reader.runs(paths)
     if not runs and seconds is None:
@@ -28,7 +37,7 @@ def build(paths, reader=None, seconds=None):
             f"there is no run folder in {', '.join(map(str, paths))}: give folders that hold a manifest.json, or "
             "folders of such folders"
         )
-    return Report(Comparison(runs), reader, seconds)
+    return Report(Comparison(runs, margin), reader, seconds)
 
 
 def write(report, outputs, data_dir=None):
@@ -49,7 +58,7 @@ def write(report, outputs, data_dir=None):
                 write_atomically(Path(data_dir) / name, content)
 
 
-def live(paths, outputs, data_dir=None, *, seconds, say=print, sleep=time.sleep):
+def live(paths, outputs, data_dir=None, *, seconds, margin=MARGIN, say=print, sleep=time.sleep):
     """Writes the page every `seconds` until every run found is finished at two looks in a row; then once more, as
     final.
 
@@ -58,7 +67,7 @@ def live(paths, outputs, data_dir=None, *, seconds, say=print, sleep=time.sleep)
     reader, done = Reader(), 0
     while done < 2:
         started = time.monotonic()
-        report = build(paths, reader, seconds)
+        report = build(paths, reader, seconds, margin)
         write(report, outputs, data_dir)
         runs = report.c.all_runs
         going = [run for run in runs if run.state == UNFINISHED]
@@ -66,5 +75,5 @@ def live(paths, outputs, data_dir=None, *, seconds, say=print, sleep=time.sleep)
         say(f"{len(runs)} runs, {len(going)} unfinished; {time.monotonic() - started:.1f} s")
         if done < 2:
             sleep(seconds)
-    write(build(paths, reader), outputs, data_dir)
+    write(build(paths, reader, margin=margin), outputs, data_dir)
     say("all runs are finished")

@@ -1,17 +1,25 @@
-"""What the runs say: gaps to BF16, ranks, where a format fails first, what the optimizer changed, early warnings.
+"""What the runs say: gaps to BF16, groups, what each part costs, what the optimizer changed, early warnings.
 
-Gaps are of the last validation loss, in nats per token, to the BF16 run of the same seed and batches. Every arm is
-taken at a learning rate of its own, the best of at least MIN_RATES, and so is BF16; an arm with fewer rates is taken
-at the rate that it shares with most others, and compared with BF16 at that same rate.
+Gaps are of the last validation loss, in nats per token, to the BF16 run of the same draw (seed and data seed). Every
+arm is taken at a learning rate of its own, the best of at least MIN_RATES, and so is BF16; an arm with fewer rates is
+taken at the rate that it shares with most others, and compared with BF16 at that same rate.
 
-Where a format fails first is a causal claim and comes from ablations: only W, only A, only G in the format, each
-against BF16, and weights stored in the format against a float32 master, all at one learning rate and paired by seed.
-Which statistic crossed a threshold first is an early warning beside it, not the cause.
+Comparisons that answer one question are one family, and are corrected together (`statistics.judge`):
+
+    gaps       every whole format in every treatment against BF16, each at its own rate
+    rate_gaps  the same at every rate, against BF16 at that rate
+    pairs      every two of the ranked arms, but for those with BF16, which are gaps
+    costs      ablations: only W, only A, only G in the format against BF16, and weights stored in it against a master
+    effects    a format-aware optimizer against AdamW
+
+What a part costs is a causal claim and comes from ablations alone. Which statistic crossed a threshold first is an
+early warning beside it, not the cause.
 """
 
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -23,6 +31,7 @@ from altgrad_jax.run.alerts import is_bottleneck
 MIN_RATES = 3
 ADAMW = "adamw"
 MASTER = "float32"
+SAME_GRID = ("E0M7", "E1M6")  # two names of one grid, up to a power of two
 CAUSES = ("forward (W)", "forward (A)", "gradient (G)", "update")
 
 
@@ -66,15 +75,14 @@ THRESHOLDS = (
 class Choice:
     """The learning rate an arm is taken at.
 
-    rates: those among which it was chosen, ascending. seeds: those that all of them have. means: {rate: mean loss over
+    rates: those among which it was chosen, ascending. draws: those that all of them have. means: {rate: mean loss over
     them, infinite with a lost run}. best: whether it is the best of at least MIN_RATES. works: (lowest, highest) of the
-    neighbouring rates around it whose mean is within the noise floor of the best; None without a noise floor or a
-    choice.
+    neighbouring rates around it whose mean is within the margin of the best; None with a lost run or without a choice.
     """
 
     rate: float
     rates: tuple
-    seeds: tuple
+    draws: tuple
     means: dict
     best: bool
     works: tuple | None = None
@@ -85,11 +93,34 @@ class Choice:
         return self.best and self.rate in (self.rates[0], self.rates[-1])
 
 
-class Comparison:
-    """Runs that may be compared, by cell. UserError where they may not; unfinished and damaged ones do not count."""
+@dataclass(frozen=True)
+class Cost:
+    """What one part of a format costs: a cause, the two (arm, rate) that were compared, and the Judged comparison."""
 
-    def __init__(self, runs):
-        self.all_runs = runs
+    cause: str
+    first: tuple
+    second: tuple
+    judged: statistics.Judged
+
+    @property
+    def d(self):
+        return self.judged.d
+
+    @property
+    def by_draw(self):
+        """{draw: cost in nats}; infinity where only the first run has no loss."""
+        return dict(zip(self.d.draws, self.d.values)) | dict.fromkeys(self.d.worse, math.inf)
+
+
+class Comparison:
+    """Runs that may be compared, by cell. UserError where they may not; unfinished and damaged ones do not count.
+
+    margin: nats per token within which two losses count as equivalent, > 0. Of SAME_GRID the second name's runs are
+    left out of every comparison where all that both have agree to the bit: `twin` is then that name.
+    """
+
+    def __init__(self, runs, margin=statistics.MARGIN):
+        self.all_runs, self.margin = runs, margin
         identified = [run for run in runs if run.arm is not None]
         check_comparable(identified)
         name_variants(identified)
@@ -97,20 +128,18 @@ class Comparison:
         for run in identified:
             if run.ended:
                 cell = self.cells.setdefault((run.arm, run.learning_rate), {})
-                if run.seed in cell:
-                    self.duplicates.append((run, cell[run.seed]))
+                if run.draw in cell:
+                    self.duplicates.append((run, cell[run.draw]))
                 else:
-                    cell[run.seed] = run
-        self.arms = sorted({arm for arm, _ in self.cells}, key=_order)
+                    cell[run.draw] = run
+        arms = sorted({arm for arm, _ in self.cells}, key=_order)
+        equal = _same_grid(self.cells, *SAME_GRID)
+        self.twin = SAME_GRID[1] if equal and equal[0] else None
+        self.arms = [arm for arm in arms if arm.format != self.twin]
         self.reference = Arm(REFERENCE) if Arm(REFERENCE) in self.arms else None
         self.formats = list(dict.fromkeys(arm.format for arm in self.arms if arm.plain and not _is_reference(arm)))
         self._rates_of_arms = Counter(rate for arm, rate in self.cells if arm.plain)
         self._choices = {}
-        self.noise = statistics.Noise(math.nan, math.nan, 0)
-        if self.reference:
-            rate = self.choice(self.reference).rate
-            self.noise = statistics.noise_floor(self.losses(self.reference, rate).values())
-            self._choices.clear()  # the range of rates that work depends on the noise
         self.primary = self._primary()
 
     def _primary(self):
@@ -121,12 +150,12 @@ class Comparison:
     # ------------------------------------------------------------------------------------------------- cells
 
     def cell(self, arm, rate):
-        """{seed: run}, by ascending seed."""
+        """{draw: run}, by ascending draw."""
         return dict(sorted(self.cells.get((arm, rate), {}).items()))
 
     def losses(self, arm, rate):
-        """{seed: last validation loss}; infinity for a lost run."""
-        return {seed: run.val_loss for seed, run in self.cell(arm, rate).items()}
+        """{draw: last validation loss}; infinity for a lost run."""
+        return {draw: run.val_loss for draw, run in self.cell(arm, rate).items()}
 
     def rates(self, arm):
         return sorted(rate for other, rate in self.cells if other == arm)
@@ -138,44 +167,32 @@ class Comparison:
 
     def _choose(self, arm):
         rates = self.rates(arm)
-        seeds = set.intersection(*(set(self.cell(arm, rate)) for rate in rates))
-        if not seeds:  # a sweep under way: only the rates with the most seeds compete
+        draws = set.intersection(*(set(self.cell(arm, rate)) for rate in rates))
+        if not draws:  # a sweep under way: only the rates with the most draws compete
             most = max(len(self.cell(arm, rate)) for rate in rates)
             full = [rate for rate in rates if len(self.cell(arm, rate)) == most]
             sets = {rate: set(self.cell(arm, rate)) for rate in full}
             rates = [rate for rate in full if sets[rate] == sets[full[0]]]
-            seeds = sets[full[0]]
-        lost = {rate: sum(not math.isfinite(self.losses(arm, rate)[seed]) for seed in seeds) for rate in rates}
-        means = {
-            rate: float(np.mean([self.losses(arm, rate)[seed] for seed in seeds], dtype=np.float64)) for rate in rates
-        }
+            draws = sets[full[0]]
+        losses = {rate: [self.losses(arm, rate)[draw] for draw in draws] for rate in rates}
+        means = {rate: float(np.mean(losses[rate], dtype=np.float64)) for rate in rates}
+        common = tuple(rates), tuple(sorted(draws)), means
         if len(rates) < MIN_RATES:
             own = self.choice(self.reference).rate if self.reference and arm != self.reference else None
-            rate = (
-                own
-                if own is not None and own in rates
-                else max(rates, key=lambda rate: (self._rates_of_arms[rate], -rate))
-            )
-            return Choice(rate, tuple(rates), tuple(sorted(seeds)), means, False)
+            shared = max(rates, key=lambda rate: (self._rates_of_arms[rate], -rate))
+            return Choice(own if own is not None and own in rates else shared, *common, False)
+        best = min(rates, key=lambda rate: _lost_then_mean(losses[rate]))
+        return Choice(best, *common, True, self._works(rates, means, best))
 
-        def survivors(rate):
-            return float(
-                np.mean(
-                    [v for seed, v in self.losses(arm, rate).items() if seed in seeds and math.isfinite(v)]
-                    or [math.inf]
-                )
-            )
-
-        best = min(rates, key=lambda rate: (lost[rate], survivors(rate)))
-        works = None
-        if math.isfinite(means[best]) and math.isfinite(self.noise.rms):
-            low = high = rates.index(best)
-            while low > 0 and means[rates[low - 1]] - means[best] <= self.noise.rms:
-                low -= 1
-            while high < len(rates) - 1 and means[rates[high + 1]] - means[best] <= self.noise.rms:
-                high += 1
-            works = rates[low], rates[high]
-        return Choice(best, tuple(rates), tuple(sorted(seeds)), means, True, works)
+    def _works(self, rates, means, best):
+        if not math.isfinite(means[best]):
+            return None
+        low = high = rates.index(best)
+        while low > 0 and means[rates[low - 1]] - means[best] <= self.margin:
+            low -= 1
+        while high < len(rates) - 1 and means[rates[high + 1]] - means[best] <= self.margin:
+            high += 1
+        return rates[low], rates[high]
 
     def reference_rate(self, arm):
         """The learning rate of the BF16 runs that an arm is compared with; None without any."""
@@ -190,10 +207,58 @@ class Comparison:
         """The Difference between two (arm, rate)."""
         return statistics.paired(self.losses(*first), self.losses(*second))
 
+    def noise(self, rate):
+        """The Noise among the BF16 runs at one learning rate."""
+        return statistics.noise(self.losses(self.reference, rate).values())
+
+    @cached_property
+    def gaps(self):
+        """{arm: Judged gap to BF16} of every whole format and every other reference; {} where there is no BF16 run."""
+        arms = [arm for arm in self.arms if self.reference and arm.plain and arm != self.reference]
+        return statistics.judge_all({arm: self._gap(arm) for arm in arms}, self.margin)
+
+    def _gap(self, arm):
+        return self.difference((arm, self.choice(arm).rate), (self.reference, self.reference_rate(arm)))
+
     def gap(self, arm):
-        """The Difference to BF16, or None where there is no BF16 run."""
-        rate = self.reference_rate(arm)
-        return None if rate is None else self.difference((arm, self.choice(arm).rate), (self.reference, rate))
+        """The Judged gap of an arm to BF16; None for BF16 itself, and where there is no BF16 run."""
+        return self.gaps.get(arm)
+
+    @cached_property
+    def rate_gaps(self):
+        """{(arm, rate): Judged gap to BF16 at the same rate}."""
+        found = {
+            (arm, rate): self.difference((arm, rate), (self.reference, rate))
+            for arm in self.gaps
+            for rate in self.rates(arm)
+            if self.cell(self.reference, rate)
+        }
+        return statistics.judge_all(found, self.margin)
+
+    @cached_property
+    def onsets(self):
+        """{arm: step}: where the paired validation curves separate from BF16's for good; arms whose gap is separated.
+
+        Corrected over the steps of one curve.
+        """
+        found = {}
+        for arm, judged in self.gaps.items():
+            step = statistics.onset(self._curve(arm, judged.d.draws), self.margin) if judged.sign else None
+            if step is not None:
+                found[arm] = step
+        return found
+
+    def _curve(self, arm, draws):
+        """{step: Difference} of the validation losses to BF16's, at the steps that all runs of `draws` evaluated."""
+        cells = self.cell(arm, self.choice(arm).rate), self.cell(self.reference, self.reference_rate(arm))
+        mine, its = ({draw: _validation(cell[draw]) for draw in draws} for cell in cells)
+        steps = set.intersection(*map(set, [*mine.values(), *its.values()])) - {0}
+        return {
+            step: statistics.paired(
+                {draw: mine[draw][step] for draw in draws}, {draw: its[draw][step] for draw in draws}
+            )
+            for step in sorted(steps)
+        }
 
     def failures(self, arm, rate=None):
         """(runs that are not sound or did not end, runs), at one learning rate or at all of them."""
@@ -211,11 +276,9 @@ class Comparison:
         finite = [loss for loss in losses if math.isfinite(loss)]
         return float(np.mean(finite)) if finite else math.nan, len(finite), len(losses)
 
-    def ranking(self):
-        """[(rank or None, arm)] of the primary treatment and the references, best first.
-
-        A rank is None where no arm has two pairs with its neighbour or a lost run: one seed ranks nothing.
-        """
+    @cached_property
+    def ranked(self):
+        """The arms of the primary treatment and the references, best first."""
         arms = [
             arm
             for arm in self.arms
@@ -226,18 +289,36 @@ class Comparison:
         def key(arm):
             mean, ended, n = self.mean_loss(arm)
             gap = self.gap(arm)
-            value = mean if gap is None or math.isnan(gap.mean) else gap.mean
-            return (n - ended) / n, gap is not None and math.isnan(gap.mean), value if ended else math.inf, _order(arm)
+            unpaired = gap is not None and not gap.d.n
+            value = mean if unpaired or self.reference is None else gap.d.mean if gap else 0.0
+            return (n - ended) / n, unpaired, value if ended else math.inf, _order(arm)
 
-        arms.sort(key=key)
+        return sorted(arms, key=key)
 
-        def between(arm, other):
-            return self.difference((arm, self.choice(arm).rate), (other, self.choice(other).rate))
+    @cached_property
+    def pairs(self):
+        """{(arm, other): Judged}, both ways, of every two of `ranked`. Those with BF16 are the gaps."""
+        ranked = self.ranked
+        found = {
+            (arm, other): self.difference((arm, self.choice(arm).rate), (other, self.choice(other).rate))
+            for i, arm in enumerate(ranked)
+            for other in ranked[i + 1 :]
+            if self.reference not in (arm, other)
+        }
+        judged = statistics.judge_all(found, self.margin)
+        judged |= {(arm, self.reference): gap for arm in ranked if (gap := self.gap(arm))}
+        return judged | {(other, arm): one.reversed for (arm, other), one in judged.items()}
 
-        pairs = [between(arm, other) for other, arm in zip(arms, arms[1:])]
-        if not any(pair.n > 1 or pair.sign for pair in pairs):
-            return [(None, arm) for arm in arms]
-        return list(zip(statistics.rank_groups(arms, lambda arm, other: between(arm, other).sign), arms, strict=True))
+    def ranking(self):
+        """[(letters or None, arm)] of `ranked`. Two arms share a letter if and only if no test separates them.
+
+        Letters are None where no two arms have two pairs, or a lost run: one draw ranks nothing.
+        """
+        ranked = self.ranked
+        if not any(one.d.n > 1 or one.separated for one in self.pairs.values()):
+            return [(None, arm) for arm in ranked]
+        apart = [[arm != other and self.pairs[arm, other].separated for other in ranked] for arm in ranked]
+        return list(zip(statistics.letters(apart), ranked, strict=True))
 
     def treatments(self):
         """[(at_rest, optimizer, variant)] of whole formats, the primary first."""
@@ -257,28 +338,20 @@ class Comparison:
             return f"at learning rate {rates[0]:g}"
         return f"each at its own best learning rate where at least {MIN_RATES} were run, else at the rate in the table"
 
-    # ---------------------------------------------------------------------------------------- what fails first
+    # ------------------------------------------------------------------------------------- what each part costs
 
-    def causes(self, name):
-        """(learning rate, {cause: Difference}) of a format, from its ablations and stored weights at one rate."""
+    def _ablations(self, name):
+        """(learning rate, {cause: ((arm, rate), (arm, rate))}) of a format: the rate with most; (None, {}) without."""
         by_rate = {}
         for operand, cause in zip(OPERANDS, CAUSES):
             for rate in self.rates(Arm(name, operand)):
                 if self.reference and self.cell(self.reference, rate):
                     by_rate.setdefault(rate, {})[cause] = (Arm(name, operand), rate), (self.reference, rate)
         master = Arm(name)
-        stored = next(
-            (arm for at_rest in ("nearest", "stochastic") for arm in [Arm(name, at_rest=at_rest)] if self.rates(arm)),
-            None,
-        )
-        at_rest_only = next(
-            (
-                arm
-                for arm in self.arms
-                if arm.format == name and not arm.operands and arm.optimizer == ADAMW and not arm.variant
-            ),
-            None,
-        )
+        kept = (Arm(name, at_rest=at_rest) for at_rest in ("nearest", "stochastic"))
+        stored = next((arm for arm in kept if self.rates(arm)), None)
+        alone = [arm for arm in self.arms if arm.format == name and not arm.operands]
+        at_rest_only = next((arm for arm in alone if arm.optimizer == ADAMW and not arm.variant), None)
         for rate in list(by_rate) or (self.rates(stored) if stored else []):
             if at_rest_only and self.cell(at_rest_only, rate) and self.reference and self.cell(self.reference, rate):
                 by_rate.setdefault(rate, {})["update"] = (at_rest_only, rate), (self.reference, rate)
@@ -286,84 +359,98 @@ class Comparison:
                 by_rate.setdefault(rate, {})["update"] = (stored, rate), (master, rate)
         if not by_rate:
             return None, {}
-        found = {
-            rate: {cause: self.difference(*pair) for cause, pair in pairs.items()} for rate, pairs in by_rate.items()
+        sizes = {rate: sum(len(self.cell(*first)) for first, _ in found.values()) for rate, found in by_rate.items()}
+        rate = max(by_rate, key=lambda r: (len(by_rate[r]), sizes[r], -r))
+        return rate, {cause: by_rate[rate][cause] for cause in CAUSES if cause in by_rate[rate]}
+
+    @cached_property
+    def costs(self):
+        """{format: (learning rate, {cause: Cost})} of every format that has ablations or stored weights."""
+        found = {name: self._ablations(name) for name in self.formats}
+        compared = {(name, cause): pair for name, (_, causes) in found.items() for cause, pair in causes.items()}
+        judged = statistics.judge_all({key: self.difference(*pair) for key, pair in compared.items()}, self.margin)
+        return {
+            name: (rate, {cause: Cost(cause, one, two, judged[name, cause]) for cause, (one, two) in causes.items()})
+            for name, (rate, causes) in found.items()
+            if causes
         }
-        rate = max(found, key=lambda r: (len(found[r]), sum(d.n_pairs for d in found[r].values()), -r))
-        return rate, {cause: found[rate][cause] for cause in CAUSES if cause in found[rate]}
 
-    def first_failure(self, name):
-        """(words, causes blamed, reservation): the largest cause separated from 0, and those not separated from it."""
-        _, causes = self.causes(name)
-        if not causes:
-            return "not measured", (), "no ablations"
-        single = all(d.n_pairs < 2 for d in causes.values())
-        if single:  # no interval: the noise floor is all there is to hold a difference against
-            if math.isnan(self.noise.rms):
-                return "cannot tell", (), "one seed, no noise floor"
-            guilty = {c: d for c, d in causes.items() if d.worse or d.mean > self.noise.rms}
-        else:
-            guilty = {c: d for c, d in causes.items() if d.sign > 0}
+    def largest_cost(self, name):
+        """(the largest Cost that is separated from 0, or None; causes that are not shown to cost less).
+
+        The causes are compared with the largest over common draws, and corrected among themselves.
+        """
+        _, causes = self.costs.get(name, (None, {}))
+        guilty = [
+            one for one in causes.values() if one.judged.separated and (one.judged.sign_lost or one.judged.sign) > 0
+        ]
         if not guilty:
-            return "not separated", (), "one seed, within the noise floor" if single else ""
-        worst = max(guilty, key=lambda cause: (len(guilty[cause].worse), guilty[cause].mean))
-
-        def as_bad(cause):
-            one, two = guilty[worst], guilty[cause]
-            if len(one.worse) != len(two.worse):
-                return False
-            if single:
-                return bool(one.worse) or one.mean - two.mean <= self.noise.rms
-            between = statistics.paired(dict(zip(one.seeds, one.values)), dict(zip(two.seeds, two.values)))
-            return between.sign <= 0
-
-        blamed = tuple(cause for cause in guilty if cause == worst or as_bad(cause))
-        return " or ".join(blamed), blamed, "one seed, above the noise floor" if single else ""
+            return None, ()
+        worst = max(guilty, key=lambda one: (one.judged.sign_lost, np.nan_to_num(one.d.mean)))
+        others = [one for one in causes.values() if one is not worst]
+        between = statistics.judge([statistics.paired(worst.by_draw, one.by_draw) for one in others], self.margin)
+        return worst, tuple(one.cause for one, judged in zip(others, between) if judged.kind != statistics.WORSE)
 
     # -------------------------------------------------------------------------------------------- optimizer
 
-    def optimizer_effects(self):
-        """[(format, at_rest, optimizer, learning rate, Difference to AdamW)]: same rate, seeds, format and storage."""
-        rows = []
+    @cached_property
+    def effects(self):
+        """{(arm, rate): Judged difference to AdamW}: same rate, draws, format and storage."""
+        found = {}
         for arm in self.arms:
-            base = Arm(arm.format, arm.operands, arm.at_rest, ADAMW, arm.variant)
-            if arm.optimizer == ADAMW or not arm.plain or arm.format not in self.formats or base not in self.arms:
-                continue
-            own = self.choice(base).rate
-            for rate in self.rates(arm):
-                if self.cell(base, rate):
-                    rows.append((arm, rate, rate == own, self.difference((arm, rate), (base, rate))))
-        return rows
+            if arm.optimizer != ADAMW and arm.plain and arm.format in self.formats:
+                for rate in self.rates(arm):
+                    if self.cell(base_of(arm), rate):
+                        found[arm, rate] = self.difference((arm, rate), (base_of(arm), rate))
+        return statistics.judge_all(found, self.margin)
 
     # ------------------------------------------------------------------------------------------------ checks
 
     def same_grid(self, first, second):
         """(equal, runs compared) of two formats that should give the same losses to the bit; None where none match."""
-        equal, n = True, 0
-        for arm in [arm for arm in self.arms if arm.format == first]:
-            twin = Arm(second, arm.operands, arm.at_rest, arm.optimizer, arm.variant)
-            for rate in self.rates(arm) if arm.at_rest == MASTER else []:
-                theirs = self.cell(twin, rate)
-                for seed, run in self.cell(arm, rate).items():
-                    if seed in theirs and run.state == theirs[seed].state == FINISHED:
-                        n += 1
-                        equal &= _same(run, theirs[seed])
-        return (equal, n) if n else None
+        return _same_grid(self.cells, first, second)
+
+
+def base_of(arm):
+    """The arm that differs from this one in having AdamW."""
+    return Arm(arm.format, arm.operands, arm.at_rest, ADAMW, arm.variant)
+
+
+def _lost_then_mean(losses):
+    """(runs without a loss, mean of the others or infinity): what orders learning rates."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return len(losses) - len(finite), float(np.mean(finite)) if finite else math.inf
+
+
+def _validation(run):
+    """{step: validation loss} of a run, in float64."""
+    return dict(zip(run.val_steps.tolist(), run.val_losses.astype(np.float64).tolist()))
+
+
+def _same_grid(cells, first, second):
+    """(equal to the bit, runs compared) of two formats' runs with a float32 master; None where none match."""
+    equal, n = True, 0
+    for (arm, rate), cell in cells.items():
+        if arm.format == first and arm.at_rest == MASTER:
+            theirs = cells.get((Arm(second, arm.operands, arm.at_rest, arm.optimizer, arm.variant), rate), {})
+            for draw, run in cell.items():
+                if draw in theirs and run.state == theirs[draw].state == FINISHED:
+                    n += 1
+                    equal &= _same(run, theirs[draw])
+    return (equal, n) if n else None
 
 
 def _same(run, other):
-    """Whether two runs have equal losses at all steps that both recorded, to the bit."""
+    """Whether two runs have equal losses at all steps that both recorded, to the bit; False where there is none."""
 
     def columns(r):
         return dict(zip(r.steps.tolist(), r.losses.view(np.int32).tolist())), dict(
             zip(r.val_steps.tolist(), r.val_losses.view(np.int32).tolist())
         )
 
-    return all(
-        mine[step] == theirs[step]
-        for mine, theirs in zip(columns(run), columns(other))
-        for step in mine.keys() & theirs.keys()
-    )
+    both = list(zip(columns(run), columns(other)))
+    found = [(mine[step], theirs[step]) for mine, theirs in both for step in mine.keys() & theirs.keys()]
+    return bool(found) and all(mine == theirs for mine, theirs in found)
 
 
 def _is_reference(arm):

@@ -103,12 +103,10 @@ def _path(xs, ys):
     return "".join(out)
 
 
-def lines(title, series, *, y_range, x_range, x_label="step", band=None, zero=False, note=""):
-    """A panel of lines. band: {"x", "low", "high"} in grey behind them; note: words beside the title."""
-    parts, px, py = _axes(x_range, y_range, x_label)
+def lines(title, series, *, y_range, x_range, zero=False):
+    """A panel of lines over steps."""
+    parts, px, py = _axes(x_range, y_range, "step")
     parts.insert(0, text(LEFT, 14, title, cls="title"))
-    if note:
-        parts.append(text(WIDTH - RIGHT, 14, note, "end", "note"))
     clipped = []
 
     def area(xs, low, high, cls):
@@ -118,8 +116,6 @@ def lines(title, series, *, y_range, x_range, x_label="step", band=None, zero=Fa
             forth, back = _path(px(xs), py(low)), _path(px(xs[::-1]), py(high[::-1]))
             clipped.append(f'<path class="{cls}" d="{forth}L{back[1:]}Z"/>')
 
-    if band is not None:
-        area(band["x"], np.asarray(band["low"]), np.asarray(band["high"]), "band noise")
     if zero and y_range[0] < 0 < y_range[1]:
         clipped.append(f'<path class="zero" d="M{LEFT} {py(0):.1f}H{WIDTH - RIGHT}"/>')
     for one in series:
@@ -151,11 +147,11 @@ def lines(title, series, *, y_range, x_range, x_label="step", band=None, zero=Fa
     return svg("".join(parts) + inner, WIDTH, HEIGHT, f"{title}: {', '.join(one['label'] for one in series)}")
 
 
-def intervals(title, rows, *, x_range, noise=None, x_label="gap to BF16 (nats per token)"):
+def intervals(title, rows, *, x_range, margin=None, x_label="gap to BF16 (nats per token)"):
     """A panel with a dot and an interval per row.
 
     rows: [{"label", "class", "mean", "low", "high", "hollow", "note"}], from the top; a mean that is NaN shows its note
-    only; what lies beyond x_range is an arrow at the edge with its number. noise: half width of the band around 0.
+    only; what lies beyond x_range is an arrow at the edge with its number. margin: half width of the band around 0.
     """
     left, row_height = 84, 19
     height = TOP + row_height * len(rows) + BOTTOM
@@ -166,9 +162,9 @@ def intervals(title, rows, *, x_range, noise=None, x_label="gap to BF16 (nats pe
 
     parts = [text(LEFT if not title else 6, 14, title, cls="title")]
     bottom = height - BOTTOM
-    if noise is not None and math.isfinite(noise):
+    if margin is not None:
         parts.append(
-            f'<rect class="band noise" x="{px(-noise):.1f}" y="{TOP}" width="{px(noise) - px(-noise):.1f}" '
+            f'<rect class="band margin" x="{px(-margin):.1f}" y="{TOP}" width="{px(margin) - px(-margin):.1f}" '
             f'height="{bottom - TOP}"/>'
         )
     at = ticks(x0, x1)

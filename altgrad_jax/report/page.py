@@ -10,12 +10,12 @@ from altgrad_jax.report.analysis import ADAMW
 TITLE = "In which number format can this model be trained?"
 # Colours that stay apart for the colour-blind (Okabe & Ito 2008), lighter on dark.
 CSS = """
-:root{--bg:#fff;--fg:#1b1f24;--soft:#5b636d;--rule:#d9dee4;--card:#f6f8fa;--grid:#e4e8ec;--noise:#8b949e;
+:root{--bg:#fff;--fg:#1b1f24;--soft:#5b636d;--rule:#d9dee4;--card:#f6f8fa;--grid:#e4e8ec;--margin:#8b949e;
 --float32:#0072b2;--nearest:#d55e00;--stochastic:#00805d;--error_feedback:#a5478f;--other:#7a6a00;--ref:#444c56;
 color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e3e7eb;--soft:#9aa4af;--rule:#343b44;--card:#1c2127;
 --grid:#2b323a;
---noise:#8b949e;--float32:#56b4e9;--nearest:#ff8a3d;--stochastic:#2fc59b;--error_feedback:#e08cc6;--other:#d8c84a;
+--margin:#8b949e;--float32:#56b4e9;--nearest:#ff8a3d;--stochastic:#2fc59b;--error_feedback:#e08cc6;--other:#d8c84a;
 --ref:#c3cad2}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1480px;padding:16px;background:var(--bg);color:var(--fg);
@@ -51,10 +51,10 @@ svg .note{font-size:10.5px}svg .layer{font-size:10px}
 .line{fill:none;stroke:var(--c);stroke-width:1.7;stroke-linejoin:round}.dashed{stroke-dasharray:5 3}
 .dot{fill:var(--c)}
 .hollow{fill:var(--bg);stroke:var(--c);stroke-width:1.8}.cross{stroke:var(--c);stroke-width:2;fill:none}
-.band{fill:var(--c);fill-opacity:.16;stroke:none}.noise{fill:var(--noise);fill-opacity:.2}
+.band{fill:var(--c);fill-opacity:.16;stroke:none}.margin{fill:var(--margin);fill-opacity:.2}
 .bars{fill:var(--float32)}.missing{fill:var(--card);stroke:var(--rule)}.pixels{image-rendering:pixelated}
 .s-float32{--c:var(--float32)}.s-nearest{--c:var(--nearest)}.s-stochastic{--c:var(--stochastic)}
-.s-error_feedback{--c:var(--error_feedback)}.s-other{--c:var(--other)}.s-ref{--c:var(--ref)}.s-noise{--c:var(--noise)}
+.s-error_feedback{--c:var(--error_feedback)}.s-other{--c:var(--other)}.s-ref{--c:var(--ref)}
 .data{font-size:.84rem}.yes{color:var(--stochastic);font-weight:600}.no{color:var(--nearest);font-weight:600}
 """
 
@@ -89,11 +89,7 @@ def _cell_class(table, i):
 
 
 def _swatch(cls, dashed, words):
-    shape = (
-        '<rect class="band noise" width="26" height="10"/>'
-        if cls == "s-noise"
-        else f'<path class="line {cls}{" dashed" if dashed else ""}" d="M0 5H26"/>'
-    )
+    shape = f'<path class="line {cls}{" dashed" if dashed else ""}" d="M0 5H26"/>'
     return f'<span><svg viewBox="0 0 26 10" aria-hidden="true">{shape}</svg>{html.escape(words)}</span>'
 
 
@@ -114,33 +110,14 @@ class Report:
         self.c, self.seconds = c, seconds
         first, every = tables.early_warnings(c, reader)
         self.ranking = tables.ranking_table(c, first)
-        self.tables = [
-            table
-            for table in (tables.failure_table(c), tables.treatments_table(c), tables.optimizer_table(c))
-            if table.rows
-        ]
-        self.details = [
-            table
-            for table in (
-                tables.rates_table(c),
-                tables.pairwise_table(c),
-                tables.warnings_table(every),
-                tables.thresholds_table(c),
-            )
-            if table.rows
-        ]
+        first_tables = tables.tests_table, tables.costs_table, tables.treatments_table, tables.optimizer_table
+        self.tables = [table for table in (make(c) for make in first_tables) if table.rows]
+        last = tables.rates_table(c), tables.pairwise_table(c), tables.warnings_table(every), tables.thresholds_table(c)
+        self.details = [table for table in last if table.rows]
         self.speed, self.kinds = tables.speed_table(c, reader)
         self.runs = tables.runs_table(c)
-        self.figures = [
-            figure
-            for figure in (
-                panels.gaps(c),
-                panels.losses(c),
-                panels.gaps_over_steps(c, True),
-                panels.gaps_over_steps(c, False),
-            )
-            if figure
-        ]
+        over_steps = panels.gaps_over_steps(c, True), panels.gaps_over_steps(c, False)
+        self.figures = [figure for figure in (panels.gaps(c), panels.losses(c), *over_steps) if figure]
         self.late_figures = [figure for figure in (panels.code_use(c, reader), panels.rank_health(c, reader)) if figure]
         self.heat = []
         for arm in self._heat_arms():
@@ -152,24 +129,17 @@ class Report:
     def _heat_arms(self):
         """Whole formats with AdamW, in the order of the ranking, the primary treatment of each first."""
         c, arms = self.c, []
-        for name in dict.fromkeys([arm.format for _, arm in c.ranking() if arm.format in c.formats] + c.formats):
+        for name in dict.fromkeys([arm.format for arm in c.ranked if arm.format in c.formats] + c.formats):
             own = [arm for arm in c.arms if arm.format == name and arm.plain and arm.optimizer == ADAMW]
             arms += sorted(own, key=lambda arm: (arm.at_rest, arm.optimizer) != c.primary)
         return arms
 
     def data(self):
         """[(file name, bytes)] of every table's and figure's numbers."""
-        out = [
-            (name, text.encode())
-            for name, text in (
-                table.data for table in (self.ranking, *self.tables, *self.details, self.speed, self.runs)
-            )
-        ]
-        return (
-            out
-            + [item for figure in (*self.figures, *self.late_figures) for item in figure.data]
-            + [csv for *_, csv in self.heat]
-        )
+        every_table = self.ranking, *self.tables, *self.details, self.speed, self.runs
+        of_figures = [item for figure in (*self.figures, *self.late_figures) for item in figure.data]
+        of_tables = [(table.data[0], table.data[1].encode()) for table in every_table]
+        return of_tables + of_figures + [csv for *_, csv in self.heat]
 
     def _counts(self):
         states = Counter(run.state for run in self.c.all_runs)
@@ -297,15 +267,15 @@ class Report:
                     f"- **{name}**: {state}" + (f": {reason}" if reason else "") for name, state, reason in troubles
                 )
             )
-        parts += [_markdown_table(self.ranking), "\n".join(f"- {text}" for text in tables.caveats(c))]
+        parts += [markdown_table(self.ranking), "\n".join(f"- {text}" for text in tables.caveats(c))]
         parts += [f"{words}: {result}" for words, result in tables.checks(c)]
         parts += map(
-            _markdown_table, [*self.tables, *self.details, *([self.speed] if self.speed.rows else []), self.runs]
+            markdown_table, [*self.tables, *self.details, *([self.speed] if self.speed.rows else []), self.runs]
         )
         return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table):
+def markdown_table(table):
     def cells(row):
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 

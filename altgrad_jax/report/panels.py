@@ -10,7 +10,7 @@ from altgrad_jax.numerics.rules import BLOCK_LAYERS
 from altgrad_jax.report import figures
 from altgrad_jax.report.analysis import ADAMW, MASTER, layers_of
 from altgrad_jax.report.runs import LOST, OPERANDS, Arm
-from altgrad_jax.report.tables import to_csv, treatment
+from altgrad_jax.report.tables import difference_cells, show_class, to_csv, treatment
 
 POINTS = 100  # of a curve, at most; columns of a heat map
 
@@ -117,7 +117,7 @@ def _series(arm, curves, **more):
     }, rows
 
 
-_CURVE_COLUMNS = ["arm", "first_step", "last_step", "mean", "lowest", "highest", "seeds"]
+_CURVE_COLUMNS = "arm first_step last_step mean lowest highest seeds"
 
 
 def _arms_of(c, name):
@@ -146,57 +146,39 @@ def _x_range(c):
 
 def gaps(c):
     """Gap of every format, a panel per treatment."""
-    panels, entries, data = [], {}, []
+    entries, data = {}, []
     for at_rest, optimizer, variant in c.treatments():
         rows = []
         for name in c.formats:
             arm = Arm(name, at_rest=at_rest, optimizer=optimizer, variant=variant)
-            if arm in c.arms and (d := c.gap(arm)) is not None:
-                data.append([arm.label, d.mean, d.low, d.high, d.n, d.n_pairs, c.noise.rms])
+            if arm in c.arms and (judged := c.gap(arm)) is not None:
+                d = judged.d
+                data.append([arm.label, *difference_cells(judged)])
                 lost = f"{len(d.worse)} of {d.n_pairs} lost" if d.worse else ""
-                rows.append(
-                    {
-                        "label": name,
-                        "class": style(arm)["class"],
-                        "hollow": style(arm)["dashed"],
-                        "mean": d.mean,
-                        "low": d.low,
-                        "high": d.high,
-                        "note": lost or f"{d.mean:+.4f}, n={d.n}",
-                    }
-                )
+                look = {"label": name, "class": style(arm)["class"], "hollow": style(arm)["dashed"]}
+                note = lost or f"{d.mean:+.4f}, n={d.n}: {show_class(judged)}"
+                rows.append({**look, "mean": d.mean, "low": d.low, "high": d.high, "note": note})
         if rows:
             entries[at_rest, optimizer, variant] = rows
-    ends = [
-        value
-        for rows in entries.values()
-        for row in rows
-        for value in (row["mean"], row["low"], row["high"])
-        if math.isfinite(value)
-    ]
+    numbers = [row[name] for rows in entries.values() for row in rows for name in ("mean", "low", "high")]
+    ends = [value for value in numbers if math.isfinite(value)]
     if not ends:
         return None
     # One far outlier must not squeeze the others into a line: it is drawn as an arrow.
-    high = min(max(ends), max(4 * float(np.median(np.abs(ends))), 3 * np.nan_to_num(c.noise.rms), 0.05))
+    high = min(max(ends), max(4 * float(np.median(np.abs(ends))), 3 * c.margin, 0.05))
     low = max(min(ends), -high)
-    noise = c.noise.rms if math.isfinite(c.noise.rms) else 0.0
-    low, high = min(low, -1.3 * noise, 0) - 0.04 * (high - low), max(high, 1.3 * noise) * 1.04
+    low, high = min(low, -1.3 * c.margin) - 0.04 * (high - low), max(high, 1.3 * c.margin) * 1.04
+    panels = []
     for kind, rows in entries.items():
-        panels.append(
-            figures.intervals(
-                treatment(*kind),
-                sorted(rows, key=lambda row: (math.isnan(row["mean"]), row["mean"])),
-                x_range=(low, high),
-                noise=noise,
-            )
-        )
+        rows.sort(key=lambda row: (math.isnan(row["mean"]), row["mean"]))
+        panels.append(figures.intervals(treatment(*kind), rows, x_range=(low, high), margin=c.margin))
     return Figure(
         "Gap to BF16 at the end",
-        "A dot is the mean over seeds, the line its 95% interval (none with one seed). Left of 0 is "
-        "better than BF16; within the grey band a gap is what another seed does to BF16.",
+        "A dot is the mean over seeds, the line its 95% interval (none with one seed), uncorrected. Left of 0 is "
+        "better than BF16; the grey band is the margin within which losses count as equivalent.",
         [],
         panels,
-        [("gaps.csv", to_csv(["arm", "mean", "low", "high", "n", "pairs", "noise_floor"], data).encode())],
+        [("gaps.csv", to_csv("arm *", data).encode())],
     )
 
 
@@ -236,17 +218,6 @@ def losses(c):
     )
 
 
-def _noise_band(c, which):
-    """{"x", "low", "high"}: root mean square difference between seeds of BF16, at every bin of the steps."""
-    runs = list(c.cell(c.reference, c.choice(c.reference).rate).values())
-    firsts, lasts, means = binned(*_matrix([which(run) for run in runs]))
-    count = np.isfinite(means).sum(0)
-    mean = _over_seeds(means)[0]
-    squares = np.where(np.isfinite(means), (means - mean) ** 2, 0).sum(0)
-    rms = np.sqrt(2 * np.divide(squares, count - 1, out=np.full(count.shape, np.nan), where=count > 1))
-    return {"x": (firsts + lasts) / 2, "low": -rms, "high": rms} if np.isfinite(rms).any() else None
-
-
 def gaps_over_steps(c, validation):
     """Gap to BF16 over steps, of the validation or the training loss, a panel per format."""
     if c.reference is None or not c.formats:
@@ -260,24 +231,21 @@ def gaps_over_steps(c, validation):
     for arm in [arm for arm in c.arms if arm.plain and arm.format in c.formats]:
         theirs = c.cell(c.reference, c.reference_rate(arm))
         curves = []
-        for seed, run in c.cell(arm, c.choice(arm).rate).items():
-            if seed in theirs:
-                (s, v), (s_ref, v_ref) = which(run), which(theirs[seed])
+        for draw, run in c.cell(arm, c.choice(arm).rate).items():
+            if draw in theirs:
+                (s, v), (s_ref, v_ref) = which(run), which(theirs[draw])
                 common, mine, its = np.intersect1d(s, s_ref, return_indices=True)
                 curves.append((common, v[mine] - v_ref[its]))
         everything[arm], its_rows = _series(
             arm, curves, dots=validation, crosses=[(x, math.inf) for x, _ in _lost_at(c, arm)]
         )
         rows += its_rows
-    band = _noise_band(c, which)
     values = np.concatenate([one["y"][len(one["y"]) // 10 :] for one in everything.values()] or [np.zeros(1)])
     values = values[np.isfinite(values)]
     if not values.size:
         return None
     high = float(min(values.max(), max(4 * np.percentile(np.abs(values), 80), 0.05)))
     low = float(max(values.min(), -high))
-    if band:
-        high, low = max(high, float(np.nanmedian(band["high"]))), min(low, -float(np.nanmedian(band["high"])))
     pad = 0.06 * (high - low)
     for one in everything.values():
         one["crosses"] = [(x, high) for x, _ in one["crosses"]]
@@ -287,7 +255,6 @@ def gaps_over_steps(c, validation):
             [everything[arm] for arm in _arms_of(c, name)],
             x_range=_x_range(c),
             y_range=(low - pad, high + pad),
-            band=band,
             zero=True,
         )
         for name in c.formats
@@ -296,9 +263,9 @@ def gaps_over_steps(c, validation):
     aid = "at every evaluation" if validation else "paired batch by batch, means of neighbouring steps"
     return Figure(
         f"Gap of the {what} loss to BF16 over steps",
-        f"Paired by seed, {aid}; above the line is worse than BF16. Grey band: what "
-        "another seed does to BF16 at that step.",
-        _legend(everything, ("s-noise", False, "noise floor")),
+        f"Paired by seed, {aid}; above the line is worse than BF16. The band goes "
+        "from the lowest to the highest pair: it is no test.",
+        _legend(everything),
         panels,
         [(f"gap-{what}.csv", to_csv(_CURVE_COLUMNS, rows).encode())],
     )
@@ -364,7 +331,7 @@ def heat(c, reader, arm):
 
 def heat_csv(arm, rows):
     name = "-".join(filter(None, (arm.format, arm.at_rest, arm.variant))).replace(" ", "").replace("/", "_")
-    text = to_csv(["statistic", "layer", "operand", "first_step", "last_step", "mean"], rows)
+    text = to_csv("statistic layer operand first_step last_step mean", rows)
     return f"heat-{name}.csv.gz", gzip.compress(text.encode(), mtime=0)
 
 
@@ -410,7 +377,7 @@ def code_use(c, reader):
         "values, peaks at the ends are clipped ones, gaps are codes the format has for nothing.",
         [],
         panels,
-        [("codes.csv", to_csv(["format", "operand", "step", "code", "count"], rows).encode())],
+        [("codes.csv", to_csv("format operand step code count", rows).encode())],
     )
 
 
@@ -425,7 +392,7 @@ def rank_health(c, reader):
         if arm not in c.arms:
             continue
         run = representative(c, arm)
-        other = theirs.get(run.seed) or next(iter(theirs.values()))
+        other = theirs.get(run.draw) or next(iter(theirs.values()))
         mine, its = reader.statistics(run), reader.statistics(other)
         series = []
         for statistic, cls, dashed in (
@@ -451,18 +418,9 @@ def rank_health(c, reader):
                 ratios = np.array(ratios)
                 keep = np.isfinite(ratios).any(0)
                 _, low, high, _ = _over_seeds(ratios[:, keep])
-                series.append(
-                    {
-                        "class": cls,
-                        "dashed": dashed,
-                        "label": statistic,
-                        "x": steps[keep],
-                        "y": np.nanmedian(ratios[:, keep], 0),
-                        "low": low,
-                        "high": high,
-                        "dots": True,
-                    }
-                )
+                look = {"class": cls, "dashed": dashed, "label": statistic, "dots": True}
+                middle = np.nanmedian(ratios[:, keep], 0)
+                series.append({**look, "x": steps[keep], "y": middle, "low": low, "high": high})
         if series:
             panels.append((name, series))
     if not panels:
@@ -477,5 +435,5 @@ def rank_health(c, reader):
         "is BF16 of the same seed at the same step. Below 1 the weights use fewer directions.",
         [("s-float32", False, "stable rank"), ("s-stochastic", True, "participation ratio")],
         drawn,
-        [("rank.csv", to_csv(["format", "statistic", "layer", "step", "value", "bf16_value"], rows).encode())],
+        [("rank.csv", to_csv("format statistic layer step value bf16_value", rows).encode())],
     )

@@ -1,14 +1,14 @@
 """Run folders as the report sees them: found, identified, checked to be comparable, and read fast.
 
 What a run is follows from its manifest. Its *arm* is everything that defines the treatment but the learning rate and
-the seed: format, which operands have it, how weights are kept, optimizer, and a variant (settings of the number
+the seeds: format, which operands have it, how weights are kept, optimizer, and a variant (settings of the number
 formats or the clipping that differ from what most runs have). A *cell* is an arm at one learning rate; its runs
-differ in the seed.
+differ in the seed or the data seed.
 
 What happened to it follows from its record:
 
     finished    it made all its steps and its last validation loss is a number
-    lost        it diverged or stopped by itself: it has no loss, and counts as worse than any number
+    lost        it diverged or stopped by itself: it has no loss, and is counted apart
     unfinished  it was interrupted or is going on: counted nowhere, named in the report
     damaged     the folder cannot be read: counted nowhere, named with the reason
 
@@ -59,7 +59,7 @@ FREE = frozenset(
 )
 # Settings that the arm or the cell stands for.
 IDENTITY = frozenset(
-    "compute_dtype formats learning_rate optimizer recipe seed store_formats use_fp8 weights_at_rest".split()
+    "compute_dtype data_seed formats learning_rate optimizer recipe seed store_formats use_fp8 weights_at_rest".split()
 )
 # Settings that make a separate arm where they differ from what most runs have. Those of number formats mean nothing
 # to a run without any.
@@ -153,6 +153,11 @@ class Run:
     @property
     def seed(self):
         return self.config["seed"]
+
+    @property
+    def draw(self):
+        """(seed of the weights, seed of the data order): what two runs must share to be a pair."""
+        return self.seed, self.config["data_seed"]
 
     @property
     def ended(self):
