@@ -2,8 +2,8 @@
 
 What a run is follows from its manifest. Its *arm* is everything that defines the treatment but the learning rate and
 the seed: format, which operands have it, how weights are kept, optimizer, and a variant (settings of the number
-formats, the clipping or the kept moments that differ from what most runs have). A *cell* is an arm at one learning rate; its runs
-differ in the seed.
+formats, the clipping or the kept moments that differ from what most runs have). A *cell* is an arm at one learning
+rate; its runs differ in the seed.
 
 What happened to it follows from its record:
 
