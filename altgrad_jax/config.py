@@ -27,7 +27,7 @@ from altgrad_jax import conflicts
 from altgrad_jax.conflicts import INT32_MAX, VOCABULARY_OF, decay_steps
 from altgrad_jax.conflicts import for_operands as for_operands
 from altgrad_jax.errors import LIST_ITEM, UserError
-from altgrad_jax.numerics.rules import AT_REST, OPTIMIZERS, ROUNDINGS, SCALINGS, SCHEDULES
+from altgrad_jax.numerics.rules import AT_REST, MOMENTS, OPTIMIZERS, ROUNDINGS, SCALINGS, SCHEDULES
 
 # A ConfigDict with the settings of this file. (To a type checker every attribute of a ConfigDict is a union of all.)
 Config = Any
@@ -256,6 +256,11 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("beta1", 0.9, "decay of Adam's first moment per update", low=0, high=FLOAT32_BELOW_1),
         Field("beta2", 0.95, "decay of Adam's second moment per update", low=0, high=FLOAT32_BELOW_1),
         Field("adam_eps", 1e-08, "added to the root of the second moment", low=1e-30, high=1),
+        Field("moments", "float32", "form in which Adam's two moments are kept between updates (emulated: it saves no "
+              "memory): E4M3 with a scale for each block of 128 or 256 numbers, or the dynamic 8-bit map",
+              choices=MOMENTS),
+        Field("moments_rounding", "nearest", "how the moments are rounded to that form",
+              choices=ROUNDINGS, only_with=("moments", ())),
         Field("grad_clip", 1.0, "global L2 norm that gradients are scaled down to; 0 = off",
               low=1e-30, high=1e30, zero="off"),
         Field("seed", 42, "decides the initial parameters and the dropout masks", low=0),
@@ -461,6 +466,7 @@ def _conflicts(values: Mapping[str, Any]) -> list[str]:
         *_without_effect(c),
         *conflicts.of_sizes(c),
         *conflicts.of_schedule(c),
+        *conflicts.of_moments(c),
         *conflicts.of_formats(c),
         *conflicts.of_xla_options(c),
         *conflicts.of_recipe(c),
@@ -629,7 +635,7 @@ ADDED_IN_2 = frozenset(
 )
 # And those that records of version 1 and 2, and of version 1 to 3, lack.
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
-ADDED_IN_4 = frozenset({"loggers", "xla_options", "recipe", "recipe_program"})
+ADDED_IN_4 = frozenset({"loggers", "xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,15 @@ def of_schedule(c: Any) -> Iterator[str]:
         )
 
 
+def of_moments(c: Any) -> Iterator[str]:
+    """What is wrong between the form of the moments and the optimizer."""
+    if c.moments != "float32" and c.optimizer == "grid":
+        yield (
+            f"moments={c.moments!r} is about Adam's two moments, and optimizer='grid' has no second one for weights in "
+            "a number format: set moments='float32', or give another optimizer"
+        )
+
+
 def of_recipe(c: Any) -> Iterator[str]:
     """What is wrong between a recipe and the rest."""
     if not c.recipe:

@@ -91,6 +91,7 @@ EXACT_FILES = (
     "test_histograms",
     "test_layers",
     "test_ledger",
+    "test_moments",
     "test_optimizers",
     "test_products",
     "test_products_formats",

@@ -34,9 +34,15 @@ def of_block(a, along, across, axis: int, known: tuple[tuple[int, ...], tuple[in
     return _levels(a, across, ACROSS, known[1], 1, 1 - axis, reduce)
 
 
-def groups_sum(a, factor: int, axis: int) -> jax.Array:
-    """The sum over groups of `factor` neighbours along an axis, given back to each of them."""
-    return _repeat(_pool(a, factor, axis, jnp.sum), factor, axis, a.shape[axis])
+def of_neighbours(a, factor: int, axis: int, reduce: Callable) -> jax.Array:
+    """Groups of `factor` neighbours along an axis (from 0), reduced and given back to each of them.
+
+    The last group may be short. Of a single group the axis has length 1, which broadcasts.
+
+    Args:
+      a: any number of axes; not negative where `reduce` is jnp.max. reduce: jnp.max or jnp.sum.
+    """
+    return _repeat(_pool(a, factor, axis, reduce), factor, axis, a.shape[axis])
 
 
 def _levels(a, index, names, sides, grain, axis, reduce):
@@ -59,7 +65,7 @@ def _levels(a, index, names, sides, grain, axis, reduce):
 def _pool(a, factor, axis, reduce):
     """Neighbours along an axis reduced, `factor` at a time; the last group may be short, for zeros change nothing."""
     if a.shape[axis] % factor:
-        pad = [(0, 0), (0, 0)]
+        pad = [(0, 0)] * a.ndim
         pad[axis] = (0, -a.shape[axis] % factor)
         a = jnp.pad(a, pad)
     return reduce(a.reshape(*a.shape[:axis], -1, factor, *a.shape[axis + 1 :]), axis=axis + 1)

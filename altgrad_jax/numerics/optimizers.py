@@ -476,6 +476,11 @@ def adam_moments(opt_state) -> optax.ScaleByAdamState:
     return next(part for part in opt_state if isinstance(part, optax.ScaleByAdamState))
 
 
+def with_moments(opt_state, moments: optax.ScaleByAdamState) -> Any:
+    """The state of an optimizer of this module, but `grid`, with other moments; see `adam_moments`."""
+    return tuple(moments if isinstance(part, optax.ScaleByAdamState) else part for part in opt_state)
+
+
 def clip_factor(norm, max_norm: float) -> jax.Array:
     """What a gradient of global L2 norm `norm` is multiplied with so that it is at most `max_norm`; 0 turns it off."""
     return jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30)) if max_norm > 0 else jnp.ones_like(norm)

@@ -45,6 +45,7 @@ ROUNDINGS = ("nearest", "stochastic")
 AT_REST = ("float32", "nearest", "stochastic", "error_feedback")
 OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "grid")
 SCHEDULES = ("constant", "cosine", "wsd")
+MOMENTS = ("float32", "bfloat16", "E4M3:128", "E4M3:256", "dynamic8")  # how Adam's moments are kept
 FLOAT8 = {"E4M3": "float8_e4m3fn", "E5M2": "float8_e5m2"}  # what `native` products can compute with
 _RULE = re.compile(r"(?:(?P<pattern>[^:=]+)(?::(?P<operands>[^:=]*))?=)?(?P<format>[^:=]*)")
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from altgrad_jax.numerics import hadamard, scales, slot_statistics
-from altgrad_jax.numerics.blocks import ACROSS, ALONG, grains_of, groups_sum, of_block
+from altgrad_jax.numerics.blocks import ACROSS, ALONG, grains_of, of_block, of_neighbours
 from altgrad_jax.numerics.products import scale_for
 from altgrad_jax.numerics.recipes import EDEN_GROUP
 from altgrad_jax.numerics.rounding import FormatParams, round_to_format
@@ -179,7 +179,7 @@ def _eden(grains, found, slot, axis):
     """Block scales times <x,x> / <x,q> of their group, stochastically rounded onto the scale format (MS-EDEN)."""
     q = _scaled(_rounded(grains, found.encode, slot, axis), found.block * found.row, axis)
     per = max(EDEN_GROUP // grains.shape[axis + 1], 1)
-    xx, xq = (groups_sum(jnp.sum(grains * other, axis + 1), per, axis) for other in (grains, q))
+    xx, xq = (of_neighbours(jnp.sum(grains * other, axis + 1), per, axis, jnp.sum) for other in (grains, q))
     correction = jnp.where(xq > 0, xx / jnp.where(xq > 0, xq, 1.0), 1.0)
     return round_to_format(found.block * correction, slot.scale_format, seed=slot.seed)
 

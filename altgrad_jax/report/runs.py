@@ -2,8 +2,8 @@
 
 What a run is follows from its manifest. Its *arm* is everything that defines the treatment but the learning rate and
 the seeds: format, which operands have it, how weights are kept, optimizer, and a variant (settings of the number
-formats or the clipping that differ from what most runs have). A *cell* is an arm at one learning rate; its runs
-differ in the seed or the data seed.
+formats, the clipping or the kept moments that differ from what most runs have). A *cell* is an arm at one learning
+rate; its runs differ in the seed or the data seed.
 
 What happened to it follows from its record:
 
@@ -74,7 +74,7 @@ FORMAT_VARIANTS = (
     "emergency_formats",
     "emergency_patience",
 )
-VARIANTS = ("grad_clip", *FORMAT_VARIANTS)
+VARIANTS = ("grad_clip", "moments", "moments_rounding", *FORMAT_VARIANTS)
 # Anything else, a setting this page does not know included, must be equal.
 
 # First elements of the names of the metrics that the report shows or watches.

@@ -39,7 +39,7 @@ DIAGNOSTICS = "diagnostics.jsonl"
 MANIFEST = "manifest.json"
 # 2: settings of number formats in the config (config.ADDED_IN_2 holds what version 1 lacks), more keys in the rows, and
 # diagnostics.jsonl. 3: the setting checkpoint_seconds (config.ADDED_IN_3), and in the rows counts of moments, amaxes,
-# scales and residuals that are not finite. 4: the setting loggers (config.ADDED_IN_4). Records of earlier versions are
+# scales and residuals that are not finite. 4: the settings of config.ADDED_IN_4. Records of earlier versions are
 # read as they are.
 SCHEMA_VERSION = 4
 READABLE_VERSIONS = (1, 2, 3, 4)

@@ -29,6 +29,8 @@ _SAME_NAME = (
     "beta1",
     "beta2",
     "adam_eps",
+    "moments",
+    "moments_rounding",
     "grad_clip",
     "data_seed",
     "use_shadow",

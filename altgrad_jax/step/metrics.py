@@ -23,6 +23,7 @@ import optax
 
 from altgrad_jax.models.stacking import is_stacked, layers_of
 from altgrad_jax.numerics.histograms import rank_health
+from altgrad_jax.numerics.moments import adam_direction
 from altgrad_jax.numerics.rules import model_order
 from altgrad_jax.numerics.sums import sums
 
@@ -179,6 +180,48 @@ def nonfinite_moments(moments: optax.ScaleByAdamState, split: bool = False) -> j
     return _vectors(found)["count"]
 
 
+def moment_metrics(
+    exact: optax.ScaleByAdamState,
+    kept: optax.ScaleByAdamState,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    split: bool = False,
+) -> Columns:
+    """What keeping Adam's moments in a number format loses, per layer and over all elements (numerics.moments).
+
+    moment2_underflow: share of the second moments that were not 0 and are kept as 0, of those that were not 0.
+    moments_cosine: <d, k> / (|d| |k|), with d Adam's direction from the exact moments of this update and k that from
+    the kept ones, both without weight decay. NaN where a direction is 0 everywhere.
+
+    Args:
+      exact, kept: before and after rounding; of the parameters' structure.
+    """
+    direction = partial(adam_direction, count=jnp.maximum(exact.count, 1), beta1=beta1, beta2=beta2, eps=eps)
+    parts = [by_group(tree) for tree in (exact.mu, exact.nu, kept.mu, kept.nu)]
+    found = {}
+    for group, arrays in parts[0].items():
+        terms = (_moment_terms(direction, *(part[group][name] for part in parts)) for name in arrays)
+        found[group] = dict(zip(("dot", "own", "other", "flushed", "nonzero"), _sums(terms, split)))
+    of_layers = _vectors(found)
+    total = {name: vector.sum() for name, vector in of_layers.items()}
+    return joined([over(layer_names(exact.mu), _moment_losses(of_layers)), scalars(_moment_losses(total))])
+
+
+def _moment_terms(direction, mu, nu, kept_mu, kept_nu):
+    d, k = direction(mu, nu), direction(kept_mu, kept_nu)
+    return d * k, d * d, k * k, (nu != 0) & (kept_nu == 0), nu != 0
+
+
+def _moment_losses(f) -> dict[str, jax.Array]:
+    return {"moment2_underflow": f["flushed"] / jnp.maximum(f["nonzero"], 1), "moments_cosine": _cosine(f)}
+
+
+def _cosine(f) -> jax.Array:
+    return f["dot"] / (jnp.sqrt(f["own"]) * jnp.sqrt(f["other"]))
+
+
 class TreeNorms(NamedTuple):
     """float32 [S] over the layers of a tree like the parameters."""
 
@@ -241,7 +284,7 @@ def gradient_fidelity(grads, reference, suffix: str = "", split: bool = False) -
 
 def _fidelity(f, suffix) -> dict[str, jax.Array]:
     return {
-        f"grad_cosine{suffix}": f["dot"] / (jnp.sqrt(f["own"]) * jnp.sqrt(f["other"])),
+        f"grad_cosine{suffix}": _cosine(f),
         f"grad_sqnr_db{suffix}": 10 * (jnp.log10(f["other"]) - jnp.log10(f["error"])),
         f"grad_flushed{suffix}": f["flushed"] / f["size"],
     }

@@ -40,7 +40,7 @@ from jax.sharding import Mesh
 from altgrad_jax.config import METRIC_GROUPS
 from altgrad_jax.models import stacking
 from altgrad_jax.models.gpt2 import GPTConfig, GPTOutput, Quantized, forward, init_params, weights_of, with_weights
-from altgrad_jax.numerics import ledger, optimizers
+from altgrad_jax.numerics import ledger, moments, optimizers
 from altgrad_jax.numerics.cross_entropy import cross_entropy, tied_cross_entropy
 from altgrad_jax.numerics.products import combine_statistics
 from altgrad_jax.numerics.rounding import FormatParams, stochastic_seed
@@ -51,7 +51,7 @@ from altgrad_jax.step.recipe import RecipeOptions
 
 SPARSE, _ALERT = "sparse/", "alert/"
 # Streams of random bits beside those of the operands, which are numbered from 0.
-_AT_REST_STREAM, _OPTIMIZER_STREAM = 2**24, 2**25
+_AT_REST_STREAM, _OPTIMIZER_STREAM, _MOMENTS_STREAM = 2**24, 2**25, 2**26
 
 
 class TrainState(NamedTuple):
@@ -93,6 +93,8 @@ class StepOptions:
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
+    moments: str = "float32"
+    moments_rounding: str = "nearest"
     grad_clip: float = 1.0
     data_seed: int = 0
     metric_groups: tuple[str, ...] = METRIC_GROUPS
@@ -288,6 +290,7 @@ class Update(NamedTuple):
     raw: Any  # as the optimizer gave it, finite or not
     applied: Any  # raw with 0 for elements that are not finite; 0 everywhere at a step that is not finite
     params: Any
+    exact_opt_state: Any  # before the moments are rounded to the form in which they are kept
     opt_state: Any
 
 
@@ -617,8 +620,44 @@ def propose_update(
     )
     applied = jax.tree.map(lambda u: jnp.where(health.finite & jnp.isfinite(u), u, 0.0), raw)
     params = optax.apply_updates(state.params, applied)
-    opt_state = jax.tree.map(lambda new, old: jnp.where(health.finite, new, old), opt_state, state.opt_state)
-    return Update(lr, factor, raw, applied, params, opt_state)
+    exact = kept = _where(health.finite, opt_state, state.opt_state)
+    if o.moments != "float32":
+        # Rounded twice, a moment could move again: at a step that is not finite it stays what it was.
+        rounded = keep_moments(o, opt_state, (inputs.seed, state.step))
+        kept = _where(health.finite, rounded, state.opt_state)
+    return Update(lr, factor, raw, applied, params, exact, kept)
+
+
+def _where(condition, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def keep_moments(options: StepOptions, opt_state, seed) -> Any:
+    """The optimizer's state with Adam's moments in the form in which they are kept (numerics.moments).
+
+    Random bits depend on a tensor's name and not on whether blocks are stacked.
+
+    Args:
+      seed: of the run, and the number of the update.
+    """
+    adam = optimizers.adam_moments(opt_state)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(adam.mu)
+    names = ["/".join(key.key for key in path) for path, _ in leaves]
+    number = {layer: i for i, layer in enumerate(sorted(layer for name in names for layer in stacking.layers_of(name)))}
+    kept = []
+    for i, moment in enumerate((adam.mu, adam.nu)):
+        keep = partial(moments.keep, form=options.moments, signed=i == 0)
+        out = []
+        for (path, _), name, x in zip(leaves, names, jax.tree.leaves(moment), strict=True):
+            x_n = x if stacking.is_stacked(path) else x[None]
+            if options.moments_rounding == "stochastic":
+                streams = [_MOMENTS_STREAM + 2 * number[layer] + i for layer in stacking.layers_of(name)]
+                x_n = jax.vmap(keep)(x_n, seed=quantization.noise_of(seed, streams))
+            else:
+                x_n = keep(x_n)
+            out.append(x_n.reshape(x.shape))
+        kept.append(structure.unflatten(out))
+    return optimizers.with_moments(opt_state, adam._replace(mu=kept[0], nu=kept[1]))
 
 
 def count_nonfinite(step: Step, state: TrainState, update: Update, health: Health) -> Counts:
@@ -783,10 +822,12 @@ def group_metrics(step: Step, outcome: Outcome) -> list[metrics.Columns]:
     o, chosen, row = step.options, step.options.metric_groups, []
     if "grad" in chosen:
         row.append(metrics.gradient_metrics(health.stats))
-        moments = optimizers.adam_moments(update.opt_state)
-        row.append(metrics.gradient_snr(moments, beta1=o.beta1, beta2=o.beta2, split=step.split))
+        adam = optimizers.adam_moments(update.exact_opt_state)
+        row.append(metrics.gradient_snr(adam, beta1=o.beta1, beta2=o.beta2, split=step.split))
     if "update" in chosen:
         row.append(metrics.update_metrics(counts.updates, counts.params))
+        if o.moments != "float32":
+            row.append(moment_metrics(step, update, health.finite))
     if "param" in chosen:
         row.append(metrics.parameter_metrics(counts.params))
     if "dead" in chosen:
@@ -800,6 +841,14 @@ def group_metrics(step: Step, outcome: Outcome) -> list[metrics.Columns]:
         named, of_all = ledger.ledger_metrics(entries, stored=bool(step.stored), ages=step.ages)
         row += [_sparse(metrics.over(step.quant.weight_layers, named)), _sparse(metrics.scalars(of_all))]
     return row
+
+
+def moment_metrics(step: Step, update: Update, finite) -> metrics.Columns:
+    """What the form in which moments are kept loses at this update; `sparse` columns, absent where nothing is kept."""
+    o = step.options
+    exact, kept = (optimizers.adam_moments(state) for state in (update.exact_opt_state, update.opt_state))
+    found = metrics.moment_metrics(exact, kept, beta1=o.beta1, beta2=o.beta2, eps=o.adam_eps, split=step.split)
+    return _sparse(metrics.Columns(found.names, jnp.where(finite, found.values, jnp.nan)))
 
 
 def shadow_metrics(step: Step, params, batch: Batch, grads) -> metrics.Columns:
