@@ -148,7 +148,8 @@ def at(slots: Slot, index: int) -> Slot:
 
 
 def _first(v, slots, index, axis, features, dtype):
-    return _Copy(*quantize_slot(v, at(slots, index), axis, features[index], dtype), axis, index)
+    quantized, statistics = quantize_slot(v, at(slots, index), axis, features[index], dtype)
+    return _Copy(quantized, statistics, axis, index)
 
 
 def _forward_values(v, quantized, slot, axis, features):
