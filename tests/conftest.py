@@ -34,7 +34,7 @@ LONG_FILES = (
     "test_recipe_step",
     "test_sweep",
     "test_training",
-    "test_moments",
+    "test_moments_step",
     "test_step_formats",
     "test_training_formats",
     "test_step",
