@@ -288,7 +288,8 @@ def test_what_is_refused():
 
 def test_features_are_what_the_recipes_ask():
     bf16, nvfp4 = (features_of([NAMED[name]]) for name in ("bf16", "nvfp4"))
-    assert bf16[0] == Features((0,), (0,), False, False, False, False, False, 0)
+    assert bf16[0] == Features((0,), (0,), ("power_of_two",), False, False, False, False, False, 0)
+    assert nvfp4[0].kinds == ("two_level",) and UNION[0].kinds == ("power_of_two", "float32", "two_level")
     assert nvfp4[3].shared and not nvfp4[1].shared and nvfp4[4].rotation == 16 and nvfp4[1].across == (16,)
     assert [f.stochastic for f in nvfp4] == [False, False, True, False, False, True]
     assert UNION[0].tiles and UNION[0].along == (16, 32, 128, 0) and UNION[4].rotation == 128
