@@ -197,9 +197,15 @@ def removed_folder(bench):
 def clock_back(bench):
     run_dir, site = bench.folder / "clock", bench.folder / "site"
     site.mkdir(exist_ok=True)
+    # Once steps have been timed, however long the start took.
     (site / "sitecustomize.py").write_text(
-        "import time\nreal, since = time.time, time.monotonic()\n"
-        "time.time = lambda: real() - 2 * 86400 * (time.monotonic() - since > 4)\n"
+        "import os, time\n"
+        "real, is_back = time.time, []\n"
+        "def now():\n"
+        f"    if not is_back and os.path.exists({str(run_dir / 'timing.jsonl')!r}):\n"
+        f"        is_back.extend([1] * (os.path.getsize({str(run_dir / 'timing.jsonl')!r}) > 3000))\n"
+        "    return real() - 2 * 86400 * bool(is_back)\n"
+        "time.time = now\n"
     )
     code, output = finish(
         command(bench.data_dir, run_dir, max_steps=900),
