@@ -1984,7 +1984,7 @@ def arguments(originals):
         (["--budget_minutes=nan"], "nan"),
         (["--budget_minutes=-1"], "-1"),
         (["--budget_minutes=x"], "x"),
-        (["--folder={run}/manifest.json"], "manifest.json"),
+        (["--folder={run}/manifest.json"], "--folder"),
         (["--folder="], "--folder"),
         (["--folder=/proc/x"], "/proc/x"),
         (["--out={folder}/none/x.md"], "{folder}/none/x.md"),
