@@ -255,7 +255,7 @@ def caveats(c):
     """What to know before believing the table: sentences."""
     families = {"gaps": c.gaps, "gaps at one rate": c.rate_gaps, "pairs of formats": _half(c.pairs, c)}
     families |= {"costs": [cost for _, found in c.costs.values() for cost in found], "effects": c.effects}
-    sizes = ", ".join(f"{len(family)} {name}" for name, family in families.items() if family)
+    sizes = ", ".join(f"{name} ({len(family)})" for name, family in families.items() if family)
     parts = [
         f"Every comparison ends in one class. Equivalent: within {c.margin:g} nats of 0 by two one-sided tests. Worse, "
         "better: separated from 0. Inconclusive: neither was shown. A gap that is equivalent and separated is called "
