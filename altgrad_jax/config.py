@@ -633,14 +633,15 @@ ADDED_IN_2 = frozenset(
     "emergency_formats emergency_patience optimizer shadow_interval diagnostic_interval rank_threshold "
     "rank_threshold_strict layer_interval wandb_group wandb_keys fsdp".split()
 )
-# And those that records of version 1 and 2, and of version 1 to 3, lack.
+# And those that records of all versions before 3, 4 and 5 lack.
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
-ADDED_IN_4 = frozenset({"loggers", "xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
+ADDED_IN_4 = frozenset({"loggers"})
+ADDED_IN_5 = frozenset({"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a record of any schema version (as JSON holds them), with what it could not have yet."""
-    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4)
+    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4 | ADDED_IN_5)
     return {name: _as_json(FIELDS[name].default) for name in added} | dict(values)
 
 

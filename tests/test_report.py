@@ -990,8 +990,9 @@ def test_a_page_that_cannot_be_written_leaves_no_other(tmp_path):
 @pytest.mark.parametrize(
     "version, added",
     [
-        (1, settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4),
-        (2, settings.ADDED_IN_3 | settings.ADDED_IN_4),
+        (1, settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5),
+        (2, settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5),
+        (4, settings.ADDED_IN_5),
     ],
 )
 def test_runs_of_earlier_versions_are_read(tmp_path, version, added):

@@ -39,10 +39,11 @@ DIAGNOSTICS = "diagnostics.jsonl"
 MANIFEST = "manifest.json"
 # 2: settings of number formats in the config (config.ADDED_IN_2 holds what version 1 lacks), more keys in the rows, and
 # diagnostics.jsonl. 3: the setting checkpoint_seconds (config.ADDED_IN_3), and in the rows counts of moments, amaxes,
-# scales and residuals that are not finite. 4: the settings of config.ADDED_IN_4. Records of earlier versions are
-# read as they are.
-SCHEMA_VERSION = 4
-READABLE_VERSIONS = (1, 2, 3, 4)
+# scales and residuals that are not finite. 4: the setting loggers (config.ADDED_IN_4). 5: recipes, kept moments and
+# compiler options (config.ADDED_IN_5), and another order of the keys of a row. Records of earlier versions are read as
+# they are.
+SCHEMA_VERSION = 5
+READABLE_VERSIONS = (1, 2, 3, 4, 5)
 TIMING_KEYS = ("time", "step_time_s", "tokens_per_s", "mfu")  # of a row of timing.jsonl, beside its step
 HISTOGRAM_BINS = {"magnitudes": N_BINS, "codes": 256}
 
