@@ -5,19 +5,21 @@ each layer whose weights have a format, Q rounds onto the grid at a fixed scale,
 products see of u:
 
 flip           share of weights whose code changed
-not_flipped    float32 master: share of weights with u != 0 whose code did not change. Nothing is lost, because the
-               master keeps every update
-lost           weights stored on the grid: the same share, whose updates are lost. With error feedback a weight counts
-               only where the residual did not change either
-stall_ratio    1 - (codes changed) / (weights with u != 0)
-effective_lr   <u, dQ> / <u, u>: 1 where on average all of u arrives, 0 where none does
-lost_energy    |u - dQ| / |u|: 0 where u arrives as it is; above 1 where rounding adds more than u itself
+not_flipped    share of weights with u != 0 whose code did not change at this update. It says what one update did, not
+               what is lost: a float32 master keeps every update, and stochastic rounding moves a weight later
+lost_update    weights stored on the grid: share of weights with u != 0 whose expected move is 0. To nearest these are
+               all of not_flipped. With stochastic rounding those where w + u is w in float32, or lies beyond the
+               largest number. With error feedback those of not_flipped whose residual did not change either
+stall_ratio    1 - (codes changed) / (weights with u != 0), at this update
+update_gain    <u, dQ> / <u, u>: 1 where on average all of u arrives, 0 where none does
+update_error   |u - dQ| / |u|, a ratio of L2 norms: 0 where u arrives as it is; above 1 where rounding adds more than u
 ulps_moved     mean number of codes a weight moved
 scale_flip     share of weights whose value on the grid changes because the scale does. No learning, hence not in flip
 code_age       mean number of updates since a weight's code last changed
 
-`flip` and the others without a layer are taken over all elements of those layers together. stall_ratio alone misranks
-formats, because a coarse grid changes few codes, each by a large step: read it together with effective_lr.
+Without a layer they are taken over all elements of those layers together: shares and means are then weighted by size,
+update_gain and update_error by the energy of u. stall_ratio alone misranks formats, because a coarse grid changes few
+codes, each by a large step: read it together with update_gain.
 
 Weights at rest. With a float32 master w' = w + u, and Q(w) is what the products use. Stored, w is on the grid itself:
 
@@ -39,7 +41,7 @@ from altgrad_jax.numerics.products import scale_for
 from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format, to_codes, to_grid, ulp
 from altgrad_jax.numerics.scales import LARGEST_SCALED
 
-_FIELDS = ("elements", "updates", "flips", "lost", "dot", "energy", "missed", "codes", "scale_flips", "age")
+_FIELDS = ("elements", "updates", "flips", "unmoved", "lost", "dot", "energy", "missed", "codes", "scale_flips", "age")
 MAX_AGE = 65535
 
 
@@ -86,14 +88,16 @@ def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None) -> tuple[jax
     Args:
       w, new_w, update: float32 [K, N] before and after, and the update that was applied.
       grid: by which codes are counted.
-      age: uint16 [K, N] or None. unlost: bool [K, N], elements whose update lives on in a residual, or None.
+      age: uint16 [K, N] or None.
+      unlost: bool [K, N], elements whose update is not lost though their code may not have changed: it lives on in a
+        residual, or random bits decided (`expected_to_move`). None: there are none.
     """
     code, value = _codes_and_values(w, grid)
     new_code, new_value = _codes_and_values(new_w, grid)
     arrived = new_value - value
     moved = new_code != code
     updated = update != 0
-    lost = updated & ~moved if unlost is None else updated & ~moved & ~unlost
+    unmoved = updated & ~moved
     new_age = None
     if age is not None:
         new_age = jnp.where(moved, 0, jnp.minimum(age, MAX_AGE - 1) + 1).astype(jnp.uint16)
@@ -101,7 +105,8 @@ def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None) -> tuple[jax
         "elements": jnp.float32(w.size),
         "updates": _count(updated),
         "flips": _count(moved),
-        "lost": _count(lost),
+        "unmoved": _count(unmoved),
+        "lost": _count(unmoved if unlost is None else unmoved & ~unlost),
         "dot": jnp.sum(update * arrived),
         "energy": jnp.sum(jnp.square(update)),
         "missed": jnp.sum(jnp.square(update - arrived)),
@@ -110,6 +115,15 @@ def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None) -> tuple[jax
         "age": jnp.float32(0) if new_age is None else jnp.sum(new_age.astype(jnp.float32)),
     }
     return jnp.stack([sums[field] for field in _FIELDS]), new_age
+
+
+def expected_to_move(w, update, grid: Grid) -> jax.Array:
+    """bool [K, N]: whether stochastic rounding of w + update moves a weight of the grid at all, in the mean.
+
+    The mean is w + update, which is computed in float32, but no larger than the largest number.
+    """
+    largest = grid.format.max_finite * (1 / grid.scale)
+    return jnp.clip(w + update, -largest, largest) != w
 
 
 def _count(mask):
@@ -135,8 +149,13 @@ def with_scale_flips(sums, flips) -> jax.Array:
 
 
 def lost_share(sums) -> jax.Array:
-    """Share of the weights of each layer whose update was lost; sums [..., fields] from `entries`."""
-    return sums[..., _FIELDS.index("lost")] / sums[..., 0]
+    """Share of the weights of each layer whose update is lost; sums [..., fields] from `entries`."""
+    return lost_weights(sums) / sums[..., 0]
+
+
+def lost_weights(sums) -> jax.Array:
+    """Number of weights of each layer whose update is lost."""
+    return sums[..., _FIELDS.index("lost")]
 
 
 def ledger_metrics(sums_SF, *, stored: bool, ages: bool) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -154,11 +173,13 @@ def _named(sums, stored, ages):
     energy = jnp.where(f["energy"] > 0, f["energy"], jnp.nan)
     out = {
         "flip": f["flips"] / f["elements"],
-        "lost" if stored else "not_flipped": f["lost"] / f["elements"],
+        "not_flipped": f["unmoved"] / f["elements"],
         "stall_ratio": 1 - f["flips"] / jnp.where(f["updates"] > 0, f["updates"], jnp.nan),
-        "effective_lr": f["dot"] / energy,
-        "lost_energy": jnp.sqrt(f["missed"] / energy),
+        "update_gain": f["dot"] / energy,
+        "update_error": jnp.sqrt(f["missed"] / energy),
         "ulps_moved": f["codes"] / f["elements"],
         "scale_flip": f["scale_flips"] / f["elements"],
     }
+    if stored:
+        out["lost_update"] = f["lost"] / f["elements"]
     return out | ({"code_age": f["age"] / f["elements"]} if ages else {})

@@ -26,24 +26,20 @@ from altgrad_jax.numerics.formats import get_format
 
 OPERANDS = ("W", "A", "G")
 # The names that the settings `scaling`, `optimizer`, `schedule` and `weights_at_rest` may have.
-SCALINGS = ("delayed", "tensor", "channel", "block32", "block128", "none")
-PER_TENSOR = ("delayed", "tensor", "none")  # one scale for each operand
-OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "grid")
-SCHEDULES = ("constant", "cosine", "wsd")
-AT_REST = ("float32", "nearest", "stochastic", "error_feedback")
+EMBED = "embed"  # the layer whose table the head multiplies with
 # The layers of the model in the order in which it applies them.
-STAGES = ("embed", "pos_embed", "block", "ln_f")
+STAGES = (EMBED, "pos_embed", "block", "ln_f")
 BLOCK_LAYERS = ("ln_1", "attn_qkv", "attn_out", "ln_2", "mlp_up", "mlp_down")
 IN_BLOCK = tuple(layer for layer in BLOCK_LAYERS if not layer.startswith("ln_"))  # those that are products
 HEAD = "head"
 NONE = "none"
 # What a run may choose, by name: where an operand's scale comes from, how it is rounded, how weights are kept, what
 # updates them, and how the learning rate goes. Settings and the modules that compute share these lists.
-SCALINGS = ("delayed", "tensor", "channel", "block32", "block128", "none")
-PER_TENSOR = ("delayed", "tensor", "none")  # the scalings with one scale for each operand
+SCALINGS = ("delayed", "current", "rowwise", "1x32", "1x128", "none")
+PER_TENSOR = ("delayed", "current", "none")  # the scalings with one scale for each operand
 ROUNDINGS = ("nearest", "stochastic")
 AT_REST = ("float32", "nearest", "stochastic", "error_feedback")
-OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "grid")
+OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "ulp_adamw_mean", "grid")
 SCHEDULES = ("constant", "cosine", "wsd")
 MOMENTS = ("float32", "bfloat16", "E4M3:128", "E4M3:256", "dynamic8")  # how Adam's moments are kept
 FLOAT8 = {"E4M3": "float8_e4m3fn", "E5M2": "float8_e5m2"}  # what `native` products can compute with

@@ -4,6 +4,9 @@ A metric's name is `statistic` or `statistic/layer`. A layer is a module of the 
 arrays together (kernel and bias, scale and bias), so a norm is the norm of the concatenation and a share is a share of
 all its elements.
 
+A ratio of energies over all layers together is weighted by energy: a layer with large numbers decides it. Beside it
+stands NAME_by_size, a mean over the layers weighted by their numbers of elements.
+
 The reductions are grouped by what they read, because at small batch their cost is memory traffic. One pass reads the
 gradients before the update. Another reads parameter, moments and update; the compiler can merge it with the update.
 The arrays of neighbouring blocks come stacked (models.stacking), and one reduction serves all of them: a statistic is a
@@ -156,10 +159,10 @@ def gradient_snr(moments: optax.ScaleByAdamState, *, beta1: float, beta2: float,
     mean over the layer's elements of |m_hat| / sqrt(v_hat), with m_hat = mu / (1 - beta1^t), v_hat = nu / (1 - beta2^t)
     the bias-corrected moments after t updates. 1 where every recent gradient had the same value; for noise of mean 0
     about sqrt(2 / pi) * sqrt((1 - beta1) / (1 + beta1)), 0.18 at beta1 = 0.9. Elements that never had a gradient
-    (nu = 0) count 0.
+    (nu = 0) count 0. NaN at t = 1: one gradient has no spread, and the ratio is 1 whatever it is.
     """
     t = jnp.maximum(moments.count, 1).astype(jnp.float32)
-    correction = jnp.sqrt(1 - beta2**t) / (1 - beta1**t)
+    correction = jnp.where(moments.count > 1, jnp.sqrt(1 - beta2**t) / (1 - beta1**t), jnp.nan)
     first, second = by_group(moments.mu), by_group(moments.nu)
     found = {}
     for group, mu in first.items():
@@ -193,7 +196,8 @@ def moment_metrics(
 
     moment2_underflow: share of the second moments that were not 0 and are kept as 0, of those that were not 0.
     moments_cosine: <d, k> / (|d| |k|), with d Adam's direction from the exact moments of this update and k that from
-    the kept ones, both without weight decay. NaN where a direction is 0 everywhere.
+    the kept ones, both without weight decay. NaN where a direction is 0 everywhere. Over all elements it is weighted by
+    the energy of the directions.
 
     Args:
       exact, kept: before and after rounding; of the parameters' structure.
@@ -229,6 +233,7 @@ class TreeNorms(NamedTuple):
     norm: jax.Array  # L2
     nonfinite: jax.Array  # elements
     zeros: jax.Array  # share of elements that are exactly 0
+    size: jax.Array  # elements
 
 
 def tree_norms(tree, split: bool = False) -> TreeNorms:
@@ -238,9 +243,10 @@ def tree_norms(tree, split: bool = False) -> TreeNorms:
         square_sum, nonfinite, zeros = _sums(
             ((jnp.square(a), ~jnp.isfinite(a), a == 0) for a in arrays.values()), split
         )
-        found[group] = {"square_sum": square_sum, "nonfinite": nonfinite, "zeros": zeros / _sizes(arrays)}
+        size = jnp.full(len(layers_of(group)), _sizes(arrays), jnp.float32)
+        found[group] = {"square_sum": square_sum, "nonfinite": nonfinite, "zeros": zeros / size, "size": size}
     v = _vectors(found)
-    return TreeNorms(layer_names(tree), jnp.sqrt(v["square_sum"]), v["nonfinite"], v["zeros"])
+    return TreeNorms(layer_names(tree), jnp.sqrt(v["square_sum"]), v["nonfinite"], v["zeros"], v["size"])
 
 
 def parameter_metrics(params: TreeNorms) -> Columns:
@@ -248,11 +254,16 @@ def parameter_metrics(params: TreeNorms) -> Columns:
     return over(params.layers, {"param_norm": params.norm, "nonfinite_params": params.nonfinite})
 
 
-def update_metrics(updates: TreeNorms, params: TreeNorms) -> Columns:
+def update_metrics(updates: TreeNorms, params: TreeNorms, prefix: str = "") -> Columns:
     """update_norm/layer (L2), update_ratio/layer (its ratio to param_norm) and zero_update/layer (share of elements
-    whose update is exactly zero), of the update that is applied: weight decay, clipping and learning rate included."""
+    whose update is exactly zero): weight decay, clipping and learning rate included.
+
+    Args:
+      updates: what was applied; with the prefix "requested_" what was asked for, where weights are stored on a grid.
+    """
     ratio = updates.norm / jnp.maximum(params.norm, 1e-30)
-    return over(updates.layers, {"update_norm": updates.norm, "update_ratio": ratio, "zero_update": updates.zeros})
+    found = {"update_norm": updates.norm, "update_ratio": ratio, "zero_update": updates.zeros}
+    return over(updates.layers, found, prefix)
 
 
 def activation_metrics(output) -> Columns:
@@ -265,11 +276,15 @@ def gradient_fidelity(grads, reference, suffix: str = "", split: bool = False) -
     """How close a gradient is to a reference of the same parameters and batch, per layer and over all elements.
 
     grad_cosine: <g, r> / (|g| |r|). grad_sqnr_db: 10 log10(|r|^2 / |g - r|^2). grad_flushed: share of elements that are
-    0 in g and not in r. Without a layer they are taken over all elements of all layers together, so that a layer counts
-    by its size. None of them says enough alone: a gradient that is mostly zeros can have a cosine of 1.000.
+    0 in g and not in r. Without a layer they are taken over all elements of all layers together: cosine and SQNR are
+    then weighted by energy, the share by size. None of them says enough alone: a gradient that is mostly zeros can have
+    a cosine of 1.000.
+
+    grad_cosine_by_size: mean of the layers' cosines, weighted by their sizes; a layer whose g is 0 counts 0, one whose
+    r is 0 is left out. grad_sqnr_db_by_size: -10 log10 of the mean of the layers' |g - r|^2 / |r|^2, likewise.
 
     Args:
-      grads, reference: trees like the parameters. suffix: is appended to the statistic's name.
+      grads, reference: trees like the parameters. suffix: is appended to each name.
     """
     found, others = {}, by_group(reference)
     for group, arrays in by_group(grads).items():
@@ -279,7 +294,24 @@ def gradient_fidelity(grads, reference, suffix: str = "", split: bool = False) -
         found[group]["size"] = jnp.full(len(layers_of(group)), _sizes(arrays), jnp.float32)
     of_layers = _vectors(found)
     total = {name: vector.sum() for name, vector in of_layers.items()}
-    return joined([over(layer_names(grads), _fidelity(of_layers, suffix)), scalars(_fidelity(total, suffix))])
+    by_size = {
+        f"grad_cosine_by_size{suffix}": mean_by_size(
+            jnp.where(of_layers["own"] == 0, 0.0, _cosine(of_layers)), of_layers["other"], of_layers["size"]
+        ),
+        f"grad_sqnr_db_by_size{suffix}": sqnr_db_by_size(of_layers["other"], of_layers["error"], of_layers["size"]),
+    }
+    return joined([over(layer_names(grads), _fidelity(of_layers, suffix)), scalars(_fidelity(total, suffix) | by_size)])
+
+
+def mean_by_size(values, energies, sizes) -> jax.Array:
+    """Mean of `values` over the first axis, weighted by `sizes`, without those whose energy is 0; NaN where all are."""
+    weights = jnp.where(energies == 0, 0.0, sizes)
+    return jnp.sum(jnp.where(weights > 0, values * weights, 0.0), axis=0) / jnp.sum(weights, axis=0)
+
+
+def sqnr_db_by_size(signal, noise, sizes) -> jax.Array:
+    """-10 log10 of the mean of noise / signal over the first axis, weighted by `sizes`; all where the signal is 0."""
+    return -10 * jnp.log10(mean_by_size(noise / signal, signal, sizes))
 
 
 def _fidelity(f, suffix) -> dict[str, jax.Array]:

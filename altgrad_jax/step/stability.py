@@ -18,8 +18,10 @@ nonfinite_residual an element of a layer's residual (error feedback) is         
 loss_spike         robust z-score of the loss against the last `spike_window` above spike_threshold     z-score
 divergence         median of the last `spike_window` losses rises above the run's first loss            median
 dead_layer         every neuron of the layer is dead                                                    share (1)
-update_stall       zero_update of the layer, mean over `stall_window` steps, above bit_stall_threshold  mean
-bit_stall          lost (ledger) of a layer whose weights are stored on a grid, likewise                mean
+update_stall       share of the layer's elements whose update is 0, or lost because the weight is       mean
+                   stored on a grid (ledger, lost_update), mean over `stall_window` steps, above
+                   bit_stall_threshold
+bit_stall          lost_update of a layer whose weights are stored on a grid, likewise                  mean
 overflow           share of an operand's elements that are clipped above overflow_threshold             share
 
 The non-finite kinds begin anew at every step they hold; the others are re-armed when their condition ends. One fault
@@ -62,9 +64,9 @@ class Monitor(NamedTuple):
     # Of int32 [outputs], in the order of neuron_layers: steps in a row below the threshold. Within a dispatch
     # {group: [n, outputs]}.
     dead_streak: tuple | dict
-    zero_update_WS: jax.Array  # float32 [stall_window, layers]: ring of zero_update
+    zero_update_WS: jax.Array  # float32 [stall_window, layers]: ring of shares of updates that are 0 or lost
     active: dict  # {kind: bool or bool [layers]}: condition held at the last step
-    lost_WS: jax.Array | None = None  # float32 [stall_window, layers with stored weights]: ring of lost
+    lost_WS: jax.Array | None = None  # float32 [stall_window, layers with stored weights]: ring of lost_update
 
 
 def init_monitor(
@@ -153,7 +155,7 @@ def update_monitor(
     bad,
     dead_streak: tuple | dict,
     dead_shares,
-    zero_update_S,
+    stalled_S,
     thresholds: Thresholds,
     lost_S=None,
     overflow_O=None,
@@ -164,7 +166,8 @@ def update_monitor(
       row_number: int32, the step's row (state.step + 1).
       loss: float32 scalar. bad: bool, whether the step was non-finite in any way.
       dead_streak: from update_dead_streaks.
-      dead_shares: float32 [layers with neurons]; zero_update_S: float32 [layers].
+      dead_shares: float32 [layers with neurons]; stalled_S: float32 [layers], shares of updates that are 0
+        or lost.
       lost_S: float32 [layers with stored weights]; overflow_O: float32 [operands]. None where init_monitor had none.
 
     Returns:
@@ -176,16 +179,16 @@ def update_monitor(
     losses_W = _push(monitor.losses_W, slot, loss, ok)
     median = jnp.nanmedian(losses_W)
     initial_loss = jnp.where(jnp.isnan(monitor.initial_loss) & ok, loss, monitor.initial_loss)
-    zero_update_WS = _push(monitor.zero_update_WS, slot, zero_update_S, ok)
+    zero_update_WS = _push(monitor.zero_update_WS, slot, stalled_S, ok)
     seen = slot + ok
-    mean_zero_update_S = jnp.where(seen >= thresholds.stall_window, zero_update_WS.mean(0), 0.0)
+    mean_stalled_S = jnp.where(seen >= thresholds.stall_window, zero_update_WS.mean(0), 0.0)
 
-    values = {"loss_spike": z, "divergence": median, "dead_layer": dead_shares, "update_stall": mean_zero_update_S}
+    values = {"loss_spike": z, "divergence": median, "dead_layer": dead_shares, "update_stall": mean_stalled_S}
     holds = {
         "loss_spike": z > thresholds.spike_threshold,
         "divergence": (median > initial_loss) & (seen >= MIN_LOSSES),
         "dead_layer": dead_shares >= 1.0,
-        "update_stall": mean_zero_update_S > thresholds.bit_stall_threshold,
+        "update_stall": mean_stalled_S > thresholds.bit_stall_threshold,
     }
     lost_WS = monitor.lost_WS
     if lost_WS is not None:

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -44,7 +45,7 @@ from altgrad_jax.numerics import ledger, moments, optimizers
 from altgrad_jax.numerics.cross_entropy import cross_entropy, tied_cross_entropy
 from altgrad_jax.numerics.products import combine_statistics
 from altgrad_jax.numerics.rounding import FormatParams, stochastic_seed
-from altgrad_jax.numerics.rules import HEAD
+from altgrad_jax.numerics.rules import EMBED, HEAD
 from altgrad_jax.step import metrics, quantization, recipe, stability
 from altgrad_jax.step.mesh import FSDP, constrain, gather, over_batch, replicated, scatter, split_like_parameters
 from altgrad_jax.step.recipe import RecipeOptions
@@ -300,7 +301,7 @@ class Counts(NamedTuple):
     nonfinite_updates_S: jax.Array
     nonfinite_moments_S: jax.Array
     params: metrics.TreeNorms
-    updates: metrics.TreeNorms  # of the update that is applied
+    updates: metrics.TreeNorms  # of the update that the optimizer asks for
     bad: jax.Array  # bool: whether the step counts as non-finite
 
 
@@ -320,6 +321,7 @@ class AfterFormats(NamedTuple):
     quant: quantization.QuantState
     entries: dict  # {group: ledger entries [n, fields]}
     rises: jax.Array  # bool: whether the emergency level rose
+    moved: metrics.TreeNorms | None  # of the update that stored weights and all others took; None without stored ones
 
 
 class Watched(NamedTuple):
@@ -459,7 +461,7 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
             finite=health.finite,
             bad=counts_towards_shift(step, state.monitor, found.loss, counts),
         )
-        after = apply_formats(step, formats, change, update.params, found.statistics)
+        after = apply_formats(step, formats, change, update, found.statistics)
     watched = watch(step, state, found, health, counts, after)
 
     outcome = Outcome(found, health, update, counts, after, watched)
@@ -680,8 +682,9 @@ def counts_towards_shift(step: Step, monitor: stability.Monitor, mean_loss, coun
     return counts.bad | spike | monitor.active["divergence"]
 
 
-def apply_formats(step: Step, formats: Formats, change: Change, params, statistics_Q3S) -> AfterFormats:
-    """What number formats do after the float32 update that led to `params`."""
+def apply_formats(step: Step, formats: Formats, change: Change, update: Update, statistics_Q3S) -> AfterFormats:
+    """What number formats do after the float32 update."""
+    params, applied = update.params, update.applied
     options = formats.options
     formats_Q3 = quantization.formats_at(formats.table, formats.state.level)
     level, streak, rises = quantization.next_level(options, formats.state, change.bad)
@@ -696,13 +699,16 @@ def apply_formats(step: Step, formats: Formats, change: Change, params, statisti
         next_formats = quantization.weight_formats(formats.groups, next_Q3)
         at_rest, next_quant = store_weights(formats, change, grids, next_quant, next_formats, rises)
         params = _with_weights(params, at_rest)
-    entries = {}
+    entries, moved = {}, None
     if options.stored or "ledger" in step.options.metric_groups:
         new = _weights(formats.groups, params)
         next_grids = _grids(step, formats, next_quant, next_Q3, new)
         entries, age = enter_ledger(formats, change, new, next_quant, grids, next_grids)
         next_quant = next_quant._replace(age=age)
-    return AfterFormats(params, next_quant, entries, rises)
+        if options.stored:
+            taken = {name: new[name] - change.old[name] for name in new}
+            moved = metrics.tree_norms(_with_weights(applied, taken), step.split)
+    return AfterFormats(params, next_quant, entries, rises, moved)
 
 
 def store_weights(
@@ -754,6 +760,8 @@ def enter_ledger(
         age_n, unlost = formats.state.age.get(key), None
         if options.weights_at_rest == "error_feedback":
             unlost = next_quant.residual[key] != formats.state.residual[key]
+        elif options.weights_at_rest == "stochastic":
+            unlost = ledger.expected_to_move(old_n, update_n, next_n)
         # Stored weights are counted on the grid they end on; operands on the one they were rounded on.
         sums_n, new_age_n = jax.vmap(ledger.entries)(
             old_n, new[name], update_n, next_n if options.stored else grid_n, age=age_n, unlost=unlost
@@ -770,11 +778,12 @@ def watch(
 ) -> Watched:
     """The monitor after this step."""
     thresholds = step.options.thresholds
-    overflow_names, overflow_O, lost_S = (), None, None
+    overflow_names, overflow_O, lost_S, stalled_S = (), None, None, counts.updates.zeros
     if step.quant is not None:
         overflow_names, overflow_O = quantization.overflow_of(step.quant, found.statistics)
     if step.stored and after is not None:
-        lost_S = ledger.lost_share(_by_layer(_with_format(step.groups), after.entries))
+        entries = _by_layer(_with_format(step.groups), after.entries)
+        lost_S, stalled_S = ledger.lost_share(entries), stalled_shares(step, counts.updates, entries)
     before = state.monitor.dead_streak
     assert isinstance(before, dict), "the state is stacked"
     streaks, shares = stability.update_dead_streaks(before, health.stats.neuron_square_sum, thresholds, ok=~counts.bad)
@@ -787,7 +796,7 @@ def watch(
         bad=counts.bad,
         dead_streak=streaks,
         dead_shares=dead_shares,
-        zero_update_S=counts.updates.zeros,
+        stalled_S=stalled_S,
         thresholds=thresholds,
         lost_S=lost_S,
         overflow_O=overflow_O,
@@ -795,6 +804,16 @@ def watch(
     # Elements that are all finite can still have a norm that is not.
     norm_overflow = jnp.float32(~jnp.isfinite(health.grad_norm) & (health.nonfinite_grads_S.sum() == 0))
     return Watched(monitor, z, begins, norm_overflow, neuron_layers, dead_shares, overflow_names)
+
+
+def stalled_shares(step: Step, updates: metrics.TreeNorms, entries) -> jax.Array:
+    """float32 [S]: share of the elements of each layer whose update is 0, or lost because the weight is stored.
+
+    Args:
+      updates: what was asked for. entries: of the ledger, [stored layers, fields].
+    """
+    at = np.array([updates.layers.index(EMBED if layer == HEAD else layer) for layer in step.stored])
+    return updates.zeros.at[at].add(ledger.lost_weights(entries) / updates.size[at])
 
 
 def step_metrics(outcome: Outcome) -> metrics.Columns:
@@ -823,9 +842,12 @@ def group_metrics(step: Step, outcome: Outcome) -> list[metrics.Columns]:
     if "grad" in chosen:
         row.append(metrics.gradient_metrics(health.stats))
         adam = optimizers.adam_moments(update.exact_opt_state)
-        row.append(metrics.gradient_snr(adam, beta1=o.beta1, beta2=o.beta2, split=step.split))
+        row.append(_sparse(metrics.gradient_snr(adam, beta1=o.beta1, beta2=o.beta2, split=step.split)))
     if "update" in chosen:
-        row.append(metrics.update_metrics(counts.updates, counts.params))
+        moved = counts.updates if after is None or after.moved is None else after.moved
+        row.append(metrics.update_metrics(moved, counts.params))
+        if step.stored:
+            row.append(metrics.update_metrics(counts.updates, counts.params, "requested_"))
         if o.moments != "float32":
             row.append(moment_metrics(step, update, health.finite))
     if "param" in chosen:
