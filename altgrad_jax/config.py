@@ -39,6 +39,9 @@ FORMAT_GROUPS = ("format", "ledger")  # exist only with use_fp8, format with a r
 
 # What people type for a field whose name is too far away for a spelling match.
 _SHORT_NAMES = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size"}
+# Settings of records before schema version 6 under their names of today, and the words that `scaling` had.
+RENAMED_IN_6 = {"use_shadow": "reference_gradient", "shadow_interval": "reference_interval"}
+_SCALING_BEFORE_6 = {"tensor": "current", "channel": "rowwise", "block32": "1x32", "block128": "1x128"}
 _EDGES = {FLOAT32_TINY: "above 0", FLOAT32_BELOW_1: "below 1"}
 
 
@@ -170,7 +173,7 @@ XLA_OPTION = Text(
     check=lambda text: re.fullmatch(r"xla_[a-z0-9_]+=[^\s=]+", text) is not None,
     about="an option of XLA's compiler as NAME=VALUE, without blanks or commas, whose name begins with xla_",
 )
-FP8, SHADOW = ("use_fp8", (True,)), ("use_shadow", (True,))
+FP8, REFERENCE = ("use_fp8", (True,)), ("reference_gradient", (True,))
 WANDB = ("loggers", (("wandb",), ("wandb", "tensorboard"), ("tensorboard", "wandb")))
 
 # The upper limits of sizes are not promises that such a model fits a device; beyond them a value is a slip.
@@ -193,8 +196,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("use_fp8", False, "train in number formats: round the operands of the products as `formats` says"),
         Field("formats", (), "which operands get which format; a name alone means every linear layer of the blocks",
               text=ITEM, only_with=FP8),
-        Field("scaling", "delayed", "what an operand's scale comes from: earlier amaxes; its own, for the whole "
-              "tensor, for every output channel or token, or for blocks of neighbours; or no scale",
+        Field("scaling", "delayed", "what an operand's scale comes from: earlier amaxes; its current one, for the "
+              "whole tensor, for every output channel or token, or for blocks of neighbours; or no scale",
               choices=SCALINGS, per_operand=True, only_with=FP8),
         Field("amax_history", 16, "updates whose largest amax gives a delayed scale, in formats and in recipes",
               low=1, high=65536),
@@ -221,10 +224,10 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               "nvfp4,bf16@0.8", text=ITEM),
         Field("recipe_program", (), "more recipes that the compiled program can follow; a sweep sets it, so that its "
               "members share one program", text=ITEM, only_with=("recipe", ())),
-        Field("use_shadow", False, "compare the gradient with the float32 one of the same parameters and batch, "
-              "layer by layer"),
-        Field("shadow_interval", 1, "updates between two such comparisons; the first is compared",
-              low=1, only_with=SHADOW),
+        Field("reference_gradient", False, "compare the gradient with the float32 one of the same parameters and "
+              "batch, layer by layer"),
+        Field("reference_interval", 1, "updates between two such comparisons; the first is compared",
+              low=1, only_with=REFERENCE),
     )),
     ("Data", (
         Field("tokenizer", "gpt2", "gpt2 (byte pairs) or bytes (one token a byte)", choices=("gpt2", "bytes")),
@@ -240,7 +243,7 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               "divide it", low=1, high=2**20),
         Field("max_steps", 2000, "updates in the whole run", low=1, resumable=True),
         Field("optimizer", "adamw", "adamw; or of the format-aware ones: gradient preconditioned by ULPs before "
-              "Adam; steps in ULPs of the weight after Adam; whole codes of the weight's grid",
+              "Adam; steps in ULPs of the weight after Adam (of AdamW's RMS, or mean size); whole codes of its grid",
               choices=OPTIMIZERS, only_with=FP8),
         Field("learning_rate", 0.0006, "peak learning rate", low=1e-12, high=100),
         Field("warmup_steps", 100, "updates over which the learning rate rises linearly to its peak; at most "
@@ -272,13 +275,15 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               low=1, high=2**24),
         Field("eval_batch_size", 16, "validation sequences computed at once; must divide eval_windows",
               low=1, high=2**20),
+        Field("evaluate_all", False, "at the end of the run also evaluate every validation sequence, and record the "
+              "loss of each in window_losses.json"),
     )),
     ("Metrics and the stability monitor", (
         Field("metrics", "all", f"statistics per layer: {GROUPS_OF_METRICS.about}", text=GROUPS_OF_METRICS),
         Field("nan_patience", 10, "updates in a row with a non-finite loss or gradient after which the run stops "
               "(exit code 3)", low=1),
-        Field("bit_stall_threshold", 0.5, "alert when a layer's mean share of updates that are exactly 0, or that "
-              "its stored weights lost, exceeds this", low=FLOAT32_TINY, high=1),
+        Field("bit_stall_threshold", 0.5, "alert when a layer's mean share of updates that are exactly 0 or lost, "
+              "or that its stored weights lose, exceeds this", low=FLOAT32_TINY, high=1),
         Field("stall_window", 100, "updates that this mean is taken over", low=1, high=2**20),
         Field("overflow_threshold", 0.01, "alert when a larger share of a quantized operand's values is clipped; "
               "with use_fp8=False no layer is quantized and there is none to watch", low=FLOAT32_TINY, high=1),
@@ -414,7 +419,7 @@ def _single_problems(values: Mapping[str, Any]) -> list[str]:
 
 def wrong_values(values: Mapping[str, Any]) -> list[str]:
     """One sentence for each of `values`, as JSON holds them, that its field cannot have; no word on other names."""
-    values = _from_json(values)
+    values = _from_json(upgraded(values))
     found = (problem(field, values[name]) for name, field in FIELDS.items() if name in values)
     return [text for text in found if text]
 
@@ -441,7 +446,7 @@ def unknown_field(name: str) -> str:
 def nearest_field(name: str) -> str | None:
     """The field whose name is spelt most like `name`, or None if none is near."""
     plain = name.rsplit(".", 1)[-1].replace("-", "_").lower()
-    return _SHORT_NAMES.get(plain) or nearest(plain, FIELDS)
+    return _SHORT_NAMES.get(plain) or RENAMED_IN_6.get(plain) or nearest(plain, FIELDS)
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
@@ -498,10 +503,10 @@ def _without_effect(c: Any) -> Iterator[str]:
             f"metrics={c.metrics!r} names {', '.join(asked)}, which use_fp8=False leaves nothing to "
             "measure: set use_fp8=True, or leave it out"
         )
-    if c.use_shadow and not (c.use_fp8 or c.recipe) and c.compute_dtype == "float32":
+    if c.reference_gradient and not (c.use_fp8 or c.recipe) and c.compute_dtype == "float32":
         yield (
-            "use_shadow=True has nothing to compare: with use_fp8=False and compute_dtype='float32' the "
-            "gradient is its own shadow: set use_shadow=False"
+            "reference_gradient=True has nothing to compare: with use_fp8=False and compute_dtype='float32' the "
+            "gradient is its own reference: set reference_gradient=False"
         )
 
 
@@ -630,19 +635,31 @@ def _as_json(value: Any) -> Any:
 # measured besides may be more.
 ADDED_IN_2 = frozenset(
     "formats scaling amax_history scale_rounding operand_rounding saturate products weights_at_rest range_clip "
-    "emergency_formats emergency_patience optimizer shadow_interval diagnostic_interval rank_threshold "
+    "emergency_formats emergency_patience optimizer reference_interval diagnostic_interval rank_threshold "
     "rank_threshold_strict layer_interval wandb_group wandb_keys fsdp".split()
 )
-# And those that records of all versions before 3, 4 and 5 lack.
+# And those that records of all versions before 3, 4, 5 and 6 lack.
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
 ADDED_IN_4 = frozenset({"loggers"})
 ADDED_IN_5 = frozenset({"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
+ADDED_IN_6 = frozenset({"evaluate_all"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a record of any schema version (as JSON holds them), with what it could not have yet."""
-    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4 | ADDED_IN_5)
-    return {name: _as_json(FIELDS[name].default) for name in added} | dict(values)
+    """The settings of a record of any schema version (as JSON holds them) as those of today: under today's names, and
+    with what it could not have yet.
+
+    A record of before version 6 is known by its names; its optimizer ulp_adamw is ulp_adamw_mean today.
+    """
+    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4 | ADDED_IN_5 | ADDED_IN_6)
+    values = dict(values)
+    if values.keys() & RENAMED_IN_6.keys():
+        values = {RENAMED_IN_6.get(name, name): value for name, value in values.items()}
+        if isinstance(scaling := values.get("scaling"), str):
+            values["scaling"] = ",".join(_SCALING_BEFORE_6.get(way, way) for way in scaling.split(","))
+        if values.get("optimizer") == "ulp_adamw":
+            values["optimizer"] = "ulp_adamw_mean"
+    return {name: _as_json(FIELDS[name].default) for name in added} | values
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

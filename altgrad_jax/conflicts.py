@@ -169,7 +169,7 @@ def of_formats(c: Any) -> Iterator[str]:
     if c.scale_rounding == "float32" and not one_scale:
         yield (
             f"scale_rounding='float32' needs one scale for each operand, and scaling={c.scaling!r} has many: "
-            "give delayed, tensor or none, or scale_rounding='power_of_two'"
+            f"give {', '.join(rules.PER_TENSOR)}, or scale_rounding='power_of_two'"
         )
     if not c.saturate:
         for name in [*names, *c.emergency_formats]:
@@ -192,7 +192,7 @@ def _of_blocks(c: Any, layers: tuple[rules.LayerFormats, ...], scaling: tuple[st
     for layer in layers:
         sizes = rules.contracted_sizes(layer.layer, c.n_embd, c.vocab_size or VOCABULARY_OF[c.tokenizer])
         for operand, name, way, size in zip("WAG", layer.wag, scaling, (sizes[0], *sizes)):
-            block = int(way.removeprefix("block")) if way.startswith("block") else 1
+            block = rules.BLOCK_SIZES.get(way, 1)
             if name and size % block:
                 yield (
                     f"scaling={c.scaling!r} cannot split operand {operand} of {layer.layer}, which has {size} "
@@ -242,7 +242,7 @@ def _of_native(c: Any, layers: tuple[rules.LayerFormats, ...], one_scale: bool) 
     if not one_scale:
         yield (
             f"products='native' takes one scale for each operand, and scaling={c.scaling!r} has many: give "
-            "delayed, tensor or none, or products='emulated'"
+            f"{', '.join(rules.PER_TENSOR)}, or products='emulated'"
         )
         return
     for layer in layers:

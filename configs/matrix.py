@@ -35,7 +35,7 @@ def get_config() -> Config:
 
 def get_sweep(config) -> list[dict]:
     """The members, those first that the answer needs most."""
-    measured = {"use_fp8": True, "metrics": "grad,format,ledger", "use_shadow": True, "shadow_interval": 50}
+    measured = {"use_fp8": True, "metrics": "grad,format,ledger", "reference_gradient": True, "reference_interval": 50}
     plain = {"metrics": "grad,update"}
 
     def arms(**settings):

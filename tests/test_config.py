@@ -35,7 +35,7 @@ ORDERED = {
     "warmup_steps": 100,
     "grad_clip": 1.0,
     "use_fp8": False,
-    "use_shadow": False,
+    "reference_gradient": False,
     "checkpoint_interval": 100,
     "checkpoint_dir": "checkpoints/bf16_baseline",
     "max_checkpoints": 3,
@@ -97,7 +97,7 @@ FORMAT_SETTINGS = {
 }
 NEW = {
     **FORMAT_SETTINGS,
-    "shadow_interval": 1,
+    "reference_interval": 1,
     "diagnostic_interval": 100,
     "rank_threshold": 0.1,
     "rank_threshold_strict": 0.3,
@@ -197,7 +197,7 @@ OUT_OF_RANGE = [
     ("checkpoint_dir", "gs://bucket/run"),
     ("metrics", "grad,"),
     ("metrics", "all,grad"),
-    ("scaling", "delayed,tensor"),
+    ("scaling", "delayed,current"),
     ("scaling", "delayed, tensor, none"),
     ("loggers", ("wandb", "wandb")),
     ("loggers", ("mlflow",)),
@@ -244,8 +244,8 @@ def test_out_of_range(name, value):
         {"schedule": "cosine", "min_lr_ratio": 0.0},
         {"schedule": "wsd", "decay_fraction": 0.95},
         {"schedule": "wsd", "decay_fraction": 1.0, "warmup_steps": 0},
-        {"use_shadow": True},
-        {"use_shadow": True, "shadow_interval": 50},
+        {"reference_gradient": True},
+        {"reference_gradient": True, "reference_interval": 50},
         {"xla_options": ("xla_gpu_enable_triton_gemm=false", "xla_gpu_autotune_level=0")},
         {"rank_threshold": 1.0},
         {"rank_threshold": 0.0},
@@ -274,17 +274,17 @@ def test_the_spike_window_holds_as_many_losses_as_the_monitor_needs():
     "values, words",
     [
         (
-            {"use_shadow": True, "compute_dtype": "float32"},
+            {"reference_gradient": True, "compute_dtype": "float32"},
             [
-                "use_shadow=True has nothing to compare",
+                "reference_gradient=True has nothing to compare",
                 "use_fp8=False",
                 "compute_dtype='float32'",
-                "set use_shadow=False",
+                "set reference_gradient=False",
             ],
         ),
         (
-            {"shadow_interval": 10},
-            ["shadow_interval=10 has no effect with use_shadow=False: set use_shadow to True, or leave"],
+            {"reference_interval": 10},
+            ["reference_interval=10 has no effect with reference_gradient=False: set reference_gradient to True, or leave"],
         ),
         (
             {"loggers": ("tensorboard",), "wandb_group": "x"},
@@ -339,7 +339,7 @@ def test_settings_that_do_not_fit_each_other(values, words):
 
 OTHER = {
     "formats": ("E4M3",),
-    "scaling": "tensor",
+    "scaling": "current",
     "amax_history": 8,
     "scale_rounding": "float32",
     "operand_rounding": "stochastic",
@@ -376,25 +376,25 @@ SPLIT = ("E4M3", "block_*:G=E5M2")  # what native products can compute with
         ({"formats": ("E4M3", "*=none")}, ["formats=('E4M3', '*=none') gives no layer a format", "set use_fp8=False"]),
         # Blocks along the axes that the products contract.
         (
-            {"scaling": "block32", "n_embd": 400, "n_head": 8},
-            ["scaling='block32'", "operand W of block_0/attn_qkv", "400 numbers", "blocks of 32", "or another scaling"],
+            {"scaling": "1x32", "n_embd": 400, "n_head": 8},
+            ["scaling='1x32'", "operand W of block_0/attn_qkv", "400 numbers", "blocks of 32", "or another scaling"],
         ),
         (
-            {"scaling": "delayed,block128,delayed", "n_embd": 64, "n_head": 4},
+            {"scaling": "delayed,1x128,delayed", "n_embd": 64, "n_head": 4},
             ["operand A of block_0/attn_qkv", "64 numbers", "blocks of 128"],
         ),
         (
-            {"scaling": "delayed,delayed,block128", "n_embd": 64, "n_head": 4},
+            {"scaling": "delayed,delayed,1x128", "n_embd": 64, "n_head": 4},
             ["operand G of block_0/attn_qkv", "192 numbers"],
         ),  # N, the outputs
-        ({"scaling": "delayed,delayed,block32", "formats": ("head=E4M3",)}, ["operand G of head", "50257 numbers"]),
+        ({"scaling": "delayed,delayed,1x32", "formats": ("head=E4M3",)}, ["operand G of head", "50257 numbers"]),
         # What nobody would read.
         (
-            {"amax_history": 8, "scaling": "tensor"},
-            ["amax_history=8 has no effect", "scaling='tensor'", "set scaling=delayed"],
+            {"amax_history": 8, "scaling": "current"},
+            ["amax_history=8 has no effect", "scaling='current'", "set scaling=delayed"],
         ),
         (
-            {"amax_history": 8, "scaling": "tensor,delayed,delayed", "formats": ("block_*:W=E4M3",)},
+            {"amax_history": 8, "scaling": "current,delayed,delayed", "formats": ("block_*:W=E4M3",)},
             ["amax_history=8 has no effect"],
         ),
         (
@@ -402,7 +402,7 @@ SPLIT = ("E4M3", "block_*:G=E5M2")  # what native products can compute with
             ["amax_history=8 has no effect"],
         ),
         (
-            {"scaling": "delayed,delayed,tensor", "formats": ("block_*:WA=E4M3",)},
+            {"scaling": "delayed,delayed,current", "formats": ("block_*:WA=E4M3",)},
             ["scaling='delayed,delayed,tensor' asks for tensor of G", "give G a format, or delayed in this place"],
         ),
         (
@@ -433,15 +433,15 @@ SPLIT = ("E4M3", "block_*:G=E5M2")  # what native products can compute with
             {"optimizer": "ulp_adamw", "formats": ("block_*:A=E4M3",)},
             ["optimizer='ulp_adamw' is about weights", "give W a format too"],
         ),
-        ({"range_clip": 1.0, "scaling": "tensor"}, ["range_clip=1.0 acts on the delayed scale", "set range_clip=0"]),
+        ({"range_clip": 1.0, "scaling": "current"}, ["range_clip=1.0 acts on the delayed scale", "set range_clip=0"]),
         ({"range_clip": 1.0, "formats": ("block_*:WA=E4M3",)}, ["range_clip=1.0", "give G a format"]),
         # What cannot be done.
         (
-            {"scale_rounding": "float32", "scaling": "delayed,channel,delayed"},
+            {"scale_rounding": "float32", "scaling": "delayed,rowwise,delayed"},
             [
                 "scale_rounding='float32' needs one scale",
-                "scaling='delayed,channel,delayed' has many",
-                "delayed, tensor or none",
+                "scaling='delayed,rowwise,delayed' has many",
+                "delayed, current, none",
                 "scale_rounding='power_of_two'",
             ],
         ),
@@ -454,10 +454,10 @@ SPLIT = ("E4M3", "block_*:G=E5M2")  # what native products can compute with
             ["E2M5 cannot be used with saturate=False"],
         ),
         (
-            {"weights_at_rest": "nearest", "scaling": "tensor"},
-            ["weights_at_rest='nearest'", "scaling='tensor' of W", "give W scaling delayed"],
+            {"weights_at_rest": "nearest", "scaling": "current"},
+            ["weights_at_rest='nearest'", "scaling='current' of W", "give W scaling delayed"],
         ),
-        ({"weights_at_rest": "stochastic", "scaling": "channel,delayed,delayed"}, ["scaling='channel' of W"]),
+        ({"weights_at_rest": "stochastic", "scaling": "rowwise,delayed,delayed"}, ["scaling='rowwise' of W"]),
         (
             {"weights_at_rest": "error_feedback", "scale_rounding": "float32"},
             [
@@ -476,8 +476,8 @@ SPLIT = ("E4M3", "block_*:G=E5M2")  # what native products can compute with
             ["products='native' computes in fixed formats", "leave emergency_formats out", "products='emulated'"],
         ),
         (
-            {"products": "native", "formats": SPLIT, "scaling": "block32"},
-            ["products='native' takes one scale", "scaling='block32' has many", "delayed, tensor or none"],
+            {"products": "native", "formats": SPLIT, "scaling": "1x32"},
+            ["products='native' takes one scale", "scaling='1x32' has many", "delayed, current, none"],
         ),
         (
             {"products": "native", "formats": ("E3M4",)},
@@ -528,28 +528,28 @@ def test_format_settings_that_do_not_fit_each_other(values, words):
         {},
         {"formats": ("E4M3", "head=E3M4")},
         {"formats": ("block_*:W=E4M3",), "weights_at_rest": "error_feedback"},
-        {"scaling": "block32"},
-        {"scaling": "block128"},
-        {"scaling": "tensor,channel,block32"},
-        {"scaling": "block32", "vocab_size": 50272, "formats": ("head=E4M3",)},
-        {"scaling": "block32,block32,delayed", "formats": ("head=E4M3",)},
-        {"scaling": "block32", "formats": ("head:WA=E4M3",)},  # the 50257 outputs of the head are blocks of G alone
-        {"scaling": "tensor", "operand_rounding": "stochastic", "formats": ("block_*:WA=E4M3",)},
-        {"amax_history": 1, "scaling": "tensor,delayed,tensor"},
+        {"scaling": "1x32"},
+        {"scaling": "1x128"},
+        {"scaling": "current,rowwise,1x32"},
+        {"scaling": "1x32", "vocab_size": 50272, "formats": ("head=E4M3",)},
+        {"scaling": "1x32,1x32,delayed", "formats": ("head=E4M3",)},
+        {"scaling": "1x32", "formats": ("head:WA=E4M3",)},  # the 50257 outputs of the head are blocks of G alone
+        {"scaling": "current", "operand_rounding": "stochastic", "formats": ("block_*:WA=E4M3",)},
+        {"amax_history": 1, "scaling": "current,delayed,current"},
         {"scale_rounding": "float32", "scaling": "none"},
         {"operand_rounding": "stochastic", "weights_at_rest": "stochastic"},
         {"operand_rounding": "nearest,nearest,stochastic"},
         {"saturate": False},
         {"saturate": False, "formats": ("P3109_P4",)},
         {"products": "native", "formats": SPLIT},
-        {"products": "native", "formats": ("E4M3",), "scale_rounding": "float32", "scaling": "tensor"},
+        {"products": "native", "formats": ("E4M3",), "scale_rounding": "float32", "scaling": "current"},
         {"products": "native", "formats": SPLIT, "weights_at_rest": "stochastic", "optimizer": "ulp_adamw"},
         {"optimizer": "grid", "weights_at_rest": "nearest"},
         {"optimizer": "grid"},
         {"range_clip": 2.0},
         {"emergency_formats": ("E3M4", "BF16", "FP16"), "emergency_patience": 1},
         {"metrics": "format,ledger"},
-        {"use_shadow": True, "shadow_interval": 7, "compute_dtype": "float32"},
+        {"reference_gradient": True, "reference_interval": 7, "compute_dtype": "float32"},
         {"formats": ("FP16",)},
     ],
 )
@@ -567,8 +567,8 @@ def test_every_choice_is_one_that_computes():
 
 
 def test_a_choice_for_all_operands_or_one_for_each():
-    assert settings.for_operands("tensor") == ("tensor",) * 3
-    assert settings.for_operands("tensor,none,block32") == ("tensor", "none", "block32")
+    assert settings.for_operands("current") == ("current",) * 3
+    assert settings.for_operands("current,none,1x32") == ("current", "none", "1x32")
 
 
 def test_every_wrong_setting_is_told_at_once():
@@ -671,7 +671,7 @@ def test_what_nobody_set_gives_way(values, given, changes):
         ({"n_head": 5}, None),
         ({"eval_windows": 2, "eval_batch_size": 4}, None),
         ({"formats": ("E4M3",)}, {"use_fp8", "formats"}),
-        ({"scaling": "tensor"}, None),
+        ({"scaling": "current"}, None),
         ({"vocab_size": 100}, None),
         ({"max_steps": 0}, None),
         ({"seed": "x", "max_steps": 5}, None),

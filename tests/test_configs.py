@@ -188,10 +188,10 @@ def test_refused(spec, words):
             ],
         ),
         (
-            ["configs/fp8.py:E4M3", "--config.scaling=block128", "--config.n_embd=192"],
-            ["scaling='block128'", "block_0/attn_qkv", "192 numbers", "blocks of 128", "another scaling"],
+            ["configs/fp8.py:E4M3", "--config.scaling=1x128", "--config.n_embd=192"],
+            ["scaling='1x128'", "block_0/attn_qkv", "192 numbers", "blocks of 128", "another scaling"],
         ),
-        (["configs/mixed.py:E4M3,E4M3,E4M3", "--config.scaling=block32"], ["operand G of head", "50257 numbers"]),
+        (["configs/mixed.py:E4M3,E4M3,E4M3", "--config.scaling=1x32"], ["operand G of head", "50257 numbers"]),
         (["configs/recipe.py:quartet_2", "--config.n_embd=192"], ["recipe quartet_2", "multiples of 128 and N is 576"]),
     ],
 )

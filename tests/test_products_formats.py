@@ -71,7 +71,7 @@ def reference_quantize(v, fmt, scaling, axis, given=0.0):
         s = np.full_like(v, 1.0 if scaling == "none" else given)
         exposed = v.size
     else:
-        size = {"channel": v.shape[axis], "block32": 32, "block128": 128}.get(scaling)
+        size = {"rowwise": v.shape[axis], "1x32": 32, "1x128": 128}.get(scaling)
         exposed = 0
         lines = np.abs(np.moveaxis(v, axis, 0))
         s = np.empty_like(lines)
@@ -166,8 +166,8 @@ def test_the_bound_tells_quantized_operands_from_others_in_every_product():
     x, w, g = matrices()
     for name in DEFAULT_8BIT:
         fmt = get_format(name)
-        _, dx, dw, _ = compiled(x, w, g, same_for_all(fmt), Rule("tensor", "tensor", "tensor"))
-        qw, qx, qg = (reference_quantize(v, fmt, "tensor", 1)[0] for v in (w, x, g))
+        _, dx, dw, _ = compiled(x, w, g, same_for_all(fmt), Rule("current", "current", "current"))
+        qw, qx, qg = (reference_quantize(v, fmt, "current", 1)[0] for v in (w, x, g))
         assert product_error(dx, qg, qw.T) < 1 < 100 < product_error(dx, qg, bfloat16(w).T)
         assert product_error(dw, qx.T, qg) < 1 < 100 < product_error(dw, bfloat16(x).T, qg)
         assert 100 < product_error(dx, bfloat16(g), qw.T)
@@ -185,7 +185,7 @@ def test_the_scalings_differ():
 def test_each_operand_has_its_own_format_and_scaling_or_none():
     x, w, g = matrices()
     formats = {"w": get_format("E3M4"), "a": get_format("E4M3"), "g": get_format("E5M2")}
-    rules = {"w": "channel", "a": "block32", "g": "tensor"}
+    rules = {"w": "rowwise", "a": "1x32", "g": "current"}
     for present in ("w", "a", "g", "wa", "wag"):
         operands = Operands(**{name: Operand(format_params(formats[name])) for name in present})
         y, dx, dw, stats = compiled(x, w, g, operands, Rule(**rules))
@@ -226,8 +226,8 @@ def test_wide_formats_take_float32_operands(name):
     x, w, g = matrices()
     fmt = get_format(name)
     operands = Operands(w=Operand(format_params(fmt)), g=Operand(format_params(fmt)))
-    y, dx, dw, _ = compiled(x, w, g, operands, Rule("tensor", "tensor", "tensor", float32_operands=True))
-    qw, qx, qg = reference_quantize(w, fmt, "tensor", 0)[0], bfloat16(x), reference_quantize(g, fmt, "tensor", 1)[0]
+    y, dx, dw, _ = compiled(x, w, g, operands, Rule("current", "current", "current", float32_operands=True))
+    qw, qx, qg = reference_quantize(w, fmt, "current", 0)[0], bfloat16(x), reference_quantize(g, fmt, "current", 1)[0]
     assert_product(y, qx, qw)
     assert_product(dx, qg, qw.T)
     assert_product(dw, qx.T, qg)
@@ -255,7 +255,7 @@ def test_delayed_scaling_clips_and_says_how_much():
 def test_delayed_scaling_without_a_history_takes_the_current_amax():
     x, w, g = matrices()
     operands = same_for_all(get_format("E5M2"), scaled=False)
-    results = (compiled(x, w, g, operands, rule)[:3] for rule in (Rule(), Rule(*["tensor"] * 3)))
+    results = (compiled(x, w, g, operands, rule)[:3] for rule in (Rule(), Rule(*["current"] * 3)))
     for got, want in zip(*results):
         np.testing.assert_array_equal(got, want)
     assert delayed_scale(np.zeros(3, np.float32), operands.w.format) == 0
@@ -275,9 +275,9 @@ def test_history():
 def test_named_statistics():
     x, w, g = matrices()
     fmt = get_format("E3M4")
-    _, _, _, stats = compiled(x, w, g, same_for_all(fmt), Rule("delayed", "tensor", "none"))
+    _, _, _, stats = compiled(x, w, g, same_for_all(fmt), Rule("delayed", "current", "none"))
     w_named, a_named, g_named = (named_statistics(s) for s in stats)
-    qx = reference_quantize(x, fmt, "tensor", 1)[0]
+    qx = reference_quantize(x, fmt, "current", 1)[0]
     x, g = x.astype(np.float64), g.astype(np.float64)
     assert np.isnan(a_named["overflow"]) and not np.isnan(w_named["overflow"]) and g_named["overflow"] == 0
     np.testing.assert_allclose(a_named["sqnr_db"], 10 * np.log10((x**2).sum() / ((qx - x) ** 2).sum()), rtol=1e-5)
@@ -388,7 +388,7 @@ def test_combining_with_nothing_changes_nothing():
     np.testing.assert_array_equal(both, jnp.stack(stats[:2]))
 
 
-@pytest.mark.parametrize("scaling", ["delayed", "channel", "block32"])
+@pytest.mark.parametrize("scaling", ["delayed", "rowwise", "1x32"])
 def test_formats_and_scales_under_vmap(scaling):
     x, w, g = matrices()
     members = [same_for_all(get_format(name)) for name in DEFAULT_8BIT]
@@ -405,8 +405,8 @@ def test_errors_name_the_fix():
     operands = same_for_all(get_format("E4M3"))
     with pytest.raises(UserError, match="no scaling 'row' for A: give one of delayed, tensor"):
         Rule(a="row")
-    with pytest.raises(UserError, match="block128 cannot scale operand G, .* 64 elements: .* multiples of 128"):
-        compiled(x, w[:, :64], g[:, :64], operands, Rule(g="block128"))
+    with pytest.raises(UserError, match="1x128 cannot scale operand G, .* 64 elements: .* multiples of 128"):
+        compiled(x, w[:, :64], g[:, :64], operands, Rule(g="1x128"))
     with pytest.raises(UserError, match="g_probe"):
         quant_dot(x, w, operands=Operands(), g_probe=empty_statistics())
 
@@ -483,7 +483,7 @@ def exact_sums(v, seed, scale):
 
 
 @pytest.mark.parametrize("shape, w_is_NK, scaling", [((M, K, N), False, "delayed"), ((5, 23, 41), True, "delayed"),
-                                                     ((M, K, N), True, "tensor")])  # fmt: skip
+                                                     ((M, K, N), True, "current")])  # fmt: skip
 def test_native_products_are_the_emulated_ones_bit_for_bit(shape, w_is_NK, scaling):
     """Of E4M3 and E5M2. Where float32 sums are not exact, their order, which differs, may change the last bit."""
     m, k, n = shape
@@ -530,7 +530,7 @@ def float32_scale(v, fmt, scaling, given):
     return np.float32(given) if scaling == "delayed" else np.float32(min(fmt.max_finite, 2.0**16)) / np.abs(v).max()
 
 
-@pytest.mark.parametrize("scaling", ["delayed", "tensor", "none"])
+@pytest.mark.parametrize("scaling", ["delayed", "current", "none"])
 @pytest.mark.parametrize("native", [None, NATIVE])
 def test_scales_that_are_no_powers_of_two_are_taken_off_the_results(scaling, native):
     x, w, g = matrices(2)
@@ -628,10 +628,10 @@ def test_rules_that_cannot_be_computed_are_refused():
     for choice, words in (({"native": NATIVE}, "native products take one"),
                           ({"power_of_two": False}, "scales that are no powers of two need one")):  # fmt: skip
         for operand in "wag":
-            for scaling in ("channel", "block32", "block128"):
+            for scaling in ("rowwise", "1x32", "1x128"):
                 with pytest.raises(UserError, match=f"scaling '{scaling}' of {operand.upper()} has many .* {words}"):
                     Rule(**{operand: scaling}, **choice)
-        Rule("tensor", "none", "delayed", **choice)
+        Rule("current", "none", "delayed", **choice)
     x, w, _ = matrices()
     for missing in "wag":
         with pytest.raises(UserError, match="native products .* give W, A and G a format each"):
@@ -644,13 +644,13 @@ def test_weight_scale_is_the_scale_of_the_product(w_is_NK):
     fmt = get_format("E3M4")
     operands = same_for_all(fmt)
     for scaling in SCALINGS:
-        size = {"channel": K, "block32": 32, "block128": 128}.get(scaling)
+        size = {"rowwise": K, "1x32": 32, "1x128": 128}.get(scaling)
         if size:
             amax = np.abs(w_KN).reshape(K // size, size, N).max(1)
             expected = np.repeat([[reference_scale(float(a), fmt) for a in row] for row in amax], size, axis=0)
         else:
             tensor = reference_scale(float(np.abs(w_KN).max()), fmt)
-            expected = np.full((K, N), {"none": 1, "delayed": operands.w.scale, "tensor": tensor}[scaling])
+            expected = np.full((K, N), {"none": 1, "delayed": operands.w.scale, "current": tensor}[scaling])
         rule = Rule(w=scaling)
         got = module.weight_scale(w_KN.T if w_is_NK else w_KN, operands.w, rule, w_is_NK=w_is_NK)
         assert got.dtype == jnp.float32
@@ -664,7 +664,7 @@ def test_weight_scale_is_the_scale_of_the_product(w_is_NK):
     np.testing.assert_allclose(exact, fmt.max_finite / np.abs(w_KN).max(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("scaling", ["tensor", "block32"])
+@pytest.mark.parametrize("scaling", ["current", "1x32"])
 def test_observations_are_appended_for_every_operand(scaling):
     """The histogram of codes of each operand is that of the float64 oracle's codes of what the product rounds."""
     x, w, g = matrices(6)

@@ -109,7 +109,7 @@ def test_the_table_holds_the_format_of_every_operand_at_every_level(saturate):
 
 
 def test_the_rule_of_a_layer_has_the_choices_of_its_operands():
-    options = options_for(scaling=("channel", "tensor", "delayed"))
+    options = options_for(scaling=("rowwise", "current", "delayed"))
     assert set(rules_of(options)) == set(WAG)
     for rule in rules_of(options).values():
         assert (rule.w, rule.a, rule.g) == options.scaling
@@ -130,7 +130,7 @@ def test_options_are_read_from_the_settings_of_a_run():
     config.use_fp8, config.formats, config.n_layer = True, RULES, 2
     assert quantization.options_of(config) == QuantOptions(LAYERS, emergency_patience=3)
     config.update(
-        scaling="tensor,delayed,block32",
+        scaling="current,delayed,1x32",
         scale_rounding="float32",
         saturate=False,
         products="native",
@@ -143,7 +143,7 @@ def test_options_are_read_from_the_settings_of_a_run():
     )
     assert quantization.options_of(config) == QuantOptions(
         LAYERS,
-        scaling=("tensor", "delayed", "block32"),
+        scaling=("current", "delayed", "1x32"),
         amax_history=7,
         power_of_two=False,
         stochastic=(False, True, False),
@@ -369,7 +369,7 @@ def without_of(operand, at_rest):
 
 @pytest.mark.parametrize("at_rest", ["float32", "nearest"])
 def test_format_metrics_by_layer_and_over_all_elements(at_rest):
-    options = options_for(scaling=("delayed", "tensor", "delayed"), weights_at_rest=at_rest)
+    options = options_for(scaling=("delayed", "current", "delayed"), weights_at_rest=at_rest)
     vectors, raw = statistics()
     columns = quantization.format_metrics(options, vectors)
     found = dict(zip(columns.names, columns.values, strict=True))
@@ -399,7 +399,7 @@ def test_format_metrics_by_layer_and_over_all_elements(at_rest):
 
 
 def test_what_can_be_clipped_is_watched():
-    options = options_for(scaling=("delayed", "tensor", "none"), weights_at_rest="nearest")
+    options = options_for(scaling=("delayed", "current", "none"), weights_at_rest="nearest")
     vectors, raw = statistics()
     names, shares = quantization.overflow_of(options, vectors)
     assert names == [f"{layer}/G" for layer, wag in WAG.items() if wag[2]]
@@ -410,7 +410,7 @@ def test_what_can_be_clipped_is_watched():
     for field in ("exposed", "clipped"):  # at the first update every scale comes from the own amax
         first = first.at[..., list(FIELDS).index(field)].set(0)
     assert not quantization.overflow_of(options, first)[1].any()
-    names, shares = quantization.overflow_of(options_for(scaling=("tensor",) * 3), vectors)
+    names, shares = quantization.overflow_of(options_for(scaling=("current",) * 3), vectors)
     assert names == [] and shares.shape == (0,)
 
 
@@ -438,7 +438,7 @@ def test_the_grids_of_the_weights_are_those_of_the_product(scaling):
     table, state, _ = fresh(options)
     amax = np.float32(0.05 * 1.5 ** np.arange(len(LAYERS)))  # another scale for most layers
     state = state._replace(amax_history_Q3H=state.amax_history_Q3H.at[:, 0].set(amax[:, None]))
-    if scaling.startswith("block128"):
+    if scaling.startswith("1x128"):
         rows = np.array([q for q, layer in enumerate(WAG) if layer.endswith("mlp_down")])
         options = dataclasses.replace(options, layers=tuple(LAYERS[q] for q in rows))
         table = quantization.format_table(options)

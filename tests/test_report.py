@@ -577,9 +577,9 @@ def test_settings_of_the_formats_make_arms_of_their_own(tmp_path):
     write_run(tmp_path / "b", val=2.0)
     for seed in (1, 2):
         write_run(tmp_path / f"e{seed}", val=2.1, seed=seed, **rules("E4M3"))
-    write_run(tmp_path / "t", val=2.1, scaling="tensor", **rules("E4M3"))
+    write_run(tmp_path / "t", val=2.1, scaling="current", **rules("E4M3"))
     c = Comparison(Reader().runs([tmp_path]))
-    assert Arm("E4M3", variant="scaling=tensor") in c.arms and Arm("E4M3") in c.arms
+    assert Arm("E4M3", variant="scaling=current") in c.arms and Arm("E4M3") in c.arms
     assert c.reference == Arm("BF16")
 
 
@@ -616,7 +616,7 @@ def test_what_only_watches_or_names_a_run_may_differ(tmp_path):
         tags=("x",),
         wandb_mode="offline",
         overflow_threshold=0.5,
-        use_shadow=True,
+        reference_gradient=True,
         some_new_interval=3,
     )
     assert len(report.build([tmp_path]).c.cell(Arm("BF16"), 6e-4)) == 2

@@ -135,9 +135,9 @@ def shared(fmt_w, fmt_a, fmt_g, scale, block, rule, rounding="nearest"):
     return Recipe("shared", a, w, g, *again)
 
 
-TODAY = [("tensor", "power_of_two", "tensor", "rceil", True), ("channel", "power_of_two", "rowwise", "rceil", True),
-         ("block32", "E8M0", "1x32", "rceil", True), ("block128", "power_of_two", "1x128", "rceil", True),
-         ("tensor", "float32", "tensor", "float32", False)]  # fmt: skip
+TODAY = [("current", "power_of_two", "tensor", "rceil", True), ("rowwise", "power_of_two", "rowwise", "rceil", True),
+         ("1x32", "E8M0", "1x32", "rceil", True), ("1x128", "power_of_two", "1x128", "rceil", True),
+         ("current", "float32", "tensor", "float32", False)]  # fmt: skip
 TODAY_UNION = features_of(
     [
         slots_of(shared("E4M3", "E4M3", "E5M2", *choice[1:4], rounding))

@@ -80,7 +80,7 @@ def plain():
 @pytest.fixture(scope="module")
 def master():
     """With the shadow, so that whatever equals a run without one proves that it moves nothing."""
-    return build(quant=MASTER, use_shadow=True, shadow_interval=3)
+    return build(quant=MASTER, reference_gradient=True, reference_interval=3)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def bfloat16(v):
 
 
 def by_own_amax(name):
-    return lambda v: reference_quantize(v, get_format(name), "tensor", 0)[0]
+    return lambda v: reference_quantize(v, get_format(name), "current", 0)[0]
 
 
 def reference_run(monkeypatch, params, windows, name, attention_rounding):
@@ -799,5 +799,5 @@ def test_stored_weights_need_no_ledger_among_the_metrics():
 
 
 def test_scales_per_channel_of_a_head_that_has_the_shape_of_another_layer():
-    functions = build(quant=dataclasses.replace(MASTER, scaling=("channel", "tensor", "tensor")))
+    functions = build(quant=dataclasses.replace(MASTER, scaling=("rowwise", "current", "current")))
     assert "sparse/flip/head" in functions.metric_names

@@ -40,8 +40,8 @@ STORED = dict(
     use_fp8=True,
     formats=("E4M3", "block_*:G=E5M2"),
     weights_at_rest="stochastic",
-    use_shadow=True,
-    shadow_interval=3,
+    reference_gradient=True,
+    reference_interval=3,
     diagnostic_interval=10,
     rank_threshold=0.6,
     rank_threshold_strict=0.7,
@@ -73,7 +73,7 @@ def whole(data_dir, tmp_path_factory):
 MIXED = dict(
     use_fp8=True,
     formats=("block_*/mlp_up=E3M4", "block_*/attn_out:WA=BF16", "head:G=E5M2"),
-    scaling="tensor,delayed,channel",
+    scaling="current,delayed,rowwise",
     metrics="format,ledger",
     max_steps=2,
     warmup_steps=1,
@@ -328,7 +328,7 @@ def test_an_interrupted_run_equals_the_whole(whole, data_dir, tmp_path, monkeypa
     [
         ({"formats": ("E5M2",)}, r"formats: \['E4M3', 'block_\*:G=E5M2'\] in the run, \['E5M2'\] now"),
         ({"weights_at_rest": "nearest"}, "weights_at_rest: 'stochastic' in the run, 'nearest' now"),
-        ({"shadow_interval": 4, "amax_history": 4}, "amax_history: 16 .*, 4 now; shadow_interval: 3 .*, 4 now"),
+        ({"reference_interval": 4, "amax_history": 4}, "amax_history: 16 .*, 4 now; reference_interval: 3 .*, 4 now"),
         (dict.fromkeys(STORED), "use_fp8: True in the run, False now; formats: .* now"),
     ],
 )

@@ -95,7 +95,7 @@ def test_stored_weights_end_on_their_grid():
 
 
 def test_every_metric_is_a_scalar_without_running_a_step():
-    step = step_of(quant=QUANT, use_shadow=True)
+    step = step_of(quant=QUANT, reference_gradient=True)
     state, inputs = state_and_inputs(step)
     after, row = jax.eval_shape(lambda *data: update.train_step(step, *data), state, WINDOWS, inputs)
     assert row.values.shape == (len(row.names),) == (len(set(row.names)),) and row.values.dtype == jnp.float32

@@ -58,9 +58,9 @@ def format_variants(fmt, native=False):
         f"{fmt} + operand statistics": base | {"metrics": "format"},
         f"{fmt} + update ledger": base | {"metrics": "ledger"},
         f"{fmt} + all statistics": base | {"metrics": "all"},
-        f"{fmt} + all, scaling from own amax": base | {"scaling": "tensor"},
+        f"{fmt} + all, scaling from own amax": base | {"scaling": "current"},
         f"{fmt} + all, weights stored, stochastic": base | {"weights_at_rest": "stochastic"},
-        f"{fmt} + all + shadow with noise floor": base | {"use_shadow": True},
+        f"{fmt} + all + reference gradient with noise floor": base | {"reference_gradient": True},
     }
     if native:
         float8 = base | {"formats": ("E4M3", "block_*:G=E5M2")}

@@ -9,9 +9,9 @@ runs. With no number format set, as in the baseline:
 * forward and backward use the same rounded operands: the backward products read the operands the forward pass saved.
 
 With formats, the operands W (w), A (x) and G (g), or some of them, are rounded onto the grid of a format instead, from
-float32 and once: q = round(v * s) / s with a power of two s, the *scale*. Nothing else changes: an operand without a
-format is rounded to the compute dtype, results and gradients are float32, and gradients pass straight through the
-rounding, a clipped value's too.
+float32 and once: q = round(v * s) / s with a power of two s, the *encode scale* (1 / s is the decode scale). Nothing
+else changes: an operand without a format is rounded to the compute dtype, results and gradients are float32, and
+gradients pass straight through the rounding, a clipped value's too.
 
 Why this is exact. Every number of a format with at most 7 mantissa bits is a bfloat16 number, and dividing it by a
 power of two leaves it one. So the scale is put back into the operand, element by element if need be, and the bfloat16
@@ -22,15 +22,15 @@ another program: `Rule.float32_operands`.
 
 A scale comes from an amax, the largest magnitude (scales.scale_for). Which amax is the *scaling*:
 
-    delayed   one scale, given by the caller from amaxes of earlier steps; if it gives 0, as at the first step: `tensor`
-    tensor    one scale, from the operand's own amax
-    channel   one per output channel of W, and one per row (token) of A and of G
-    block32   one per 32 neighbours, and block128: along the contracted axis: K for W and A, N for G (that of dx)
+    delayed   one scale, given by the caller from amaxes of earlier steps; if it gives 0, as at the first step: `current`
+    current   one scale, from the operand's own amax
+    rowwise   one per output channel of W, and one per row (token) of A and of G
+    1x32      one per 32 neighbours, and 1x128: along the contracted axis: K for W and A, N for G (that of dx)
     none      1
 
 Scales that are not powers of two (`Rule.power_of_two=False`) cannot be put back into the operand without rounding it
 again. For them, as with native products, the operands are the codes' own values (v * s rounded) and the float32 results
-are divided by the scales, which needs one scale per operand: delayed, tensor or none.
+are divided by the scales, which needs one scale per operand: delayed, current or none.
 
 `Rule.native` computes the products on float8 operands (Micikevicius et al. 2022): E4M3 and E5M2 only, the results
 divided by the scales. On a CPU it equals the emulation up to the order of its sums; on a GPU of the Hopper generation
@@ -64,7 +64,7 @@ from jax import lax
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import scales
 from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format
-from altgrad_jax.numerics.rules import PER_TENSOR, SCALINGS
+from altgrad_jax.numerics.rules import BLOCK_SIZES, PER_TENSOR, SCALINGS
 from altgrad_jax.numerics.sums import combine, sums
 
 # How the vectors of several micro-batches become one, field by field.
@@ -176,7 +176,7 @@ def named_statistics(fields_S) -> dict[str, jax.Array]:
     `overflow`: share of elements beyond the largest finite number; NaN, not applicable, where the scale came from the
     current amax, for then there are none by construction. `underflow`: share of elements that are not 0 and became 0.
     `clipped_energy`: |v - clip(v)|^2 / |v|^2. `sqnr_db`: 10 log10(|v|^2 / |q - v|^2), infinite where nothing was
-    rounded. `amax`; `scale`; `dynamic_range`: log2(amax / smallest magnitude that is not 0). Where all elements are 0:
+    rounded. `amax`; `encode_scale`; `dynamic_range`: log2(amax / smallest magnitude that is not 0). Where all elements are 0:
     NaN. Energies are float32: they mean nothing where magnitudes lie below 1e-19.
     """
     f = {name: fields_S[..., i] for i, name in enumerate(FIELDS)}
@@ -186,16 +186,16 @@ def named_statistics(fields_S) -> dict[str, jax.Array]:
         "clipped_energy": f["excess"] / f["signal"],
         "sqnr_db": 10 * (jnp.log10(f["signal"]) - jnp.log10(f["noise"])),
         "amax": f["amax"],
-        "scale": f["scale"],
+        "encode_scale": f["scale"],
         "dynamic_range": jnp.log2(f["amax"]) - jnp.log2(f["smallest"]),
     }
 
 
 def _groups(v, scaling, axis, name):
     """v viewed so that elements with a common amax lie along whole axes, and those axes."""
-    if not scaling.startswith("block"):
-        return v, (axis,) if scaling == "channel" else (0, 1)
-    size, block = v.shape[axis], int(scaling.removeprefix("block"))
+    if scaling not in BLOCK_SIZES:
+        return v, (axis,) if scaling == "rowwise" else (0, 1)
+    size, block = v.shape[axis], BLOCK_SIZES[scaling]
     if size % block:
         raise UserError(
             f"{scaling} cannot scale operand {name}, whose contracted axis has {size} elements: give a "
@@ -219,7 +219,7 @@ def weight_scale(w, operand: Operand, rule: Rule, *, w_is_NK: bool = False) -> j
     axis = 1 if w_is_NK else 0
     grouped, along = _groups(w, rule.w, axis, "W")
     scale, _, _ = _scale_of(jnp.abs(grouped), operand, rule.w, along, rule.power_of_two)
-    if not rule.w.startswith("block"):
+    if rule.w not in BLOCK_SIZES:
         return scale.reshape(1, 1) if scale.size == 1 else scale
     return jnp.broadcast_to(scale, grouped.shape).reshape(w.shape)
 

@@ -37,6 +37,7 @@ NONE = "none"
 # updates them, and how the learning rate goes. Settings and the modules that compute share these lists.
 SCALINGS = ("delayed", "current", "rowwise", "1x32", "1x128", "none")
 PER_TENSOR = ("delayed", "current", "none")  # the scalings with one scale for each operand
+BLOCK_SIZES = {"1x32": 32, "1x128": 128}  # the scalings by blocks, with the elements of one
 ROUNDINGS = ("nearest", "stochastic")
 AT_REST = ("float32", "nearest", "stochastic", "error_feedback")
 OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "ulp_adamw_mean", "grid")

@@ -114,8 +114,8 @@ def compared(statistics_S) -> jax.Array:
 def named(vector) -> dict[str, jax.Array]:
     """{name: float32 [...]} from vectors [..., S]; `scale_histogram` is [..., 16].
 
-    `zero_scale`, `clipped`: shares of blocks whose scale is 0, and whose amax was clipped. `scale_log2_mean`,
-    `scale_log2_std`, `scale_log2_min`, `scale_log2_max`: of log2 of the decode scales. `scale_histogram`: share of the
+    `zero_scale`, `clipped`: shares of blocks whose scale is 0, and whose amax was clipped.
+    `decode_scale_log2_mean`, `_std`, `_min`, `_max`: of log2 of the decode scales. `scale_histogram`: share of the
     scales from 2^-i to 2^-(i+1) of the tensor's largest one, the last bin everything below. `top_code`: share of
     elements at the largest number. `underflow`: share of elements that were not 0 and became 0. `shrinkage`:
     1 - <x, q> / <x, x>. `sqnr_db`: 10 log10(<x, x> / |q - x|^2), infinite where nothing was rounded. `amax`.
@@ -129,10 +129,10 @@ def named(vector) -> dict[str, jax.Array]:
     return {
         "zero_scale": f["zero_scale"] / f["blocks"],
         "clipped": f["clipped"] / f["blocks"],
-        "scale_log2_mean": mean,
-        "scale_log2_std": jnp.sqrt(jnp.maximum(f["log2_square"] / scaled - jnp.square(mean), 0.0)),
-        "scale_log2_min": jnp.where(scaled > 0, f["smallest_log2"], jnp.nan),
-        "scale_log2_max": jnp.where(scaled > 0, f["largest_log2"], jnp.nan),
+        "decode_scale_log2_mean": mean,
+        "decode_scale_log2_std": jnp.sqrt(jnp.maximum(f["log2_square"] / scaled - jnp.square(mean), 0.0)),
+        "decode_scale_log2_min": jnp.where(scaled > 0, f["smallest_log2"], jnp.nan),
+        "decode_scale_log2_max": jnp.where(scaled > 0, f["largest_log2"], jnp.nan),
         "scale_histogram": jnp.stack([f[f"bin_{i}"] for i in range(N_BINS)], -1) / scaled[..., None],
         "top_code": f["top_code"] / jnp.where(f["blocks"] > 0, f["count"], 0.0),
         "underflow": f["flushed"] / f["count"],

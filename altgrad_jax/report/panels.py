@@ -20,14 +20,14 @@ HEAT = {
     "underflow": ("underflow", lambda v: (np.log10(np.maximum(v, 1e-6)) + 6) / 6, "0 or 1e-6", "all flushed"),
     "sqnr_db": ("SQNR", lambda v: 1 - v / 50, "50 dB", "0 dB"),
     "grad_cosine": (
-        "1 \N{MINUS SIGN} shadow cosine",
+        "1 \N{MINUS SIGN} cosine with the reference gradient",
         lambda v: (np.log10(np.maximum(1 - v, 1e-5)) + 5) / 5,
         "1e-5",
         "1",
     ),
-    "effective_lr": ("effective lr", lambda v: 1 - v, "1 or more", "0"),
-    "lost": ("lost updates", lambda v: v, "none", "all"),
-    "not_flipped": ("not flipped (kept by the master)", lambda v: v, "none", "all"),
+    "update_gain": ("update gain", lambda v: 1 - v, "1 or more", "0"),
+    "lost_update": ("lost updates", lambda v: v, "none", "all"),
+    "not_flipped": ("codes not flipped by one update", lambda v: v, "none", "all"),
 }
 
 

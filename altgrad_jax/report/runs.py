@@ -55,7 +55,7 @@ FREE = frozenset(
     bit_stall_threshold checkpoint_dir checkpoint_seconds console data_placement data_source dead_neuron_threshold
     dead_neuron_window deterministic eval_batch_size max_checkpoints metrics nan_patience overflow_threshold project
     recipe_program rank_threshold rank_threshold_strict run_name spike_threshold spike_window stall_window
-    steps_per_dispatch tags use_shadow val_patience""".split()
+    steps_per_dispatch tags reference_gradient evaluate_all val_patience""".split()
 )
 # Settings that the arm or the cell stands for.
 IDENTITY = frozenset(
@@ -79,7 +79,7 @@ VARIANTS = ("grad_clip", "moments", "moments_rounding", *FORMAT_VARIANTS)
 
 # First elements of the names of the metrics that the report shows or watches.
 STATISTICS = frozenset(
-    "overflow underflow sqnr_db grad_cosine effective_lr lost not_flipped stable_rank "
+    "overflow underflow sqnr_db grad_cosine update_gain lost_update not_flipped stable_rank "
     "participation_ratio nonfinite_loss nonfinite_grads nonfinite_params nonfinite_moments nonfinite_amax "
     "nonfinite_scale nonfinite_residual nonfinite_updates".split()
 )
@@ -231,8 +231,8 @@ def read_codes(run_dir):
 
 
 def _refuse_settings(path, config):
-    """UserError unless every setting that the record's version has is there, with a value that it can have."""
-    missing = [name for name in settings.FIELDS if name not in settings.upgraded(config)]
+    """UserError unless every setting is there, with a value that it can have."""
+    missing = [name for name in settings.FIELDS if name not in config]
     if missing:
         raise UserError(f"{path} lacks the setting {missing[0]}: restore it from a copy")
     if wrong := settings.wrong_values(config):
@@ -243,7 +243,7 @@ def _read_run(folder, name):
     run = Run(folder, name)
     try:
         run.manifest = read_manifest(folder)
-        run.config = run.manifest["config"]
+        run.config = settings.upgraded(run.manifest["config"])
         _refuse_settings(folder / MANIFEST, run.config)
         run.arm = _arm_of(run)
         run.steps, run.losses, run.val_steps, run.val_losses, run.last_step = read_curves(folder)

@@ -633,7 +633,7 @@ def kind_of_run(run):
     elif not config.get("use_fp8"):
         formats = f"no format, {arm.format}"
     watch = f"metrics {config.get('metrics', 'all')}" + (
-        f", shadow every {config.get('shadow_interval', 1)}" if config.get("use_shadow") else ""
+        f", reference gradient every {config['reference_interval']}" if config["reference_gradient"] else ""
     )
     try:
         device = run.manifest["starts"][-1]["device"]["kind"]

@@ -35,6 +35,7 @@ from altgrad_jax.run.lock import is_empty
 from altgrad_jax.run.record import (
     MANIFEST,
     METRICS,
+    SCHEMA_VERSION,
     Record,
     furthest_step,
     new_run_id,
@@ -287,6 +288,7 @@ class RunFolder:
         start: dict[str, Any] = {
             "time": round(self.started, 3),
             "step": self.step,
+            "schema_version": SCHEMA_VERSION,
             "argv": sys.argv,
             "versions": versions(),
             "git": git_commit(),

@@ -32,6 +32,7 @@ import numpy as np
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import open_file, read_json, require_file, write_atomically
 from altgrad_jax.numerics.whatif import N_BINS, dense
+from altgrad_jax.run.names import Names
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -40,10 +41,11 @@ MANIFEST = "manifest.json"
 # 2: settings of number formats in the config (config.ADDED_IN_2 holds what version 1 lacks), more keys in the rows, and
 # diagnostics.jsonl. 3: the setting checkpoint_seconds (config.ADDED_IN_3), and in the rows counts of moments, amaxes,
 # scales and residuals that are not finite. 4: the setting loggers (config.ADDED_IN_4). 5: recipes, kept moments and
-# compiler options (config.ADDED_IN_5), and another order of the keys of a row. Records of earlier versions are read as
-# they are.
-SCHEMA_VERSION = 5
-READABLE_VERSIONS = (1, 2, 3, 4, 5)
+# compiler options (config.ADDED_IN_5), and another order of the keys of a row. 6: other names of metrics and settings
+# (run/names.py, config.RENAMED_IN_6, config.ADDED_IN_6), and the version in each of `starts`. Records of earlier versions
+# are read under the names of today.
+SCHEMA_VERSION = 6
+READABLE_VERSIONS = (1, 2, 3, 4, 5, 6)
 TIMING_KEYS = ("time", "step_time_s", "tokens_per_s", "mfu")  # of a row of timing.jsonl, beside its step
 HISTOGRAM_BINS = {"magnitudes": N_BINS, "codes": 256}
 
@@ -152,6 +154,14 @@ def _cut(line: bytes, keys: Collection[str]) -> Row:
     return row
 
 
+def _names_of(run_dir: str | Path) -> Names:
+    """How the rows of a record are named; as today where no manifest can be read."""
+    try:
+        return Names.of(read_manifest(run_dir))
+    except (UserError, KeyError, TypeError, AttributeError):
+        return Names()
+
+
 def _damaged(path: Path, line: int) -> UserError:
     return UserError(
         f"{path} is damaged in line {line}; restore it from a copy, or resume the run from a checkpoint before that row"
@@ -159,7 +169,7 @@ def _damaged(path: Path, line: int) -> UserError:
 
 
 def read_rows(run_dir: str | Path, keys: Collection[str] | None = None) -> Iterator[Row]:
-    """The rows of metrics.jsonl in order: {"step": int, name: float, ..., "alerts": [...]}.
+    """The rows of metrics.jsonl in order: {"step": int, name: float, ..., "alerts": [...]}, under the names of today.
 
     Args:
       keys: the only names wanted beside the step, which is much faster than all (None). Alerts are not among them.
@@ -170,18 +180,20 @@ def read_rows(run_dir: str | Path, keys: Collection[str] | None = None) -> Itera
     path = Path(run_dir) / METRICS
     if not os.path.lexists(path):
         raise UserError(f"{path} does not exist: {run_dir} is not a run folder; give the folder of a run")
-    last = -1
+    last, names = -1, _names_of(run_dir)
+    old_keys = keys and [names.before(key) for key in keys]
     with open_file(path, "restore it from a copy") as file:
         for i, line in enumerate(whole_lines(file), 1):
             try:
                 step = _step_of(line)
-                row = parse_row(line) if keys is None else {"step": step} | _cut(line, keys)
+                wanted = old_keys if step <= names.last_old else keys
+                row = parse_row(line) if keys is None else {"step": step} | _cut(line, wanted or ())
                 if step <= last:
                     raise ValueError("steps do not increase")
             except ValueError:
                 raise _damaged(path, i) from None
             last = step
-            yield row
+            yield names.upgraded(row)
 
 
 def read_history(run_dir: str | Path, keys: Collection[str] | None = None) -> dict[str, np.ndarray]:
@@ -270,7 +282,7 @@ class Tail:
     def __init__(self, run_dir: str | Path, after: int):
         """Begins with the first row behind step `after`."""
         self._metrics, self._timing = (open(Path(run_dir) / name, "rb") for name in (METRICS, TIMING))
-        self._after, self._times = after, {}
+        self._after, self._times, self._names = after, {}, _names_of(run_dir)
 
     def rows(self, at_most: int = 100) -> Iterator[tuple[Row, Row]]:
         """(row, its timing without the step) for the rows that have come since, as many of them as `at_most`."""
@@ -281,7 +293,7 @@ class Tail:
                 self._times[timing.pop("step")] = timing
         for line in lines:
             if _step_of(line) > self._after:
-                row = parse_row(line)
+                row = self._names.upgraded(parse_row(line))
                 self._after = row["step"]
                 yield row, self._times.pop(self._after, {})
 

@@ -213,7 +213,7 @@ class Writer:
                 alerts += [alert for rule in self._rules for alert in rule.begins(step, evaluation)]
             notable = bool(alerts or evaluation)
             if keep_row(step, log_interval=facts.log_interval, max_steps=facts.max_steps, notable=notable):
-                # Rows 1, 1 + interval, ..., as those of a shadow of this interval; and the last.
+                # Rows 1, 1 + interval, ..., as those of a reference gradient of this interval; and the last.
                 of_layers = (step - 1) % facts.layer_interval == 0 or step == facts.max_steps
                 lines[step] = self._formatter.line(step, values_M, evaluation, alerts, of_layers)
                 if timing is not None:

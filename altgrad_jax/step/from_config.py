@@ -33,8 +33,8 @@ _SAME_NAME = (
     "moments_rounding",
     "grad_clip",
     "data_seed",
-    "use_shadow",
-    "shadow_interval",
+    "reference_gradient",
+    "reference_interval",
 )
 
 

@@ -30,6 +30,8 @@ from altgrad_jax.numerics.moments import adam_direction
 from altgrad_jax.numerics.rules import model_order
 from altgrad_jax.numerics.sums import sums
 
+BY_SIZE = "_by_size"  # ends the name of a mean over layers that is weighted by their sizes
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["names"])
 @dataclass(frozen=True)
@@ -295,10 +297,10 @@ def gradient_fidelity(grads, reference, suffix: str = "", split: bool = False) -
     of_layers = _vectors(found)
     total = {name: vector.sum() for name, vector in of_layers.items()}
     by_size = {
-        f"grad_cosine_by_size{suffix}": mean_by_size(
+        f"grad_cosine{BY_SIZE}{suffix}": mean_by_size(
             jnp.where(of_layers["own"] == 0, 0.0, _cosine(of_layers)), of_layers["other"], of_layers["size"]
         ),
-        f"grad_sqnr_db_by_size{suffix}": sqnr_db_by_size(of_layers["other"], of_layers["error"], of_layers["size"]),
+        f"grad_sqnr_db{BY_SIZE}{suffix}": sqnr_db_by_size(of_layers["other"], of_layers["error"], of_layers["size"]),
     }
     return joined([over(layer_names(grads), _fidelity(of_layers, suffix)), scalars(_fidelity(total, suffix) | by_size)])
 

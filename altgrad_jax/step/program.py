@@ -129,7 +129,7 @@ def diagnose(step: Step, params, windows, quant_state=None, table=None):
     )
     fields_Q3S, rest_Q3 = jnp.split(vectors_Q3S, [len(empty_statistics())], axis=-1)
     named = named_statistics(fields_Q3S)
-    return found, Observed(*histograms.observed(rest_Q3), named["scale"], named["amax"])
+    return found, Observed(*histograms.observed(rest_Q3), named["encode_scale"], named["amax"])
 
 
 # --------------------------------------------------------------------------------------------------------- one run

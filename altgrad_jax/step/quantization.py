@@ -52,7 +52,7 @@ from altgrad_jax.numerics.rounding import FormatParams, Grid, format_params, sto
 from altgrad_jax.numerics.rules import FLOAT8, HEAD, OPERANDS, LayerFormats, resolve_rules
 from altgrad_jax.numerics.scales import LARGEST_SCALED
 from altgrad_jax.numerics.sums import combine_all
-from altgrad_jax.step.metrics import Columns, joined, over, scalars
+from altgrad_jax.step.metrics import BY_SIZE, Columns, joined, mean_by_size, over, scalars, sqnr_db_by_size
 
 
 @dataclass(frozen=True)
@@ -397,15 +397,26 @@ def _applies(options: QuantOptions, layer: LayerFormats, i: int, statistic: str)
     A scale from the operand's own amax clips nothing by construction, and stored weights are not rounded again.
     """
     if i == 0 and layer.layer in options.stored:
-        return statistic in ("amax", "scale", "dynamic_range")
+        return statistic in ("amax", "encode_scale", "dynamic_range")
     return options.scaling[i] in ("delayed", "none") or statistic not in ("overflow", "clipped_energy")
 
 
-def format_metrics(options: QuantOptions, statistics_Q3S) -> Columns:
+def format_metrics(options: QuantOptions, statistics_Q3S, micro_batches: int = 1) -> Columns:
     """`statistic/layer/W|A|G` by products.named_statistics, and `statistic/all/W|A|G`, which is taken over all elements
-    of all quantized layers together (overflow, underflow, clipped_energy, sqnr_db)."""
-    out = []
-    for name, values_Q3 in products.named_statistics(statistics_Q3S).items():
+    of all quantized layers together (overflow, underflow, clipped_energy, sqnr_db).
+
+    So shares are weighted by size there, clipped_energy and sqnr_db by energy; clipped_energy_by_size and
+    sqnr_db_by_size are means over the layers, weighted by size (metrics.sqnr_db_by_size).
+
+    Args:
+      micro_batches: of an update. A micro-batch's loss is its own mean, so its G is that many times the gradient of the
+        batch's mean loss: `amax` and `encode_scale` of G are given as those of the latter.
+    """
+    out, of_layers = [], products.named_statistics(statistics_Q3S)
+    if micro_batches > 1:
+        of_layers["amax"] = of_layers["amax"].at[:, 2].divide(micro_batches)
+        of_layers["encode_scale"] = of_layers["encode_scale"].at[:, 2].multiply(micro_batches)
+    for name, values_Q3 in of_layers.items():
         where = [
             (q, i)
             for q, layer in enumerate(options.layers)
@@ -418,14 +429,20 @@ def format_metrics(options: QuantOptions, statistics_Q3S) -> Columns:
     for i, operand in enumerate(OPERANDS):
         rows = [q for q, layer in enumerate(options.layers) if layer.wag[i]]
         if rows:
-            total = products.named_statistics(combine_all(FIELDS, statistics_Q3S[np.array(rows), i]))
-            own = [
-                name
-                for name in ("overflow", "underflow", "clipped_energy", "sqnr_db")
-                if _applies(options, options.layers[rows[0]], i, name)
-            ]
+            total = _of_all(statistics_Q3S[np.array(rows), i])
+            own = [name for name in total if _applies(options, options.layers[rows[0]], i, name.removesuffix(BY_SIZE))]
             out.append(scalars({f"{name}/all/{operand}": total[name] for name in own}))
     return joined(out)
+
+
+def _of_all(statistics_QS) -> dict[str, jax.Array]:
+    """{statistic: float32 scalar} of one operand over all layers together."""
+    total = products.named_statistics(combine_all(FIELDS, statistics_QS))
+    f = {name: statistics_QS[:, i] for i, name in enumerate(FIELDS)}
+    return {name: total[name] for name in ("overflow", "underflow", "clipped_energy", "sqnr_db")} | {
+        f"clipped_energy{BY_SIZE}": mean_by_size(f["excess"] / f["signal"], f["signal"], f["count"]),
+        f"sqnr_db{BY_SIZE}": sqnr_db_by_size(f["signal"], f["noise"], f["count"]),
+    }
 
 
 def overflow_watched(options: QuantOptions) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ from altgrad_jax.numerics.rounding import stochastic_seed
 from altgrad_jax.numerics.rules import HEAD, linear_layers
 from altgrad_jax.numerics.slot_quantization import Features, Slot
 from altgrad_jax.numerics.sums import combine, combine_all
-from altgrad_jax.step.metrics import Columns, joined, over
+from altgrad_jax.step.metrics import BY_SIZE, Columns, joined, over, sqnr_db_by_size
 from altgrad_jax.step.quantization import Group, grouped, in_layer_order
 
 # Where the rows of a forward and of a backward vector stand among SLOTS.
@@ -171,19 +171,34 @@ def operands(groups: Sequence[Group], slots_Q6: Slot) -> dict[str, Slot]:
     return {group.name: group.of(slots_Q6) for group in groups}
 
 
-def format_metrics(options: RecipeOptions, statistics_Q6S) -> Columns:
+def format_metrics(options: RecipeOptions, statistics_Q6S, micro_batches: int = 1) -> Columns:
     """`statistic/layer/slot` by slot_statistics.named, and `statistic/all/slot` over all layers together, with the
-    histogram of their scales as `scale_bin_i/all/slot`."""
+    histogram of their scales as `scale_bin_i/all/slot`.
+
+    So shares are weighted by size there, shrinkage, sqnr_db and copy_distance by energy; sqnr_db_by_size is of a mean
+    over the layers, weighted by size (metrics.sqnr_db_by_size).
+
+    Args:
+      micro_batches: of an update; amax and scales of G are those of the gradient of the batch's mean loss, as in
+        quantization.format_metrics.
+    """
     named = slot_statistics.named(statistics_Q6S)
+    if micro_batches > 1:
+        parts_6 = np.where([slot.endswith(".g") for slot in SLOTS], np.float32(micro_batches), np.float32(1))
+        named["amax"] /= parts_6
+        for end in ("mean", "min", "max"):
+            named[f"decode_scale_log2_{end}"] -= np.log2(parts_6)
     of_layers = [f"{layer}/{slot}" for layer in options.names for slot in SLOTS]
     own = {name: value for name, value in named.items() if name != "scale_histogram"}
     total = slot_statistics.named(combine_all(slot_statistics.FIELDS, statistics_Q6S))
+    f = {name: statistics_Q6S[..., i] for i, name in enumerate(slot_statistics.FIELDS)}
+    total[f"sqnr_db{BY_SIZE}"] = sqnr_db_by_size(f["signal"], f["noise"], f["count"])
     of_all = [f"all/{slot}" for slot in SLOTS]
     bins = {f"scale_bin_{i}": total["scale_histogram"][:, i] for i in range(slot_statistics.N_BINS)}
     return joined(
         [
             over(of_layers, {name: value.reshape(-1) for name, value in own.items()}),
-            over(of_all, {name: total[name] for name in _OF_ALL} | bins),
+            over(of_all, {name: total[name] for name in (*_OF_ALL, f"sqnr_db{BY_SIZE}")} | bins),
         ]
     )
 

@@ -11,7 +11,7 @@ damaged elements are not applied, the others are, and the step counts as non-fin
 
 Seed, learning rate and number formats are data (`Inputs`), so that runs which differ in nothing else share one compiled
 program. Formats come as a table (quantization.format_table), and the state carries their scales and histories. Without
-formats neither exists, and the program is the baseline's. The shadow is the gradient of the same parameters on the same
+formats neither exists, and the program is the baseline's. The reference is the gradient of the same parameters on the same
 batch in float32 and without formats, computed beside the step's own.
 
 Arrays of neighbouring blocks are stacked here (models.stacking), and dictionaries of layers are keyed by group, with
@@ -103,8 +103,8 @@ class StepOptions:
     optimizer: str = "adamw"
     quant: quantization.QuantOptions | None = None
     recipe: RecipeOptions | None = None
-    use_shadow: bool = False
-    shadow_interval: int = 1
+    reference_gradient: bool = False
+    reference_interval: int = 1
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Step:
         return self.mesh.shape[FSDP] > 1
 
     @property
-    def shadow(self) -> GPTConfig:
+    def reference(self) -> GPTConfig:
         """The model whose gradient is the reference."""
         return dataclasses.replace(self.plain, compute_dtype="float32", attention="xla")
 
@@ -466,8 +466,8 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
 
     outcome = Outcome(found, health, update, counts, after, watched)
     row = [step_metrics(outcome), *group_metrics(step, outcome)]
-    if step.options.use_shadow:
-        row.append(shadow_metrics(step, state.params, batch, found.grads))
+    if step.options.reference_gradient:
+        row.append(reference_metrics(step, state.params, batch, found.grads))
     if formats is not None and formats.options.emergency_formats:
         row.append(metrics.scalars({"format_level": formats.state.level}))
     row += alert_columns(outcome)
@@ -525,7 +525,7 @@ def gradients(step: Step, model: GPTConfig, params, batch: Batch, numbers: Numbe
     The batch is taken in grad_accum_steps equal micro-batches.
 
     Args:
-      model: trained, plain or shadow. numbers: None for a model without formats and recipe.
+      model: trained, plain or reference. numbers: None for a model without formats and recipe.
     """
     mesh, A = step.mesh, step.options.grad_accum_steps
     key = jax.random.fold_in(jax.random.key(batch.seed), batch.number) if model.dropout > 0 else None
@@ -857,7 +857,7 @@ def group_metrics(step: Step, outcome: Outcome) -> list[metrics.Columns]:
     if "activation" in chosen:
         row.append(metrics.activation_metrics(found.output))
     if step.quant is not None and "format" in chosen:
-        row.append(_sparse(quantization.format_metrics(step.quant, found.statistics)))
+        row.append(_sparse(quantization.format_metrics(step.quant, found.statistics, o.grad_accum_steps)))
     if step.quant is not None and after is not None and after.entries and "ledger" in chosen:
         entries = _by_layer(_with_format(step.groups), after.entries)
         named, of_all = ledger.ledger_metrics(entries, stored=bool(step.stored), ages=step.ages)
@@ -873,22 +873,22 @@ def moment_metrics(step: Step, update: Update, finite) -> metrics.Columns:
     return _sparse(metrics.Columns(found.names, jnp.where(finite, found.values, jnp.nan)))
 
 
-def shadow_metrics(step: Step, params, batch: Batch, grads) -> metrics.Columns:
+def reference_metrics(step: Step, params, batch: Batch, grads) -> metrics.Columns:
     """Fidelity of the step's gradient, and of the bfloat16 one, to the float32 gradient; `sparse` columns."""
 
     def measure():
-        reference = gradients(step, step.shadow, params, batch).grads
+        reference = gradients(step, step.reference, params, batch).grads
         found = [metrics.gradient_fidelity(grads, reference, split=step.split)]
         if step.model != step.plain:
             plain = gradients(step, step.plain, params, batch).grads
             found.append(metrics.gradient_fidelity(plain, reference, f"_{step.model.compute_dtype}", step.split))
         return _sparse(metrics.joined(found))
 
-    interval = step.options.shadow_interval
+    interval = step.options.reference_interval
     if interval == 1:
         return measure()
     nothing = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), jax.eval_shape(measure))
-    # Row k + 1 is the k-th update's: the shadow is taken at rows 1, 1 + interval, ...
+    # Row k + 1 is the k-th update's: the reference is taken at rows 1, 1 + interval, ...
     return jax.lax.cond(batch.number % interval == 0, measure, lambda: nothing)
 
 
@@ -920,7 +920,7 @@ def recipe_columns(step: Step, recipes: recipe.InUse, outcome: Outcome) -> list[
     """The columns that only recipes have."""
     row, statistics = [], outcome.found.statistics
     if "format" in step.options.metric_groups and statistics is not None:
-        row.append(_sparse(recipe.format_metrics(recipes.options, statistics)))
+        row.append(_sparse(recipe.format_metrics(recipes.options, statistics, step.options.grad_accum_steps)))
     if len(recipes.options.schedule) > 1:
         row.append(metrics.scalars({"recipe_phase": recipes.phase}))
     return row + [
