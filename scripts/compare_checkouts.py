@@ -37,6 +37,13 @@ FORMER_NAMES = {
     "step.quantization": ("quantization",),
     "run.checkpoint": ("checkpoint",),
 }
+# Settings and their values that have another name in checkouts of before schema version 6.
+FORMER_WORDS = {
+    "reference_gradient": "use_shadow",
+    "reference_interval": "shadow_interval",
+    "1x32": "block32",
+    "ulp_adamw_mean": "ulp_adamw",
+}
 SMOKE = ["--config=configs/smoke.py", "--config.max_steps=20", "--config.warmup_steps=5"]
 E4M3 = ["--config.use_fp8=True", "--config.formats=E4M3"]
 RUNS = {
@@ -47,11 +54,11 @@ RUNS = {
         "--config.dropout=0.1",
     ],
     "E4M3": E4M3,
-    "E5M2 stochastic ulp_adamw reference": [
+    "E5M2 stochastic ulp_adamw_mean reference": [
         "--config.use_fp8=True",
         "--config.formats=E5M2",
         "--config.weights_at_rest=stochastic",
-        "--config.optimizer=ulp_adamw",
+        "--config.optimizer=ulp_adamw_mean",
         "--config.operand_rounding=stochastic",
         "--config.weights_at_rest=stochastic",
         "--config.reference_gradient=True",
@@ -81,9 +88,14 @@ def configs() -> dict:
         "no metric groups E4M3": ({}, dict(metric_groups=()), {}, 1),
         "reference/3": ({}, dict(reference_gradient=True, reference_interval=3), None, 1),
         "fsdp=2": (dict(n_embd=128), {}, None, 2),
-        "fsdp=2 E4M3 nearest grad_accum": (dict(n_embd=128), dict(grad_accum_steps=2, reference_gradient=True), stored, 2),
+        "fsdp=2 E4M3 nearest grad_accum": (
+            dict(n_embd=128),
+            dict(grad_accum_steps=2, reference_gradient=True),
+            stored,
+            2,
+        ),
         "E4M3 adamw float32 master": ({}, {}, {}, 1),
-        "E4M3 nearest ulp_adamw": ({}, dict(optimizer="ulp_adamw"), stored, 1),
+        "E4M3 nearest ulp_adamw_mean": ({}, dict(optimizer="ulp_adamw_mean"), stored, 1),
         "stochastic grid reference/3": (
             {},
             dict(optimizer="grid", reference_gradient=True, reference_interval=3),
@@ -113,6 +125,14 @@ def module(name: str):
     raise ModuleNotFoundError(f"this checkout has no module {name}")
 
 
+def in_words_of(checkout: Path, text: str) -> str:
+    """A flag as the checkout spells it."""
+    known = (checkout / "altgrad_jax" / "config.py").read_text()
+    for word, former in FORMER_WORDS.items():
+        text = text if "ADDED_IN_6" in known else text.replace(word, former)
+    return text
+
+
 def lower_all(folder: Path, only: str) -> None:
     """Writes the programs of the checkout that is imported, each to folder/CONFIG.FUNCTION."""
     for name, choices in configs().items():
@@ -131,6 +151,10 @@ def lower(model: dict, options: dict, quant: dict | None, fsdp: int) -> tuple[di
     import numpy as np
 
     program, update = module("step.program"), module("step.update")
+    former = {} if hasattr(module("config"), "ADDED_IN_6") else FORMER_WORDS
+    options = {former.get(name, name): former.get(value, value) for name, value in options.items()}
+    if quant is not None and "scaling" in quant:
+        quant = quant | {"scaling": tuple(former.get(way, way) for way in quant["scaling"])}
     config = module("models.gpt2").GPTConfig(
         **dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64) | model
     )
@@ -210,8 +234,9 @@ def run_both(checkouts: list[Path], folders: list[Path], tokens: Path, only: str
         for checkout, folder in zip(checkouts, folders, strict=True):
             run_dir = (folder / name.replace(" ", "-")).absolute()
             flags_of_all = [*SMOKE, "--config.wandb_mode=disabled", f"--data_dir={tokens}", f"--workdir={run_dir}"]
+            flags_there = [in_words_of(checkout, flag) for flag in flags]
             code = (
-                f"import runpy, sys; sys.argv = ['scripts/train.py', *{flags_of_all + flags!r}]\n"
+                f"import runpy, sys; sys.argv = ['scripts/train.py', *{flags_of_all + flags_there!r}]\n"
                 "try: runpy.run_path('scripts/train.py', run_name='__main__')\n"
                 "except SystemExit as end:\n"
                 "    if end.code: raise\n"

@@ -36,6 +36,7 @@ import numpy as np
 
 from altgrad_jax import files
 from altgrad_jax.data import sources
+from altgrad_jax.data.duplicates import duplicates
 from altgrad_jax.data.sources import Source, SourceUnavailable
 from altgrad_jax.data.tokenizer import Tokenizer, get_tokenizer
 from altgrad_jax.errors import UserError
@@ -265,11 +266,21 @@ def summary(out_dir: str | os.PathLike, meta: dict) -> str:
     for split in ("train", "val"):
         documents = f"{meta['n_documents'][split]:>9,} documents  " if "n_documents" in meta else ""
         lines.append(f"  {split + '.bin':<10}{documents}{meta['n_tokens'][split]:>13,} tokens")
+    if "duplicates" in meta:
+        lines.append(f"  {describe_duplicates(meta['duplicates'])}")
     if "left_out" in meta:
         lines.append(f"  not used: {meta['left_out']}")
     if meta.get("n_empty_documents"):
         lines.append(f"  {meta['n_empty_documents']:,} empty documents were skipped")
     return "\n".join(lines)
+
+
+def describe_duplicates(facts: dict) -> str:
+    """The shares of `duplicates.duplicates` in a sentence without its full stop."""
+    return (
+        f"{facts['verbatim']:.1%} of the {facts['windows']:,} validation windows of {facts['window']} tokens occur "
+        f"verbatim in the training tokens, {facts['near']:.1%} nearly"
+    )
 
 
 def banner(warnings: Iterable[str]) -> str:
@@ -439,6 +450,7 @@ def _write(
     in_val, own_split = _choose_split(splits, split_seed, val_fraction, source.title, n_empty)
     counts = _copy_split(everything, ends, in_val, work)
     everything.unlink()
+    train_T, val_T = (np.memmap(work / name, "<u2", mode="r") for name in BIN_FILES)
     meta = {
         "schema_version": SCHEMA_VERSION,
         "source": source.name,
@@ -462,6 +474,7 @@ def _write(
         "n_bytes": {f"{name}.bin": 2 * c["n_tokens"] for name, c in counts.items()},
         "sha256": {f"{name}.bin": c["sha256"] for name, c in counts.items()},
         "text_sha256": text_digest.hexdigest(),
+        "duplicates": duplicates(train_T, val_T),
     }
     meta = {key: value for key, value in meta.items() if value is not None or key in ("split_seed", "val_fraction")}
     (work / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -121,7 +121,7 @@ def describe_memory(program: Program) -> Iterator[str]:
     """Lines: a table of what each compiled program takes on a device."""
     columns = "arguments", "outputs", "temporaries", "aliased", "together"
     yield f"{'MiB on each device':<20}" + "".join(f"{name:>13}" for name in columns)
-    for name, compiled in zip(("training step", "evaluation", "diagnosis"), program.compiled, strict=True):
+    for name, compiled in zip(("training step", "evaluation", "diagnosis", "every window"), program.compiled):
         if (m := compiled.memory_analysis()) is None:
             continue
         sizes = (

@@ -23,6 +23,7 @@ import numpy as np
 from altgrad_jax import config as settings
 from altgrad_jax.config import Config
 from altgrad_jax.data.dataset import permute_windows
+from altgrad_jax.data.prepare import describe_duplicates
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.gpt2 import count_params
 from altgrad_jax.numerics import recipes
@@ -36,12 +37,14 @@ from altgrad_jax.run.record import (
     MANIFEST,
     METRICS,
     SCHEMA_VERSION,
+    WINDOW_LOSSES,
     Record,
     furthest_step,
     new_run_id,
     read_manifest,
     read_timing,
     write_manifest,
+    write_window_losses,
 )
 from altgrad_jax.run.setup import Setup, certify, certify_recipes
 from altgrad_jax.run.sinks import Sinks, open_sinks
@@ -254,7 +257,7 @@ class RunFolder:
         if not processes.is_lead():
             return
         # What an earlier end said is no longer true.
-        for name in (verdict.VERDICT, verdict.LOSS_PLOT):
+        for name in (verdict.VERDICT, verdict.LOSS_PLOT, WINDOW_LOSSES):
             (run_dir / name).unlink(missing_ok=True)
         resume_step = self.step if self.resumed else (None if was_new else -1)
         self.furthest = furthest_step(run_dir)
@@ -363,6 +366,7 @@ class RunFolder:
         say(
             f"data: {tokens.meta['source']}, {n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens, "
             f"in {tokens.dir}"
+            + (f"; {describe_duplicates(tokens.meta['duplicates'])}" if "duplicates" in tokens.meta else "")
         )
         split = setup.functions.step.mesh.shape[FSDP] > 1
         say(
@@ -400,6 +404,11 @@ class RunFolder:
             if self.writer is not None:
                 self.writer.submit(rows)
         self._report_saves()
+
+    def keep_window_losses(self, losses_E: np.ndarray) -> None:
+        """Writes the losses of all validation windows at this step."""
+        if processes.is_lead():
+            write_window_losses(self.run_dir, self.step, losses_E)
 
     def is_saved(self) -> bool:
         """Whether there is a complete checkpoint of this step, once no save is under way."""

@@ -123,6 +123,7 @@ def loop(
             n, save_interim = agree_on_a_dispatch(training, stop, behind, step)
             if n > 0:
                 dispatch(training, behind, step, n, save_interim)
+        evaluate_every_window(training, setup.data.all_windows)
         for lane, run in enumerate(runs):
             if run.step > 0 and not run.is_saved():
                 # Interrupted between two checkpoints, or the save at the last step failed: once more.
@@ -146,6 +147,20 @@ def look_at_the_start(training: Training, stop: StopRequest) -> None:
         training.runs[lane].record(
             DispatchRecord(first_step=0, evaluation=evaluation, evaluation_s=seconds, diagnostics=lines)
         )
+
+
+def evaluate_every_window(training: Training, windows: np.ndarray | None) -> None:
+    """Keeps the loss of every validation window of the runs that have made all their steps; windows: None for none."""
+    ended = [lane for lane, run in enumerate(training.runs) if run.step == training.config.max_steps]
+    if windows is None or not ended:
+        return
+    program = training.program
+    with training.goodput.spend("evaluation"):
+        losses_RE = training.compute(
+            program.window_losses, training.state, place(windows, program.shared), training.inputs
+        )
+        for lane in ended:
+            training.runs[lane].keep_window_losses(losses_RE[lane])
 
 
 def agree_on_a_dispatch(training: Training, stop: StopRequest, behind: Sequence[int], step: int) -> tuple[int, bool]:

@@ -9,7 +9,7 @@ diagnostics.jsonl  Deterministic too: the histograms of the quantized operands, 
 timing.jsonl       Wall-clock values of the same rows, and events ("start", "resume", "eval", ...). A resumed run
                    appends: the timing of a replayed step stands in it twice, and the last one counts.
 
-manifest.json says what the run is. A last line without its end is what a killed run leaves, and every reader passes it
+manifest.json says what the run is, window_losses.json (with evaluate_all) how it ended, window by window. A last line without its end is what a killed run leaves, and every reader passes it
 over. Damage before the end of metrics.jsonl or diagnostics.jsonl is an error; damaged lines of timing.jsonl are
 skipped, because no decision rests on them.
 """
@@ -38,6 +38,7 @@ METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
 DIAGNOSTICS = "diagnostics.jsonl"
 MANIFEST = "manifest.json"
+WINDOW_LOSSES = "window_losses.json"
 # 2: settings of number formats in the config (config.ADDED_IN_2 holds what version 1 lacks), more keys in the rows, and
 # diagnostics.jsonl. 3: the setting checkpoint_seconds (config.ADDED_IN_3), and in the rows counts of moments, amaxes,
 # scales and residuals that are not finite. 4: the setting loggers (config.ADDED_IN_4). 5: recipes, kept moments and
@@ -496,6 +497,35 @@ def _require_rows(path, steps, resume_step, segments):
             f"{path} lacks {len(missing)} of the rows up to step {resume_step}, the first at step {missing[0]}: "
             "resume from a checkpoint before it, or start over in a new folder"
         )
+
+
+# -------------------------------------------------------------------------------------------- losses by window
+
+
+def write_window_losses(run_dir: str | Path, step: int, losses_E: np.ndarray) -> None:
+    """Writes window_losses.json: the loss of every window of val.bin, in the order of the file, after `step` updates."""
+    text = f'{{"step": {step}, "losses": [{", ".join(map(number, losses_E))}]}}\n'
+    write_atomically(Path(run_dir) / WINDOW_LOSSES, text.encode())
+
+
+def read_window_losses(run_dir: str | Path) -> tuple[int, np.ndarray] | None:
+    """(step, float32 [E]) of window_losses.json; None where a run has none.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    path = Path(run_dir) / WINDOW_LOSSES
+    if not os.path.lexists(path):
+        return None
+    again = "delete it and resume the run, which writes it anew"
+    found = read_json(path, again)
+    try:
+        step, losses = found["step"], [_NONFINITE[x] if isinstance(x, str) else float(x) for x in found["losses"]]
+        if type(step) is not int or not losses:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} does not hold a step and a list of losses: {again}") from None
+    return step, np.array(losses, np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- manifest

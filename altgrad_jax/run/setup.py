@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from altgrad_jax.config import Config
-from altgrad_jax.data.dataset import HostStream, TokenData, choose_windows, load_token_data
+from altgrad_jax.data.dataset import HostStream, TokenData, choose_windows, gather_windows, load_token_data
 from altgrad_jax.data.prepare import banner, resolve
 from altgrad_jax.errors import UserError
 from altgrad_jax.models import flops
@@ -35,6 +35,7 @@ class TrainingData:
 
     Attributes:
       val_windows: uint16 [E, block_size + 1]. eval_batch_size: windows per forward pass; divides E.
+      all_windows: every validation window, in the order of the file, for evaluate_all; None without it.
       tags: what the data add to the tags of a run.
     """
 
@@ -42,6 +43,7 @@ class TrainingData:
     val_windows: np.ndarray
     eval_batch_size: int
     tags: tuple[str, ...]
+    all_windows: np.ndarray | None = None
 
 
 def open_data(config: Config, data_dir, say: Callable[[str], None]) -> TrainingData:
@@ -69,7 +71,11 @@ def open_data(config: Config, data_dir, say: Callable[[str], None]) -> TrainingD
             f"eval_windows={config.eval_windows}, but the validation data holds {tokens.n_val_windows}: each "
             f"evaluation uses {len(windows)} of them, in whole batches of {batch_size}"
         )
-    return TrainingData(tokens, np.asarray(windows), batch_size, (SAMPLE_TAG,) if prepared.is_sample else ())
+    every = None
+    if config.evaluate_all:
+        every = gather_windows(tokens.val_T, np.arange(tokens.n_val_windows), config.block_size)
+    tags = (SAMPLE_TAG,) if prepared.is_sample else ()
+    return TrainingData(tokens, np.asarray(windows), batch_size, tags, every)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +121,7 @@ class Setup:
             self.functions,
             n_train_tokens=len(self.data.tokens.train_T),
             n_val_windows=len(self.data.val_windows),
+            n_all_windows=0 if self.data.all_windows is None else len(self.data.all_windows),
             width=width,
             member_loop=member_loop,
             devices=self.devices,
@@ -155,6 +162,7 @@ def set_up(
             n_train_windows=data.tokens.n_train_windows,
             eval_batch_size=data.eval_batch_size,
             seed=config.seed,
+            data_seed=config.data_seed,
         )
     processes.everywhere(lambda: (certify(functions.step.quant), certify_recipes(functions.step.recipe)))
     return Setup(config, data, functions, tuple(devices), side_by_side)

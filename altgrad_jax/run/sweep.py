@@ -1,10 +1,9 @@
 """Sweeps: many runs that differ in some settings, trained in as few compiled programs as there can be.
 
 A *member* is a run like any other: its config, its folder, its record, its checkpoints; scripts/train.py could make
-it, and could go on with it. Members whose configs differ only in what is data to the program (name and folder, seed,
+it, and could go on with it. Members whose configs differ only in what is data to the program (name and folder, seeds,
 learning rate, which formats of at most 7 mantissa bits) form a *group*, which compiles once. A group's members are
-trained side by side, as many at once as its *width* says: those are a chunk. All of a chunk take the batch of a step at
-the same time, the one that their common data seed says.
+trained side by side, as many at once as its *width* says: those are a chunk.
 
 What is finished is skipped, what is unfinished goes on from its own checkpoint, to the bit: a sweep that was killed is
 continued with the command that began it. Machines that share a folder each take a slice of the members (`shard_of`);
@@ -56,6 +55,7 @@ MEMORY_SHARE = 0.8
 _NOT_COMPILED = frozenset(
     {
         "seed",
+        "data_seed",
         "learning_rate",
         "formats",
         "emergency_formats",
@@ -229,8 +229,10 @@ def program_key(config):
     followed = [get_recipe(item.partition("@")[0]) for item in config.recipe]
     # Sums over tiles are another program. So is another number of phases, and a program that a folder names.
     recipe = len(followed), any(recipe.tiled for recipe in followed), list(config.recipe_program)
+    # Batches from the host are one stream for all lanes.
+    order = config.data_seed if config.data_placement == "host" else None
     common = {name: value for name, value in settings.to_dict(config).items() if name not in _NOT_COMPILED}
-    return json.dumps([common, layers, list(map(kind, config.emergency_formats)), recipe], sort_keys=True)
+    return json.dumps([common, layers, list(map(kind, config.emergency_formats)), recipe, order], sort_keys=True)
 
 
 def make_groups(members):
@@ -509,6 +511,11 @@ def write_plan(out, members):
 def _plan_group(group, todo, data_dir, say, member_loop, width, memory) -> Planned:
     config = group[0].config
     setup = set_up(config, open_data(config, data_dir, say), say, side_by_side=True)
+    if not setup.on_device and len({member.config.data_seed for member in group}) > 1:
+        raise UserError(
+            "the members have several data_seed, and the tokens are too many for the device, so that all members side by "
+            "side would be given the batches of one: set data_placement=host, which trains each data_seed apart"
+        )
     per_lane, once = lane_bytes(setup, member_loop=member_loop)
     limit = memory * 2**30 if memory else memory_limit(setup.device)
     # With map a run's numbers do not depend on those beside it. With vmap they may, by rounding: a sweep that goes on

@@ -23,7 +23,7 @@ from rich.text import Text
 from altgrad_jax.files import write_atomically
 from altgrad_jax.run import goodput
 from altgrad_jax.run.console import Lasting, show_duration, show_rate
-from altgrad_jax.run.record import MANIFEST, METRICS, read_rows, read_timing
+from altgrad_jax.run.record import MANIFEST, METRICS, read_rows, read_timing, read_window_losses
 
 SHARE = 0.05  # of the steps, at either end
 UNSOUND_ALERTS = {"divergence": "the loss rose above where it began", "val_rising": "the validation loss kept rising"}
@@ -88,7 +88,7 @@ def make_verdict(run_dir: str | Path, *, max_steps: int | None = None, stopped: 
       last 5%), `initial_loss`, `final_loss`, `final_perplexity`, `nonfinite_steps`, `first_nonfinite_step`,
       `first_nonfinite_cause` (stability.locate's sentence; None if the record has none), `alerts`
       ({kind: count}), `validation` ([[step, loss]]), `best_val_loss`, `best_val_step`, `final_val_loss`,
-      `final_val_perplexity`, `checkpoints`, `anomalies` (steps), `tokens_per_s`, `step_time_s`, `goodput`
+      `all_windows` ({"windows": n, "mean_loss": nats} with evaluate_all; else None), `final_val_perplexity`, `checkpoints`, `anomalies` (steps), `tokens_per_s`, `step_time_s`, `goodput`
       (goodput.total of all starts), `paths`. Losses are nats per token; what is not finite is a string.
     """
     run_dir = Path(run_dir)
@@ -131,6 +131,7 @@ def make_verdict(run_dir: str | Path, *, max_steps: int | None = None, stopped: 
             "best_val_loss": best_loss,
             "best_val_step": best_step,
             "final_val_loss": final_val_loss,
+            "all_windows": _all_windows(run_dir, steps),
             "final_val_perplexity": _exp(final_val_loss),
             "checkpoints": _step_folders(run_dir),
             "anomalies": _step_folders(run_dir / "anomaly"),
@@ -146,6 +147,14 @@ def make_verdict(run_dir: str | Path, *, max_steps: int | None = None, stopped: 
         }
     )
     return found
+
+
+def _all_windows(run_dir: Path, steps: int) -> dict[str, Any] | None:
+    """How many validation windows there are and their mean loss, of window_losses.json of this step."""
+    step, losses = read_window_losses(run_dir) or (-1, np.zeros(0))
+    if step != steps:
+        return None
+    return {"windows": len(losses), "mean_loss": float(np.mean(losses, dtype=np.float64))}
 
 
 def _curves(run_dir: Path) -> tuple[int, list[float], list[tuple[int, float]], dict[str, int], list[int]]:
@@ -267,6 +276,9 @@ def _facts(v):
     yield "loss", f"{initial} -> {final}, perplexity {_show(v['final_perplexity'], 1)}"
     yield "validation loss", _validation_line(v["validation"]) + best
     yield "validation perplexity", _show(v["final_val_perplexity"], 1)
+    if v.get("all_windows"):
+        every = v["all_windows"]
+        yield "all validation windows", f"loss {_show(every['mean_loss'])}, the mean of {every['windows']:,}"
     yield "non-finite steps", bad
     yield "alerts", _count(v["alerts"]) or "none"
     yield "checkpoints", ", ".join(map(str, v["checkpoints"])) or "none"

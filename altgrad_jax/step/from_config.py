@@ -32,7 +32,6 @@ _SAME_NAME = (
     "moments",
     "moments_rounding",
     "grad_clip",
-    "data_seed",
     "reference_gradient",
     "reference_interval",
 )
@@ -100,7 +99,8 @@ def step_options(config: Config, *, steps_per_dispatch: int, data_on_device: boo
 def inputs_of(config: Config) -> Inputs:
     """What the run that `config` describes gives the compiled step as data."""
     options = step_options(config, steps_per_dispatch=1)
-    return Inputs(np.int32(config.seed), np.float32(config.learning_rate), update.numbers_table(options))
+    table = update.numbers_table(options)
+    return Inputs(np.int32(config.seed), np.float32(config.learning_rate), table, np.uint32(config.data_seed))
 
 
 def flops_per_step(config: Config) -> float:

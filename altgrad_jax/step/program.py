@@ -6,7 +6,7 @@ so one compiled program serves every remainder; the rows of metrics are written 
 array, the one thing the host fetches of every dispatch (beside two counters of the monitor).
 
 The batch of update k is windows k*batch_size ... (k+1)*batch_size - 1 of the run's sequence of windows, which depends
-on the data seed alone (data.dataset.permute_windows). All index arithmetic of a dispatch is done once, before its loop.
+on the data seed alone (data.dataset.permute_windows), which is data of the program too. All index arithmetic of a dispatch is done once, before its loop.
 After `nan_patience` non-finite steps in a row the loop ends early and the state changes no more.
 
 The functions that are compiled are at the top, pure, with their static choices as first arguments;
@@ -33,6 +33,7 @@ from altgrad_jax.data.dataset import gather_windows, permute_windows
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.gpt2 import GPTConfig, Quantized
 from altgrad_jax.numerics import histograms
+from altgrad_jax.numerics.cross_entropy import padded
 from altgrad_jax.numerics.products import Rule, empty_statistics, named_statistics
 from altgrad_jax.step import metrics, quantization, recipe, stability, update
 from altgrad_jax.step.mesh import Device, constrain, gather, over_batch, replicated
@@ -48,7 +49,7 @@ def run(step: Step, names, state: TrainState, data, n_steps, inputs: Inputs):
     index_KB = None
     if o.data_on_device:
         numbers = state.step.astype(jnp.uint32) * B + jnp.arange(K * B, dtype=jnp.uint32)
-        index_KB = permute_windows(numbers, step.n_train_windows, o.data_seed, xp=jnp).reshape(K, B)
+        index_KB = permute_windows(numbers, step.n_train_windows, inputs.data_seed, xp=jnp).reshape(K, B)
 
     def body(carry):
         i, state, rows_KM = carry
@@ -78,6 +79,20 @@ def evaluate(model: GPTConfig, batch_size, mesh, operands_of, params, windows, *
     params = gather(params, mesh)  # once for all batches
     quantized = Quantized(operands_of(*formats), {}) if model.rules else None
     return jax.lax.map(batch_loss, windows.reshape(-1, batch_size, windows.shape[-1])).mean()
+
+
+def window_losses(model: GPTConfig, batch_size, mesh, operands_of, params, windows, *formats):
+    """float32 [E]: the loss of each window [E, L+1] in nats per token, every window a forward pass by itself."""
+    # So many at once that their logits keep within the limit.
+    logits = 4 * model.block_size * padded(model.vocab_size)
+    at_once = min(batch_size, max(1, model.loss_tile_bytes // logits))
+    params = gather(params, mesh)
+    quantized = Quantized(operands_of(*formats), {}) if model.rules else None
+
+    def loss(window):
+        return update.loss(model, params, window[None], None, quantized)[0]
+
+    return jax.lax.map(loss, windows, batch_size=at_once)
 
 
 class Observed(NamedTuple):
@@ -144,6 +159,7 @@ class StepFunctions(NamedTuple):
       and after the step at which the state froze, are NaN. n_steps <= steps_per_dispatch.
     evaluate: (params, windows uint16 [E, L+1], state.quant, table) -> float32 mean loss in nats per token, by the
       forward pass of the training: quantized where it is, without dropout, every operand rounded to nearest.
+    window_losses: (params, windows uint16 [E, L+1], state.quant, table) -> float32 [E], as `evaluate` of each window alone.
     diagnose: (params, windows uint16 [B, L+1], state.quant, table) -> ({name: float32 scalar}, Observed or None): the
       rank of the weights, and with formats how a forward and backward pass over these windows uses them.
     abstract_state: the state's shapes, dtypes and shardings, for restoring.
@@ -155,6 +171,7 @@ class StepFunctions(NamedTuple):
     init: Callable
     run: Callable
     evaluate: Callable
+    window_losses: Callable
     diagnose: Callable
     abstract_state: TrainState
     metric_names: tuple
@@ -162,10 +179,12 @@ class StepFunctions(NamedTuple):
     step: Step
 
 
-def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, n_train_windows, eval_batch_size, seed):
+def make_step_functions(
+    model_config: GPTConfig, options: StepOptions, mesh, *, n_train_windows, eval_batch_size, seed, data_seed=0
+):
     """Builds the compiled functions of a run; compiles nothing yet.
 
-    Args: those of Step, `model_config` without rules; and the seed for `StepFunctions.inputs`. The limit of the loss's
+    Args: those of Step, `model_config` without rules; and the seeds for `StepFunctions.inputs`. The limit of the loss's
     logits in `model_config` is that of one device.
     """
     plain = quantization.layout(model_config, options.quant)
@@ -173,7 +192,8 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         platform = mesh.devices.flat[0].platform
         options = dataclasses.replace(options, recipe=recipe.for_platform(options.recipe, platform))
     step = Step(plain, options, mesh, n_train_windows, eval_batch_size)
-    inputs = Inputs(np.int32(seed), np.float32(options.learning_rate), update.numbers_table(options))
+    table = update.numbers_table(options)
+    inputs = Inputs(np.int32(seed), np.float32(options.learning_rate), table, np.uint32(data_seed))
     init = partial(update.init, step)
     shapes = jax.eval_shape(init, 0, inputs.formats)
     shardings = state_shardings(shapes, mesh)
@@ -186,6 +206,10 @@ def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, 
         init=jax.jit(init, out_shardings=shardings),
         run=jax.jit(partial(run, split, names), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
         evaluate=make_evaluate(step.model, eval_batch_size, mesh, _operands_of(step)),
+        window_losses=jax.jit(
+            partial(window_losses, step.model, eval_batch_size, mesh, _operands_of(step)),
+            out_shardings=replicated(mesh),
+        ),
         diagnose=make_diagnose(step),
         abstract_state=abstract_state,
         metric_names=names,
@@ -234,13 +258,14 @@ class MemberFunctions(NamedTuple):
     """What `over_members` returns: functions of StepFunctions for R runs at once.
 
     run: (TrainStates [R, ...], data, n_steps int32 [R], Inputs [R, ...]) -> (TrainStates, float32 [R, K, M]).
-    evaluate: (params [R, ...], windows, state.quant [R, ...], formats [R, ...]) -> float32 [R].
+    evaluate: (params [R, ...], windows, state.quant [R, ...], formats [R, ...]) -> float32 [R]. window_losses: [R, E].
     stack: (list of trees, one a run) -> tree [R, ...] on the devices. pick: (tree [R, ...], r) -> tree of run r.
     abstract: (tree of one run, R) -> shapes, dtypes and shardings of R of them. replicated: sharding of shared arrays.
     """
 
     run: Callable
     evaluate: Callable
+    window_losses: Callable
     stack: Callable
     pick: Callable
     abstract: Callable
@@ -265,12 +290,9 @@ def over_members(functions: StepFunctions, devices, member_loop="map"):
     by_run = NamedSharding(mesh, PartitionSpec("run"))
     operands_of = _operands_of(step)
     run_each = _on_devices(lambda data, state, n, inputs: run(step, names, state, data, n, inputs), mesh, member_loop)
-    evaluate_each = _on_devices(
-        lambda windows, params, *formats: evaluate(
-            step.model, step.eval_batch_size, step.mesh, operands_of, params, windows, *formats
-        ),
-        mesh,
-        member_loop,
+    evaluate_each, window_losses_each = (
+        _on_devices(partial(_windows_first, of_windows, step, operands_of), mesh, member_loop)
+        for of_windows in (evaluate, window_losses)
     )
 
     def stack(trees):
@@ -290,6 +312,9 @@ def over_members(functions: StepFunctions, devices, member_loop="map"):
         evaluate=jax.jit(
             lambda params_R, windows, *formats: evaluate_each(windows, params_R, *formats), out_shardings=by_run
         ),
+        window_losses=jax.jit(
+            lambda params_R, windows, *formats: window_losses_each(windows, params_R, *formats), out_shardings=by_run
+        ),
         stack=stack,
         abstract=abstract,
         replicated=replicated(mesh),
@@ -298,6 +323,11 @@ def over_members(functions: StepFunctions, devices, member_loop="map"):
             out_shardings=replicated(mesh),
         ),
     )
+
+
+def _windows_first(of_windows, step: Step, operands_of, windows, params, *formats):
+    """evaluate or window_losses of one run, what all runs share first."""
+    return of_windows(step.model, step.eval_batch_size, step.mesh, operands_of, params, windows, *formats)
 
 
 def _on_devices(function, mesh, member_loop):
@@ -339,7 +369,7 @@ class Program:
 
     Args:
       functions: from make_step_functions; for runs side by side, for a mesh of one device.
-      n_train_tokens, n_val_windows: sizes of the data.
+      n_train_tokens, n_val_windows: sizes of the data. n_all_windows: of window_losses; 0 where they are not asked for.
       width: None for a run by itself, else the number of lanes.
       member_loop: "map" or "vmap", how lanes are computed (over_members). devices: over which lanes are split.
       xla_options: NAME=VALUE, for the compiler.
@@ -351,6 +381,7 @@ class Program:
         *,
         n_train_tokens: int,
         n_val_windows: int,
+        n_all_windows: int = 0,
         width: int | None = None,
         member_loop: str = "map",
         devices: Sequence[Device] = (),
@@ -362,11 +393,12 @@ class Program:
         self.replicated = replicated(functions.step.mesh)
         self.shared = self.replicated if self.members is None else self.members.replicated
         self.column = {name: i for i, name in enumerate(functions.metric_names)}
-        self._n_train_tokens, self._n_val_windows = n_train_tokens, n_val_windows
+        self._n_train_tokens, self._n_val_windows, self._n_all_windows = n_train_tokens, n_val_windows, n_all_windows
         self._xla_options = tuple(xla_options)
 
     def lower(self) -> Iterator[jax.stages.Lowered]:
-        """Yields the lowered programs run (first, because it takes longest to compile), evaluate and diagnose."""
+        """Yields the lowered programs run (first, because it takes longest to compile), evaluate and diagnose, and
+        window_losses where they are asked for."""
         functions, step = self.functions, self.functions.step
         options, length = step.options, step.plain.block_size + 1
         shape = (options.steps_per_dispatch, options.batch_size, length)
@@ -385,6 +417,9 @@ class Program:
         yield lanes.evaluate.lower(state_R.params, val_windows, state_R.quant, inputs_R.formats)
         # A diagnosis is rare: of runs side by side each is given its own.
         yield functions.diagnose.lower(state.params, diagnosed, state.quant, inputs.formats)
+        if self._n_all_windows:
+            every = jax.ShapeDtypeStruct((self._n_all_windows, length), np.uint16, sharding=self.shared)
+            yield lanes.window_losses.lower(state_R.params, every, state_R.quant, inputs_R.formats)
 
     def compile(self, n_threads: int = 3) -> None:
         """Compiles all programs: a later call with other shapes is then an error, never a compilation.
@@ -434,6 +469,10 @@ class Program:
     def evaluate(self, state: TrainState, windows, inputs: Inputs) -> np.ndarray:
         """Mean validation loss of every lane, float32 [R], nats per token."""
         return self._by_lane(self.compiled[1](state.params, windows, state.quant, inputs.formats))
+
+    def window_losses(self, state: TrainState, windows, inputs: Inputs) -> np.ndarray:
+        """Loss of every window in every lane, float32 [R, E], nats per token."""
+        return self._by_lane(self.compiled[3](state.params, windows, state.quant, inputs.formats))
 
     def diagnose(self, state: TrainState, windows, inputs: Inputs) -> tuple[dict, Observed | None]:
         """StepFunctions.diagnose of one run's state and Inputs, as NumPy."""

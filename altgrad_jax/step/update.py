@@ -9,7 +9,7 @@ no step can be made from an amax history, a scale or a residual, then parameters
 were and `state.step` advances. A damaged moment shows only in the update, when the step is already under way: the
 damaged elements are not applied, the others are, and the step counts as non-finite.
 
-Seed, learning rate and number formats are data (`Inputs`), so that runs which differ in nothing else share one compiled
+Seeds, learning rate and number formats are data (`Inputs`), so that runs which differ in nothing else share one compiled
 program. Formats come as a table (quantization.format_table), and the state carries their scales and histories. Without
 formats neither exists, and the program is the baseline's. The reference is the gradient of the same parameters on the same
 batch in float32 and without formats, computed beside the step's own.
@@ -71,6 +71,7 @@ class Inputs(NamedTuple):
     seed: Any  # int32: of the dropout masks and of stochastic rounding; the initialization has its own, see init
     learning_rate: Any  # float32, the peak
     formats: Any = None  # quantization.format_table, with a recipe a RecipeTable; None without either
+    data_seed: Any = np.uint32(0)  # uint32: of the order of the training windows; with data_on_device
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,6 @@ class StepOptions:
     moments: str = "float32"
     moments_rounding: str = "nearest"
     grad_clip: float = 1.0
-    data_seed: int = 0
     metric_groups: tuple[str, ...] = METRIC_GROUPS
     data_on_device: bool = True  # False: the host brings the batches of each dispatch
     optimizer: str = "adamw"
