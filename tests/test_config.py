@@ -285,7 +285,7 @@ def test_the_spike_window_holds_as_many_losses_as_the_monitor_needs():
         (
             {"reference_interval": 10},
             [
-                "reference_interval=10 has no effect with reference_gradient=False: set reference_gradient to True, or leave"
+                "reference_interval=10 has no effect with reference_gradient=False: set reference_gradient to True, or"
             ],
         ),
         (

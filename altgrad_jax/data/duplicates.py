@@ -4,8 +4,8 @@ A loss on text that the model was trained on says less. Two shares of the valida
 of neighbouring windows of WINDOW tokens each:
 
     verbatim  the whole window occurs in the training tokens, at any position
-    near      at least NEAR of its tokens lie in stretches of STRETCH tokens that occur there; so a window in which a few
-              tokens differ counts (a stretch may reach into the neighbouring windows)
+    near      at least NEAR of its tokens lie in stretches of STRETCH tokens that occur there; so a window in which a
+              few tokens differ counts (a stretch may reach into the neighbouring windows)
 
 Stretches are compared by a 64-bit rolling hash, all positions of both files. Memory is bounded by the validation tokens
 and a piece of the training tokens; 40 million training tokens take some seconds.

@@ -22,7 +22,7 @@ another program: `Rule.float32_operands`.
 
 A scale comes from an amax, the largest magnitude (scales.scale_for). Which amax is the *scaling*:
 
-    delayed   one scale, given by the caller from amaxes of earlier steps; if it gives 0, as at the first step: `current`
+    delayed   one scale, given by the caller from amaxes of earlier steps; `current` if it gives 0, as at the first step
     current   one scale, from the operand's own amax
     rowwise   one per output channel of W, and one per row (token) of A and of G
     1x32      one per 32 neighbours, and 1x128: along the contracted axis: K for W and A, N for G (that of dx)
@@ -176,8 +176,8 @@ def named_statistics(fields_S) -> dict[str, jax.Array]:
     `overflow`: share of elements beyond the largest finite number; NaN, not applicable, where the scale came from the
     current amax, for then there are none by construction. `underflow`: share of elements that are not 0 and became 0.
     `clipped_energy`: |v - clip(v)|^2 / |v|^2. `sqnr_db`: 10 log10(|v|^2 / |q - v|^2), infinite where nothing was
-    rounded. `amax`; `encode_scale`; `dynamic_range`: log2(amax / smallest magnitude that is not 0). Where all elements are 0:
-    NaN. Energies are float32: they mean nothing where magnitudes lie below 1e-19.
+    rounded. `amax`; `encode_scale`; `dynamic_range`: log2(amax / smallest magnitude that is not 0). NaN where all
+    elements are 0. Energies are float32: they mean nothing where magnitudes lie below 1e-19.
     """
     f = {name: fields_S[..., i] for i, name in enumerate(FIELDS)}
     return {

@@ -3,15 +3,15 @@
 A name has one definition. Where the definition of a name changed in version 6, an older row's value is given under
 another name that says what it is, so that nothing mixes the two:
 
-    lost                        lost_update where weights are stored to nearest or with error feedback; not_flipped under
-                                stochastic rounding, of which it said what one draw did not move
-    update_norm, update_ratio,  requested_... where weights are stored on a grid: the update that was asked for
+    lost                       lost_update where weights are stored to nearest or with error feedback; not_flipped
+                               under stochastic rounding, of which it said what one draw did not move
+    update_norm, update_ratio, requested_... where weights are stored on a grid: the update that was asked for
     zero_update
-    amax, scale of G            micro_batch_... where an update has several micro-batches: they grew with their number
-    grad_snr at the first row   left out: it was 1 by construction
+    amax, scale of G           micro_batch_... where an update has several micro-batches: they grew with their number
+    grad_snr at the first row  left out: it was 1 by construction
 
-`update_stall` was raised by zero_update alone, so that stored weights could not raise it; alerts of older rows stay what
-they are.
+`update_stall` was raised by zero_update alone, so that stored weights could not raise it; alerts of older rows stay
+what they are.
 """
 
 import math

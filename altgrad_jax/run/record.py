@@ -9,9 +9,9 @@ diagnostics.jsonl  Deterministic too: the histograms of the quantized operands, 
 timing.jsonl       Wall-clock values of the same rows, and events ("start", "resume", "eval", ...). A resumed run
                    appends: the timing of a replayed step stands in it twice, and the last one counts.
 
-manifest.json says what the run is, window_losses.json (with evaluate_all) how it ended, window by window. A last line without its end is what a killed run leaves, and every reader passes it
-over. Damage before the end of metrics.jsonl or diagnostics.jsonl is an error; damaged lines of timing.jsonl are
-skipped, because no decision rests on them.
+manifest.json says what the run is, and with evaluate_all window_losses.json how it ended, window by window. A last line
+without its end is what a killed run leaves, and every reader passes it over. Damage before the end of metrics.jsonl or
+diagnostics.jsonl is an error; damaged lines of timing.jsonl are skipped, because no decision rests on them.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ WINDOW_LOSSES = "window_losses.json"
 # diagnostics.jsonl. 3: the setting checkpoint_seconds (config.ADDED_IN_3), and in the rows counts of moments, amaxes,
 # scales and residuals that are not finite. 4: the setting loggers (config.ADDED_IN_4). 5: recipes, kept moments and
 # compiler options (config.ADDED_IN_5), and another order of the keys of a row. 6: other names of metrics and settings
-# (run/names.py, config.RENAMED_IN_6, config.ADDED_IN_6), and the version in each of `starts`. Records of earlier versions
-# are read under the names of today.
+# (run/names.py, config.RENAMED_IN_6, config.ADDED_IN_6), and the version in each of `starts`. Records of earlier
+# versions are read under the names of today.
 SCHEMA_VERSION = 6
 READABLE_VERSIONS = (1, 2, 3, 4, 5, 6)
 TIMING_KEYS = ("time", "step_time_s", "tokens_per_s", "mfu")  # of a row of timing.jsonl, beside its step
@@ -503,7 +503,7 @@ def _require_rows(path, steps, resume_step, segments):
 
 
 def write_window_losses(run_dir: str | Path, step: int, losses_E: np.ndarray) -> None:
-    """Writes window_losses.json: the loss of every window of val.bin, in the order of the file, after `step` updates."""
+    """Writes window_losses.json: the loss of every window of val.bin in the order of the file, after `step` updates."""
     text = f'{{"step": {step}, "losses": [{", ".join(map(number, losses_E))}]}}\n'
     write_atomically(Path(run_dir) / WINDOW_LOSSES, text.encode())
 

@@ -73,7 +73,7 @@ def open_data(config: Config, data_dir, say: Callable[[str], None]) -> TrainingD
         )
     every = None
     if config.evaluate_all:
-        every = gather_windows(tokens.val_T, np.arange(tokens.n_val_windows), config.block_size)
+        every = np.asarray(gather_windows(tokens.val_T, np.arange(tokens.n_val_windows), config.block_size))
     tags = (SAMPLE_TAG,) if prepared.is_sample else ()
     return TrainingData(tokens, np.asarray(windows), batch_size, tags, every)
 

@@ -513,8 +513,8 @@ def _plan_group(group, todo, data_dir, say, member_loop, width, memory) -> Plann
     setup = set_up(config, open_data(config, data_dir, say), say, side_by_side=True)
     if not setup.on_device and len({member.config.data_seed for member in group}) > 1:
         raise UserError(
-            "the members have several data_seed, and the tokens are too many for the device, so that all members side by "
-            "side would be given the batches of one: set data_placement=host, which trains each data_seed apart"
+            "the members have several data_seed, and the tokens are too many for the device, so that all members side "
+            "by side would be given the batches of one: set data_placement=host, which trains each data_seed apart"
         )
     per_lane, once = lane_bytes(setup, member_loop=member_loop)
     limit = memory * 2**30 if memory else memory_limit(setup.device)

@@ -88,8 +88,9 @@ def make_verdict(run_dir: str | Path, *, max_steps: int | None = None, stopped: 
       last 5%), `initial_loss`, `final_loss`, `final_perplexity`, `nonfinite_steps`, `first_nonfinite_step`,
       `first_nonfinite_cause` (stability.locate's sentence; None if the record has none), `alerts`
       ({kind: count}), `validation` ([[step, loss]]), `best_val_loss`, `best_val_step`, `final_val_loss`,
-      `all_windows` ({"windows": n, "mean_loss": nats} with evaluate_all; else None), `final_val_perplexity`, `checkpoints`, `anomalies` (steps), `tokens_per_s`, `step_time_s`, `goodput`
-      (goodput.total of all starts), `paths`. Losses are nats per token; what is not finite is a string.
+      `final_val_perplexity`, `all_windows` ({"windows": n, "mean_loss": nats} with evaluate_all; else None),
+      `checkpoints`, `anomalies` (steps), `tokens_per_s`, `step_time_s`, `goodput` (goodput.total of all starts),
+      `paths`. Losses are nats per token; what is not finite is a string.
     """
     run_dir = Path(run_dir)
     max_steps = _max_steps(run_dir) if max_steps is None else max_steps

@@ -164,7 +164,7 @@ def gradient_snr(moments: optax.ScaleByAdamState, *, beta1: float, beta2: float,
     (nu = 0) count 0. NaN at t = 1: one gradient has no spread, and the ratio is 1 whatever it is.
     """
     t = jnp.maximum(moments.count, 1).astype(jnp.float32)
-    correction = jnp.where(moments.count > 1, jnp.sqrt(1 - beta2**t) / (1 - beta1**t), jnp.nan)
+    correction = jnp.where(t > 1, jnp.sqrt(1 - beta2**t) / (1 - beta1**t), jnp.nan)
     first, second = by_group(moments.mu), by_group(moments.nu)
     found = {}
     for group, mu in first.items():

@@ -6,8 +6,8 @@ so one compiled program serves every remainder; the rows of metrics are written 
 array, the one thing the host fetches of every dispatch (beside two counters of the monitor).
 
 The batch of update k is windows k*batch_size ... (k+1)*batch_size - 1 of the run's sequence of windows, which depends
-on the data seed alone (data.dataset.permute_windows), which is data of the program too. All index arithmetic of a dispatch is done once, before its loop.
-After `nan_patience` non-finite steps in a row the loop ends early and the state changes no more.
+on the data seed alone (data.dataset.permute_windows), an argument of the program. All index arithmetic of a dispatch is
+done once, before its loop. After `nan_patience` non-finite steps in a row the loop ends early and the state changes no more.
 
 The functions that are compiled are at the top, pure, with their static choices as first arguments;
 `make_step_functions` and `over_members` give them to jax.jit, and a `Program` compiles them ahead of the first step.
@@ -159,7 +159,7 @@ class StepFunctions(NamedTuple):
       and after the step at which the state froze, are NaN. n_steps <= steps_per_dispatch.
     evaluate: (params, windows uint16 [E, L+1], state.quant, table) -> float32 mean loss in nats per token, by the
       forward pass of the training: quantized where it is, without dropout, every operand rounded to nearest.
-    window_losses: (params, windows uint16 [E, L+1], state.quant, table) -> float32 [E], as `evaluate` of each window alone.
+    window_losses: (params, windows uint16 [E, L+1], state.quant, table) -> float32 [E], `evaluate` of each window alone.
     diagnose: (params, windows uint16 [B, L+1], state.quant, table) -> ({name: float32 scalar}, Observed or None): the
       rank of the weights, and with formats how a forward and backward pass over these windows uses them.
     abstract_state: the state's shapes, dtypes and shardings, for restoring.

@@ -9,10 +9,10 @@ no step can be made from an amax history, a scale or a residual, then parameters
 were and `state.step` advances. A damaged moment shows only in the update, when the step is already under way: the
 damaged elements are not applied, the others are, and the step counts as non-finite.
 
-Seeds, learning rate and number formats are data (`Inputs`), so that runs which differ in nothing else share one compiled
-program. Formats come as a table (quantization.format_table), and the state carries their scales and histories. Without
-formats neither exists, and the program is the baseline's. The reference is the gradient of the same parameters on the same
-batch in float32 and without formats, computed beside the step's own.
+Seeds, learning rate and number formats are data (`Inputs`), so that runs which differ in nothing else share one
+compiled program. Formats come as a table (quantization.format_table), and the state carries their scales and histories.
+Without formats neither exists, and the program is the baseline's. The reference is the gradient of the same parameters
+on the same batch in float32 and without formats, computed beside the step's own.
 
 Arrays of neighbouring blocks are stacked here (models.stacking), and dictionaries of layers are keyed by group, with
 arrays [n, ...]: `stacked` and `unstacked` go between such a state and one in which every block has its name, as in a
