@@ -112,6 +112,7 @@ NEW = {
     "recipe_program": (),
     "moments": "float32",
     "moments_rounding": "nearest",
+    "evaluate_all": False,
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -284,9 +285,7 @@ def test_the_spike_window_holds_as_many_losses_as_the_monitor_needs():
         ),
         (
             {"reference_interval": 10},
-            [
-                "reference_interval=10 has no effect with reference_gradient=False: set reference_gradient to True, or"
-            ],
+            ["reference_interval=10 has no effect with reference_gradient=False: set reference_gradient to True, or"],
         ),
         (
             {"loggers": ("tensorboard",), "wandb_group": "x"},
@@ -405,7 +404,7 @@ SPLIT = ("E4M3", "block_*:G=E5M2")  # what native products can compute with
         ),
         (
             {"scaling": "delayed,delayed,current", "formats": ("block_*:WA=E4M3",)},
-            ["scaling='delayed,delayed,tensor' asks for tensor of G", "give G a format, or delayed in this place"],
+            ["scaling='delayed,delayed,current' asks for current of G", "give G a format, or delayed in this place"],
         ),
         (
             {"operand_rounding": "stochastic,nearest,nearest", "formats": ("block_*:AG=E4M3",)},
@@ -771,7 +770,8 @@ def test_difference_lists_fields_in_order_and_names_absent_ones():
 
 
 def test_a_record_of_version_1_is_one_with_the_defaults():
-    assert settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5 == set(NEW)
+    added = settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5 | settings.ADDED_IN_6
+    assert added == set(NEW) and settings.ADDED_IN_6 == {"evaluate_all"}
     assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers"}
     assert settings.ADDED_IN_5 == {"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"}
     new = to_dict(default_config())
@@ -792,6 +792,20 @@ def test_a_record_of_version_1_is_one_with_the_defaults():
         assert settings.config_difference(damaged, new) == expected
     quantized = {**new, "use_fp8": True, "formats": ["E4M3"], "amax_history": 4}
     assert from_dict(quantized).amax_history == settings.upgraded(quantized)["amax_history"] == 4
+
+
+def test_settings_of_before_version_6_have_todays_names_and_words():
+    new = to_dict(changed(use_fp8=True, formats=("E4M3",), scaling="current,rowwise,1x32", reference_gradient=True))
+    old = {name: value for name, value in new.items() if name not in ("reference_gradient", "reference_interval")}
+    old |= {"use_shadow": True, "shadow_interval": 1, "scaling": "tensor,channel,block32", "optimizer": "ulp_adamw"}
+    assert settings.upgraded(old) == new | {"optimizer": "ulp_adamw_mean"}
+    assert settings.wrong_values(old) == [] and from_dict(old).optimizer == "ulp_adamw_mean"
+    assert settings.upgraded(settings.upgraded(old)) == settings.upgraded(old)
+    # The same name is another optimizer now.
+    assert settings.config_difference(old, new | {"optimizer": "ulp_adamw"}) == [
+        "optimizer: 'ulp_adamw_mean' in the run, 'ulp_adamw' now"
+    ]
+    assert settings.unknown_field("use_shadow").endswith("did you mean reference_gradient?")
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])

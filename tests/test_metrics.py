@@ -177,6 +177,12 @@ def test_gradient_snr_is_one_for_a_constant_gradient(arrange):
         assert value == pytest.approx(1.0, rel=1e-4)
 
 
+def test_gradient_snr_of_one_gradient_is_not_defined(arrange):
+    """|m| / sqrt(v) of a single gradient is 1 by construction, whatever the gradient is."""
+    state = moments_after(arrange, [make_tree(7)])
+    assert all(np.isnan(value) for value in named(metrics.gradient_snr(state, beta1=0.9, beta2=0.95)).values())
+
+
 def test_unusable_moments_are_counted_in_their_layer(arrange):
     """Not finite in either moment, or a second one below zero; an element counts once."""
     mu, nu = make_tree(0), jax.tree.map(jnp.abs, make_tree(1))
@@ -262,7 +268,7 @@ def fidelity(g, r):
 
 
 def test_gradient_fidelity_by_layer_and_over_all_elements(arrange):
-    """Layers of different size, energy and error: over all elements a layer counts by its size."""
+    """Layers of different size, energy and error: over all elements by energy, and a mean of the layers by size."""
     rng = np.random.default_rng(2)
 
     def spoil(r, share):
@@ -282,6 +288,13 @@ def test_gradient_fidelity_by_layer_and_over_all_elements(arrange):
     expected = fidelity(*(np.concatenate([flat(arrays) for arrays in of.values()]) for of in (g_of, r_of)))
     for layer, arrays in g_of.items():
         expected |= {f"{name}/{layer}": value for name, value in fidelity(flat(arrays), flat(r_of[layer])).items()}
+    sizes = [flat(arrays).size for arrays in g_of.values()]
+    cosines, sqnr = ([expected[f"{name}/{layer}"] for layer in g_of] for name in ("grad_cosine", "grad_sqnr_db"))
+    noise = np.average(10 ** (-np.array(sqnr) / 10), weights=sizes)
+    expected |= {
+        "grad_cosine_by_size": np.average(cosines, weights=sizes),
+        "grad_sqnr_db_by_size": -10 * np.log10(noise),
+    }
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert float(found[name]) == pytest.approx(value, rel=1e-5), name
@@ -300,5 +313,23 @@ def test_the_fidelity_of_a_gradient_to_itself_and_to_its_opposite():
     opposite = metrics.gradient_fidelity(jax.tree.map(jnp.negative, tree), tree)
     assert opposite["grad_cosine"] == pytest.approx(-1, rel=1e-6)
     assert opposite["grad_sqnr_db"] == pytest.approx(-20 * np.log10(2), rel=1e-5)
+    assert same["grad_cosine_by_size"] == pytest.approx(1, rel=1e-6) and same["grad_sqnr_db_by_size"] == np.inf
     nothing = metrics.gradient_fidelity(jax.tree.map(jnp.zeros_like, tree), tree)
     assert nothing["grad_flushed"] == 1 and nothing["grad_sqnr_db"] == 0
+    assert nothing["grad_cosine_by_size"] == 0 and nothing["grad_sqnr_db_by_size"] == 0
+
+
+def test_a_gradient_most_of_which_has_the_wrong_sign_is_seen_by_size():
+    """A layer of 10 large numbers is right, 9990 small ones in another are reversed: 99.9% have the wrong sign."""
+    reference = {
+        "embed": {"embedding": jnp.full(10, 10.0)},
+        "ln_f": {"scale": jnp.full(9990, 1e-3)},
+        "pos_embed": {"embedding": jnp.zeros(10)},  # a reference of 0 says nothing
+    }
+    grads = reference | {"ln_f": {"scale": jnp.full(9990, -1e-3)}}
+    found = metrics.gradient_fidelity(grads, reference)
+    assert found["grad_cosine"] == pytest.approx(0.99998, abs=1e-5)
+    assert found["grad_cosine_by_size"] == pytest.approx((10 - 9990) / 10000)
+    assert found["grad_sqnr_db"] > 40 and found["grad_sqnr_db_by_size"] == pytest.approx(-10 * np.log10(4 * 0.999))
+    spoilt = grads | {"embed": {"embedding": jnp.full(10, jnp.nan)}}
+    assert np.isnan(metrics.gradient_fidelity(spoilt, reference)["grad_cosine_by_size"])

@@ -225,9 +225,12 @@ def test_preconditioning_reads_exponents_exactly():
     np.testing.assert_allclose(optimizers.adam_moments(state).mu, 0.1 * np.concatenate([power, below]) / 8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name, floor", [("E4M3", 2.0**-8), ("E5M2", 2.0**-3), ("E2M5", 0.0), ("E7M0", 2.0**-8)])
-def test_ulp_adamw_as_in_float64(name, floor):
-    opt = optimizers.ulp_adamw(**ADAM, floor=floor)
+@pytest.mark.parametrize(
+    "name, floor, equal",
+    [("E4M3", 2.0**-8, "rms"), ("E5M2", 2.0**-3, "rms"), ("E2M5", 0.0, "rms"), ("E7M0", 2.0**-8, "mean")],
+)
+def test_ulp_adamw_as_in_float64(name, floor, equal):
+    opt = optimizers.ulp_adamw(**ADAM, floor=floor, equal=equal)
     params = model_tree(0, 0.02)
     params["a"] = params["a"].at[0, :2].set(jnp.float32([0.0, 1e-5]))
     grids = NO_GRIDS | {"a": grid_of(name, params["a"])}
@@ -236,11 +239,29 @@ def test_ulp_adamw_as_in_float64(name, floor):
         grads = model_tree(k + 1, 1e-3)
         ulps = reference_ulp(name, grids["a"].scale, params["a"])
         u = np.maximum(ulps, floor * ulps.max())
-        expected = adam(np.float64(grads["a"])) * u / u.mean() + 0.1 * np.float64(params["a"])
+        size = u.mean() if equal == "mean" else np.sqrt(np.mean(u**2))
+        expected = adam(np.float64(grads["a"])) * u / size + 0.1 * np.float64(params["a"])
         direction, state = update(grads, state, params, grids=grids)
         np.testing.assert_allclose(direction["a"], expected, rtol=2e-5, atol=1e-6)
         params = jax.tree.map(lambda p, d: p - 5e-3 * d, params, direction)
     assert optimizers.adam_moments(state).count == 6
+
+
+def test_ulp_adamw_keeps_the_rms_of_adams_step_and_ulp_adamw_mean_its_mean_size():
+    """Of a gradient that has nothing to do with the weights: 1.27 is what the RMS was before."""
+    params, grads = {"a": jnp.float32(0.02) * jax.random.normal(jax.random.key(0), (256, 256))}, {}
+    grads["a"] = jax.random.normal(jax.random.key(1), (256, 256))
+    grids, settings = {"a": grid_of("E4M3", params["a"])}, ADAM | {"weight_decay": 0.0}
+    step = {}
+    for name in ("adamw", "ulp_adamw", "ulp_adamw_mean"):
+        opt = optimizers.make(name, **settings, is_quantized=True)
+        step[name] = np.float64(opt.update(grads, opt.init(params), params, grids=grids)[0]["a"])
+    rms = {name: np.sqrt(np.mean(d**2)) / np.sqrt(np.mean(step["adamw"] ** 2)) for name, d in step.items()}
+    mean = {name: np.abs(d).mean() / np.abs(step["adamw"]).mean() for name, d in step.items()}
+    assert rms["ulp_adamw"] == pytest.approx(1, abs=0.01) and rms["ulp_adamw_mean"] == pytest.approx(1.27, abs=0.03)
+    assert mean["ulp_adamw_mean"] == pytest.approx(1, abs=0.01)
+    with pytest.raises(UserError, match="equal='max' cannot be used: give rms or mean"):
+        optimizers.ulp_adamw(**ADAM, equal="max")
 
 
 def test_ulp_adamw_on_a_fixed_point_grid_is_adamw():

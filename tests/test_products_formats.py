@@ -283,7 +283,7 @@ def test_named_statistics():
     np.testing.assert_allclose(a_named["sqnr_db"], 10 * np.log10((x**2).sum() / ((qx - x) ** 2).sum()), rtol=1e-5)
     np.testing.assert_allclose(a_named["dynamic_range"], np.log2(np.abs(x).max() / np.abs(x).min()), rtol=1e-5)
     np.testing.assert_allclose(g_named["underflow"], ((g != 0) & (round_reference(fmt, g) == 0)).mean(), rtol=1e-6)
-    assert g_named["scale"] == 1 and a_named["amax"] == np.float32(np.abs(x).max())
+    assert g_named["encode_scale"] == 1 and a_named["amax"] == np.float32(np.abs(x).max())
 
 
 def test_zeros_and_non_finite_values():

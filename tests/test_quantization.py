@@ -379,21 +379,32 @@ def test_format_metrics_by_layer_and_over_all_elements(at_rest):
         clipped = np.maximum(size - limit, 0)
         values = {"overflow": (size > limit).mean(), "underflow": ((v != 0) & (q == 0)).mean(),
                   "clipped_energy": (clipped**2).sum() / (v**2).sum(), "sqnr_db": decibels(v, q), "amax": size.max(),
-                  "scale": vectors[list(WAG).index(layer), "WAG".index(operand), 1],
+                  "encode_scale": vectors[list(WAG).index(layer), "WAG".index(operand), 1],
                   "dynamic_range": np.log2(size.max() / size[size > 0].min())}  # fmt: skip
         expected |= {f"{name}/{layer}/{operand}": value for name, value in values.items()
                      if name not in without_of(operand, at_rest)}  # fmt: skip
         together.setdefault(operand, []).append((v.ravel(), q.ravel(), np.full(v.size, limit)))
     for operand, parts in together.items():
+        sizes, ratios = [len(v) for v, _, _ in parts], {"clipped_energy": [], "sqnr_db": []}
+        for v, q, limit in parts:
+            ratios["clipped_energy"].append((np.maximum(np.abs(v) - limit, 0) ** 2).sum() / (v**2).sum())
+            ratios["sqnr_db"].append(((q - v) ** 2).sum() / (v**2).sum())
+        by_size = {name: np.average(shares, weights=sizes) for name, shares in ratios.items()}
         v, q, limit = (np.concatenate(part) for part in zip(*parts))
         clipped = np.maximum(np.abs(v) - limit, 0)
         values = {"overflow": (clipped > 0).mean(), "underflow": ((v != 0) & (q == 0)).mean(),
-                  "clipped_energy": (clipped**2).sum() / (v**2).sum(), "sqnr_db": decibels(v, q)}  # fmt: skip
+                  "clipped_energy": (clipped**2).sum() / (v**2).sum(), "sqnr_db": decibels(v, q),
+                  "clipped_energy_by_size": by_size["clipped_energy"],
+                  "sqnr_db_by_size": -10 * np.log10(by_size["sqnr_db"])}  # fmt: skip
         expected |= {f"{name}/all/{operand}": value for name, value in values.items()
-                     if name not in without_of(operand, at_rest)}  # fmt: skip
+                     if name.removesuffix("_by_size") not in without_of(operand, at_rest)}  # fmt: skip
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert float(found[name]) == pytest.approx(float(value), rel=2e-5, abs=1e-12), name
+    parts = quantization.format_metrics(options, vectors, micro_batches=4)
+    for name, value in zip(parts.names, parts.values, strict=True):  # of the gradient of the batch's mean loss
+        statistic, factor = name.partition("/")[0], {"amax": 1 / 4, "encode_scale": 4}
+        assert value == found[name] * (factor.get(statistic, 1) if name.endswith("/G") else 1), name
     by_layer = [found[f"overflow/{layer}/G"] for layer, operand in raw if operand == "G"]
     assert abs(np.mean(by_layer) - found["overflow/all/G"]) > 5e-4  # the mean of layers is something else
 

@@ -47,10 +47,12 @@ TWO_PARTS = dict(batch_size=8, grad_accum_steps=2)
 TOKENS_T = np.random.default_rng(0).integers(0, 256, 32 * (N_WINDOWS + 1)).astype(np.uint16)
 PARTS = ("attn_qkv", "attn_out", "mlp_up", "mlp_down")
 LAYERS = [f"block_{i}/{part}" for i in range(2) for part in PARTS]
-OF_BLOCKS = {"zero_scale", "clipped", "scale_log2_mean", "scale_log2_std", "scale_log2_min", "scale_log2_max",
+OF_BLOCKS = {"zero_scale", "clipped", "decode_scale_log2_mean",
+             "decode_scale_log2_std", "decode_scale_log2_min", "decode_scale_log2_max",
              "top_code"}  # fmt: skip
 OF_SLOT = OF_BLOCKS | {"underflow", "shrinkage", "sqnr_db", "amax", "copy_distance", "kurtosis"}
-OF_ALL = {"zero_scale", "clipped", "top_code", "underflow", "shrinkage", "sqnr_db", "copy_distance"}
+OF_ALL = {"zero_scale", "clipped", "top_code", "underflow", "shrinkage", "sqnr_db", "sqnr_db_by_size",
+          "copy_distance"}  # fmt: skip
 
 
 def make(n_devices=1, **changes):
@@ -221,10 +223,10 @@ def test_a_delayed_scale_is_of_the_updates_before(bench, trained):
         amax = rows[f"amax/{name}/{slot}"].astype(np.float64)
         of = [amax[0], *(max(amax[max(0, k - HISTORY) : k]) for k in range(1, N_STEPS))]
         expected = np.log2(np.divide(of, largest))
-        assert rows[f"scale_log2_max/{name}/{slot}"] == pytest.approx(expected, abs=1e-5)
+        assert rows[f"decode_scale_log2_max/{name}/{slot}"] == pytest.approx(expected, abs=1e-5)
         # At first each micro-batch has its own.
-        assert rows[f"scale_log2_min/{name}/{slot}"][1:] == pytest.approx(expected[1:], abs=1e-5)
-    assert len(set(rows[f"scale_log2_max/{name}/dgrad.g"])) > 2
+        assert rows[f"decode_scale_log2_min/{name}/{slot}"][1:] == pytest.approx(expected[1:], abs=1e-5)
+    assert len(set(rows[f"decode_scale_log2_max/{name}/dgrad.g"])) > 2
     assert (trained["te_delayed"]["clipped/all/dgrad.g"][1:] > 0).any()  # what grew since
 
 

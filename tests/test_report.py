@@ -191,7 +191,7 @@ def matrix(tmp_path_factory):
                             f"underflow/{LAYERS[1]}/A": {step: 0.6 if step >= 12 else 0.1 for step in range(1, 21, 3)},
                             f"sqnr_db/{LAYERS[1]}/W": 30.0,
                             "sqnr_db/all/W": 5.0,
-                            f"effective_lr/{LAYERS[1]}": 0.1,
+                            f"update_gain/{LAYERS[1]}": 0.1,
                             f"grad_cosine/{LAYERS[0]}": {1: 0.999, 11: 0.9985},
                             f"stable_rank/{LAYERS[0]}": {5: 8.0, 10: 2.0, 20: 1.0},
                         }
@@ -230,7 +230,7 @@ def matrix(tmp_path_factory):
                 root / f"{name}-nearest" / f"seed{seed}",
                 val=value,
                 **at_rest,
-                statistics={f"lost/{LAYERS[0]}": {2: 0.4, 3: 0.9}, f"effective_lr/{LAYERS[1]}": {4: 0.2}},
+                statistics={f"lost_update/{LAYERS[0]}": {2: 0.4, 3: 0.9}, f"update_gain/{LAYERS[1]}": {4: 0.2}},
             )
             ulp = {"E4M3": -0.05 + jitter("u", seed, size=0.004), "E2M5": jitter("v", seed, size=0.05)}[name]
             write_run(root / f"{name}-ulp" / f"seed{seed}", val=value + ulp, optimizer="ulp_adamw", **at_rest)
@@ -390,13 +390,13 @@ def test_the_optimizer_is_compared_at_the_same_rate_and_seed(compared):
 
 def test_early_warning_names_step_layer_statistic_and_seed(compared, reader):
     first, every = tables.early_warnings(compared, reader)
-    # Seed 3 overflows from step 7. effective_lr says nothing under a master, and the total of sqnr_db is no layer.
+    # Seed 3 overflows from step 7. update_gain says nothing under a master, and the total of sqnr_db is no layer.
     assert first[Arm("E4M3")] == (3, ("overflow", (7, f"{LAYERS[0]}/G", 0.5, 0.01, 1)))
     assert every[Arm("E4M3")]["underflow"][1][:2] == (13, f"{LAYERS[1]}/A")
     # The first stable rank after the warm-up is that of step 5: 8.0; step 20 holds an eighth of it, not below a tenth.
     assert set(every[Arm("E4M3")]) == {"overflow", "underflow"}
-    assert first[Arm("E4M3", at_rest="nearest")] == (1, ("lost", (3, LAYERS[0], pytest.approx(0.9), 0.5, 1)))
-    assert every[Arm("E4M3", at_rest="nearest")]["effective_lr"][1][:2] == (4, LAYERS[1])
+    assert first[Arm("E4M3", at_rest="nearest")] == (1, ("lost_update", (3, LAYERS[0], pytest.approx(0.9), 0.5, 1)))
+    assert every[Arm("E4M3", at_rest="nearest")]["update_gain"][1][:2] == (4, LAYERS[1])
     assert first[Arm("E5M2")] is None
 
 
@@ -803,14 +803,14 @@ def test_data_of_heat_maps_codes_and_rank_equal_the_records(page, matrix):
     for statistic, layer, operand in (
         ("underflow", LAYERS[1], "A"),
         ("overflow", LAYERS[0], "G"),
-        ("effective_lr", LAYERS[1], ""),
+        ("update_gain", LAYERS[1], ""),
         ("grad_cosine", LAYERS[0], ""),
     ):
         column = history["/".join(filter(None, (statistic, layer, operand)))]
         for step, value in zip(history["step"], column):
             shown = seen.get((statistic, layer, operand, int(step)), math.nan)
             assert shown == pytest.approx(value, nan_ok=True, rel=0)
-    assert not any(statistic == "lost" for statistic, *_ in seen)  # absent, so never 0
+    assert not any(statistic == "lost_update" for statistic, *_ in seen)  # absent, so never 0
     codes = {int(row["code"]): int(row["count"]) for row in read_csv(data["codes.csv"])}
     assert {code: n for code, n in codes.items() if n} == {0: 15, 1: 30, 126: 9, -1: 21} and len(codes) == 255
     rank = [(int(row["step"]), float(row["value"]), float(row["bf16_value"])) for row in read_csv(data["rank.csv"])]
@@ -990,9 +990,12 @@ def test_a_page_that_cannot_be_written_leaves_no_other(tmp_path):
 @pytest.mark.parametrize(
     "version, added",
     [
-        (1, settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5),
-        (2, settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5),
-        (4, settings.ADDED_IN_5),
+        (
+            1,
+            settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5 | settings.ADDED_IN_6,
+        ),
+        (2, settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5 | settings.ADDED_IN_6),
+        (4, settings.ADDED_IN_5 | settings.ADDED_IN_6),
     ],
 )
 def test_runs_of_earlier_versions_are_read(tmp_path, version, added):

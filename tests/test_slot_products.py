@@ -235,9 +235,13 @@ def test_statistics_of_scales():
     amax = np.abs(x).reshape(M, -1, 32).max(-1).astype(np.float64)
     exponent = reference.exponent(amax, 448.0, get_format("E4M3"), "floor")
     assert mx["zero_scale"] == 0 and mx["clipped"] == pytest.approx(np.mean(amax > 448 * 2.0**exponent))
-    assert 0 < mx["clipped"] < 0.5 and mx["scale_log2_min"] == -126 and mx["scale_log2_max"] == exponent.max()
-    assert mx["scale_log2_mean"] == pytest.approx(exponent.mean(), rel=1e-5)
-    assert mx["scale_log2_std"] == pytest.approx(exponent.std(), rel=1e-3)
+    assert (
+        0 < mx["clipped"] < 0.5
+        and mx["decode_scale_log2_min"] == -126
+        and mx["decode_scale_log2_max"] == exponent.max()
+    )
+    assert mx["decode_scale_log2_mean"] == pytest.approx(exponent.mean(), rel=1e-5)
+    assert mx["decode_scale_log2_std"] == pytest.approx(exponent.std(), rel=1e-3)
     want = np.bincount(np.minimum(exponent.max() - exponent, 15).ravel(), minlength=16) / exponent.size
     np.testing.assert_allclose(mx["scale_histogram"], want, atol=1e-6)
     q = reference.quantize(x, RECIPES["mxfp8_floor"].fprop_x, 1).reshape(M, -1, 32)
@@ -255,7 +259,7 @@ def test_statistics_of_a_slot_that_is_not_quantized_and_of_two_micro_batches():
     slots.high[[0, 1, 3]] = True
     slots.source[3] = 0
     stats = named_slot_statistics(products(x, w, g, slots, MEASURED)[3])["fprop.x"]
-    assert all(np.isnan(stats[name]) for name in ("zero_scale", "clipped", "scale_log2_mean", "top_code"))
+    assert all(np.isnan(stats[name]) for name in ("zero_scale", "clipped", "decode_scale_log2_mean", "top_code"))
     assert 50 < stats["sqnr_db"] < 60 and stats["underflow"] == 0  # bfloat16's
 
     # Blocks lie within rows, so two micro-batches together are quantized as one batch of both.
@@ -269,8 +273,8 @@ def test_statistics_of_a_slot_that_is_not_quantized_and_of_two_micro_batches():
     assert both["sqnr_db"] == pytest.approx(10 * np.log10((v**2).sum() / ((q - v) ** 2).sum()), abs=1e-3)
     assert both["shrinkage"] == pytest.approx(1 - (v * q).sum() / (v * v).sum(), abs=1e-6)
     for name, of_both in (
-        ("scale_log2_min", min),
-        ("scale_log2_max", max),
+        ("decode_scale_log2_min", min),
+        ("decode_scale_log2_max", max),
         ("clipped", np.mean),
         ("kurtosis", np.mean),
     ):

@@ -41,7 +41,7 @@ def run_monitor(losses, *, bad=None, neuron_norms=None, zero_update=None):
             bad=is_bad,
             dead_streak=streak,
             dead_shares=share,
-            zero_update_S=jnp.float32(zero_update[k]),
+            stalled_S=jnp.float32(zero_update[k]),
             thresholds=THRESHOLDS,
         )
         begun.append({kind: np.asarray(value) for kind, value in begins.items() if np.any(value)})
@@ -164,7 +164,7 @@ def run_format_monitor(lost=None, overflow=None, bad=None):
             bad=jnp.asarray(bad[k]),
             dead_streak=(),
             dead_shares=jnp.zeros(0),
-            zero_update_S=jnp.zeros(2),
+            stalled_S=jnp.zeros(2),
             thresholds=THRESHOLDS,
             lost_S=jnp.float32(lost[k]),
             overflow_O=jnp.float32(overflow[k]),

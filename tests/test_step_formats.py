@@ -79,7 +79,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def master():
-    """With the shadow, so that whatever equals a run without one proves that it moves nothing."""
+    """With the reference gradient, so that whatever equals a run without one proves that it moves nothing."""
     return build(quant=MASTER, reference_gradient=True, reference_interval=3)
 
 
@@ -114,7 +114,7 @@ def on_grid(name, scale, w):
 
 
 def test_bfloat16_as_a_format_trains_like_the_baseline_bit_for_bit(plain, master, runs):
-    """The one with the shadow, the other without."""
+    """The one with the reference gradient, the other without."""
     state, rows = advance(plain, fresh(plain), 10)
     quantized, quantized_rows = runs["BF16"]
     np.testing.assert_array_equal(column(master, quantized_rows, "loss"), column(plain, rows, "loss"))
@@ -136,7 +136,7 @@ def test_e0m7_and_e1m6_train_alike_to_the_bit(master, runs):
     (one, one_rows), (other, other_rows) = (runs[name] for name in ("E0M7", "E1M6"))
     assert_same(one.params, other.params)
     assert_same(one.opt_state, other.opt_state)
-    for name in ("loss", "sparse/sqnr_db/all/G", "sparse/flip", "sparse/effective_lr"):
+    for name in ("loss", "sparse/sqnr_db/all/G", "sparse/flip", "sparse/update_gain"):
         np.testing.assert_array_equal(column(master, one_rows, name), column(master, other_rows, name))
     np.testing.assert_array_equal(
         column(master, one_rows, "sparse/scale/head/W") * 4, column(master, other_rows, "sparse/scale/head/W")
@@ -319,7 +319,7 @@ def test_the_ledger_of_a_float32_master(master):
                 "flip": moved.mean(),
                 "scale_flip": jumped.mean(),
                 "code_age": ages[layer].mean(),
-                "effective_lr": (u * arrived).sum() / (u * u).sum(),
+                "update_gain": (u * arrived).sum() / (u * u).sum(),
             }.items():
                 got = column(master, rows, f"sparse/{statistic}/{layer}")[0]
                 assert got == pytest.approx(value, rel=1e-4, abs=1e-6), (statistic, layer)
@@ -343,6 +343,8 @@ def test_micro_batches_have_the_statistics_of_the_whole_batch(master, accumulate
     np.testing.assert_allclose(part_amax[:, 1], amax[:, 1], rtol=1e-5)
     np.testing.assert_allclose(part_amax[:, 2], 2 * amax[:, 2], rtol=0.2)
     assert part_amax[MASTER_LAYERS.index("head"), 2] == 2 * amax[MASTER_LAYERS.index("head"), 2]
+    assert column(accumulated, part_rows, "sparse/amax/head/G") == column(master, rows, "sparse/amax/head/G")
+    assert column(accumulated, part_rows, "sparse/amax/head/W") == column(master, rows, "sparse/amax/head/W")
     for layer in (*MASTER_LAYERS, "all"):
         for operand in "WA":  # shares and energies of both halves together, by their numbers of elements
             for statistic in ("underflow", "overflow", "clipped_energy", "sqnr_db"):
@@ -369,7 +371,7 @@ def test_micro_batches_have_a_noise_of_their_own(accumulated):
     assert odd > 0 and in_all > 100
 
 
-# The shadow.
+# The reference gradient.
 
 
 def elements(tree):
@@ -389,7 +391,7 @@ def first_gradient(functions, start, *table):
     return jax.tree.map(lambda m: m / (np.float32(1 - 0.9) * factor), state.opt_state[0].mu)
 
 
-def test_the_shadow_compares_with_the_float64_gradient(plain, master, runs):
+def test_the_step_is_compared_with_the_float64_gradient(plain, master, runs):
     table = named(MASTER, "E5M2")
     rows = runs["E5M2"][1]
     compared = column(master, rows, "sparse/grad_cosine")
@@ -525,7 +527,7 @@ def test_error_feedback_keeps_the_rest_of_every_update_and_counts_only_what_it_l
             np.testing.assert_allclose(new_w + still_owed, sum_of_all, rtol=1e-4, atol=rounding)
             scale = after.quant.rest_scale[key_of(layer)]
             stayed = codes(name, scale, w) == codes(name, scale, new_w)
-            lost = column(functions, rows, f"sparse/lost/{layer}")[0]
+            lost = column(functions, rows, f"sparse/lost_update/{layer}")[0]
             assert lost == pytest.approx(np.mean(stayed & (owed == still_owed) & (updates[layer] != 0)), abs=1e-6)
 
 
@@ -694,7 +696,7 @@ def test_what_stored_weights_lost_raises_an_alert(shifted, warm):
     monitor = state.monitor._replace(lost_WS=np.ones_like(state.monitor.lost_WS), seen=np.int32(10))
     _, rows = advance(shifted, state._replace(monitor=monitor), 1, table)
     for layer in STORED_FORMATS:
-        lost = column(shifted, rows, f"sparse/lost/{layer}")[0]
+        lost = column(shifted, rows, f"sparse/lost_update/{layer}")[0]
         assert column(shifted, rows, f"alert/bit_stall/{layer}")[0] == pytest.approx((4 + lost) / 5) and lost < 1
 
 
@@ -721,7 +723,7 @@ def test_the_ledger_of_stored_weights_whose_scale_moves(shifted, warm, factor):
         np.testing.assert_array_equal(after.quant.age[key], ages)
         for statistic, value in {
             "flip": moved.mean(),
-            "lost": 1 - moved.mean(),
+            "lost_update": 1 - moved.mean(),
             "scale_flip": jumped.mean(),
             "code_age": ages.mean(),
         }.items():
@@ -795,7 +797,7 @@ def test_the_last_format_is_kept(shifted, warm):
 
 def test_stored_weights_need_no_ledger_among_the_metrics():
     functions = build(TWO_BLOCKS, quant=dataclasses.replace(STORED, weights_at_rest="nearest"), metric_groups=())
-    assert not any(name.startswith("sparse/lost") for name in functions.metric_names)
+    assert not any(name.startswith("sparse/lost_update") for name in functions.metric_names)
 
 
 def test_scales_per_channel_of_a_head_that_has_the_shape_of_another_layer():

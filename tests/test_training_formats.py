@@ -1,6 +1,6 @@
 """Whole runs in number formats: what they record, that they resume to the byte, and what is refused before they start.
 
-One configuration is compiled for most of these tests: E4M3 forward, E5M2 gradients, stored weights, a shadow.
+One configuration is compiled for most of these tests: E4M3 forward, E5M2 gradients, stored weights, a reference.
 """
 
 import dataclasses
@@ -49,14 +49,24 @@ STORED = dict(
     checkpoint_interval=20,
     steps_per_dispatch=4,
 )
-OPERAND = {"overflow", "underflow", "clipped_energy", "sqnr_db", "amax", "scale", "dynamic_range"}
-OF_STORED = {"amax", "scale", "dynamic_range"}  # weights on their grid are not rounded again
+OPERAND = {"overflow", "underflow", "clipped_energy", "sqnr_db", "amax", "encode_scale", "dynamic_range"}
+OF_STORED = {"amax", "encode_scale", "dynamic_range"}  # weights on their grid are not rounded again
 FROM_OWN_AMAX = OPERAND - {"overflow", "clipped_energy"}  # nothing can be clipped
 CODES = {"codes_used", "codes_used_share", "code_entropy"}
-LEDGER = {"flip", "lost", "stall_ratio", "effective_lr", "lost_energy", "ulps_moved", "scale_flip", "code_age"}
+LEDGER = {
+    "flip",
+    "not_flipped",
+    "lost_update",
+    "stall_ratio",
+    "update_gain",
+    "update_error",
+    "ulps_moved",
+    "scale_flip",
+    "code_age",
+}
 FIDELITY = {f"grad_{name}{of}" for name in ("cosine", "sqnr_db", "flushed") for of in ("", "_bfloat16")}
-# In row k + 1 stands update k, and every third one has a shadow.
-SHADOWED = set(range(1, 41, 3))
+# In row k + 1 stands update k, and every third one is compared.
+COMPARED = set(range(1, 41, 3))
 
 
 @pytest.fixture(scope="module")
@@ -123,29 +133,29 @@ def test_the_rows_hold_every_layer_and_operand(whole):
                 # The first scale comes from the own amax.
                 not_yet = {"overflow"} if row["step"] == 1 else set()
                 assert statistics_of(row, f"{layer}/{operand}") == OPERAND - not_yet | (CODES if diagnosed else set())
-            shadow = FIDELITY if row["step"] in SHADOWED else set()
+            fidelity = FIDELITY if row["step"] in COMPARED else set()
             rank = {"stable_rank", "participation_ratio", "spectral_norm"} if diagnosed else set()
-            assert statistics_of(row, layer) == LEDGER | shadow | rank
-        assert LEDGER <= set(row) and (row["step"] in SHADOWED) == (FIDELITY <= set(row))
+            assert statistics_of(row, layer) == LEDGER | fidelity | rank
+        assert LEDGER <= set(row) and (row["step"] in COMPARED) == (FIDELITY <= set(row))
         assert not any(name.startswith("sparse/") for name in row) and "NaN" not in row.values()
     losses = whole.history["loss"][1:]
     assert losses[-5:].mean() < losses[:5].mean() - 0.3
     cosine = whole.history["grad_cosine"][1:]
-    assert set(np.flatnonzero(np.isfinite(cosine)) + 1) == SHADOWED and 0.9 < np.nanmin(cosine) < 1
+    assert set(np.flatnonzero(np.isfinite(cosine)) + 1) == COMPARED and 0.9 < np.nanmin(cosine) < 1
 
 
 def test_scales_come_from_the_largest_of_earlier_amaxes(whole):
     """amax_history is 16: the record itself says what the scale of the next update must be."""
     for name in (f"{layer}/{operand}" for layer in LAYERS for operand in "AG"):
         largest = {"A": 448.0, "G": 57344.0}[name[-1]]
-        amax, scale = (whole.history[f"{statistic}/{name}"][1:] for statistic in ("amax", "scale"))
+        amax, scale = (whole.history[f"{statistic}/{name}"][1:] for statistic in ("amax", "encode_scale"))
         expected = [2.0 ** np.floor(np.log2(largest / max(amax[max(0, i - 16) : i]))) for i in range(1, 40)]
         np.testing.assert_array_equal(scale[1:], expected)
 
 
 def test_the_manifest_certifies_the_formats(whole):
     found = json.loads((whole.run_dir / "manifest.json").read_text())
-    assert found["schema_version"] == 5 and found["config"]["formats"] == ["E4M3", "block_*:G=E5M2"]
+    assert found["schema_version"] == 6 and found["config"]["formats"] == ["E4M3", "block_*:G=E5M2"]
     assert [(layer["layer"], layer["w"], layer["a"], layer["g"]) for layer in found["formats"]["layers"]] == [
         (layer, "E4M3", "E4M3", "E5M2") for layer in LAYERS
     ]
@@ -242,10 +252,10 @@ def test_what_does_not_apply_is_not_recorded(mixed):
             "head": [set(), set(), FROM_OWN_AMAX | CODES],
         }
         for layer in (*LAYERS, "head"):
-            of_weights = LEDGER - {"lost"} | {"not_flipped"} if found[layer][0] else set()
-            assert statistics_of(row, layer) & (LEDGER | {"not_flipped"}) == of_weights
+            of_weights = LEDGER - {"lost_update"} if found[layer][0] else set()
+            assert statistics_of(row, layer) & LEDGER == of_weights
         assert not FIDELITY & set(row)
-        assert 30 < row["sqnr_db/block_0/mlp_up/W"] < 40 and row["scale/head/G"] > 1
+        assert 30 < row["sqnr_db/block_0/mlp_up/W"] < 40 and row["encode_scale/head/G"] > 1
     lines = lines_of(mixed.run_dir)
     assert {(line["layer"], line["operand"], line["format"], "codes" in line) for line in lines} == {
         *(("block_0/mlp_up", operand, "E3M4", True) for operand in "WAG"),
@@ -295,7 +305,7 @@ def interrupt(monkeypatch, step, how):
 
 
 def test_an_interrupted_run_equals_the_whole(whole, data_dir, tmp_path, monkeypatch):
-    """Stopped between two shadows, then killed between a diagnosis and the next checkpoint, in the middle of a line."""
+    """Stopped between two comparisons, then killed between a diagnosis and the next checkpoint, in the middle of a line."""
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt(patch, 14, signal.SIGTERM)
@@ -361,7 +371,7 @@ def test_a_run_of_schema_version_1_goes_on(data_dir, tmp_path):
     assert (tmp_path / "old" / "metrics.jsonl").read_bytes() == (tmp_path / "new" / "metrics.jsonl").read_bytes()
     assert state_bytes(tmp_path / "old", 20) == state_bytes(tmp_path / "new", 20)
     manifest = json.loads(path.read_text())
-    assert manifest["schema_version"] == 5 and manifest["config"]["formats"] == []
+    assert manifest["schema_version"] == 6 and manifest["config"]["formats"] == []
     assert not (tmp_path / "old" / "diagnostics.jsonl").exists()
 
 
