@@ -49,8 +49,9 @@ def reference(fmt, scale, w, new_w, update, age, unlost):
         ages.append(0 if moved else min(int(updates) + 1, 65535))
         u = float(u)
         for name, value in (("elements", 1), ("updates", u != 0), ("flips", moved), ("dot", u * arrived),
-                            ("stay", u != 0 and not moved), ("lost", u != 0 and not moved and not owed), ("energy", u * u),
-                            ("missed", (u - arrived) ** 2), ("codes", abs(codes[1] - codes[0]))):  # fmt: skip
+                            ("stay", u != 0 and not moved), ("energy", u * u),
+                            ("lost", u != 0 and not moved and not owed), ("missed", (u - arrived) ** 2),
+                            ("codes", abs(codes[1] - codes[0]))):  # fmt: skip
             sums[name] += value
     return sums | {"age": sum(ages), "scale_flips": 3.0}, np.reshape(ages, age.shape)
 

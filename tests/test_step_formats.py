@@ -139,7 +139,8 @@ def test_e0m7_and_e1m6_train_alike_to_the_bit(master, runs):
     for name in ("loss", "sparse/sqnr_db/all/G", "sparse/flip", "sparse/update_gain"):
         np.testing.assert_array_equal(column(master, one_rows, name), column(master, other_rows, name))
     np.testing.assert_array_equal(
-        column(master, one_rows, "sparse/scale/head/W") * 4, column(master, other_rows, "sparse/scale/head/W")
+        column(master, one_rows, "sparse/encode_scale/head/W") * 4,
+        column(master, other_rows, "sparse/encode_scale/head/W"),
     )
 
 
@@ -489,7 +490,7 @@ def adam_step(state, layer, rate, ulps=None):
     direction = mu / (1 - 0.9**count) / (np.sqrt(nu / (1 - 0.95**count)) + 1e-8)
     if ulps is not None:
         u = np.maximum(ulps / ulps.max(), 2.0**-8)
-        direction = direction * u / u.mean()
+        direction = direction * u / np.sqrt(np.mean(u**2))
     return -rate * direction
 
 
@@ -548,7 +549,7 @@ def test_stochastic_storing_is_unbiased_with_noise_of_its_own_for_every_layer_an
             assert np.all((new_w == low) | (new_w == high) | settled)
             score = np.where(settled, 0, ((new_w == high) - share) / np.sqrt(np.clip(share * (1 - share), 1e-4, 1)))
             z[layer, step] = (np.sign(target) * score).ravel()  # noise adds to magnitudes
-            assert np.mean((new_w == high) != (share > 0.5)) > 0.05
+            assert np.mean((new_w == high) != (share > 0.5)) > 0.02
             assert abs(score.mean()) < 5 / np.sqrt(score.size)
     pairs = [((layer, 0), (layer, 1)) for layer in STORED_FORMATS]
     pairs += [tuple((layer, step) for layer in STORED_FORMATS) for step in range(2)]
@@ -569,7 +570,7 @@ def test_stochastic_operands_have_another_noise_at_every_update():
 
 
 def test_the_optimizers_not_tried_above_run_and_repeat(accumulated):
-    assert {optimizer for optimizer, _ in AT_REST.values()} | {"adamw", "grid"} == set(OPTIMIZERS)
+    assert {optimizer for optimizer, _ in AT_REST.values()} | {"adamw", "grid", "ulp_adamw_mean"} == set(OPTIMIZERS)
     table = named(MASTER, "E4M3")
     start = fresh(accumulated, table)
     state, rows = advance(accumulated, start, 5, table)

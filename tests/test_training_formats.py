@@ -305,7 +305,7 @@ def interrupt(monkeypatch, step, how):
 
 
 def test_an_interrupted_run_equals_the_whole(whole, data_dir, tmp_path, monkeypatch):
-    """Stopped between two comparisons, then killed between a diagnosis and the next checkpoint, in the middle of a line."""
+    """Stopped between two comparisons, then killed between a diagnosis and the next checkpoint, within a line."""
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt(patch, 14, signal.SIGTERM)

@@ -78,9 +78,11 @@ def test_stored_weights_end_on_their_grid():
     old = {group.name: weights_of(state.params, group.name) for group in step.groups}
     assert [stacking.layers_of(name) for name in old] == [(f"block_0/{part}", f"block_1/{part}") for part in PARTS]
     updates = jax.tree.map(lambda w: jnp.full_like(w, 0.01), old)
-    params = with_weights(state.params, jax.tree.map(jnp.add, old, updates))
+    applied = with_weights(jax.tree.map(jnp.zeros_like, state.params), updates)
+    params = jax.tree.map(jnp.add, state.params, applied)
     change = update.Change(old, updates, finite=jnp.bool_(True), bad=jnp.bool_(False))
-    after = update.apply_formats(step, formats, change, params, quantization.no_statistics(QUANT))
+    asked = update.Update(jnp.float32(0), jnp.float32(1), applied, applied, params, None, None)
+    after = update.apply_formats(step, formats, change, asked, quantization.no_statistics(QUANT))
     formats_Q3 = jax.tree.map(np.asarray, formats.in_use_Q3)
     for q, layer in enumerate(step.stored):
         group = stacking.group_of(layer, step.plain.segments)
@@ -90,6 +92,11 @@ def test_stored_weights_end_on_their_grid():
         grid = Grid(fmt, after.quant.rest_scale[quantization.key_of(group)][i])
         np.testing.assert_array_equal(w, to_grid(w, grid))
         assert not np.array_equal(w, old[group][i])
+        # What is told of the update is what the weight took, not what was asked for.
+        taken = np.linalg.norm(np.float64(w) - old[group][i])
+        at = after.moved.layers.index(layer)
+        assert after.moved.norm[at] == pytest.approx(taken, rel=1e-5) and taken != pytest.approx(0.01 * np.sqrt(w.size))
+        assert after.moved.zeros[at] == pytest.approx((np.sum(w == old[group][i]) + w.shape[1]) / (w.size + w.shape[1]))
     assert set(after.entries) == set(old) and not after.rises
     assert {entries.shape[0] for entries in after.entries.values()} == {MODEL.n_layer}
 

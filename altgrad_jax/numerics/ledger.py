@@ -71,7 +71,7 @@ def store(w, update, old_grid: Grid, fmt: FormatParams, *, residual=None, seed=N
     reached = amax * old_grid.scale
     moves = force | (reached > limit + ulp(limit, Grid(fmt, 1.0)) / 2) | (reached <= limit / 4)
     grid = Grid(fmt, jnp.where(moves, scale_for(amax, fmt), old_grid.scale))
-    weights = to_grid(target, grid, seed=seed)
+    weights = to_grid(target if seed is None else _within(target, grid), grid, seed=seed)
     if residual is not None:
         residual = (target - weights).astype(jnp.bfloat16)
     return Stored(weights, residual, grid)
@@ -122,8 +122,17 @@ def expected_to_move(w, update, grid: Grid) -> jax.Array:
 
     The mean is w + update, which is computed in float32, but no larger than the largest number.
     """
+    return _within(w + update, grid) != w
+
+
+def _within(target, grid: Grid) -> jax.Array:
+    """What is beyond the largest number as that number; what is not finite stays.
+
+    The scale moves where a weight is beyond it by more than half a gap. Rounded up, one within half a gap would overflow
+    to infinity or NaN with saturate=False.
+    """
     largest = grid.format.max_finite * (1 / grid.scale)
-    return jnp.clip(w + update, -largest, largest) != w
+    return jnp.where(jnp.isfinite(target), jnp.clip(target, -largest, largest), target)
 
 
 def _count(mask):

@@ -162,7 +162,6 @@ def set_up(
             n_train_windows=data.tokens.n_train_windows,
             eval_batch_size=data.eval_batch_size,
             seed=config.seed,
-            data_seed=config.data_seed,
         )
     processes.everywhere(lambda: (certify(functions.step.quant), certify_recipes(functions.step.recipe)))
     return Setup(config, data, functions, tuple(devices), side_by_side)

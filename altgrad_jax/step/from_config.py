@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from altgrad_jax import config as settings
 from altgrad_jax.config import Config
 from altgrad_jax.errors import UserError
@@ -32,6 +30,7 @@ _SAME_NAME = (
     "moments",
     "moments_rounding",
     "grad_clip",
+    "data_seed",
     "reference_gradient",
     "reference_interval",
 )
@@ -98,9 +97,7 @@ def step_options(config: Config, *, steps_per_dispatch: int, data_on_device: boo
 
 def inputs_of(config: Config) -> Inputs:
     """What the run that `config` describes gives the compiled step as data."""
-    options = step_options(config, steps_per_dispatch=1)
-    table = update.numbers_table(options)
-    return Inputs(np.int32(config.seed), np.float32(config.learning_rate), table, np.uint32(config.data_seed))
+    return update.inputs_of(step_options(config, steps_per_dispatch=1), config.seed)
 
 
 def flops_per_step(config: Config) -> float:

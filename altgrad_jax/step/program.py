@@ -7,7 +7,8 @@ array, the one thing the host fetches of every dispatch (beside two counters of 
 
 The batch of update k is windows k*batch_size ... (k+1)*batch_size - 1 of the run's sequence of windows, which depends
 on the data seed alone (data.dataset.permute_windows), an argument of the program. All index arithmetic of a dispatch is
-done once, before its loop. After `nan_patience` non-finite steps in a row the loop ends early and the state changes no more.
+done once, before its loop. After `nan_patience` non-finite steps in a row the loop ends early and the state changes no
+more.
 
 The functions that are compiled are at the top, pure, with their static choices as first arguments;
 `make_step_functions` and `over_members` give them to jax.jit, and a `Program` compiles them ahead of the first step.
@@ -159,7 +160,7 @@ class StepFunctions(NamedTuple):
       and after the step at which the state froze, are NaN. n_steps <= steps_per_dispatch.
     evaluate: (params, windows uint16 [E, L+1], state.quant, table) -> float32 mean loss in nats per token, by the
       forward pass of the training: quantized where it is, without dropout, every operand rounded to nearest.
-    window_losses: (params, windows uint16 [E, L+1], state.quant, table) -> float32 [E], `evaluate` of each window alone.
+    window_losses: (params, windows uint16 [E, L+1], state.quant, table) -> float32 [E], `evaluate` of each by itself.
     diagnose: (params, windows uint16 [B, L+1], state.quant, table) -> ({name: float32 scalar}, Observed or None): the
       rank of the weights, and with formats how a forward and backward pass over these windows uses them.
     abstract_state: the state's shapes, dtypes and shardings, for restoring.
@@ -179,12 +180,10 @@ class StepFunctions(NamedTuple):
     step: Step
 
 
-def make_step_functions(
-    model_config: GPTConfig, options: StepOptions, mesh, *, n_train_windows, eval_batch_size, seed, data_seed=0
-):
+def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, n_train_windows, eval_batch_size, seed):
     """Builds the compiled functions of a run; compiles nothing yet.
 
-    Args: those of Step, `model_config` without rules; and the seeds for `StepFunctions.inputs`. The limit of the loss's
+    Args: those of Step, `model_config` without rules; and the seed for `StepFunctions.inputs`. The limit of the loss's
     logits in `model_config` is that of one device.
     """
     plain = quantization.layout(model_config, options.quant)
@@ -192,8 +191,7 @@ def make_step_functions(
         platform = mesh.devices.flat[0].platform
         options = dataclasses.replace(options, recipe=recipe.for_platform(options.recipe, platform))
     step = Step(plain, options, mesh, n_train_windows, eval_batch_size)
-    table = update.numbers_table(options)
-    inputs = Inputs(np.int32(seed), np.float32(options.learning_rate), table, np.uint32(data_seed))
+    inputs = update.inputs_of(options, seed)
     init = partial(update.init, step)
     shapes = jax.eval_shape(init, 0, inputs.formats)
     shardings = state_shardings(shapes, mesh)

@@ -78,7 +78,8 @@ class Inputs(NamedTuple):
 class StepOptions:
     """Choices of a training step; names and units as in the config.
 
-    All are static but for the learning rate and the names of the formats, which only enter `StepFunctions.inputs`.
+    All are static but for the learning rate, the data seed and the names of the formats, which only enter
+    `StepFunctions.inputs`.
     """
 
     batch_size: int
@@ -98,6 +99,7 @@ class StepOptions:
     moments: str = "float32"
     moments_rounding: str = "nearest"
     grad_clip: float = 1.0
+    data_seed: int = 0
     metric_groups: tuple[str, ...] = METRIC_GROUPS
     data_on_device: bool = True  # False: the host brings the batches of each dispatch
     optimizer: str = "adamw"
@@ -498,6 +500,12 @@ def numbers_table(options: StepOptions) -> Any:
     return None if options.quant is None else quantization.format_table(options.quant)
 
 
+def inputs_of(options: StepOptions, seed: int) -> Inputs:
+    """What a run with these options and this seed gives the compiled step as data; NumPy."""
+    table = numbers_table(options)
+    return Inputs(np.int32(seed), np.float32(options.learning_rate), table, np.uint32(options.data_seed))
+
+
 def operands_at(
     plain: GPTConfig,
     quant: quantization.QuantOptions | None,
@@ -761,7 +769,7 @@ def enter_ledger(
         if options.weights_at_rest == "error_feedback":
             unlost = next_quant.residual[key] != formats.state.residual[key]
         elif options.weights_at_rest == "stochastic":
-            unlost = ledger.expected_to_move(old_n, update_n, next_n)
+            unlost = jax.vmap(ledger.expected_to_move)(old_n, update_n, next_n)
         # Stored weights are counted on the grid they end on; operands on the one they were rounded on.
         sums_n, new_age_n = jax.vmap(ledger.entries)(
             old_n, new[name], update_n, next_n if options.stored else grid_n, age=age_n, unlost=unlost
