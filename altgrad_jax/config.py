@@ -470,6 +470,7 @@ def _conflicts(values: Mapping[str, Any]) -> list[str]:
     return [
         *_without_effect(c),
         *conflicts.of_sizes(c),
+        *conflicts.of_one_token(c),
         *conflicts.of_schedule(c),
         *conflicts.of_moments(c),
         *conflicts.of_formats(c),

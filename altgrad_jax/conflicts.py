@@ -74,6 +74,21 @@ def of_sizes(c: Any) -> Iterator[str]:
             )
 
 
+def of_one_token(c: Any) -> Iterator[str]:
+    """A pass over a single token: XLA's CPU compiler refuses a bfloat16 product with one row."""
+    if c.compute_dtype != "bfloat16" or c.block_size > 1:
+        return
+    rows = {"batch_size / grad_accum_steps": c.batch_size // c.grad_accum_steps, "eval_batch_size": c.eval_batch_size}
+    if c.evaluate_all:
+        rows["with evaluate_all the batch of a window"] = 1
+    for name, n in rows.items():
+        if n == 1:
+            yield (
+                f"block_size=1 and {name} of 1 make passes over a single token, which compute_dtype='bfloat16' cannot "
+                "compute: give more tokens, or compute_dtype='float32'"
+            )
+
+
 def of_schedule(c: Any) -> Iterator[str]:
     """What is wrong between the length of a run and its learning rates."""
     decay = decay_steps(c.decay_fraction, c.max_steps)

@@ -794,6 +794,23 @@ def test_a_record_of_version_1_is_one_with_the_defaults():
     assert from_dict(quantized).amax_history == settings.upgraded(quantized)["amax_history"] == 4
 
 
+def problems_of(values):
+    return settings.problems(settings.values_of(changed(**values)))
+
+
+def test_a_pass_over_one_token_is_refused_in_bfloat16():
+    small = dict(block_size=1, batch_size=4, eval_batch_size=4, eval_windows=4)
+    assert problems_of(small) == [] == problems_of(small | {"batch_size": 1, "compute_dtype": "float32"})
+    for values, name in (
+        ({"batch_size": 1}, "batch_size / grad_accum_steps"),
+        ({"grad_accum_steps": 4}, "batch_size / grad_accum_steps"),
+        ({"eval_batch_size": 1}, "eval_batch_size"),
+        ({"evaluate_all": True}, "with evaluate_all the batch of a window"),
+    ):
+        (text,) = problems_of(small | values)
+        assert text.startswith(f"block_size=1 and {name} of 1 make passes over a single token") and "float32" in text
+
+
 def test_settings_of_before_version_6_have_todays_names_and_words():
     new = to_dict(changed(use_fp8=True, formats=("E4M3",), scaling="current,rowwise,1x32", reference_gradient=True))
     old = {name: value for name, value in new.items() if name not in ("reference_gradient", "reference_interval")}

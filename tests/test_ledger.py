@@ -343,6 +343,13 @@ def test_stochastic_rounding_loses_only_what_no_draw_can_move():
     assert abs(found["update_gain"] - 1) < 0.2
 
 
+def test_a_weight_within_half_a_gap_of_the_largest_number_is_never_rounded_up_to_infinity():
+    fmt = format_params(get_format("E5M2"), saturate=False)
+    w, update = np.full((64, 64), 57344, np.float32), np.full((64, 64), 2000, np.float32)
+    after = store(w, update, Grid(fmt, np.float32(1)), fmt, seed=stochastic_seed(1, 2, 3))
+    assert after.grid.scale == 1 and np.all(after.weights == 57344)
+
+
 def test_equal_steps_are_all_or_nothing_on_an_even_grid():
     """Stored weights of E0M7 lie half a gap from every midpoint: u of 6e-4 in gaps of 2^-10 moves all, of 4e-4 none."""
     sign = np.sign(normal(9, (384, 384), 1))

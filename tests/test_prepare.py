@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from altgrad_jax.data import duplicates, sources
 from altgrad_jax.data import prepare as prep
-from altgrad_jax.data import sources
 from altgrad_jax.data.prepare import prepare, prepare_source, resolve
 from altgrad_jax.data.sources import Document, Source, SourceUnavailable
 from altgrad_jax.data.tokenizer import get_tokenizer
@@ -46,6 +46,34 @@ def split_of(folder):
     return documents_of(folder / "train.bin"), documents_of(folder / "val.bin")
 
 
+def occurs(train_T, val_T, n):
+    """By a set of all stretches of n tokens."""
+    known = {train_T[i : i + n].tobytes() for i in range(len(train_T) - n + 1)}
+    return np.array([val_T[i : i + n].tobytes() in known for i in range(len(val_T) - n + 1)])
+
+
+def test_validation_windows_that_occur_in_the_training_tokens_are_counted(monkeypatch):
+    rng = np.random.default_rng(0)
+    train_T, val_T = (rng.integers(0, 4, n).astype("<u2") for n in (3000, 64 * 6 + 9))
+    val_T[:64] = train_T[1000:1064]  # verbatim
+    val_T[100:300] = train_T[77:277]
+    val_T[160] ^= 1  # windows 2 and 3 nearly
+    monkeypatch.setattr(duplicates, "_PIECE", 700)  # stretches lie across pieces
+    for n, stride in ((3, 1), (32, 1), (64, 64)):
+        np.testing.assert_array_equal(
+            duplicates.repeated(train_T, val_T, n, stride), occurs(train_T, val_T, n)[::stride]
+        )
+    found = duplicates.duplicates(train_T, val_T)
+    starts = np.flatnonzero(occurs(train_T, val_T, 32))
+    covered = np.zeros(len(val_T), bool)
+    for start in starts:
+        covered[start : start + 32] = True
+    near = covered[: 6 * 64].reshape(6, 64).mean(1) >= 0.8
+    assert near.tolist() == [True, False, True, True, False, False]
+    assert found == {"window": 64, "windows": 6, "verbatim": round(2 / 6, 6), "near": 0.5}
+    assert duplicates.duplicates(train_T, val_T[:63])["windows"] == 0
+
+
 def test_files_and_meta(tmp_path):
     texts = ["eins", "", "zwei ü", " \n", "drei"]
     meta = make(tmp_path, texts, ["train", "train", "validation", "validation", "train"])
@@ -58,6 +86,7 @@ def test_files_and_meta(tmp_path):
     assert (meta["schema_version"], meta["source"], meta["licence"]) == (1, "local", "CC0")
     assert (meta["tokenizer"], meta["vocab_size"], meta["largest_token"]) == ("bytes", 256, 255)
     assert (meta["split"], meta["split_seed"]) == ("source", None)
+    assert meta["duplicates"] == {"window": 64, "windows": 0, "verbatim": 0.0, "near": 0.0}
     for name, digest in meta["sha256"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
 

@@ -33,7 +33,9 @@ from altgrad_jax.run.record import (
     read_manifest,
     read_rows,
     read_timing,
+    read_window_losses,
     write_manifest,
+    write_window_losses,
 )
 from altgrad_jax.run.writer import DispatchRecord, Formatter, RunFacts, Writer
 
@@ -541,3 +543,65 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_atomically(tmp_path / "f", "not bytes")
     assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+# ------------------------------------------------------------------------------------------- names of earlier versions
+
+
+OLD_ROW = {"loss": 2.0, "lost": 0.7, f"lost/{LAYER}": 0.8, f"effective_lr/{LAYER}": 0.5, "lost_energy": 1.5,
+           f"update_norm/{LAYER}": 3.0, f"zero_update/{LAYER}": 0.0, f"amax/{LAYER}/G": 4.0, f"scale/{LAYER}/W": 8.0,
+           f"scale_log2_max/{LAYER}/dgrad.g": -3.0, f"grad_snr/{LAYER}": 1.0, "flip": 0.1}  # fmt: skip
+SAME = {"loss": 2.0, f"update_gain/{LAYER}": 0.5, "update_error": 1.5, f"encode_scale/{LAYER}/W": 8.0, "flip": 0.1}
+OF_ALL = {f"amax/{LAYER}/G": 4.0, f"decode_scale_log2_max/{LAYER}/dgrad.g": -3.0}
+OF_PARTS = {f"micro_batch_amax/{LAYER}/G": 4.0, f"micro_batch_decode_scale_log2_max/{LAYER}/dgrad.g": -3.0}
+REQUESTED = {f"requested_update_norm/{LAYER}": 3.0, f"requested_zero_update/{LAYER}": 0.0}
+LOST = {"lost_update": 0.7, f"lost_update/{LAYER}": 0.8}
+ONE_DRAW = {"not_flipped": 0.7, f"not_flipped/{LAYER}": 0.8}
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({}, LOST | OF_ALL | {f"update_norm/{LAYER}": 3.0, f"zero_update/{LAYER}": 0.0}),
+        ({"weights_at_rest": "nearest"}, LOST | OF_ALL | REQUESTED),
+        ({"weights_at_rest": "stochastic", "grad_accum_steps": 4}, ONE_DRAW | OF_PARTS | REQUESTED),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 5])
+def test_older_rows_have_the_names_of_today_and_none_whose_definition_changed(tmp_path, config, expected, version):
+    manifest = {"config": config, "data": {"fingerprint": "f"}, "starts": [{"step": 0}], "run_id": "r"}
+    write_manifest(tmp_path, manifest)
+    path = tmp_path / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": version}))
+    rows = [{"step": step} | OLD_ROW for step in (1, 2)]
+    (tmp_path / METRICS).write_text("".join(format_row(row) + "\n" for row in rows))
+    (tmp_path / TIMING).touch()
+    first, second = read_rows(tmp_path)
+    assert first == {"step": 1} | SAME | expected
+    assert second == {"step": 2} | SAME | expected | {f"grad_snr/{LAYER}": 1.0}
+    for name, value in second.items():
+        (_, cut) = read_rows(tmp_path, [name])
+        assert name == "step" or cut == {"step": 2, name: value}
+    tail = Tail(tmp_path, 1)
+    assert [row for row, _ in tail.rows()] == [second]
+    tail.close()
+    # A run that this version resumed at step 1: the row behind it is its own, whatever its names.
+    starts = [{"step": 0}, {"step": 1, "schema_version": SCHEMA_VERSION}]
+    write_manifest(tmp_path, manifest | {"starts": starts})
+    resumed = list(read_rows(tmp_path))
+    assert resumed == [first, {"step": 2} | OLD_ROW]
+    write_manifest(tmp_path, manifest | {"starts": starts[1:]})
+    assert list(read_rows(tmp_path)) == [{"step": step} | OLD_ROW for step in (1, 2)]
+
+
+def test_losses_by_window_come_back_as_they_were(tmp_path):
+    assert read_window_losses(tmp_path) is None
+    losses = np.float32([2.1, np.nan, 1 / 3, np.inf])
+    write_window_losses(tmp_path, 40, losses)
+    step, found = read_window_losses(tmp_path)
+    assert step == 40 and found.dtype == np.float32
+    np.testing.assert_array_equal(found, losses)
+    for text in ('{"step": 1, "losses": []}', '{"step": "1", "losses": [1]}', "[1]", '{"step": 1, "losses": ["x"]}'):
+        (tmp_path / "window_losses.json").write_text(text)
+        with pytest.raises(UserError, match="does not hold a step and a list of losses: delete it"):
+            read_window_losses(tmp_path)

@@ -85,7 +85,7 @@ def master():
 
 @pytest.fixture(scope="module")
 def shifted():
-    return build(TWO_BLOCKS, quant=SHIFTED)
+    return build(TWO_BLOCKS, quant=SHIFTED, metric_groups=(*GROUPS, "update"))
 
 
 @pytest.fixture(scope="module")
@@ -691,14 +691,33 @@ def test_good_updates_shift_nothing(shifted, warm):
     assert_on_grid(state, STORED_FORMATS)
 
 
+UPDATE = ("update_norm", "zero_update", "requested_update_norm", "requested_zero_update")
+
+
 def test_what_stored_weights_lost_raises_an_alert(shifted, warm):
     """Four updates that lost everything and this one; the ring begins at the slot that this update fills."""
     state, table = warm[0], format_table(SHIFTED)
-    monitor = state.monitor._replace(lost_WS=np.ones_like(state.monitor.lost_WS), seen=np.int32(10))
-    _, rows = advance(shifted, state._replace(monitor=monitor), 1, table)
+    lost_WS, zero_WS = (np.ones_like(ring) for ring in (state.monitor.lost_WS, state.monitor.zero_update_WS))
+    monitor = state.monitor._replace(lost_WS=lost_WS, zero_update_WS=zero_WS, seen=np.int32(10))
+    after, rows = advance(shifted, state._replace(monitor=monitor), 1, table)
     for layer in STORED_FORMATS:
         lost = column(shifted, rows, f"sparse/lost_update/{layer}")[0]
         assert column(shifted, rows, f"alert/bit_stall/{layer}")[0] == pytest.approx((4 + lost) / 5) and lost < 1
+        # A stored weight that did not move is a stalled update, though another was asked for.
+        of_layer = "embed" if layer == "head" else layer
+        one = {name: column(shifted, rows, f"{name}/{of_layer}")[0] for name in UPDATE}
+        w, new_w = (np.float64(weights_of(s.params, layer)) for s in (state, after))
+        group, _, part = of_layer.rpartition("/")
+        arrays = after.params[group][part] if group else after.params[part]
+        share = w.size / elements(arrays).size
+        assert one["zero_update"] == pytest.approx(one["requested_zero_update"] + share * lost, abs=1e-6)
+        assert one["zero_update"] == pytest.approx(np.sum(w == new_w) / elements(arrays).size, rel=1e-5)
+        assert one["zero_update"] > one["requested_zero_update"] + 0.02
+        assert column(shifted, rows, f"alert/update_stall/{of_layer}")[0] == pytest.approx((4 + one["zero_update"]) / 5)
+        biases = 0 if part == "embed" else np.linalg.norm(arrays["bias"] - (state.params[group][part])["bias"])
+        assert one["update_norm"] == pytest.approx(np.hypot(np.linalg.norm(new_w - w), biases), rel=1e-4)
+        assert one["update_norm"] != pytest.approx(one["requested_update_norm"], rel=0.02)
+    assert column(shifted, rows, "update_norm/ln_f") == column(shifted, rows, "requested_update_norm/ln_f")
 
 
 @pytest.mark.parametrize("factor", [1 / 8, 1.0, 4.0])

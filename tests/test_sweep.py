@@ -16,25 +16,28 @@ from test_training import make_data, rows_of, state_bytes, tiny
 
 from altgrad_jax import cli, train
 from altgrad_jax.errors import UserError
+from altgrad_jax.inference.evaluate import evaluate_checkpoint
+from altgrad_jax.inference.generate import load_model
 from altgrad_jax.run import sweep
 from altgrad_jax.run.checkpoint import list_steps
 from altgrad_jax.run.folder import RunFolder
-from altgrad_jax.run.record import read_timing
+from altgrad_jax.run.record import read_timing, read_window_losses
 from altgrad_jax.run.setup import open_data, set_up
 from altgrad_jax.run.sweep import axis, grid, make_members, only, program_key
 from altgrad_jax.step.from_config import flops_per_step
-from altgrad_jax.step.program import Program
+from altgrad_jax.step.mesh import data_mesh
+from altgrad_jax.step.program import Program, make_evaluate
 
 ROOT = Path(__file__).parent.parent
 FORMAT = dict(use_fp8=True, metrics="format", weights_at_rest="stochastic")
 POINTS = [
     {"run_name": "bf16-a", "seed": 1},
     {"run_name": "E4M3", "formats": ("E4M3",), "seed": 1, **FORMAT},
-    {"run_name": "bf16-b", "seed": 2, "learning_rate": 1e-3},
-    {"run_name": "E5M2-G", "formats": only("G", "E5M2"), "seed": 3, "learning_rate": 1e-3, **FORMAT},
+    {"run_name": "bf16-b", "seed": 2, "data_seed": 2, "learning_rate": 1e-3},
+    {"run_name": "E5M2-G", "formats": only("G", "E5M2"), "seed": 3, "data_seed": 3, "learning_rate": 1e-3, **FORMAT},
     {"run_name": "E7M0", "formats": ("E7M0",), "seed": 2, **FORMAT},
 ]
-SHORT = dict(max_steps=20, checkpoint_interval=10, layer_interval=4)
+SHORT = dict(max_steps=20, checkpoint_interval=10, layer_interval=4, evaluate_all=True)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +85,30 @@ def test_a_member_equals_its_run_alone(swept, data_dir, tmp_path, name):
     """To the bit: record, diagnostics and every array of every checkpoint."""
     (point,) = [point for point in POINTS if point["run_name"] == name]
     train(tiny(**SHORT | point), data_dir=data_dir, workdir=tmp_path / name)
-    for file in ("metrics.jsonl", "diagnostics.jsonl"):
+    for file in ("metrics.jsonl", "diagnostics.jsonl", "window_losses.json"):
         own, alone = (folder / name / file for folder in (swept[0], tmp_path))
         assert own.exists() == alone.exists() and (not own.exists() or own.read_bytes() == alone.read_bytes())
     assert list_steps(swept[0] / name) == list_steps(tmp_path / name) == [10, 20]
     for step in (10, 20):
         assert state_bytes(swept[0] / name, step) == state_bytes(tmp_path / name, step)
+
+
+@pytest.mark.parametrize("name", ["bf16-b", "E4M3"])
+def test_the_loss_of_every_validation_window_is_recorded_at_the_end(swept, name):
+    step, losses = read_window_losses(swept[0] / name)
+    found = evaluate_checkpoint(swept[0] / name, all_windows=True)
+    verdict = json.loads((swept[0] / name / "verdict.json").read_text())
+    assert step == 20 and verdict["all_windows"]["windows"] == len(losses) >= found.n_windows > 4
+    assert verdict["all_windows"]["mean_loss"] == pytest.approx(losses.astype(np.float64).mean(), rel=1e-9)
+    # That one leaves the last incomplete batch out. Windows differ from each other.
+    assert losses[: found.n_windows].mean() == pytest.approx(found.val_loss, rel=0.05) and losses.std() > 1e-3
+    params, config, _, operands = load_model(swept[0] / name)
+    data = json.loads((swept[0] / name / "manifest.json").read_text())["data"]["dir"]
+    tokens_T = np.fromfile(Path(data) / "val.bin", "<u2")
+    for i in (0, len(losses) - 1):
+        window = tokens_T[i * config.block_size : (i + 1) * config.block_size + 1][None]
+        alone = make_evaluate(config, 1, data_mesh(jax.devices()[:1]))(params, window, operands)
+        assert losses[i] == pytest.approx(float(alone), rel=1e-4)
 
 
 def test_a_member_s_folder_is_a_run_s(swept, data_dir):
@@ -339,7 +360,7 @@ def test_wrong_points_are_refused_by_name(tmp_path, points, words):
         ({"optimizer": "ulp_adamw"}, False),
         ({"max_steps": 41}, False),
         ({"eval_interval": 10}, False),
-        ({"data_seed": 1}, False),
+        ({"data_seed": 1}, True),
         ({"emergency_formats": ("E2M5",), "emergency_patience": 2}, False),
         ({"products": "native"}, False),
     ],
@@ -347,6 +368,15 @@ def test_wrong_points_are_refused_by_name(tmp_path, points, words):
 def test_which_members_share_a_program(changes, same):
     base = dict(use_fp8=True, formats=("E4M3",))
     assert (program_key(tiny(**base)) == program_key(tiny(**base | changes))) is same
+
+
+def test_batches_from_the_host_are_of_one_data_seed(data_dir, tmp_path, monkeypatch):
+    streamed = dict(data_placement="host")
+    assert program_key(tiny(**streamed)) != program_key(tiny(**streamed, data_seed=1))
+    monkeypatch.setattr("altgrad_jax.run.setup._memory_limit", lambda device: 100)
+    members = make_members(tiny(), [{"run_name": f"d{seed}", "data_seed": seed} for seed in (1, 2)], tmp_path)
+    with pytest.raises(UserError, match="several data_seed.*set data_placement=host"):
+        sweep.sweep(members, tmp_path, data_dir=data_dir)
 
 
 def test_an_ablation_names_all_operands():

@@ -128,8 +128,8 @@ def expected_to_move(w, update, grid: Grid) -> jax.Array:
 def _within(target, grid: Grid) -> jax.Array:
     """What is beyond the largest number as that number; what is not finite stays.
 
-    The scale moves where a weight is beyond it by more than half a gap. Rounded up, one within half a gap would overflow
-    to infinity or NaN with saturate=False.
+    The scale moves where a weight is beyond it by more than half a gap. One within half a gap, rounded up, would become
+    infinity or NaN with saturate=False.
     """
     largest = grid.format.max_finite * (1 / grid.scale)
     return jnp.where(jnp.isfinite(target), jnp.clip(target, -largest, largest), target)
