@@ -716,7 +716,7 @@ def test_what_stored_weights_lost_raises_an_alert(shifted, warm):
         assert column(shifted, rows, f"alert/update_stall/{of_layer}")[0] == pytest.approx((4 + one["zero_update"]) / 5)
         biases = 0 if part == "embed" else np.linalg.norm(arrays["bias"] - (state.params[group][part])["bias"])
         assert one["update_norm"] == pytest.approx(np.hypot(np.linalg.norm(new_w - w), biases), rel=1e-4)
-        assert one["update_norm"] != pytest.approx(one["requested_update_norm"], rel=0.02)
+        assert one["update_norm"] != pytest.approx(one["requested_update_norm"], rel=1e-3)
     assert column(shifted, rows, "update_norm/ln_f") == column(shifted, rows, "requested_update_norm/ln_f")
 
 

@@ -70,7 +70,7 @@ class Names:
         statistic, slash, layer = name.partition("/")
         plain = statistic.removeprefix(_REQUESTED).removeprefix(_MICRO_BATCH)
         of_plain = (old for old, new in RENAMED.items() if new == plain)
-        candidates = (statistic + slash + layer for statistic in (plain, *of_plain, "lost"))
+        candidates = (statistic + slash + layer for statistic in (*of_plain, "lost", plain))
         return next((old for old in candidates if self.today(old) == name), "")
 
     def upgraded(self, row: Mapping[str, Any]) -> dict[str, Any]:
