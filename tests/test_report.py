@@ -35,7 +35,7 @@ from altgrad_jax.report.runs import (
     find,
     read_curves,
 )
-from altgrad_jax.run.record import Record, read_history, write_manifest
+from altgrad_jax.run.record import Record, read_history, write_manifest, write_window_losses
 from altgrad_jax.run.verdict import make_verdict, write_verdict
 
 STEPS, EVERY = 20, 5
@@ -1008,3 +1008,33 @@ def test_runs_of_earlier_versions_are_read(tmp_path, version, added):
     runs = Reader().runs([tmp_path])
     assert [run.state for run in runs] == [FINISHED, FINISHED], [run.reason for run in runs]
     check_comparable(runs)
+
+
+def test_losses_are_over_every_window_where_all_runs_have_them(tmp_path):
+    folders = [write_run(tmp_path / f"bf16-{seed}", val=2.0 + 0.1 * seed, seed=seed) for seed in (1, 2)]
+    folders += [write_run(tmp_path / f"e-{seed}", val=2.3 + 0.1 * seed, seed=seed, **rules("E4M3")) for seed in (1, 2)]
+    for i, folder in enumerate(folders[:3]):
+        write_window_losses(folder, STEPS, np.float32([1.0, 2.0 + i]))
+        write_verdict(folder, make_verdict(folder))
+    last, arm = Comparison(Reader().runs([tmp_path])), Arm("E4M3")
+    assert not last.over_all_windows and last.gap(arm).d.mean == pytest.approx(0.3, abs=1e-6)
+    assert "one set of" in tables.variation(last)
+    write_window_losses(folders[3], STEPS, np.float32([1.0, 7.0]))
+    write_verdict(folders[3], make_verdict(folders[3]))
+    every = Comparison(Reader().runs([tmp_path]))
+    # (1 + 4) / 2 - (1 + 2) / 2 and (1 + 7) / 2 - (1 + 3) / 2
+    assert every.over_all_windows and sorted(every.gap(arm).d.values) == pytest.approx([1.0, 2.0])
+    assert "every validation window" in tables.variation(every)
+    write_window_losses(folders[3], STEPS - 1, np.float32([1.0, 7.0]))  # of another step
+    write_verdict(folders[3], make_verdict(folders[3]))
+    assert not Comparison(Reader().runs([tmp_path])).over_all_windows
+
+
+def test_the_page_names_what_the_scales_come_from(tmp_path):
+    write_run(tmp_path / "bf16", val=2.0)
+    write_run(tmp_path / "a", val=2.1, **rules("E4M3"))
+    write_run(tmp_path / "b", val=2.1, **rules("E5M2"))
+    write_run(tmp_path / "c", val=2.2, scale_rounding="float32", **rules("E5M2"))
+    c = Comparison(Reader().runs([tmp_path]))
+    assert Arm("E5M2", variant="scale_rounding=float32") in c.arms
+    assert "otherwise: delayed over 16 updates, powers of two." in tables.ranking_table(c, {}).aid

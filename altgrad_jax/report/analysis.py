@@ -132,6 +132,8 @@ class Comparison:
                     self.duplicates.append((run, cell[run.draw]))
                 else:
                     cell[run.draw] = run
+        ended = [run for cell in self.cells.values() for run in cell.values()]
+        self.over_all_windows = bool(ended) and not any(math.isnan(run.all_windows) for run in ended)
         arms = sorted({arm for arm, _ in self.cells}, key=_order)
         equal = _same_grid(self.cells, *SAME_GRID)
         self.twin = SAME_GRID[1] if equal and equal[0] else None
@@ -147,6 +149,20 @@ class Comparison:
         kinds = Counter((arm.at_rest, arm.optimizer) for arm in self.arms if arm.plain and arm.format in self.formats)
         return (MASTER, ADAMW) if (MASTER, ADAMW) in kinds or not kinds else max(kinds, key=lambda k: (kinds[k], k))
 
+    @cached_property
+    def scales(self):
+        """What the scales of most runs in a number format come from, in words; "" without such runs."""
+        found = Counter(
+            (run.config["scaling"], run.config["amax_history"], run.config["scale_rounding"])
+            for run in self.all_runs
+            if run.config.get("use_fp8")
+        )
+        if not found:
+            return ""
+        scaling, history, rounding = max(found, key=lambda key: (found[key], key))
+        over = f" over {history} updates" if "delayed" in scaling else ""
+        return f"{scaling}{over}, {'powers of two' if rounding == 'power_of_two' else rounding}"
+
     # ------------------------------------------------------------------------------------------------- cells
 
     def cell(self, arm, rate):
@@ -154,8 +170,9 @@ class Comparison:
         return dict(sorted(self.cells.get((arm, rate), {}).items()))
 
     def losses(self, arm, rate):
-        """{draw: last validation loss}; infinity for a lost run."""
-        return {draw: run.val_loss for draw, run in self.cell(arm, rate).items()}
+        """{draw: last validation loss, over every window if all runs have it}; infinity for a lost run."""
+        every = self.over_all_windows
+        return {draw: run.all_windows if every else run.val_loss for draw, run in self.cell(arm, rate).items()}
 
     def rates(self, arm):
         return sorted(rate for other, rate in self.cells if other == arm)

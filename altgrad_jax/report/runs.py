@@ -128,6 +128,7 @@ class Run:
     """One run folder. loss_S, steps_S: of every row that has a loss (float32, int64); val_steps, val_losses likewise.
 
     val_loss: the last validation loss of a finished run; infinity for a lost one; NaN otherwise.
+    all_windows: likewise the mean loss over every validation window, where the run recorded them.
     """
 
     path: Path
@@ -144,6 +145,7 @@ class Run:
     val_losses: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     last_step: int = 0
     val_loss: float = math.nan
+    all_windows: float = math.nan
     verdict: dict = field(default_factory=dict)
 
     @property
@@ -297,6 +299,9 @@ def _judge(run):
             reasons.append("the loss did not fall")
         run.state, run.reason = (LOST, "; ".join(reasons)) if reasons else (FINISHED, "")
         run.val_loss = math.inf if reasons else float(last)
+        every = verdict.get("all_windows")
+        over_all = every.get("mean_loss") if isinstance(every, dict) else None
+        run.all_windows = math.inf if reasons else over_all if isinstance(over_all, float) else math.nan
         if not reasons and not run.sound:
             run.reason = str(verdict.get("verdict", "not sound"))
 

@@ -246,9 +246,8 @@ def variation(c):
         held = "The intervals hold the seed of the weights and the data order" + (
             f"; of the variance of one gap: {shares}" if shares else "; their parts cannot be told"
         )
-    return (
-        f"{held}. All runs are evaluated on one set of {windows} windows: what another set would show is not in them."
-    )
+    over = "every validation window there is" if c.over_all_windows else f"one set of {windows} windows"
+    return f"{held}. All runs are evaluated on {over}: what other text would show is not in them."
 
 
 def caveats(c):
@@ -312,7 +311,8 @@ def ranking_table(c, warnings):
     return Table(
         f"Formats by validation-loss gap to {REFERENCE}: {treatment(*c.primary)}, {c.lr_heading()}",
         "Above 0 is worse than BF16. Formats that share a letter are not separated. Largest cost: from ablations. "
-        "Early warning: the first threshold crossed, which need not be the cause.",
+        "Early warning: the first threshold crossed, which need not be the cause."
+        + (f" Scales, where an arm does not say otherwise: {c.scales}." if c.scales else ""),
         columns(
             f"group|format|gap to BF16, nats per token|against {REFERENCE}|validation loss|failed runs|"
             f"learning rate (range within {c.margin:g})|largest cost|early warning"
