@@ -129,7 +129,7 @@ def in_words_of(checkout: Path, text: str) -> str:
     """A flag as the checkout spells it."""
     known = (checkout / "altgrad_jax" / "config.py").read_text()
     for word, former in FORMER_WORDS.items():
-        text = text if "ADDED_IN_6" in known else text.replace(word, former)
+        text = text if "RENAMED_IN_6" in known else text.replace(word, former)
     return text
 
 
@@ -151,7 +151,7 @@ def lower(model: dict, options: dict, quant: dict | None, fsdp: int) -> tuple[di
     import numpy as np
 
     program, update = module("step.program"), module("step.update")
-    former = {} if hasattr(module("config"), "ADDED_IN_6") else FORMER_WORDS
+    former = {} if hasattr(module("config"), "RENAMED_IN_6") else FORMER_WORDS
     options = {former.get(name, name): former.get(value, value) for name, value in options.items()}
     if quant is not None and "scaling" in quant:
         quant = quant | {"scaling": tuple(former.get(way, way) for way in quant["scaling"])}
