@@ -119,15 +119,24 @@ def of_recipe(c: Any) -> Iterator[str]:
         )
     try:
         schedule = recipes.parse_schedule(c.recipe, c.max_steps)
-        known = [recipes.get_recipe(name) for name in (*(name for name, _ in schedule), *c.recipe_program)]
+        known = [recipes.get_recipe(name) for name in (*(phase.recipe for phase in schedule), *c.recipe_program)]
         tokens = c.batch_size // c.grad_accum_steps * c.block_size
         for recipe in known:
             kept = recipes.kept_high(recipe, c.n_layer)
-            for layer in rules.linear_layers(c.n_layer):
-                if layer not in kept:
+            for layer in rules.all_products(c.n_layer):
+                if layer in kept:
+                    continue
+                if rules.is_attention(layer):
+                    sizes = rules.attention_sizes(layer, c.n_embd // c.n_head, c.block_size)
+                else:
                     vocabulary = c.vocab_size or VOCABULARY_OF[c.tokenizer]
-                    k, n = rules.contracted_sizes(layer, c.n_embd, vocabulary)
-                    recipes.check_dimensions(recipe, layer, tokens, k, n)
+                    sizes = tokens, *rules.contracted_sizes(layer, c.n_embd, vocabulary)
+                recipes.check_dimensions(recipe, layer, *sizes)
+        if c.attention == "cudnn" and (own := [recipe.name for recipe in known if recipe.attention]):
+            yield (
+                f"attention='cudnn' computes the products of attention in bfloat16, which recipe={own[0]!r} quantizes: "
+                "set attention='auto'"
+            )
         delayed = any(spec.amax == "delayed" for recipe in known for spec in recipe.slots)
         if not delayed and c.amax_history != _AMAX_HISTORY:
             yield (

@@ -25,16 +25,11 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.numerics.formats import get_format
 
 OPERANDS = ("W", "A", "G")
-# The names that the settings `scaling`, `optimizer`, `schedule` and `weights_at_rest` may have.
-SCALINGS = ("delayed", "tensor", "channel", "block32", "block128", "none")
-PER_TENSOR = ("delayed", "tensor", "none")  # one scale for each operand
-OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "grid")
-SCHEDULES = ("constant", "cosine", "wsd")
-AT_REST = ("float32", "nearest", "stochastic", "error_feedback")
 # The layers of the model in the order in which it applies them.
 STAGES = ("embed", "pos_embed", "block", "ln_f")
-BLOCK_LAYERS = ("ln_1", "attn_qkv", "attn_out", "ln_2", "mlp_up", "mlp_down")
-IN_BLOCK = tuple(layer for layer in BLOCK_LAYERS if not layer.startswith("ln_"))  # those that are products
+BLOCK_LAYERS = ("ln_1", "attn_qkv", "attn_qk", "attn_pv", "attn_out", "ln_2", "mlp_up", "mlp_down")
+ATTENTION = ("attn_qk", "attn_pv")  # products of two activations: Q K^T, and softmax(...) V
+IN_BLOCK = tuple(layer for layer in BLOCK_LAYERS if layer not in ("ln_1", "ln_2", *ATTENTION))  # products with weights
 HEAD = "head"
 NONE = "none"
 # What a run may choose, by name: where an operand's scale comes from, how it is rounded, how weights are kept, what
@@ -67,6 +62,17 @@ class LayerFormats:
 def linear_layers(n_layer: int) -> list[str]:
     """Every layer that is a matrix product with weights, in the order of the model."""
     return [f"block_{i}/{part}" for i in range(n_layer) for part in IN_BLOCK] + [HEAD]
+
+
+def all_products(n_layer: int) -> list[str]:
+    """Every matrix product, those of attention too, in the order of the model."""
+    in_block = [layer for layer in BLOCK_LAYERS if layer in IN_BLOCK or layer in ATTENTION]
+    return [f"block_{i}/{part}" for i in range(n_layer) for part in in_block] + [HEAD]
+
+
+def is_attention(layer: str) -> bool:
+    """Whether this is a product of attention, which has no weights."""
+    return layer.rpartition("/")[2] in ATTENTION
 
 
 def model_order(layer: str) -> tuple[int, int, int]:
@@ -137,3 +143,10 @@ def contracted_sizes(layer: str, n_embd: int, vocab_size: int) -> tuple[int, int
         "mlp_down": (4 * n_embd, n_embd),
         HEAD: (n_embd, vocab_size),
     }[part]
+
+
+def attention_sizes(layer: str, head_width: int, block_size: int) -> tuple[int, int, int]:
+    """(M, K, N) of a product of attention, of one head and sequence."""
+    width = head_width, block_size
+    k, n = width if layer.endswith(ATTENTION[0]) else reversed(width)
+    return block_size, k, n
