@@ -22,7 +22,8 @@ from altgrad_jax.numerics.slot_quantization import Features, Slot
 from altgrad_jax.numerics.slots import slot_dot
 from altgrad_jax.numerics.sums import combine_all
 
-_PER_HEAD = Slot(**{field: None for field in Slot._fields} | {"seed": 0})  # axes of vmap
+_AXES: dict[str, Any] = dict.fromkeys(Slot._fields) | {"seed": 0}
+_PER_HEAD = Slot(**_AXES)  # axes of vmap
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
