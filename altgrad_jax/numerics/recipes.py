@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import formats
-from altgrad_jax.numerics.rules import HEAD, linear_layers
+from altgrad_jax.numerics.layers import HEAD, linear_layers
 from altgrad_jax.numerics.scales import LARGEST_SCALED, RULES
 
 SLOTS = ("fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.x", "wgrad.g")
@@ -337,20 +337,20 @@ def only(recipe: Recipe, part: str) -> Recipe:
     return Recipe(f"{recipe.name}:{part}", *slots, keep_high=recipe.keep_high, source=recipe.source)
 
 
-def kept_high(recipe: Recipe, n_layer: int) -> list[str]:
+def kept_high(recipe: Recipe, n_layer: int, model: str = "gpt2") -> list[str]:
     """Names of the linear layers that stay in the compute dtype, in the order of the model; n_layer blocks."""
-    kept = set()
+    layers, kept = linear_layers(n_layer, model), set()
     for rule in recipe.keep_high:
         words = re.fullmatch(r"(first|last) (\d+)(%?)", rule)
         if words:
             count = math.ceil(n_layer * int(words[2]) / 100) if words[3] else int(words[2])
             blocks = range(min(count, n_layer)) if words[1] == "first" else range(max(n_layer - count, 0), n_layer)
-            kept |= {layer for layer in linear_layers(n_layer) for b in blocks if layer.startswith(f"block_{b}/")}
+            kept |= {layer for layer in layers for b in blocks if layer.startswith(f"block_{b}/")}
         else:
-            kept |= {layer for layer in linear_layers(n_layer) if fnmatch.fnmatchcase(layer, rule)}
+            kept |= {layer for layer in layers if fnmatch.fnmatchcase(layer, rule)}
     if HEAD in recipe.keep_high:
         kept.add(HEAD)
-    return [layer for layer in linear_layers(n_layer) if layer in kept]
+    return [layer for layer in layers if layer in kept]
 
 
 def check_dimensions(recipe: Recipe, layer: str, m: int, k: int, n: int) -> None:

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.config import ModelConfig
 from altgrad_jax.models.stacking import Segments, group_of
 from altgrad_jax.numerics import slot_statistics, slots
+from altgrad_jax.numerics.layers import HEAD, linear_layers
 from altgrad_jax.numerics.products import push_amax
 from altgrad_jax.numerics.recipes import SLOTS, Recipe, get_recipe, kept_high, parse_schedule
 from altgrad_jax.numerics.rounding import stochastic_seed
-from altgrad_jax.numerics.rules import HEAD, linear_layers
 from altgrad_jax.numerics.slot_quantization import Features, Slot
 from altgrad_jax.numerics.sums import combine, combine_all
 from altgrad_jax.step.metrics import Columns, joined, over
@@ -43,7 +43,7 @@ class RecipeOptions:
 
     names: the layers that some recipe of the program quantizes, in the order of the model. features: of the six slots.
     schedule: the run's recipes, each with the update from which it holds. delayed: whether some amax of the program is
-    of earlier steps. amax_history: how many of them count.
+    of earlier steps. amax_history: how many of them count. model: as in the setting.
     """
 
     names: tuple[str, ...]
@@ -52,6 +52,7 @@ class RecipeOptions:
     schedule: tuple[tuple[str, int], ...]
     delayed: bool = False
     amax_history: int = 1
+    model: str = "gpt2"
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -80,12 +81,12 @@ def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
         return None
     schedule = parse_schedule(tuple(config["recipe"]), config["max_steps"])
     known = [get_recipe(name) for name in dict.fromkeys([*(name for name, _ in schedule), *config["recipe_program"]])]
-    n_layer = config["n_layer"]
-    kept = [set(kept_high(recipe, n_layer)) for recipe in known]
+    n_layer, model = config["n_layer"], config["model"]
+    kept = [set(kept_high(recipe, n_layer, model)) for recipe in known]
     quantizes = [any(not spec.high for spec in recipe.slots) for recipe in known]
     names = tuple(
         layer
-        for layer in linear_layers(n_layer)
+        for layer in linear_layers(n_layer, model)
         if layer != HEAD or any(layer not in high and own for high, own in zip(kept, quantizes))
     )
     delayed = any(spec.amax == "delayed" for recipe in known for spec in recipe.slots)
@@ -97,6 +98,7 @@ def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
         schedule=schedule,
         delayed=delayed,
         amax_history=config["amax_history"] if delayed else 1,
+        model=model,
     )
 
 
@@ -114,7 +116,7 @@ def table_of(options: RecipeOptions) -> RecipeTable:
     high = slots.slots_of(get_recipe("bf16"))
     phases, delayed = [], []
     for recipe in options.recipes:
-        kept, own = set(kept_high(recipe, options.n_layer)), slots.slots_of(recipe)
+        kept, own = set(kept_high(recipe, options.n_layer, options.model)), slots.slots_of(recipe)
         rows = [high if layer in kept else own for layer in options.names]
         phases.append(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
         is_delayed = [spec.amax == "delayed" for spec in recipe.slots]
@@ -126,7 +128,7 @@ def table_of(options: RecipeOptions) -> RecipeTable:
     )
 
 
-def quantized_model(plain: GPTConfig, options: RecipeOptions) -> GPTConfig:
+def quantized_model(plain: ModelConfig, options: RecipeOptions) -> ModelConfig:
     """The model with the features of its quantized layers."""
     found = {group_of(layer, plain.segments): options.features for layer in options.names}
     return dataclasses.replace(plain, rules=tuple(found.items()))
