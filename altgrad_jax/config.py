@@ -27,6 +27,7 @@ from altgrad_jax import conflicts
 from altgrad_jax.conflicts import INT32_MAX, VOCABULARY_OF, decay_steps
 from altgrad_jax.conflicts import for_operands as for_operands
 from altgrad_jax.errors import LIST_ITEM, UserError
+from altgrad_jax.numerics.layers import MODELS
 from altgrad_jax.numerics.rules import AT_REST, MOMENTS, OPTIMIZERS, ROUNDINGS, SCALINGS, SCHEDULES
 
 # A ConfigDict with the settings of this file. (To a type checker every attribute of a ConfigDict is a union of all.)
@@ -170,19 +171,28 @@ XLA_OPTION = Text(
     check=lambda text: re.fullmatch(r"xla_[a-z0-9_]+=[^\s=]+", text) is not None,
     about="an option of XLA's compiler as NAME=VALUE, without blanks or commas, whose name begins with xla_",
 )
+LLAMA = ("model", ("llama",))
 FP8, SHADOW = ("use_fp8", (True,)), ("use_shadow", (True,))
 WANDB = ("loggers", (("wandb",), ("wandb", "tensorboard"), ("tensorboard", "wandb")))
 
 # The upper limits of sizes are not promises that such a model fits a device; beyond them a value is a slip.
 # fmt: off
 GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
-    ("Model (GPT-2)", (
+    ("Model", (
+        Field("model", "gpt2", "gpt2, or llama: RMSNorm, rotary positions, SwiGLU, no biases (docs/models.md)",
+              choices=MODELS),
         Field("n_layer", 6, "transformer blocks", low=1, high=1024),
         Field("n_head", 6, "attention heads of a block; must divide n_embd", low=1, high=65536),
         Field("n_embd", 384, "width: numbers that stand for one token", low=1, high=65536),
         Field("block_size", 256, "tokens the model sees at once (its context)", low=1, high=2**20),
         Field("vocab_size", 0, "rows of the embedding table; at least the tokenizer's own size (gpt2 50257, bytes "
               "256), which 0 stands for", low=2, high=65536, zero="the tokenizer's own size"),
+        Field("n_kv_head", 0, "attention heads of keys and values (grouped queries); must divide n_head, which 0 "
+              "stands for", low=1, high=65536, zero="n_head", only_with=LLAMA),
+        Field("tied_head", True, "the output head multiplies with the embedding table; False: with a table of its own",
+              only_with=LLAMA),
+        Field("qk_norm", False, "queries and keys are normalized, head by head, before they are rotated",
+              only_with=LLAMA),
         Field("dropout", 0.0, "share of activations set to 0 in training; 0 = off", low=0, high=FLOAT32_BELOW_1),
     )),
     ("Number formats and attention", (
@@ -633,15 +643,16 @@ ADDED_IN_2 = frozenset(
     "emergency_formats emergency_patience optimizer shadow_interval diagnostic_interval rank_threshold "
     "rank_threshold_strict layer_interval wandb_group wandb_keys fsdp".split()
 )
-# And those that records of all versions before 3, 4 and 5 lack.
+# And those that records of all versions before 3, 4, 5 and 6 lack.
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
 ADDED_IN_4 = frozenset({"loggers"})
 ADDED_IN_5 = frozenset({"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
+ADDED_IN_6 = frozenset({"model", "n_kv_head", "tied_head", "qk_norm"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a record of any schema version (as JSON holds them), with what it could not have yet."""
-    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4 | ADDED_IN_5)
+    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4 | ADDED_IN_5 | ADDED_IN_6)
     return {name: _as_json(FIELDS[name].default) for name in added} | dict(values)
 
 

@@ -20,7 +20,9 @@ from altgrad_jax.cli import load_config
 from altgrad_jax.config import fitted
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.flops import training_flops_per_token
-from altgrad_jax.models.gpt2 import GPTConfig, count_params, init_params
+from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.model import init_params
+from altgrad_jax.models.parameters import count_params
 from altgrad_jax.step import update
 from altgrad_jax.step.from_config import flops_per_step, model_config
 

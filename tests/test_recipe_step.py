@@ -25,7 +25,7 @@ from altgrad_jax.data.dataset import gather_windows, permute_windows
 from altgrad_jax.errors import UserError
 from altgrad_jax.inference.evaluate import evaluate_checkpoint
 from altgrad_jax.inference.generate import generate, load_model
-from altgrad_jax.models.gpt2 import weights_of
+from altgrad_jax.models.parameters import weights_of
 from altgrad_jax.numerics import recipe_reference
 from altgrad_jax.numerics.recipes import SLOTS, Phase, get_recipe, parse_schedule
 from altgrad_jax.numerics.slot_statistics import N_BINS

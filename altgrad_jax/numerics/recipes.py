@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import formats
-from altgrad_jax.numerics.rules import HEAD, all_products, is_attention
+from altgrad_jax.numerics.layers import HEAD, all_products, is_attention
 from altgrad_jax.numerics.scales import LARGEST_SCALED, RULES
 
 SLOTS = ("fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.x", "wgrad.g")
@@ -370,9 +370,9 @@ def only(recipe: Recipe, part: str) -> Recipe:
     return Recipe(name, *slots, keep_high=recipe.keep_high, source=recipe.source, attention=recipe.attention)
 
 
-def kept_high(recipe: Recipe, n_layer: int) -> list[str]:
+def kept_high(recipe: Recipe, n_layer: int, model: str = "gpt2") -> list[str]:
     """Names of the products that stay in the compute dtype, in the order of the model; n_layer blocks."""
-    products = all_products(n_layer)
+    products = all_products(n_layer, model)
     kept = set() if recipe.attention else {layer for layer in products if is_attention(layer)}
     for rule in recipe.keep_high:
         words = re.fullmatch(r"(first|last) (\d+)(%?)", rule)

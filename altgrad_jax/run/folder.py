@@ -24,7 +24,7 @@ from altgrad_jax import config as settings
 from altgrad_jax.config import Config
 from altgrad_jax.data.dataset import permute_windows
 from altgrad_jax.errors import UserError
-from altgrad_jax.models.gpt2 import count_params
+from altgrad_jax.models.parameters import count_params
 from altgrad_jax.numerics import recipes
 from altgrad_jax.run import processes, verdict
 from altgrad_jax.run.alerts import rules_of

@@ -223,9 +223,8 @@ def program_key(config):
 
     layers = ()
     if config.use_fp8:
-        layers = tuple(
-            (layer.layer, *map(kind, layer.wag)) for layer in rules.resolve_rules(config.formats, config.n_layer)
-        )
+        resolved = rules.resolve_rules(config.formats, config.n_layer, config.model)
+        layers = tuple((layer.layer, *map(kind, layer.wag)) for layer in resolved)
     followed = [get_recipe(item.partition("@")[0]) for item in config.recipe]
     # Sums over tiles are another program. So is another number of phases, one that waits for bad updates, and a program
     # that a folder names.

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.config import ModelConfig
 from altgrad_jax.models.stacking import Segments, group_of
 from altgrad_jax.numerics import slot_statistics, slots
+from altgrad_jax.numerics.layers import HEAD, all_products, is_attention
 from altgrad_jax.numerics.products import push_amax
 from altgrad_jax.numerics.recipes import SLOTS, Phase, Recipe, get_recipe, kept_high, parse_schedule
 from altgrad_jax.numerics.rounding import stochastic_seed
-from altgrad_jax.numerics.rules import HEAD, all_products, is_attention
 from altgrad_jax.numerics.slot_quantization import Features, Slot
 from altgrad_jax.numerics.sums import combine, combine_all
 from altgrad_jax.step.metrics import Columns, joined, over
@@ -42,8 +42,8 @@ class RecipeOptions:
     """Static choices of a program with recipes.
 
     names: the layers that some recipe of the program quantizes, in the order of the model. features: of the six slots.
-    schedule: the run's phases. delayed: whether some amax of the program is
-    of earlier steps. amax_history: how many of them count.
+    schedule: the run's phases. delayed: whether some amax of the program is of earlier steps. amax_history: how many of
+    them count. model: as in the setting.
     """
 
     names: tuple[str, ...]
@@ -52,6 +52,7 @@ class RecipeOptions:
     schedule: tuple[Phase, ...]
     delayed: bool = False
     amax_history: int = 1
+    model: str = "gpt2"
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -90,12 +91,12 @@ def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
     schedule = parse_schedule(tuple(config["recipe"]), config["max_steps"])
     asked = [*(phase.recipe for phase in schedule), *config["recipe_program"]]
     known = [get_recipe(name) for name in dict.fromkeys(asked)]
-    n_layer = config["n_layer"]
-    kept = [set(kept_high(recipe, n_layer)) for recipe in known]
+    n_layer, model = config["n_layer"], config["model"]
+    kept = [set(kept_high(recipe, n_layer, model)) for recipe in known]
     quantizes = [any(not spec.high for spec in recipe.slots) for recipe in known]
     names = tuple(
         layer
-        for layer in all_products(n_layer)
+        for layer in all_products(n_layer, model)
         if not (layer == HEAD or is_attention(layer))
         or any(layer not in high and own for high, own in zip(kept, quantizes))
     )
@@ -108,6 +109,7 @@ def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
         schedule=schedule,
         delayed=delayed,
         amax_history=config["amax_history"] if delayed else 1,
+        model=model,
     )
 
 
@@ -125,7 +127,7 @@ def table_of(options: RecipeOptions) -> RecipeTable:
     high = slots.slots_of(get_recipe("bf16"))
     phases, delayed = [], []
     for recipe in options.recipes:
-        kept, own = set(kept_high(recipe, options.n_layer)), slots.slots_of(recipe)
+        kept, own = set(kept_high(recipe, options.n_layer, options.model)), slots.slots_of(recipe)
         rows = [high if layer in kept else own for layer in options.names]
         phases.append(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
         is_delayed = [spec.amax == "delayed" for spec in recipe.slots]
@@ -138,7 +140,7 @@ def table_of(options: RecipeOptions) -> RecipeTable:
     )
 
 
-def quantized_model(plain: GPTConfig, options: RecipeOptions) -> GPTConfig:
+def quantized_model(plain: ModelConfig, options: RecipeOptions) -> ModelConfig:
     """The model with the features of its quantized layers."""
     found = {group_of(layer, plain.segments): options.features for layer in options.names}
     return dataclasses.replace(plain, rules=tuple(found.items()))

@@ -39,12 +39,16 @@ from jax.sharding import Mesh
 
 from altgrad_jax.config import METRIC_GROUPS
 from altgrad_jax.models import stacking
-from altgrad_jax.models.gpt2 import GPTConfig, GPTOutput, Quantized, forward, init_params, weights_of, with_weights
+from altgrad_jax.models.config import ModelConfig
+from altgrad_jax.models.linear import Quantized
+from altgrad_jax.models.model import forward, init_params
+from altgrad_jax.models.parameters import weights_of, with_weights
+from altgrad_jax.models.transformer import ModelOutput
 from altgrad_jax.numerics import ledger, moments, optimizers
 from altgrad_jax.numerics.cross_entropy import cross_entropy, tied_cross_entropy
+from altgrad_jax.numerics.layers import HEAD
 from altgrad_jax.numerics.products import combine_statistics
 from altgrad_jax.numerics.rounding import FormatParams, stochastic_seed
-from altgrad_jax.numerics.rules import HEAD
 from altgrad_jax.step import metrics, quantization, recipe, stability
 from altgrad_jax.step.mesh import FSDP, constrain, gather, over_batch, replicated, scatter, split_like_parameters
 from altgrad_jax.step.recipe import RecipeOptions
@@ -117,7 +121,7 @@ class Step:
       eval_batch_size: evaluation windows per forward pass; must divide the number of windows given to evaluate.
     """
 
-    plain: GPTConfig
+    plain: ModelConfig
     options: StepOptions
     mesh: Mesh
     n_train_windows: int
@@ -129,7 +133,7 @@ class Step:
         return self.options.quant
 
     @property
-    def model(self) -> GPTConfig:
+    def model(self) -> ModelConfig:
         """The model that is trained."""
         if self.recipe is not None:
             return recipe.quantized_model(self.plain, self.recipe)
@@ -158,7 +162,7 @@ class Step:
         return self.mesh.shape[FSDP] > 1
 
     @property
-    def shadow(self) -> GPTConfig:
+    def shadow(self) -> ModelConfig:
         """The model whose gradient is the reference."""
         return dataclasses.replace(self.plain, compute_dtype="float32", attention="xla")
 
@@ -263,7 +267,7 @@ class Gradients(NamedTuple):
 
     loss: jax.Array
     grads: Any
-    output: GPTOutput  # without hidden and logits
+    output: ModelOutput  # without hidden and logits
     statistics: jax.Array | None  # of the quantized operands: [Q, 3, S], of a recipe's slots [Q, 6, S]
 
 
@@ -346,9 +350,9 @@ class Outcome(NamedTuple):
 
 
 def loss(
-    model: GPTConfig, params, windows, dropout_key, quantized: Quantized | None = None
-) -> tuple[jax.Array, GPTOutput]:
-    """Mean loss in nats per token of windows [B, L+1]: (float32 scalar, GPTOutput without hidden and logits).
+    model: ModelConfig, params, windows, dropout_key, quantized: Quantized | None = None
+) -> tuple[jax.Array, ModelOutput]:
+    """Mean loss in nats per token of windows [B, L+1]: (float32 scalar, ModelOutput without hidden and logits).
 
     All logits exist at once only where the head's product is quantized.
 
@@ -498,7 +502,7 @@ def numbers_table(options: StepOptions) -> Any:
 
 
 def operands_at(
-    plain: GPTConfig,
+    plain: ModelConfig,
     quant: quantization.QuantOptions | None,
     recipes: RecipeOptions | None,
     quant_state,
@@ -518,7 +522,7 @@ def operands_at(
     return quantization.operands(quant, quantization.groups(quant, plain.segments), state, formats_Q3)
 
 
-def gradients(step: Step, model: GPTConfig, params, batch: Batch, numbers: Numbers | None = None) -> Gradients:
+def gradients(step: Step, model: ModelConfig, params, batch: Batch, numbers: Numbers | None = None) -> Gradients:
     """Mean loss, mean gradient, model output and, with `numbers`, statistics of the operands, over the batch.
 
     The batch is taken in grad_accum_steps equal micro-batches.
@@ -555,7 +559,7 @@ def gradients(step: Step, model: GPTConfig, params, batch: Batch, numbers: Numbe
     return Gradients(total / A, jax.tree.map(lambda g: g / A, grads), output, statistics)
 
 
-def _micro_gradients(mesh: Mesh, model: GPTConfig, params, numbers: Numbers | None, micro: MicroBatch) -> Gradients:
+def _micro_gradients(mesh: Mesh, model: ModelConfig, params, numbers: Numbers | None, micro: MicroBatch) -> Gradients:
     """`gradients` of one micro-batch, of parameters that are already gathered."""
     # The partitioner forgets inside the loop over micro-batches that they are whole. To repeat it costs nothing.
     whole = gather(params, mesh)
