@@ -27,6 +27,7 @@ from altgrad_jax import conflicts
 from altgrad_jax.conflicts import INT32_MAX, VOCABULARY_OF, decay_steps
 from altgrad_jax.conflicts import for_operands as for_operands
 from altgrad_jax.errors import LIST_ITEM, UserError
+from altgrad_jax.numerics.layers import MODELS
 from altgrad_jax.numerics.rules import AT_REST, MOMENTS, OPTIMIZERS, ROUNDINGS, SCALINGS, SCHEDULES
 
 # A ConfigDict with the settings of this file. (To a type checker every attribute of a ConfigDict is a union of all.)
@@ -173,19 +174,28 @@ XLA_OPTION = Text(
     check=lambda text: re.fullmatch(r"xla_[a-z0-9_]+=[^\s=]+", text) is not None,
     about="an option of XLA's compiler as NAME=VALUE, without blanks or commas, whose name begins with xla_",
 )
+LLAMA = ("model", ("llama",))
 FP8, REFERENCE = ("use_fp8", (True,)), ("reference_gradient", (True,))
 WANDB = ("loggers", (("wandb",), ("wandb", "tensorboard"), ("tensorboard", "wandb")))
 
 # The upper limits of sizes are not promises that such a model fits a device; beyond them a value is a slip.
 # fmt: off
 GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
-    ("Model (GPT-2)", (
+    ("Model", (
+        Field("model", "gpt2", "gpt2, or llama: RMSNorm, rotary positions, SwiGLU, no biases (docs/models.md)",
+              choices=MODELS),
         Field("n_layer", 6, "transformer blocks", low=1, high=1024),
         Field("n_head", 6, "attention heads of a block; must divide n_embd", low=1, high=65536),
         Field("n_embd", 384, "width: numbers that stand for one token", low=1, high=65536),
         Field("block_size", 256, "tokens the model sees at once (its context)", low=1, high=2**20),
         Field("vocab_size", 0, "rows of the embedding table; at least the tokenizer's own size (gpt2 50257, bytes "
               "256), which 0 stands for", low=2, high=65536, zero="the tokenizer's own size"),
+        Field("n_kv_head", 0, "attention heads of keys and values (grouped queries); must divide n_head, which 0 "
+              "stands for", low=1, high=65536, zero="n_head", only_with=LLAMA),
+        Field("tied_head", True, "the output head multiplies with the embedding table; False: with a table of its own",
+              only_with=LLAMA),
+        Field("qk_norm", False, "queries and keys are normalized, head by head, before they are rotated",
+              only_with=LLAMA),
         Field("dropout", 0.0, "share of activations set to 0 in training; 0 = off", low=0, high=FLOAT32_BELOW_1),
     )),
     ("Number formats and attention", (
@@ -220,8 +230,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("emergency_patience", 3, "bad updates in a row that shift the format",
               low=1, only_with=("emergency_formats", ())),
         Field("recipe", (), "how every operand of every product is quantized: a named recipe such as mxfp8 or nvfp4 "
-              "(docs/recipes.md), then more with the update or the share of max_steps from which each holds: "
-              "nvfp4,bf16@0.8", text=ITEM),
+              "(docs/recipes.md), then more with the update, the share of max_steps or the bad updates in a row "
+              "from which each holds: nvfp4,bf16@0.8 or nvfp4,bf16@bad3", text=ITEM),
         Field("recipe_program", (), "more recipes that the compiled program can follow; a sweep sets it, so that its "
               "members share one program", text=ITEM, only_with=("recipe", ())),
         Field("reference_gradient", False, "compare the gradient with the float32 one of the same parameters and "
@@ -643,7 +653,7 @@ ADDED_IN_2 = frozenset(
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
 ADDED_IN_4 = frozenset({"loggers"})
 ADDED_IN_5 = frozenset({"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
-ADDED_IN_6 = frozenset({"evaluate_all"})
+ADDED_IN_6 = frozenset({"evaluate_all", "model", "n_kv_head", "tied_head", "qk_norm"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:

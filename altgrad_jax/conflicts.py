@@ -11,6 +11,7 @@ from typing import Any
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import recipes, rules
 from altgrad_jax.numerics.formats import get_format, require_overflow_code
+from altgrad_jax.numerics.layers import ATTENTION, all_products, attention_sizes, matrix_sizes
 
 INT32_MAX = 2**31 - 1
 _AMAX_HISTORY = 16  # the default
@@ -28,13 +29,39 @@ def for_operands(value: str) -> tuple[str, str, str]:
     return w, a, g
 
 
-def of_sizes(c: Any) -> Iterator[str]:
-    """What is wrong between the sizes of the model and of its batches."""
+def _matrix_sizes(c: Any) -> dict[str, tuple[int, int]]:
+    """{part of a block, or `head`: (K, N)}: the axes that blocks of W and A, and of G, run along."""
+    return matrix_sizes(
+        model=c.model,
+        n_embd=c.n_embd,
+        n_head=c.n_head,
+        n_kv_head=c.n_kv_head,
+        vocab_size=c.vocab_size or VOCABULARY_OF[c.tokenizer],
+    )
+
+
+def of_heads(c: Any) -> Iterator[str]:
+    """What is wrong between the width of the model and its attention heads."""
     if c.n_embd % c.n_head:
         yield (
             f"n_embd={c.n_embd} cannot be split over n_head={c.n_head} heads: n_embd must be a multiple of "
             f"n_head, for example n_embd={math.ceil(c.n_embd / c.n_head) * c.n_head}"
         )
+    elif c.n_kv_head and c.n_head % c.n_kv_head:
+        yield (
+            f"n_kv_head={c.n_kv_head} cannot be shared by n_head={c.n_head} heads of queries: n_kv_head must divide "
+            "n_head, and 0 stands for n_head"
+        )
+    elif c.model == "llama" and c.n_embd // c.n_head % 2:
+        yield (
+            f"model='llama' cannot rotate heads of n_embd / n_head = {c.n_embd // c.n_head} numbers, because it turns "
+            "them in pairs: change n_embd or n_head"
+        )
+
+
+def of_sizes(c: Any) -> Iterator[str]:
+    """What is wrong between the sizes of the model and of its batches."""
+    yield from of_heads(c)
     own = VOCABULARY_OF[c.tokenizer]
     if c.vocab_size and c.vocab_size < own:
         yield (
@@ -134,15 +161,21 @@ def of_recipe(c: Any) -> Iterator[str]:
         )
     try:
         schedule = recipes.parse_schedule(c.recipe, c.max_steps)
-        known = [recipes.get_recipe(name) for name in (*(name for name, _ in schedule), *c.recipe_program)]
+        known = [recipes.get_recipe(name) for name in (*(phase.recipe for phase in schedule), *c.recipe_program)]
         tokens = c.batch_size // c.grad_accum_steps * c.block_size
         for recipe in known:
-            kept = recipes.kept_high(recipe, c.n_layer)
-            for layer in rules.linear_layers(c.n_layer):
-                if layer not in kept:
-                    vocabulary = c.vocab_size or VOCABULARY_OF[c.tokenizer]
-                    k, n = rules.contracted_sizes(layer, c.n_embd, vocabulary)
-                    recipes.check_dimensions(recipe, layer, tokens, k, n)
+            kept, sizes = recipes.kept_high(recipe, c.n_layer, c.model), _matrix_sizes(c)
+            for layer in all_products(c.n_layer, c.model):
+                part = layer.rpartition("/")[2]
+                if layer not in kept and part in ATTENTION:
+                    recipes.check_dimensions(recipe, layer, *attention_sizes(part, c.n_embd // c.n_head, c.block_size))
+                elif layer not in kept:
+                    recipes.check_dimensions(recipe, layer, tokens, *sizes[part])
+        if c.attention == "cudnn" and (own := [recipe.name for recipe in known if recipe.attention]):
+            yield (
+                f"attention='cudnn' computes the products of attention in bfloat16, which recipe={own[0]!r} quantizes: "
+                "set attention='auto'"
+            )
         delayed = any(spec.amax == "delayed" for recipe in known for spec in recipe.slots)
         if not delayed and c.amax_history != _AMAX_HISTORY:
             yield (
@@ -173,7 +206,7 @@ def of_formats(c: Any) -> Iterator[str]:
         yield "use_fp8=True needs to know the formats: set formats, for example --config.formats=E4M3"
         return
     try:
-        layers = rules.resolve_rules(c.formats, c.n_layer)
+        layers = rules.resolve_rules(c.formats, c.n_layer, c.model)
     except UserError as error:
         yield str(error)
         return
@@ -204,8 +237,9 @@ def of_formats(c: Any) -> Iterator[str]:
 
 
 def _of_blocks(c: Any, layers: tuple[rules.LayerFormats, ...], scaling: tuple[str, ...]) -> Iterator[str]:
+    sizes_of = _matrix_sizes(c)
     for layer in layers:
-        sizes = rules.contracted_sizes(layer.layer, c.n_embd, c.vocab_size or VOCABULARY_OF[c.tokenizer])
+        sizes = sizes_of[layer.layer.rpartition("/")[2]]
         for operand, name, way, size in zip("WAG", layer.wag, scaling, (sizes[0], *sizes)):
             block = rules.BLOCK_SIZES.get(way, 1)
             if name and size % block:

@@ -17,7 +17,10 @@ from altgrad_jax.config import ADDED_IN_2, default_config, to_dict
 from altgrad_jax.errors import UserError
 from altgrad_jax.inference import generate as generate_module
 from altgrad_jax.inference.generate import generate, load_model, sample_token
-from altgrad_jax.models.gpt2 import GPT, GPTConfig, Quantized, init_params, weights_of
+from altgrad_jax.models.gpt2 import GPT, GPTConfig
+from altgrad_jax.models.linear import Quantized
+from altgrad_jax.models.model import init_params
+from altgrad_jax.models.parameters import weights_of
 from altgrad_jax.models.stacking import layers_of
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.run import checkpoint

@@ -9,7 +9,10 @@ import numpy as np
 import numpy_gpt2
 import pytest
 
-from altgrad_jax.models.gpt2 import GPT, GPTConfig, count_params, empty_cache, init_params, layer_of
+from altgrad_jax.models.attention import empty_cache
+from altgrad_jax.models.gpt2 import GPT, GPTConfig
+from altgrad_jax.models.model import init_params
+from altgrad_jax.models.parameters import count_params, layer_of
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=31, compute_dtype="float32")
 TINY_BF16 = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=31, compute_dtype="bfloat16")

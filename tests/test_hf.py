@@ -14,7 +14,8 @@ import safetensors.numpy
 from altgrad_jax import cli
 from altgrad_jax.errors import UserError
 from altgrad_jax.inference import hf
-from altgrad_jax.models.gpt2 import GPTConfig, init_params
+from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.model import init_params
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=31, dropout=0.25, compute_dtype="float32")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export_hf.py"

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from altgrad_jax.inference import hf
-from altgrad_jax.models.gpt2 import GPT, GPTConfig, init_params
+from altgrad_jax.models.gpt2 import GPT, GPTConfig
+from altgrad_jax.models.model import init_params
 
 pytestmark = pytest.mark.oracle
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax.models import gpt2
+from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.model import init_params
 from altgrad_jax.numerics import formats, histograms, whatif
 from altgrad_jax.numerics.formats import FORMATS
 from altgrad_jax.numerics.rounding import Grid, format_params
@@ -97,11 +98,11 @@ def test_rank_of_nothing_and_of_what_is_broken():
 
 
 def test_rank_metrics_cover_kernels_and_the_token_table():
-    config = gpt2.GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=40)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=40)
     rng = np.random.default_rng(8)
     params = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
-        jax.eval_shape(lambda: gpt2.init_params(config, 0)),
+        jax.eval_shape(lambda: init_params(config, 0)),
     )
     got = floats(jax.jit(metrics.rank_metrics)(params))
     layers = ["embed"] + [

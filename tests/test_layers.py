@@ -22,7 +22,7 @@ FLOORS = [
 # `step` traces the models, and the models know nothing of it.
 WITHIN_A_FLOOR = {("step", "models")}
 OWNERS = {
-    "flax": {"models.gpt2"},
+    "flax": {"models.linear", "models.transformer", "models.gpt2", "models.llama"},
     "orbax": {"run.checkpoint"},
     "wandb": {"run.wandb"},
     "tensorboardX": {"run.tensorboard"},
@@ -49,6 +49,7 @@ WITHOUT_JAX = {
     "config",
     "cli",
     "numerics.formats",
+    "numerics.layers",
     "numerics.recipe_reference",
     "numerics.recipes",
     "numerics.rules",

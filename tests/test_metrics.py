@@ -10,7 +10,7 @@ import pytest
 
 from altgrad_jax.models.stacking import layers_of, stack
 from altgrad_jax.numerics.histograms import rank_health
-from altgrad_jax.numerics.rules import model_order
+from altgrad_jax.numerics.layers import model_order
 from altgrad_jax.step import metrics
 
 BLOCKS = range(11)

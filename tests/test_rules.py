@@ -4,9 +4,12 @@ import jax
 import pytest
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.models.gpt2 import GPTConfig, init_params, weights_of
+from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.model import init_params
+from altgrad_jax.models.parameters import weights_of
 from altgrad_jax.numerics import formats
-from altgrad_jax.numerics.rules import LayerFormats, contracted_sizes, linear_layers, names_used, resolve_rules
+from altgrad_jax.numerics.layers import linear_layers, matrix_sizes
+from altgrad_jax.numerics.rules import LayerFormats, names_used, resolve_rules
 
 PARTS = ("attn_qkv", "attn_out", "mlp_up", "mlp_down")
 
@@ -78,7 +81,9 @@ def test_the_contracted_axes_are_those_of_the_weights():
     params = jax.eval_shape(lambda: init_params(config, 0))
     for layer in linear_layers(1):
         shape = weights_of(params, layer).shape  # [K, N]; of the head's table [N, K]
-        assert contracted_sizes(layer, 16, 10) == (shape[::-1] if layer == "head" else shape)
+        assert matrix_sizes(n_embd=16, vocab_size=10)[layer.rpartition("/")[2]] == (
+            shape[::-1] if layer == "head" else shape
+        )
 
 
 LAYERS = ["layers are block_0/attn_qkv, block_0/attn_out, block_0/mlp_up, block_0/mlp_down", "block_1/mlp_down, head"]

@@ -11,7 +11,9 @@ from test_products_formats import reference_scale
 from test_step import THRESHOLDS
 
 from altgrad_jax.models import stacking
-from altgrad_jax.models.gpt2 import GPTConfig, forward, init_params, weights_of
+from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.model import forward, init_params
+from altgrad_jax.models.parameters import weights_of
 from altgrad_jax.numerics import optimizers
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.products import Operand, Operands, Rule, empty_statistics, quant_dot

@@ -16,7 +16,9 @@ from test_optimizers import reference_ulp
 from test_products_formats import dot_dtypes, neighbours, reference_quantize, reference_scale
 from test_step import TOKENS_T, assert_same, column, make, windows_of
 
-from altgrad_jax.models.gpt2 import GPTConfig, Quantized, weights_of, with_weights
+from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.linear import Quantized
+from altgrad_jax.models.parameters import weights_of, with_weights
 from altgrad_jax.models.stacking import group_of, layers_of
 from altgrad_jax.numerics.formats import encode, get_format, round_reference
 from altgrad_jax.numerics.optimizers import OPTIMIZERS, adam_moments

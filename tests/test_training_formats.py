@@ -23,7 +23,9 @@ from altgrad_jax.config import ADDED_IN_2
 from altgrad_jax.errors import UserError
 from altgrad_jax.inference.evaluate import evaluate_checkpoint
 from altgrad_jax.inference.generate import generate, load_model
-from altgrad_jax.models.gpt2 import GPT, Quantized, weights_of
+from altgrad_jax.models.gpt2 import GPT
+from altgrad_jax.models.linear import Quantized
+from altgrad_jax.models.parameters import weights_of
 from altgrad_jax.models.stacking import layers_of
 from altgrad_jax.numerics import formats, rounding, whatif
 from altgrad_jax.numerics.rules import resolve_rules

@@ -9,7 +9,7 @@ import pytest
 from test_step import MODEL, THRESHOLDS
 
 from altgrad_jax.models import stacking
-from altgrad_jax.models.gpt2 import weights_of, with_weights
+from altgrad_jax.models.parameters import weights_of, with_weights
 from altgrad_jax.numerics.rounding import FormatParams, Grid, to_grid
 from altgrad_jax.numerics.rules import resolve_rules
 from altgrad_jax.step import metrics, quantization, update

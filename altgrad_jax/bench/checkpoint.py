@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def shapes_of(config: Any) -> dict[str, list[int]]:
     """{name: shape} of the parameters of `config`'s model."""
-    from altgrad_jax.models.gpt2 import init_params
+    from altgrad_jax.models.model import init_params
     from altgrad_jax.step.from_config import model_config
 
     shapes = jax.eval_shape(lambda: init_params(model_config(config, jax.devices()[0]), 0))

@@ -24,7 +24,7 @@ from altgrad_jax.bench import roofline
 from altgrad_jax.bench.timing import Entry, Unavailable, quartiles
 from altgrad_jax.data.dataset import gather_windows
 from altgrad_jax.errors import UserError
-from altgrad_jax.models.gpt2 import init_params
+from altgrad_jax.models.model import init_params
 from altgrad_jax.numerics import optimizers
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.rounding import format_params, round_to_format, stochastic_seed

@@ -19,6 +19,7 @@ Axes: T positions of the context (block_size), V vocabulary, L any number of tok
 import dataclasses
 import math
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -26,8 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from altgrad_jax.config import upgraded, wrong_values
+from altgrad_jax.conflicts import of_heads
 from altgrad_jax.errors import UserError
-from altgrad_jax.models.gpt2 import GPTConfig, Quantized, empty_cache, forward
+from altgrad_jax.models.attention import empty_cache
+from altgrad_jax.models.config import ModelConfig
+from altgrad_jax.models.linear import Quantized
+from altgrad_jax.models.model import forward, model_config, setting_names
 from altgrad_jax.run.checkpoint import load_arrays
 from altgrad_jax.step import quantization, recipe, update
 
@@ -35,16 +40,16 @@ SEED_MAX = 2**31 - 1
 
 
 class Model(NamedTuple):
-    """What a checkpoint computes: nested dict of NumPy float32 arrays, the GPTConfig, the flat dict of the run's
+    """What a checkpoint computes: nested dict of NumPy float32 arrays, the ModelConfig, the flat dict of the run's
     settings, and {group: products.Operands} of the layers that were trained in number formats (empty without)."""
 
     params: dict
-    config: GPTConfig
+    config: ModelConfig
     settings: dict
     operands: dict
 
 
-_READ = ("params/", "quant/amax_history", "quant/level", "quant/number", "quant/rest_scale/")
+_READ = ("params/", "quant/amax_history", "quant/level", "quant/number", "quant/rest_scale/", "quant/begun")
 
 
 def load_model(path, step: int | None = None) -> Model:
@@ -62,8 +67,7 @@ def load_model(path, step: int | None = None) -> Model:
         raise UserError(f"the checkpoint {path} holds no parameters: give one that the training wrote")
     settings = meta.get("config", {})
     # All else is a choice of the machine it trained on; the defaults compute the same everywhere.
-    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "compute_dtype")
-    missing = [name for name in (*names, "tokenizer") if name not in settings]
+    missing = [name for name in (*setting_names("gpt2"), "tokenizer") if name not in settings]
     if missing:
         raise UserError(
             f"the checkpoint in {path} does not record {', '.join(missing)}; give one that was written by "
@@ -71,13 +75,10 @@ def load_model(path, step: int | None = None) -> Model:
         )
     if wrong := wrong_values(settings):
         raise UserError(f"the checkpoint in {path} describes no model: {wrong[0]}")
-    if settings["n_embd"] % settings["n_head"]:
-        raise UserError(
-            f"the checkpoint in {path} describes no model: n_embd={settings['n_embd']} must be a multiple "
-            f"of n_head={settings['n_head']}"
-        )
-    config, operands = GPTConfig(**{name: settings[name] for name in names}), {}
     complete = upgraded(settings) | {"use_fp8": settings.get("use_fp8", False)}
+    for problem in of_heads(SimpleNamespace(**complete)):
+        raise UserError(f"the checkpoint in {path} describes no model: {problem}")
+    config, operands = model_config(complete), {}
     formats, recipes = quantization.options_of(complete), recipe.options_of(complete)
     quant = arrays.get("quant", {})
     if formats is not None:
@@ -92,7 +93,7 @@ def load_model(path, step: int | None = None) -> Model:
         config = quantization.quantized_model(quantization.layout(config, formats), formats)
         operands = update.operands_at(config, formats, None, state, quantization.format_table(formats))
     if recipes is not None:
-        state = recipe.RecipeState(quant["amax_history_Q6H"], quant["number"])
+        state = recipe.RecipeState(quant["amax_history_Q6H"], quant["number"], quant.get("begun"))
         config = recipe.quantized_model(config, recipes)
         operands = update.operands_at(config, None, recipes, state, recipe.table_of(recipes))
     operands = jax.device_get(operands)
@@ -148,7 +149,7 @@ def _continue(params, operands, context_T, n_context, n_new, first, key, tempera
 
 def generate(
     params,
-    config: GPTConfig,
+    config: ModelConfig,
     prompt_ids_L,
     *,
     max_new_tokens: int,
@@ -162,7 +163,7 @@ def generate(
 
     Args:
       params: nested dict of float32 arrays.
-      config: their GPTConfig.
+      config: their ModelConfig.
       prompt_ids_L: at least one token id; the last block_size of them are read.
       max_new_tokens: how many tokens to add; above block_size - L the context starts over (see above).
       temperature: 0 takes the most likely token each time; 1 samples from the model's own distribution.

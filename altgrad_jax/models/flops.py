@@ -1,6 +1,9 @@
 """How much arithmetic a token costs, and how much the device can do: the two halves of MFU."""
 
 import re
+from typing import Any
+
+from altgrad_jax.numerics.layers import HEAD, matrix_sizes
 
 # Dense bfloat16 peak with float32 accumulation, FLOP/s, from the vendors' datasheets. The longest match wins.
 PEAK_BF16_FLOPS = {
@@ -20,12 +23,17 @@ PEAK_BF16_FLOPS = {
 }
 
 
-def training_flops_per_token(*, n_layer: int, n_embd: int, block_size: int, vocab_size: int) -> int:
+def training_flops_per_token(*, n_layer: int, n_embd: int, block_size: int, **sizes: Any) -> int:
     """Floating-point operations of forward and backward for one token, counted as PaLM does (Chowdhery et al. 2022,
-    appendix B): 6 per weight of every matrix product, the tied head included, and 12 n_layer n_embd block_size for the
-    two attention products over the full, unmasked square."""
-    weights = 12 * n_layer * n_embd**2 + vocab_size * n_embd
-    return 6 * weights + 12 * n_layer * n_embd * block_size
+    appendix B): 6 per weight of every matrix product, the head included, and 12 n_layer n_embd block_size for the
+    two attention products over the full, unmasked square.
+
+    Args:
+      sizes: the other arguments of layers.matrix_sizes.
+    """
+    matrices = {part: K * N for part, (K, N) in matrix_sizes(n_embd=n_embd, **sizes).items()}
+    head = matrices.pop(HEAD)
+    return 6 * (n_layer * sum(matrices.values()) + head) + 12 * n_layer * n_embd * block_size
 
 
 def peak_flops(device_kind: str, n_devices: int, compute_dtype: str) -> float | None:

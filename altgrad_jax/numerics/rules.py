@@ -23,15 +23,9 @@ from dataclasses import dataclass
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics.formats import get_format
+from altgrad_jax.numerics.layers import HEAD, linear_layers
 
 OPERANDS = ("W", "A", "G")
-# The names that the settings `scaling`, `optimizer`, `schedule` and `weights_at_rest` may have.
-EMBED = "embed"  # the layer whose table the head multiplies with
-# The layers of the model in the order in which it applies them.
-STAGES = (EMBED, "pos_embed", "block", "ln_f")
-BLOCK_LAYERS = ("ln_1", "attn_qkv", "attn_out", "ln_2", "mlp_up", "mlp_down")
-IN_BLOCK = tuple(layer for layer in BLOCK_LAYERS if not layer.startswith("ln_"))  # those that are products
-HEAD = "head"
 NONE = "none"
 # What a run may choose, by name: where an operand's scale comes from, how it is rounded, how weights are kept, what
 # updates them, and how the learning rate goes. Settings and the modules that compute share these lists.
@@ -61,27 +55,14 @@ class LayerFormats:
         return self.w, self.a, self.g
 
 
-def linear_layers(n_layer: int) -> list[str]:
-    """Every layer that is a matrix product with weights, in the order of the model."""
-    return [f"block_{i}/{part}" for i in range(n_layer) for part in IN_BLOCK] + [HEAD]
-
-
-def model_order(layer: str) -> tuple[int, int, int]:
-    """Sorts layers by name (`embed`, `block_0/ln_1`, ...) in the order in which the model applies them."""
-    match = re.fullmatch(r"([a-z_]+?)(?:_(\d+)/(\w+))?", layer)
-    assert match, layer
-    stage, index, part = match.groups()
-    return STAGES.index(stage), int(index or 0), BLOCK_LAYERS.index(part) if part else 0
-
-
 @functools.lru_cache(maxsize=64)
-def resolve_rules(rules: tuple[str, ...], n_layer: int) -> tuple[LayerFormats, ...]:
+def resolve_rules(rules: tuple[str, ...], n_layer: int, model: str = "gpt2") -> tuple[LayerFormats, ...]:
     """The layers that have a format, in the order of the model.
 
     Raises UserError, one sentence, for a rule that cannot be read, a format or layer that does not exist, or rules that
     leave nothing quantized.
     """
-    layers = linear_layers(n_layer)
+    layers = linear_layers(n_layer, model)
     chosen: dict[str, dict[str, str | None]] = {layer: dict.fromkeys(OPERANDS) for layer in layers}
     for rule in rules:
         match = _RULE.fullmatch(rule)
@@ -122,15 +103,3 @@ def resolve_rules(rules: tuple[str, ...], n_layer: int) -> tuple[LayerFormats, .
 def names_used(layers: tuple[LayerFormats, ...]) -> list[str]:
     """The different formats, in the order in which they first appear."""
     return list(dict.fromkeys(name for layer in layers for name in layer.wag if name))
-
-
-def contracted_sizes(layer: str, n_embd: int, vocab_size: int) -> tuple[int, int]:
-    """(K, N): the axes that blocks of W and A, and of G, run along."""
-    part = layer.rpartition("/")[2]
-    return {
-        "attn_qkv": (n_embd, 3 * n_embd),
-        "attn_out": (n_embd, n_embd),
-        "mlp_up": (n_embd, 4 * n_embd),
-        "mlp_down": (4 * n_embd, n_embd),
-        HEAD: (n_embd, vocab_size),
-    }[part]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from altgrad_jax.numerics.rules import BLOCK_LAYERS
+from altgrad_jax.numerics.layers import BLOCK_LAYERS, HEAD
 from altgrad_jax.report import figures
 from altgrad_jax.report.analysis import ADAMW, MASTER, layers_of
 from altgrad_jax.report.runs import LOST, OPERANDS, Arm
@@ -281,11 +281,11 @@ def representative(c, arm):
 
 
 def _depth(layer):
-    """Sorts layers as the signal passes them: embeddings, blocks, the last LayerNorm."""
+    """Sorts layers as the signal passes them: embeddings, blocks, the last norm, the head."""
     block, _, name = layer.partition("/")
     if block.startswith("block_") and block[6:].isdecimal():
         return 1, int(block[6:]), BLOCK_LAYERS.index(name) if name in BLOCK_LAYERS else len(BLOCK_LAYERS), name
-    return (2 if layer == "ln_f" else 0), 0, 0, layer
+    return (2 if layer in ("ln_f", "norm_f", HEAD) else 0), 0, 0, layer
 
 
 def short_layer(layer):

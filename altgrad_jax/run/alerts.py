@@ -54,7 +54,7 @@ def is_bottleneck(layer: str) -> bool:
     so the rank of all that the block can write is theirs. The table `embed` is the output head: logits lie in the space
     it spans (the softmax bottleneck, Yang et al. 2018), and the gradient of every other layer has passed through it.
     """
-    return layer == "embed" or layer.endswith(_RESIDUAL_PROJECTIONS)
+    return layer in ("embed", "head") or layer.endswith(_RESIDUAL_PROJECTIONS)
 
 
 class RankFalling:

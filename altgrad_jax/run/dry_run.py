@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,16 @@ from altgrad_jax.step.program import Program
 # Share of a known device's peak that the prediction supposes. Nothing was measured on one: small models reach less, for
 # their kernels are short, large ones more.
 ASSUMED_EFFICIENCY = 0.3
-_GROUPS = ("embed", "pos_embed", "attn", "mlp", "ln")
-_GROUP_NAMES = {"attn": "attention", "mlp": "MLP", "ln": "layer norms"}
+# The groups in which parameters are counted: a pattern of a layer's name, and the group.
+_GROUPS = (
+    ("embed", "embed"),
+    ("pos_embed", "pos_embed"),
+    ("attn_", "attention"),
+    ("mlp_", "MLP"),
+    ("ln_", "layer norms"),
+    ("norm_|[qk]_norm", "norms"),
+    ("head", "head"),
+)
 
 
 def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
@@ -82,17 +91,14 @@ def _bytes_of(tree):
 
 def describe_parameters(setup: Setup) -> Iterator[str]:
     """Lines: the parameters by group, and what a state takes."""
-    sizes = dict.fromkeys(_GROUPS, 0)
+    sizes: dict[str, int] = {}
     state = setup.functions.abstract_state
     for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]:
-        parts = [key.key for key in path]
-        layer = next(part for part in parts if not part.startswith("block_"))
-        sizes[layer if layer in sizes else layer.partition("_")[0]] += math.prod(leaf.shape)
-    yield (
-        f"parameters: {sum(sizes.values()):,} ("
-        + ", ".join(f"{_GROUP_NAMES.get(name, name)} {size:,}" for name, size in sizes.items())
-        + ")"
-    )
+        layer = next(key.key for key in path if not key.key.startswith("block_"))
+        group = next(name for pattern, name in _GROUPS if re.match(pattern, layer))
+        sizes[group] = sizes.get(group, 0) + math.prod(leaf.shape)
+    counts = (f"{name} {sizes[name]:,}" for _, name in _GROUPS if name in sizes)
+    yield f"parameters: {sum(sizes.values()):,} ({', '.join(counts)})"
     parts = {
         "parameters": state.params,
         "optimizer": state.opt_state,

@@ -25,7 +25,7 @@ from altgrad_jax.config import Config
 from altgrad_jax.data.dataset import permute_windows
 from altgrad_jax.data.prepare import describe_duplicates
 from altgrad_jax.errors import UserError
-from altgrad_jax.models.gpt2 import count_params
+from altgrad_jax.models.parameters import count_params
 from altgrad_jax.numerics import recipes
 from altgrad_jax.run import processes, verdict
 from altgrad_jax.run.alerts import rules_of
@@ -360,8 +360,8 @@ class RunFolder:
         if self.quant is not None:
             say(_describe_formats(config, self.quant))
         if self.recipe is not None:
-            for recipe, (_, start) in zip(self.recipe.recipes, self.recipe.schedule):
-                say("\n".join([f"from update {start}:" if start else "at first:", *recipes.describe(recipe)]))
+            for recipe, phase in zip(self.recipe.recipes, self.recipe.schedule):
+                say("\n".join([f"{phase.when}:", *recipes.describe(recipe)]))
         n_tokens = tokens.meta["n_tokens"]
         say(
             f"data: {tokens.meta['source']}, {n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens, "

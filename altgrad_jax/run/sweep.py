@@ -223,12 +223,13 @@ def program_key(config):
 
     layers = ()
     if config.use_fp8:
-        layers = tuple(
-            (layer.layer, *map(kind, layer.wag)) for layer in rules.resolve_rules(config.formats, config.n_layer)
-        )
+        resolved = rules.resolve_rules(config.formats, config.n_layer, config.model)
+        layers = tuple((layer.layer, *map(kind, layer.wag)) for layer in resolved)
     followed = [get_recipe(item.partition("@")[0]) for item in config.recipe]
-    # Sums over tiles are another program. So is another number of phases, and a program that a folder names.
-    recipe = len(followed), any(recipe.tiled for recipe in followed), list(config.recipe_program)
+    # Sums over tiles are another program. So is another number of phases, one that waits for bad updates, and a program
+    # that a folder names.
+    waits = any("@bad" in item for item in config.recipe)
+    recipe = len(followed), waits, any(recipe.tiled for recipe in followed), list(config.recipe_program)
     # Batches from the host are one stream for all lanes.
     order = config.data_seed if config.data_placement == "host" else None
     common = {name: value for name, value in settings.to_dict(config).items() if name not in _NOT_COMPILED}

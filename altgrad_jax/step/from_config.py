@@ -6,12 +6,13 @@ from altgrad_jax import config as settings
 from altgrad_jax.config import Config
 from altgrad_jax.errors import UserError
 from altgrad_jax.models import flops
-from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models import model as models
+from altgrad_jax.models.config import ModelConfig
 from altgrad_jax.step import quantization, recipe, stability, update
 from altgrad_jax.step.mesh import Device
 from altgrad_jax.step.update import Inputs, StepOptions
 
-# Logits that exist at once, beside GPTConfig's own choice, which is a CPU's: a GPU wants large products.
+# Logits that exist at once, beside ModelConfig's own choice, which is a CPU's: a GPU wants large products.
 LOSS_TILE_BYTES_GPU = 2**30
 # Options of the step that are settings of the same name.
 _SAME_NAME = (
@@ -36,20 +37,12 @@ _SAME_NAME = (
 )
 
 
-def model_config(config: Config, device: Device) -> GPTConfig:
+def model_config(config: Config, device: Device) -> ModelConfig:
     """The model that `config` describes, with the attention kernel for this device."""
     # Without a loop over its blocks the step is one CUDA graph.
     of_gpu: dict[str, Any] = {"loss_tile_bytes": LOSS_TILE_BYTES_GPU, "unroll": True}
-    return GPTConfig(
-        config.n_layer,
-        config.n_head,
-        config.n_embd,
-        config.block_size,
-        config.vocab_size,
-        config.dropout,
-        config.compute_dtype,
-        attention_kernel(config, device),
-        **({} if device.platform == "cpu" else of_gpu),
+    return models.model_config(
+        config, attention=attention_kernel(config, device), **({} if device.platform == "cpu" else of_gpu)
     )
 
 
@@ -102,7 +95,6 @@ def inputs_of(config: Config) -> Inputs:
 
 def flops_per_step(config: Config) -> float:
     """Floating-point operations of one update, by formula (flops.training_flops_per_token)."""
-    per_token = flops.training_flops_per_token(
-        n_layer=config.n_layer, n_embd=config.n_embd, block_size=config.block_size, vocab_size=config.vocab_size
-    )
+    names = "model", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "vocab_size"
+    per_token = flops.training_flops_per_token(**{name: config[name] for name in names})
     return config.batch_size * config.block_size * per_token

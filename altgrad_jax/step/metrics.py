@@ -26,8 +26,8 @@ import optax
 
 from altgrad_jax.models.stacking import is_stacked, layers_of
 from altgrad_jax.numerics.histograms import rank_health
+from altgrad_jax.numerics.layers import HEAD, model_order
 from altgrad_jax.numerics.moments import adam_direction
-from altgrad_jax.numerics.rules import model_order
 from altgrad_jax.numerics.sums import sums
 
 BY_SIZE = "_by_size"  # ends the name of a mean over layers that is weighted by their sizes
@@ -141,10 +141,16 @@ def gradient_stats(grads, split: bool = False) -> LayerStats:
     found, neurons = {}, {}
     for group, arrays in by_group(grads).items():
         if "kernel" in arrays:
-            neurons[group] = jnp.square(arrays["kernel"]).sum(1) + jnp.square(arrays["bias"])
+            neurons[group] = _neuron_sums(**arrays)
         square_sum, nonfinite = _sums(((jnp.square(g), ~jnp.isfinite(g)) for g in arrays.values()), split)
         found[group] = {"square_sum": square_sum, "max_abs": _max_abs(arrays.values()), "nonfinite": nonfinite}
     return LayerStats(layer_names(grads), **_vectors(found), neuron_square_sum=neurons)
+
+
+def _neuron_sums(kernel, bias=None) -> jax.Array:
+    """float32 [n, outputs]: square sums of the columns of a kernel with their biases."""
+    columns = jnp.square(kernel).sum(1)
+    return columns if bias is None else columns + jnp.square(bias)
 
 
 def gradient_metrics(stats: LayerStats) -> Columns:
@@ -327,12 +333,13 @@ def _fidelity(f, suffix) -> dict[str, jax.Array]:
 def rank_metrics(params) -> dict[str, jax.Array]:
     """stable_rank/layer, participation_ratio/layer and spectral_norm/layer, float32 scalars, as in `rank_health`.
 
-    Of every kernel and of the token table `embed`, which is the output head too. (The other parameters are vectors, and
-    the table of positions is no operand of a product.) The tree is not stacked.
+    Of every kernel, of the token table `embed`, which is the output head too where that is tied, and of the table of a
+    `head` that is not. (The other parameters are vectors, and the table of positions is no operand of a product.) The
+    tree is not stacked.
     """
     out = {}
     for layer, arrays in sorted(by_group(params).items(), key=lambda item: model_order(item[0])):
-        matrix = arrays.get("kernel", arrays.get("embedding") if layer == "embed" else None)
+        matrix = arrays.get("kernel", arrays.get("embedding") if layer in ("embed", HEAD) else None)
         if matrix is not None:
             out |= {f"{name}/{layer}": value for name, value in rank_health(matrix[0]).items()}
     return out

@@ -32,7 +32,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from altgrad_jax.data.dataset import gather_windows, permute_windows
 from altgrad_jax.errors import UserError
-from altgrad_jax.models.gpt2 import GPTConfig, Quantized
+from altgrad_jax.models.config import ModelConfig
+from altgrad_jax.models.linear import Quantized
 from altgrad_jax.numerics import histograms
 from altgrad_jax.numerics.cross_entropy import padded
 from altgrad_jax.numerics.products import Rule, empty_statistics, named_statistics
@@ -68,7 +69,7 @@ def run(step: Step, names, state: TrainState, data, n_steps, inputs: Inputs):
     return update.unstacked(step, state), rows_KM
 
 
-def evaluate(model: GPTConfig, batch_size, mesh, operands_of, params, windows, *formats):
+def evaluate(model: ModelConfig, batch_size, mesh, operands_of, params, windows, *formats):
     """float32 mean loss over windows [E, L+1] in nats per token; see make_evaluate."""
     layout = replicated(mesh)
     if batch_size % mesh.size == 0:
@@ -82,7 +83,7 @@ def evaluate(model: GPTConfig, batch_size, mesh, operands_of, params, windows, *
     return jax.lax.map(batch_loss, windows.reshape(-1, batch_size, windows.shape[-1])).mean()
 
 
-def window_losses(model: GPTConfig, batch_size, mesh, operands_of, params, windows, *formats):
+def window_losses(model: ModelConfig, batch_size, mesh, operands_of, params, windows, *formats):
     """float32 [E]: the loss of each window [E, L+1] in nats per token, every window a forward pass by itself."""
     # So many at once that their logits keep within the limit.
     logits = 4 * model.block_size * padded(model.vocab_size)
@@ -105,7 +106,7 @@ class Observed(NamedTuple):
     amax_Q3: jax.Array  # float32
 
 
-def _split_over(model: GPTConfig, mesh) -> GPTConfig:
+def _split_over(model: ModelConfig, mesh) -> ModelConfig:
     """The model for batches that are split over all devices: each device holds its part of the logits alone."""
     return dataclasses.replace(model, loss_tile_bytes=model.loss_tile_bytes * mesh.size)
 
@@ -180,7 +181,9 @@ class StepFunctions(NamedTuple):
     step: Step
 
 
-def make_step_functions(model_config: GPTConfig, options: StepOptions, mesh, *, n_train_windows, eval_batch_size, seed):
+def make_step_functions(
+    model_config: ModelConfig, options: StepOptions, mesh, *, n_train_windows, eval_batch_size, seed
+):
     """Builds the compiled functions of a run; compiles nothing yet.
 
     Args: those of Step, `model_config` without rules; and the seed for `StepFunctions.inputs`. The limit of the loss's
@@ -231,7 +234,7 @@ def _first_row(step, state, windows, inputs):
     return update.train_step(step, update.stacked(step, state), windows, inputs)[1]
 
 
-def make_evaluate(model: GPTConfig, eval_batch_size, mesh, operands_of=lambda operands: operands):
+def make_evaluate(model: ModelConfig, eval_batch_size, mesh, operands_of=lambda operands: operands):
     """evaluate(params, windows [E, L+1], *formats) -> float32 mean loss in nats per token, compiled.
 
     The windows are taken eval_batch_size at a time (it must divide E), and the means of these equal batches averaged.

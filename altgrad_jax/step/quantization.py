@@ -36,10 +36,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from altgrad_jax.config import for_operands
-from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.config import ModelConfig
 from altgrad_jax.models.stacking import Segments, group_of, layers_of, stack
 from altgrad_jax.numerics import products
 from altgrad_jax.numerics.formats import get_format
+from altgrad_jax.numerics.layers import HEAD
 from altgrad_jax.numerics.products import (
     FIELDS,
     Operand,
@@ -49,7 +50,7 @@ from altgrad_jax.numerics.products import (
     scale_for,
 )
 from altgrad_jax.numerics.rounding import FormatParams, Grid, format_params, stochastic_seed, to_grid
-from altgrad_jax.numerics.rules import FLOAT8, HEAD, OPERANDS, LayerFormats, resolve_rules
+from altgrad_jax.numerics.rules import FLOAT8, OPERANDS, LayerFormats, resolve_rules
 from altgrad_jax.numerics.scales import LARGEST_SCALED
 from altgrad_jax.numerics.sums import combine_all
 from altgrad_jax.step.metrics import BY_SIZE, Columns, joined, mean_by_size, over, scalars, sqnr_db_by_size
@@ -108,7 +109,7 @@ def options_of(config: Mapping[str, Any]) -> QuantOptions | None:
     w, a, g = for_operands(config["operand_rounding"])
     same_name = ("amax_history", "saturate", "weights_at_rest", "range_clip", "emergency_patience")
     return QuantOptions(
-        layers=resolve_rules(tuple(config["formats"]), config["n_layer"]),
+        layers=resolve_rules(tuple(config["formats"]), config["n_layer"], config["model"]),
         scaling=for_operands(config["scaling"]),
         power_of_two=config["scale_rounding"] == "power_of_two",
         stochastic=(w == "stochastic", a == "stochastic", g == "stochastic"),
@@ -194,13 +195,13 @@ def _rule(options: QuantOptions, layer: LayerFormats) -> Rule:
     return Rule(w, a, g, float32_operands=wide, power_of_two=options.power_of_two, native=native)
 
 
-def quantized_model(plain: GPTConfig, options: QuantOptions) -> GPTConfig:
+def quantized_model(plain: ModelConfig, options: QuantOptions) -> ModelConfig:
     """The model with the rules of its quantized layers."""
     found = {group_of(row.layer, plain.segments): _rule(options, row) for row in options.layers}
     return dataclasses.replace(plain, rules=tuple(found.items()))
 
 
-def layout(plain: GPTConfig, options: QuantOptions | None) -> GPTConfig:
+def layout(plain: ModelConfig, options: QuantOptions | None) -> ModelConfig:
     """The model whose blocks are taken together as these formats allow."""
     return plain if options is None else dataclasses.replace(plain, split=options.segments(plain.n_layer))
 
@@ -466,7 +467,7 @@ def overflow_of(options: QuantOptions, statistics_Q3S) -> tuple[list[str], jax.A
 
 
 def weight_grids(
-    model: GPTConfig, options: QuantOptions, groups: Sequence[Group], state: QuantState, formats_Q3, weights: dict
+    model: ModelConfig, options: QuantOptions, groups: Sequence[Group], state: QuantState, formats_Q3, weights: dict
 ) -> dict[str, Grid]:
     """{group: Grid, leaves [n, ...]} that the weights {group: [n, K, N]} were rounded on as operands, or are stored on,
     at this step. `model`: with its rules."""

@@ -40,12 +40,16 @@ from jax.sharding import Mesh
 
 from altgrad_jax.config import METRIC_GROUPS
 from altgrad_jax.models import stacking
-from altgrad_jax.models.gpt2 import GPTConfig, GPTOutput, Quantized, forward, init_params, weights_of, with_weights
+from altgrad_jax.models.config import ModelConfig
+from altgrad_jax.models.linear import Quantized
+from altgrad_jax.models.model import forward, init_params
+from altgrad_jax.models.parameters import weights_of, with_weights
+from altgrad_jax.models.transformer import ModelOutput
 from altgrad_jax.numerics import ledger, moments, optimizers
 from altgrad_jax.numerics.cross_entropy import cross_entropy, tied_cross_entropy
+from altgrad_jax.numerics.layers import HEAD
 from altgrad_jax.numerics.products import combine_statistics
 from altgrad_jax.numerics.rounding import FormatParams, stochastic_seed
-from altgrad_jax.numerics.rules import EMBED, HEAD
 from altgrad_jax.step import metrics, quantization, recipe, stability
 from altgrad_jax.step.mesh import FSDP, constrain, gather, over_batch, replicated, scatter, split_like_parameters
 from altgrad_jax.step.recipe import RecipeOptions
@@ -120,7 +124,7 @@ class Step:
       eval_batch_size: evaluation windows per forward pass; must divide the number of windows given to evaluate.
     """
 
-    plain: GPTConfig
+    plain: ModelConfig
     options: StepOptions
     mesh: Mesh
     n_train_windows: int
@@ -132,7 +136,7 @@ class Step:
         return self.options.quant
 
     @property
-    def model(self) -> GPTConfig:
+    def model(self) -> ModelConfig:
         """The model that is trained."""
         if self.recipe is not None:
             return recipe.quantized_model(self.plain, self.recipe)
@@ -161,7 +165,7 @@ class Step:
         return self.mesh.shape[FSDP] > 1
 
     @property
-    def reference(self) -> GPTConfig:
+    def reference(self) -> ModelConfig:
         """The model whose gradient is the reference."""
         return dataclasses.replace(self.plain, compute_dtype="float32", attention="xla")
 
@@ -266,7 +270,7 @@ class Gradients(NamedTuple):
 
     loss: jax.Array
     grads: Any
-    output: GPTOutput  # without hidden and logits
+    output: ModelOutput  # without hidden and logits
     statistics: jax.Array | None  # of the quantized operands: [Q, 3, S], of a recipe's slots [Q, 6, S]
 
 
@@ -350,9 +354,9 @@ class Outcome(NamedTuple):
 
 
 def loss(
-    model: GPTConfig, params, windows, dropout_key, quantized: Quantized | None = None
-) -> tuple[jax.Array, GPTOutput]:
-    """Mean loss in nats per token of windows [B, L+1]: (float32 scalar, GPTOutput without hidden and logits).
+    model: ModelConfig, params, windows, dropout_key, quantized: Quantized | None = None
+) -> tuple[jax.Array, ModelOutput]:
+    """Mean loss in nats per token of windows [B, L+1]: (float32 scalar, ModelOutput without hidden and logits).
 
     All logits exist at once only where the head's product is quantized.
 
@@ -478,8 +482,9 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
         row += format_alert_columns(formats, after, outcome)
         params, quant = after.params, after.quant
     if recipes is not None:
-        row += recipe_columns(step, recipes, outcome)
-        quant = recipes.after(found.statistics, health.finite)
+        bad = counts_towards_shift(step, state.monitor, found.loss, counts) if recipes.options.waits else None
+        row += recipe_columns(step, recipes, outcome, bad)
+        quant = recipes.after(found.statistics, health.finite, bad)
     state = TrainState(state.step + 1, params, update.opt_state, watched.monitor, quant)
     return constrain(state, state_shardings(state, step.mesh), step.mesh), metrics.joined(row)
 
@@ -507,7 +512,7 @@ def inputs_of(options: StepOptions, seed: int) -> Inputs:
 
 
 def operands_at(
-    plain: GPTConfig,
+    plain: ModelConfig,
     quant: quantization.QuantOptions | None,
     recipes: RecipeOptions | None,
     quant_state,
@@ -527,7 +532,7 @@ def operands_at(
     return quantization.operands(quant, quantization.groups(quant, plain.segments), state, formats_Q3)
 
 
-def gradients(step: Step, model: GPTConfig, params, batch: Batch, numbers: Numbers | None = None) -> Gradients:
+def gradients(step: Step, model: ModelConfig, params, batch: Batch, numbers: Numbers | None = None) -> Gradients:
     """Mean loss, mean gradient, model output and, with `numbers`, statistics of the operands, over the batch.
 
     The batch is taken in grad_accum_steps equal micro-batches.
@@ -564,7 +569,7 @@ def gradients(step: Step, model: GPTConfig, params, batch: Batch, numbers: Numbe
     return Gradients(total / A, jax.tree.map(lambda g: g / A, grads), output, statistics)
 
 
-def _micro_gradients(mesh: Mesh, model: GPTConfig, params, numbers: Numbers | None, micro: MicroBatch) -> Gradients:
+def _micro_gradients(mesh: Mesh, model: ModelConfig, params, numbers: Numbers | None, micro: MicroBatch) -> Gradients:
     """`gradients` of one micro-batch, of parameters that are already gathered."""
     # The partitioner forgets inside the loop over micro-batches that they are whole. To repeat it costs nothing.
     whole = gather(params, mesh)
@@ -682,7 +687,9 @@ def count_nonfinite(step: Step, state: TrainState, update: Update, health: Healt
 
 
 def counts_towards_shift(step: Step, monitor: stability.Monitor, mean_loss, counts: Counts) -> jax.Array:
-    """Whether an update counts towards the emergency shift: not finite, a loss spike, or made during divergence.
+    """Whether an update counts towards a shift to another format or recipe.
+
+    Bad is one that is not finite, a loss spike, or one made during divergence.
 
     The monitor is the one before the update, because the one after it depends on what the formats lose.
     """
@@ -820,7 +827,8 @@ def stalled_shares(step: Step, updates: metrics.TreeNorms, entries) -> jax.Array
     Args:
       updates: what was asked for. entries: of the ledger, [stored layers, fields].
     """
-    at = np.array([updates.layers.index(EMBED if layer == HEAD else layer) for layer in step.stored])
+    table = HEAD if HEAD in updates.layers else "embed"  # whose weights the head multiplies with
+    at = np.array([updates.layers.index(table if layer == HEAD else layer) for layer in step.stored])
     return updates.zeros.at[at].add(ledger.lost_weights(entries) / updates.size[at])
 
 
@@ -924,13 +932,15 @@ def alert_columns(outcome: Outcome) -> list[metrics.Columns]:
     ]
 
 
-def recipe_columns(step: Step, recipes: recipe.InUse, outcome: Outcome) -> list[metrics.Columns]:
-    """The columns that only recipes have."""
+def recipe_columns(step: Step, recipes: recipe.InUse, outcome: Outcome, bad) -> list[metrics.Columns]:
+    """The columns that only recipes have. `bad`: whether the update was, where a phase waits for that."""
     row, statistics = [], outcome.found.statistics
     if "format" in step.options.metric_groups and statistics is not None:
         row.append(_sparse(recipe.format_metrics(recipes.options, statistics, step.options.grad_accum_steps)))
     if len(recipes.options.schedule) > 1:
         row.append(metrics.scalars({"recipe_phase": recipes.phase}))
+    if recipes.options.waits:
+        row.append(metrics.scalars({"alert/format_shift": recipes.begins(bad)}))
     return row + [
         metrics.over(names, {kind: counts}, _ALERT) for kind, (names, counts) in outcome.health.faults.items()
     ]

@@ -108,7 +108,8 @@ class Originals:
         """A run folder: manifest, record and one checkpoint, of step 2, which holds parameters only."""
         import jax
 
-        from altgrad_jax.models.gpt2 import GPTConfig, init_params
+        from altgrad_jax.models.gpt2 import GPTConfig
+        from altgrad_jax.models.model import init_params
         from altgrad_jax.run.checkpoint import open_checkpoints
         from altgrad_jax.run.record import Record, write_manifest
 

@@ -37,7 +37,9 @@ from altgrad_jax.config import default_config
 from altgrad_jax.data.prepare import prepare
 from altgrad_jax.data.sources import local
 from altgrad_jax.data.tokenizer import get_tokenizer
-from altgrad_jax.models import gpt2
+from altgrad_jax.models import linear as linear_module
+from altgrad_jax.models import transformer
+from altgrad_jax.models.gpt2 import GPTConfig
 from altgrad_jax.models.stacking import is_stacked, layers_of
 from altgrad_jax.numerics.rules import resolve_rules
 from altgrad_jax.run import setup
@@ -136,14 +138,14 @@ def _sites(params):
 @contextlib.contextmanager
 def faults_ride_on_batches():
     """While this is entered, programs that are built act on the faults of their batches."""
-    loss, product, one_block = update.loss, gpt2._product, gpt2._one_block
+    loss, product, one_block = update.loss, linear_module.product, transformer.one_block
     fault_of = []  # the function of the loss that is being traced
     numbers = []  # of the block that is being traced, which stands for several
 
-    def faulty_block(config, rules, position, carried, block):
+    def faulty_block(kind, config, rules, position, carried, block):
         numbers.append(block.i)
         try:
-            return one_block(config, rules, position, carried, block)
+            return one_block(kind, config, rules, position, carried, block)
         finally:
             numbers.pop()
 
@@ -153,7 +155,7 @@ def faults_ride_on_batches():
 
     def faulty_product(config, rules, part, *args, **choices):
         y = product(config, rules, part, *args, **choices)
-        if not fault_of or part == "head":
+        if not fault_of:
             return y
         first_token = (0,) * (y.ndim - 1)
         y = y.at[first_token].add(of_this_block("output", part))
@@ -182,11 +184,11 @@ def faults_ride_on_batches():
             fault_of.pop()
         return mean + fault("loss"), output
 
-    update.loss, gpt2._product, gpt2._one_block = faulty_loss, faulty_product, faulty_block
+    update.loss, linear_module.product, transformer.one_block = faulty_loss, faulty_product, faulty_block
     try:
         yield
     finally:
-        update.loss, gpt2._product, gpt2._one_block = loss, product, one_block
+        update.loss, linear_module.product, transformer.one_block = loss, product, one_block
 
 
 # -------------------------------------------------------------------------------------------------- states and programs
@@ -240,7 +242,7 @@ class Bench:
             stall_window=5,
         )
         self.functions = program.make_step_functions(
-            gpt2.GPTConfig(**SIZE, dropout=0.1),
+            GPTConfig(**SIZE, dropout=0.1),
             update.StepOptions(
                 **dict(
                     batch_size=BATCH,
