@@ -3,8 +3,8 @@
 Command:   python scripts/train.py --config configs/fp8.py:E5M2
            python scripts/train.py --config configs/fp8.py:E4M3,ulp_adamw,stochastic
 Argument:  FORMAT[,optimizer][,weights]: the format of weights, activations and output gradients in every linear
-           layer of the blocks; an optimizer (adamw, ulp_precondition_before_adam, ulp_adamw, grid); how the
-           weights are kept (float32, nearest, stochastic, error_feedback).
+           layer of the blocks; an optimizer (adamw, ulp_precondition_before_adam, ulp_adamw, ulp_adamw_mean,
+           grid); how the weights are kept (float32, nearest, stochastic, error_feedback).
 Formats:   E0M7 E1M6 E2M5 E3M4 E4M3 E5M2 E6M1 E7M0, and every other name in altgrad_jax/numerics/formats.py.
 Time:      longer than the baseline's, for operands are rounded and measured; not measured for this model.
 Expected:  a gap to the baseline that depends on the format: docs/results/formats-small.md.
