@@ -192,10 +192,13 @@ def test_every_layer_has_every_metric(functions, trained):
         "update_ratio",
         "zero_update",
     ):
-        assert [name for name in functions.metric_names if name.startswith(statistic + "/")] == [
-            f"{statistic}/{layer}" for layer in layers
+        column_name = f"sparse/{statistic}/" if statistic == "grad_snr" else f"{statistic}/"
+        assert [name for name in functions.metric_names if name.startswith(column_name)] == [
+            f"{column_name}{layer}" for layer in layers
         ]
-    assert np.isfinite(trained[1]).all()
+    of_snr = np.array([name.startswith("sparse/grad_snr/") for name in functions.metric_names])
+    finite = np.isfinite(trained[1])
+    assert finite[1:].all() and finite[0].tolist() == (~of_snr).tolist()  # one gradient has no spread
 
 
 def test_loss_falls_and_starts_at_an_even_guess(functions, trained):

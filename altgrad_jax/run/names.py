@@ -73,10 +73,10 @@ class Names:
         candidates = (statistic + slash + layer for statistic in (*of_plain, "lost", plain))
         return next((old for old in candidates if self.today(old) == name), "")
 
-    def upgraded(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def upgraded(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row of the record under the names of today."""
         if row["step"] > self.last_old:
-            return dict(row)
+            return row
         return {
             self.today(name): value
             for name, value in row.items()
