@@ -180,7 +180,7 @@ OUT_OF_RANGE = [
     *[
         (name, 0)
         for name in WHOLE
-        if name not in ("warmup_steps", "seed", "data_seed", "steps_per_dispatch", "vocab_size")
+        if name not in ("warmup_steps", "seed", "data_seed", "steps_per_dispatch", "vocab_size", "n_kv_head")
     ],
     ("vocab_size", 1),
     ("vocab_size", 65537),
@@ -203,7 +203,7 @@ OUT_OF_RANGE = [
     ("metrics", "grad,"),
     ("metrics", "all,grad"),
     ("scaling", "delayed,current"),
-    ("scaling", "delayed, tensor, none"),
+    ("scaling", "delayed, current, none"),
     ("loggers", ("wandb", "wandb")),
     ("loggers", ("mlflow",)),
     ("xla_options", ("xla_gpu_autotune_level",)),
