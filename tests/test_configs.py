@@ -228,18 +228,21 @@ def test_the_matrix_is_whole():
     config = cli.load_config("configs/matrix.py")
     points = cli.sweep_of(config)
     members = make_members(config, points, "runs/matrix")
-    assert len(members) == len(points) == 2 * 15 + 7 * (15 + 15 + 15 + 15) + 7 * 4 * 5 + 1
+    assert len(members) == len(points) == 2 * 15 + 7 * (15 + 15 + 15 + 15) + 7 * 4 * 5 + 1 + 7 * (15 + 5 + 5)
     sizes = [len(group) for group in make_groups(members)]
-    assert sizes == [15, 15, 7 * 15 + 7 * 15 + 1, 7 * 15 + 7 * 5, 7 * 15, 7 * 15]
+    assert sizes == [15, 15, 7 * 15 + 7 * 15 + 1, 7 * 15 + 7 * 5, 7 * 15, 7 * 15, 7 * 15, 7 * 5, 7 * 5]
+    assert all(member.config.data_seed == member.config.seed and member.config.evaluate_all for member in members)
     cells = {}
     for member in members:
         layers = {layer.wag for layer in resolve_rules(member.config.formats, 2)} if member.config.use_fp8 else {None}
         (wag,) = layers
-        cell = wag, member.config.compute_dtype, member.config.weights_at_rest, member.config.optimizer
+        names = "compute_dtype weights_at_rest optimizer scale_rounding scaling amax_history"
+        cell = wag, *(member.config[name] for name in names.split())
         cells.setdefault(cell, set()).add((member.config.learning_rate, member.config.seed))
     once = {cell for cell, runs in cells.items() if cell[0] == ("E1M6",) * 3}
     assert len(once) == 1
     for cell, runs in cells.items():
         of_operand = cell[0] and "BF16" in cell[0]
-        assert len(runs) == (1 if cell in once else 5 if of_operand else 15), cell
+        at_one_rate = of_operand or cell[-2:] != ("delayed", 16)
+        assert len(runs) == (1 if cell in once else 5 if at_one_rate else 15), cell
     assert {name for cell in cells if cell[0] for name in cell[0]} == {*DEFAULT_8BIT, "BF16"}
