@@ -13,8 +13,8 @@ from jax import lax
 
 # {field: jnp.add, jnp.maximum or jnp.minimum}, in the order of a vector's last axis.
 Fields = Mapping[str, Callable]
-# Sums over columns take 32 x 33 float32 each of the 48 KiB of shared memory that a kernel has on an H100; more than 11 in
-# one kernel are a program that does not compile.
+# On an H100 a sum over columns takes 32 x 33 float32 of the 48 KiB of shared memory that a kernel has: more than 11 in one
+# reduction do not compile.
 MOST_TOGETHER = 10
 _OVER_AXIS: dict[Callable, Callable] = {jnp.add: jnp.sum, jnp.maximum: jnp.max, jnp.minimum: jnp.min}
 
