@@ -46,7 +46,7 @@ def run(*, source, out, device, step, tokenizer, **others):
 
 def export_checkpoint(source, out, step):
     # Here and below, so that --help does not wait for jax.
-    from altgrad_jax.inference import hf
+    from altgrad_jax.models import hf
     from altgrad_jax.inference.generate import load_model
 
     hf.refuse_occupied(out)
@@ -65,7 +65,7 @@ def import_folder(source, out, tokenizer):
     import jax.numpy as jnp
     from jax import tree
 
-    from altgrad_jax.inference import hf
+    from altgrad_jax.models import hf
     from altgrad_jax.run.checkpoint import open_checkpoints
 
     out = hf.refuse_occupied(out)

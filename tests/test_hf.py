@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from altgrad_jax import cli
 from altgrad_jax.errors import UserError
-from altgrad_jax.inference import hf
+from altgrad_jax.models import hf
 from altgrad_jax.models.gpt2 import GPTConfig
 from altgrad_jax.models.model import init_params
 
