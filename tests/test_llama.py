@@ -110,4 +110,5 @@ def test_layers_sizes_and_operations_are_those_of_the_parameters(config):
 
 
 def test_the_mlp_is_8_thirds_wide_in_multiples_of_32():
-    assert [hidden_width(n_embd, "llama") for n_embd in (12, 16, 96, 384, 768, 4096)] == [32, 64, 256, 1024, 2048, 10944]
+    widths = {12: 32, 16: 64, 96: 256, 384: 1024, 768: 2048, 4096: 10944}
+    assert {n_embd: hidden_width(n_embd, "llama") for n_embd in widths} == widths

@@ -26,6 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from altgrad_jax.conflicts import VOCABULARY_OF
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import read_json, require_file, writing
 from altgrad_jax.models import model as models
@@ -38,9 +39,10 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 GPT2_END_OF_TEXT = 50256
+TOKENIZER_KEY = "altgrad_tokenizer"  # our own key in config.json; transformers keeps what it does not know
 
 _PREFIX = {"gpt2": "transformer.", "llama": "model."}
-_TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
+TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
 _CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
 _HEAD_ARRAY = "lm_head.weight"
 # Sizes are read under these names; the right-hand side is the setting.
@@ -251,8 +253,8 @@ def from_hf(tensors: dict, config_json: dict) -> tuple[dict, dict]:
     unknown = sorted(name for name in tensors if not _CONSTANT.fullmatch(name))
     if unknown:
         raise UserError(
-            f"the weights hold {len(unknown)} arrays that {_TITLES[model]} does not have, the first being {unknown[0]}; "
-            f"only a plain {_CLASSES[model]} (without adapters) can be imported."
+            f"the weights hold {len(unknown)} arrays that {TITLES[model]} does not have, the first being "
+            f"{unknown[0]}; only a plain {_CLASSES[model]} (without adapters) can be imported."
         )
     table = params["embed"]["embedding"]
     if head is not None and not np.array_equal(np.asarray(head).astype(np.float32), table):
@@ -280,7 +282,7 @@ def _take(tensors: dict[str, Any], name: str, shape: tuple[int, ...], config: Mo
     """Takes one array out of `tensors`, as float32."""
     if name not in tensors:
         raise UserError(
-            f"the weights have no array {name}, which a {_TITLES[config.name]} of {config.n_layer} blocks needs; check "
+            f"the weights have no array {name}, which a {TITLES[config.name]} of {config.n_layer} blocks needs; check "
             "that config.json belongs to them."
         )
     array = np.asarray(tensors.pop(name))
@@ -298,6 +300,16 @@ def _take(tensors: dict[str, Any], name: str, shape: tuple[int, ...], config: Mo
             "trained or computed: give weights that are finite."
         )
     return array
+
+
+def tokenizer_of(config_json: Mapping[str, Any]) -> str | None:
+    """The tokenizer that a model was trained with, as its config.json tells by our own key or by its vocabulary."""
+    recorded = config_json.get(TOKENIZER_KEY)
+    if isinstance(recorded, str) and recorded in VOCABULARY_OF:
+        return recorded
+    # GPT-2's vocabulary is often padded to a multiple of 64.
+    names = {size: name for name, size in VOCABULARY_OF.items()} | {50304: "gpt2"}
+    return names.get(config_json["vocab_size"])
 
 
 def settings_of(config_json: Mapping[str, Any]) -> dict[str, Any]:
@@ -461,8 +473,8 @@ def read_folder(folder) -> tuple[dict, dict]:
         found = _read_safetensors(folder / file)
         if twice := sorted(tensors.keys() & found.keys()):
             raise UserError(
-                f"{folder} holds the array {twice[0]} in {file} and in another file of the weights; download the folder "
-                "again."
+                f"{folder} holds the array {twice[0]} in {file} and in another file of the weights; download the "
+                "folder again."
             )
         tensors |= found
     return tensors, config_json

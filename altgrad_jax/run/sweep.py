@@ -56,6 +56,7 @@ MEMORY_SHARE = 0.8
 _NOT_COMPILED = frozenset(
     {
         "seed",
+        "init_from",
         "learning_rate",
         "formats",
         "emergency_formats",

@@ -147,8 +147,8 @@ class Originals:
     @functools.cached_property
     def hf(self):
         """A Hugging Face folder of that model."""
-        from altgrad_jax.models import hf
         from altgrad_jax.inference.generate import load_model
+        from altgrad_jax.models import hf
 
         params, config, *_ = load_model(self.run)
         hf.write_folder(self.dir / "hf", *hf.to_hf(params, config))
