@@ -32,7 +32,7 @@ def finetune(folder, data_dir, out, recipe, *, steps, block_size, batch_size, le
         eval_interval=steps,
         checkpoint_interval=steps,
         diagnostic_interval=steps,
-        metrics="grad",
+        metrics="none",
         wandb_mode="disabled",
         run_name=recipe[0] if recipe else "bfloat16",
     )

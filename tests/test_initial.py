@@ -20,7 +20,7 @@ from altgrad_jax.models.gpt2 import GPTConfig
 from altgrad_jax.models.llama import LlamaConfig
 from altgrad_jax.models.model import init_params
 from altgrad_jax.run.checkpoint import load_arrays
-from altgrad_jax.run.initial import parameters_sha256, read_initial
+from altgrad_jax.run.initial import initial_for, parameters_sha256, read_initial
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=256, compute_dtype="float32")
 RUN = dict(n_embd=32, max_steps=4, warmup_steps=1, eval_interval=4, checkpoint_interval=2, diagnostic_interval=4)
@@ -55,22 +55,22 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def test_a_run_starts_from_the_weights_and_says_which(gpt2, data_dir, tmp_path):
+def test_a_llama_by_a_recipe_starts_from_weights_and_is_resumed_to_the_bit(data_dir, tmp_path):
     """With a learning rate of next to nothing the weights stay; then a run from that run, and one that is resumed."""
-    folder, params = gpt2
-    config = tiny(**RUN, init_from=str(folder), learning_rate=1e-12, weight_decay=0.0)
+    folder, options = tmp_path / "folder", dict(n_kv_head=1, tied_head=False)
+    params = write(folder, LlamaConfig(**SIZES, **options))
+    by_recipe = dict(RUN, **options, model="llama", recipe=("mxfp8",), block_size=32, metrics="grad")
+    config = tiny(**by_recipe, init_from=str(folder), learning_rate=1e-12, weight_decay=0.0)
     train(config, data_dir=data_dir, workdir=tmp_path / "run")
     arrays, meta = load_arrays(tmp_path / "run", None, ("params/", "step"))
-    # 16 of the 32 positions; Adam's update is at most the learning rate.
-    cut = params | {"pos_embed": {"embedding": params["pos_embed"]["embedding"][:16]}}
-    for x, y in zip(jax.tree.leaves(arrays["params"]), jax.tree.leaves(cut), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-8)
+    for x, y in zip(jax.tree.leaves(arrays["params"]), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-8)  # Adam's update is about the learning rate
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["init_from"] == {"path": str(folder), "kind": "huggingface", "sha256": parameters_sha256(params)}
     assert manifest["starts"][0]["step"] == 0 and meta["step"] == 4
 
     whole = tmp_path / "whole"
-    again = tiny(**RUN, init_from=str(tmp_path / "run"))
+    again = tiny(**by_recipe, init_from=str(tmp_path / "run"))
     train(again, data_dir=data_dir, workdir=whole)
     source = json.loads((whole / "manifest.json").read_text())["init_from"]
     assert (source["kind"], source["step"]) == ("checkpoint", 4)
@@ -88,9 +88,16 @@ def test_a_run_starts_from_the_weights_and_says_which(gpt2, data_dir, tmp_path):
     shutil.copytree(whole, tmp_path / "cut", ignore=shutil.ignore_patterns("[0-9]*", "timing.jsonl", "verdict.json"))
     with pytest.raises(UserError, match="holds no weights: give a Hugging Face folder"):
         train(again, data_dir=data_dir, workdir=tmp_path / "cut")
-    write(tmp_path / "run", GPTConfig(**SIZES), seed=9)
+    write(tmp_path / "run", LlamaConfig(**SIZES, **options), seed=9)
     with pytest.raises(UserError, match="began from other weights"):
         train(again, data_dir=data_dir, workdir=tmp_path / "cut")
+
+
+def test_a_gpt2_takes_its_first_positions(gpt2):
+    folder, params = gpt2
+    shapes = jax.eval_shape(lambda: init_params(GPTConfig(**SIZES | {"block_size": 16}), 0))
+    found = initial_for(tiny(**RUN, init_from=str(folder)), shapes).params
+    assert_same(found, params | {"pos_embed": {"embedding": params["pos_embed"]["embedding"][:16]}})
 
 
 @pytest.mark.parametrize(
