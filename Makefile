@@ -1,7 +1,7 @@
 # make train   sets everything up (the CUDA build of jax where there is an NVIDIA GPU) and runs the baseline
 # make test    sets everything up and passes the tests
 # make lint    style and types
-# make oracle  the tests against torch and transformers (large downloads)
+# make oracle  the tests against torch, transformers and torchao (large downloads)
 # make gpu-program  the tests of the programs that a GPU would run, compiled without one
 #
 # ARGS goes to the training script:  make train ARGS="--config.max_steps=300"

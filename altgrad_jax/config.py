@@ -231,8 +231,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("emergency_patience", 3, "bad updates in a row that shift the format",
               low=1, only_with=("emergency_formats", ())),
         Field("recipe", (), "how every operand of every product is quantized: a named recipe such as mxfp8 or nvfp4 "
-              "(docs/recipes.md), then more with the update or the share of max_steps from which each holds: "
-              "nvfp4,bf16@0.8", text=ITEM),
+              "(docs/recipes.md), then more with the update, the share of max_steps or the bad updates in a row "
+              "from which each holds: nvfp4,bf16@0.8 or nvfp4,bf16@bad3", text=ITEM),
         Field("recipe_program", (), "more recipes that the compiled program can follow; a sweep sets it, so that its "
               "members share one program", text=ITEM, only_with=("recipe", ())),
         Field("use_shadow", False, "compare the gradient with the float32 one of the same parameters and batch, "

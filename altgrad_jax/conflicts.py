@@ -11,7 +11,7 @@ from typing import Any
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import recipes, rules
 from altgrad_jax.numerics.formats import get_format, require_overflow_code
-from altgrad_jax.numerics.layers import linear_layers, matrix_sizes
+from altgrad_jax.numerics.layers import ATTENTION, all_products, attention_sizes, matrix_sizes
 
 INT32_MAX = 2**31 - 1
 _AMAX_HISTORY = 16  # the default
@@ -146,13 +146,21 @@ def of_recipe(c: Any) -> Iterator[str]:
         )
     try:
         schedule = recipes.parse_schedule(c.recipe, c.max_steps)
-        known = [recipes.get_recipe(name) for name in (*(name for name, _ in schedule), *c.recipe_program)]
+        known = [recipes.get_recipe(name) for name in (*(phase.recipe for phase in schedule), *c.recipe_program)]
         tokens = c.batch_size // c.grad_accum_steps * c.block_size
         for recipe in known:
             kept, sizes = recipes.kept_high(recipe, c.n_layer, c.model), _matrix_sizes(c)
-            for layer in linear_layers(c.n_layer, c.model):
-                if layer not in kept:
-                    recipes.check_dimensions(recipe, layer, tokens, *sizes[layer.rpartition("/")[2]])
+            for layer in all_products(c.n_layer, c.model):
+                part = layer.rpartition("/")[2]
+                if layer not in kept and part in ATTENTION:
+                    recipes.check_dimensions(recipe, layer, *attention_sizes(part, c.n_embd // c.n_head, c.block_size))
+                elif layer not in kept:
+                    recipes.check_dimensions(recipe, layer, tokens, *sizes[part])
+        if c.attention == "cudnn" and (own := [recipe.name for recipe in known if recipe.attention]):
+            yield (
+                f"attention='cudnn' computes the products of attention in bfloat16, which recipe={own[0]!r} quantizes: "
+                "set attention='auto'"
+            )
         delayed = any(spec.amax == "delayed" for recipe in known for spec in recipe.slots)
         if not delayed and c.amax_history != _AMAX_HISTORY:
             yield (

@@ -3,8 +3,10 @@
 Command:   python scripts/train.py --config configs/recipe.py:nvfp4
            python scripts/train.py --config configs/recipe.py:nvfp4,bf16@0.8
            python scripts/train.py --config configs/recipe.py:mxfp8:backward
-Argument:  RECIPE[:PART][,RECIPE@WHEN ...]: a recipe (docs/recipes.md lists them), in one part of the layer's products
-           only (fprop, dgrad, wgrad, backward), and from which update, or share of the run, another one holds.
+           python scripts/train.py --config configs/recipe.py:mxfp8+attention,bf16@bad3
+Argument:  RECIPE[+attention][:PART][,RECIPE@WHEN ...]: a recipe (docs/recipes.md lists them), in the products of
+           attention too, in one part of the layer's products only (fprop, dgrad, wgrad, backward), and from which
+           update, or share of the run, or after how many bad updates in a row, another one holds.
 Time:      longer than the baseline's: every operand is rounded for each product, and measured.
 Expected:  a gap to the baseline that depends on the recipe.
 """
@@ -19,7 +21,7 @@ DELAYED_HISTORY = 1024
 def get_config(argument: str) -> Config:
     config = default_config()
     config.recipe = tuple(argument.split(","))
-    slots = [slot for name, _ in parse_schedule(config.recipe, 10**9) for slot in get_recipe(name).slots]
+    slots = [slot for phase in parse_schedule(config.recipe, 10**9) for slot in get_recipe(phase.recipe).slots]
     if any(slot.amax == "delayed" for slot in slots):
         config.amax_history = DELAYED_HISTORY
     derive(config)

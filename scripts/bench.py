@@ -4,6 +4,7 @@
   python scripts/bench.py --config configs/bf16_baseline.py --json=bench.json
   python scripts/bench.py --config configs/bf16_baseline.py --suite=scaling
   python scripts/bench.py --config configs/bf16_baseline.py --suite=formats --format=E5M2
+  python scripts/bench.py --config configs/bf16_baseline.py --suite=recipes --recipes=te_current,mxfp8,nvfp4
   python scripts/bench.py --config configs/bf16_baseline.py --suite=metrics --profile=trace
 
 Everything in a table is timed once per round, in an order drawn anew; a ratio is the median over rounds of ratios
@@ -20,7 +21,7 @@ from altgrad_jax import cli
 from altgrad_jax.bench import peers
 from altgrad_jax.errors import UserError
 
-SUITES = ("metrics", "dispatch", "sizes", "formats", "attention", "rounding", "scaling")
+SUITES = ("metrics", "dispatch", "sizes", "formats", "recipes", "attention", "rounding", "scaling")
 RULE = f"some of {', '.join(SUITES)} joined by commas, or all (all but scaling)"
 
 
@@ -40,6 +41,10 @@ flags.DEFINE_bool(
     flag_values=FLAGS,
 )
 flags.DEFINE_string("format", "E4M3", "the format of the suite `formats`", flag_values=FLAGS)
+flags.DEFINE_string("recipes", "mxfp8,nvfp4", "the recipes of the suite `recipes`, joined by commas", flag_values=FLAGS)
+flags.DEFINE_string(
+    "rows", None, "shell patterns of the rows to time, joined by commas; by default all", flag_values=FLAGS
+)
 flags.DEFINE_integer(
     "rounds", None, "how often every row is timed; by default 5, on a GPU 9", 1, 100_000, flag_values=FLAGS
 )

@@ -352,13 +352,22 @@ def test_torch_does_the_same_work_in_its_own_process(tmp_path):
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_every_suite_can_be_planned_and_its_rows_have_names_of_their_own(suite):
     plan = suites.Plan(fitted(load_config(str(ROOT / "configs" / "bf16_baseline.py")))[0], programs.Bench(), 1, 1, None)
-    sections = suites.sections_of(plan, {suite}, "E4M3")
+    sections = suites.sections_of(plan, {suite}, "E4M3", ("mxfp8", "nvfp4"))
     assert bool(sections) == (suite != "rounding")
     for section in sections:
         names = [row.name for row in section.rows]
         assert section.base in names and len(set(names)) == len(names)
         if section.x:
             assert set(section.x) == set(names)
+
+
+def test_rows_are_chosen_by_patterns_and_the_row_that_ratios_refer_to_stays():
+    names = ("bare step", "all metrics", "+ grad", "eager, float32")
+    section = suites.Section("metrics", tuple(suites.Row(name, None, None) for name in names))
+    chosen = suites.only_rows([section], ["*float32", "+*"])[0]
+    assert [row.name for row in chosen.rows] == ["bare step", "+ grad", "eager, float32"]
+    with pytest.raises(UserError, match=r"--rows has 'bfloat16', which fits no row: give patterns of bare step, all"):
+        suites.only_rows([section], ["bare*", "bfloat16"])
 
 
 def test_a_section_gets_its_rows_share_of_the_budget_or_nothing():

@@ -27,7 +27,7 @@ from altgrad_jax.inference.evaluate import evaluate_checkpoint
 from altgrad_jax.inference.generate import generate, load_model
 from altgrad_jax.models.parameters import weights_of
 from altgrad_jax.numerics import recipe_reference
-from altgrad_jax.numerics.recipes import SLOTS, get_recipe, parse_schedule
+from altgrad_jax.numerics.recipes import SLOTS, Phase, get_recipe, parse_schedule
 from altgrad_jax.numerics.slot_statistics import N_BINS
 from altgrad_jax.run import sweep
 from altgrad_jax.run.checkpoint import list_steps
@@ -78,7 +78,7 @@ class Bench:
         schedule = schedule if len(schedule) == 2 else (*schedule, (schedule[0][0], 10**6))
         options = self.functions.step.recipe
         assert options is not None
-        return recipe.table_of(dataclasses.replace(options, schedule=schedule))
+        return recipe.table_of(dataclasses.replace(options, schedule=tuple(Phase(*phase) for phase in schedule)))
 
     def train(self, *schedule, n=N_STEPS, state=None, seed=3):
         """(state, {column: float32 [n]})."""
@@ -204,12 +204,60 @@ def test_an_evaluation_follows_the_schedule(bench):
 
 def test_from_half_of_the_run_on_in_the_backward_pass_only(bench):
     schedule = parse_schedule(("nvfp4_redrawn", "nvfp4_redrawn:backward@0.5"), 4)
-    assert schedule == (("nvfp4_redrawn", 0), ("nvfp4_redrawn:backward", 2))
+    assert schedule == (Phase("nvfp4_redrawn", 0), Phase("nvfp4_redrawn:backward", 2))
     rows = bench.train(*schedule, n=4)[1]
     for slot in SLOTS:
         high = np.isnan(rows[f"clipped/block_0/mlp_up/{slot}"])
         np.testing.assert_array_equal(high, [False, False, *[slot.startswith("fprop")] * 2])
         assert np.isnan(rows[f"clipped/block_1/mlp_up/{slot}"]).all()
+
+
+def test_phases_begin_by_number_or_by_bad_updates_whichever_comes_first():
+    """By the numbers of updates and flags of badness alone; the phase that each update follows."""
+    config = tiny(**SMALL | {"recipe": ("mxfp8", "bf16@bad2", "te_current@9", "rowwise@bad1"), "max_steps": 20})
+    options = recipe.options_of(config)
+    assert options is not None and options.waits
+    table, state, followed, shifts = recipe.table_of(options), recipe.init_state(options), [], []
+    bad = [k in (1, 3, 4, 5, 7, 12, 13) for k in range(16)]
+    for k in range(16):
+        in_use = recipe.InUse(options, (), state, table, 0, k)
+        followed.append(int(in_use.phase))
+        shifts.append(int(in_use.begins(bad[k])))
+        state = in_use.after(None, jnp.bool_(True), bad[k])
+    # One bad update is not two in a row, and after a shift the count begins anew.
+    assert followed == [0] * 5 + [1] * 4 + [2] * 4 + [3] * 3
+    assert [(k, phase) for k, phase in enumerate(shifts) if phase] == [(4, 1), (12, 3)]
+
+
+@pytest.fixture(scope="module")
+def waiting():
+    """A step in bfloat16 that goes on by rows of E4M3 after two bad updates in a row."""
+    return Bench(n_layer=1, recipe=("bf16", "rowwise@bad2"), metrics="none", batch_size=4)
+
+
+def test_bad_updates_in_a_row_change_the_recipe(waiting):
+    inputs = waiting.functions.inputs
+    names = [name.removeprefix("sparse/") for name in waiting.functions.metric_names]
+
+    def train(state, n):
+        state, rows_KM = waiting.functions.run(jax.tree.map(jnp.array, state), jnp.asarray(TOKENS_T), n, inputs)
+        return jax.device_get(state), dict(zip(names, np.asarray(rows_KM)[:n].T))
+
+    sound, _ = train(waiting.fresh, 2)
+    assert sound.quant.begun == sound.quant.bad_streak == 0
+    spoiled = jax.tree.map(np.copy, sound)
+    spoiled.params["ln_f"]["scale"][3] = np.nan
+    after, rows = train(spoiled, 3)
+    assert rows["recipe_phase"].tolist() == [0, 0, 1] and rows["alert/format_shift"].tolist() == [0, 1, 0]
+    assert after.quant.begun == 1
+    # The recipe that holds now is computed, and an evaluation follows it.
+    mended, rows = train(sound._replace(quant=after.quant), 1)
+    assert rows["recipe_phase"] == 1 and rows["loss"] != train(sound, 1)[1]["loss"]
+    losses = [
+        float(waiting.functions.evaluate(sound.params, first_batch(4), state.quant, inputs.formats))
+        for state in (sound, after)
+    ]
+    assert losses[0] != losses[1]
 
 
 # ------------------------------------------------------------------------------------------------------- delayed scales

@@ -9,7 +9,6 @@ its turns.
 import contextlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -56,8 +55,6 @@ class Peer:
         self.nanogpt = nanogpt
         self.idle_s = self.idle_cpu_s = self.busy_s = self.own_cpu_s = 0.0
         self._lock, self._errors = threading.Lock(), tempfile.TemporaryFile("w+")
-        # Threads that spin at OpenMP's barriers lose their cores to whatever else runs, and with them whole time slices
-        # (measured on two busy cores: four times the time of threads that sleep).
         self._child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -65,7 +62,6 @@ class Peer:
             stderr=self._errors,
             text=True,
             bufsize=1,
-            env={"OMP_WAIT_POLICY": "passive"} | os.environ,
         )
         assert self._child.stdin and self._child.stdout, "both are pipes"
         self._requests, self._answers = self._child.stdin, self._child.stdout

@@ -12,6 +12,7 @@ from altgrad_jax.bench import peers, programs, roofline, suites, tables
 from altgrad_jax.bench.timing import Unavailable
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics.formats import get_format
+from altgrad_jax.numerics.recipes import get_recipe
 
 ROUNDING_ELEMENTS = (2**18, 2**22, 2**24)
 
@@ -25,7 +26,9 @@ def run(config, flags, resources):
     started = time.perf_counter()
     programs.require_plain(config)
     file = _open_json(flags["json"], resources)
-    fmt = get_format(flags["format"]).name
+    fmt, recipes = get_format(flags["format"]).name, tuple(flags["recipes"].split(","))
+    for name in recipes:
+        get_recipe(name)
     config, chosen, rounds, steps, cuts = _extent(config, flags)
     facts = suites.machine_facts() | {
         "python": platform.python_version(),
@@ -47,7 +50,10 @@ def run(config, flags, resources):
     # Compiling several programs at once only helps where there are cores to spare.
     workers = max(1, min(4, roofline.cpu_count() // 4))
     plan = suites.Plan(config, programs.Bench(), rounds, steps, resources, peer, flags["quick"])
-    sections = suites.sections_of(plan, chosen, fmt)
+    sections = suites.sections_of(plan, chosen, fmt, recipes)
+    if flags["rows"]:
+        sections = suites.only_rows(sections, flags["rows"].split(","))
+        say(f"--rows: only the rows {flags['rows']}, and those that ratios refer to")
     measured, rounding = [], []
     write = functools.partial(_write_json, file, facts, measured, rounding)
     for number, section in enumerate(sections):

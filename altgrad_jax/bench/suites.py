@@ -6,6 +6,8 @@ come later are left out by name, rounds are cut, and a section whose share is to
 """
 
 import contextlib
+import dataclasses
+import fnmatch
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ import jax
 from altgrad_jax.bench import peers, programs, roofline, timing
 from altgrad_jax.bench.timing import Unavailable
 from altgrad_jax.config import FORMAT_GROUPS, METRIC_GROUPS
+from altgrad_jax.errors import UserError
 from altgrad_jax.models import flops
 from altgrad_jax.step.from_config import flops_per_step, has_cudnn_attention
 
@@ -43,10 +46,10 @@ SCALING_METRICS = ("none", "activation", "param", "update", "grad", "param,updat
 HEAD_WIDTH = 64
 ALWAYS = 2  # first rows of a section, which no time budget leaves out
 BUDGET = "the time budget does not reach it"
-SUITES = ("metrics", "dispatch", "formats", "attention", "sizes", "scaling", "rounding")
+SUITES = ("metrics", "dispatch", "formats", "recipes", "attention", "sizes", "scaling", "rounding")
 QUICK_CUTS = (
     "--quick: fewer rounds; left out: single groups of metrics, most K, torch.compile, and the suites sizes, "
-    "formats, attention, rounding, scaling"
+    "formats, recipes, attention, rounding, scaling"
 )
 
 
@@ -179,6 +182,15 @@ def formats_section(plan, fmt):
     return [Section("formats", tuple(rows), note="" if native else "native float8 products need a GPU: left out")]
 
 
+def recipes_section(plan, names):
+    """Steps by recipes with all statistics: each recipe's own program, and the one program that can follow them all."""
+    rows = [plan.ours(ALL_METRICS), *(plan.ours(name, changes={"recipe": (name,)}) for name in names)]
+    if len(names) > 1:
+        union = {"recipe": names[:1], "recipe_program": names}
+        rows.append(plan.ours(f"{names[0]}, the program of {', '.join(names)}", changes=union))
+    return [Section("recipes", tuple(rows), base=ALL_METRICS, note="every row with all its statistics")]
+
+
 def attention_section(plan):
     """XLA's attention against cuDNN's; the XLA row alone, with a note, where there is no cuDNN."""
     config = plan.config
@@ -252,17 +264,39 @@ def scaling_sections(plan):
     return sections
 
 
-def sections_of(plan, suites, fmt):
+def sections_of(plan, suites, fmt, recipes):
     """The sections of the suites named; `rounding` has none, it is another kind of measurement."""
     makers = {
         "metrics": metrics_section,
         "dispatch": dispatch_section,
         "formats": lambda plan: formats_section(plan, fmt),
+        "recipes": lambda plan: recipes_section(plan, recipes),
         "attention": attention_section,
         "sizes": size_sections,
         "scaling": scaling_sections,
     }
     return [section for suite in SUITES if suite in suites and suite in makers for section in makers[suite](plan)]
+
+
+def only_rows(sections, patterns):
+    """The sections with the rows whose names fit one of the shell patterns, and the row that ratios refer to.
+
+    Raises:
+      UserError: a pattern that fits no row.
+    """
+    names = [row.name for section in sections for row in section.rows]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"--rows has {pattern!r}, which fits no row: give patterns of {', '.join(names)}")
+    kept = [
+        tuple(
+            row
+            for row in section.rows
+            if row.name == section.base or any(fnmatch.fnmatchcase(row.name, pattern) for pattern in patterns)
+        )
+        for section in sections
+    ]
+    return [dataclasses.replace(section, rows=rows) for section, rows in zip(sections, kept)]
 
 
 def _build(rows, seconds_left, workers, say):

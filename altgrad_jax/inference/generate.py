@@ -49,7 +49,7 @@ class Model(NamedTuple):
     operands: dict
 
 
-_READ = ("params/", "quant/amax_history", "quant/level", "quant/number", "quant/rest_scale/")
+_READ = ("params/", "quant/amax_history", "quant/level", "quant/number", "quant/rest_scale/", "quant/begun")
 
 
 def load_model(path, step: int | None = None) -> Model:
@@ -93,7 +93,7 @@ def load_model(path, step: int | None = None) -> Model:
         config = quantization.quantized_model(quantization.layout(config, formats), formats)
         operands = update.operands_at(config, formats, None, state, quantization.format_table(formats))
     if recipes is not None:
-        state = recipe.RecipeState(quant["amax_history_Q6H"], quant["number"])
+        state = recipe.RecipeState(quant["amax_history_Q6H"], quant["number"], quant.get("begun"))
         config = recipe.quantized_model(config, recipes)
         operands = update.operands_at(config, None, recipes, state, recipe.table_of(recipes))
     operands = jax.device_get(operands)

@@ -15,10 +15,12 @@ _PRODUCTS = {
     "llama": ("attn_qkv", "attn_out", "mlp_gate", "mlp_up", "mlp_down"),
 }
 MODELS = tuple(_PRODUCTS)
+# The products of two activations: Q K^T, and softmax(...) V. A recipe may quantize them.
+ATTENTION = ("attn_qk", "attn_pv")
 # The layers of all models, in the order in which a model applies those that it has.
 STAGES = ("embed", "pos_embed", "block", "ln_f", "norm_f", HEAD)
 BLOCK_LAYERS = (
-    *("ln_1", "norm_1", "attn_qkv", "q_norm", "k_norm", "attn_out"),
+    *("ln_1", "norm_1", "attn_qkv", "q_norm", "k_norm", *ATTENTION, "attn_out"),
     *("ln_2", "norm_2", "mlp_gate", "mlp_up", "mlp_down"),
 )
 
@@ -26,6 +28,24 @@ BLOCK_LAYERS = (
 def linear_layers(n_layer: int, model: str = "gpt2") -> list[str]:
     """Every layer that is a matrix product with weights, in the order of the model."""
     return [f"block_{i}/{part}" for i in range(n_layer) for part in _PRODUCTS[model]] + [HEAD]
+
+
+def all_products(n_layer: int, model: str = "gpt2") -> list[str]:
+    """Every matrix product, those of attention too, in the order of the model."""
+    in_block = [part for part in BLOCK_LAYERS if part in _PRODUCTS[model] or part in ATTENTION]
+    return [f"block_{i}/{part}" for i in range(n_layer) for part in in_block] + [HEAD]
+
+
+def is_attention(layer: str) -> bool:
+    """Whether this is a product of attention, which has no weights."""
+    return layer.rpartition("/")[2] in ATTENTION
+
+
+def attention_sizes(part: str, head_width: int, block_size: int) -> tuple[int, int, int]:
+    """(M, K, N) of a product of attention, of one head and sequence."""
+    width = head_width, block_size
+    k, n = width if part == ATTENTION[0] else reversed(width)
+    return block_size, k, n
 
 
 def model_order(layer: str) -> tuple[int, int, int]:

@@ -14,10 +14,11 @@ import fnmatch
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import formats
-from altgrad_jax.numerics.layers import HEAD, linear_layers
+from altgrad_jax.numerics.layers import HEAD, all_products, is_attention
 from altgrad_jax.numerics.scales import LARGEST_SCALED, RULES
 
 SLOTS = ("fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.x", "wgrad.g")
@@ -42,6 +43,7 @@ CORRECTIONS = ("none", "four_six", "ms_eden")
 EDEN_GROUP = 128  # elements along the contracted axis that share MS-EDEN's correction
 PARTS = ("fprop", "dgrad", "wgrad", "backward")
 HIGH = "BF16"
+NEVER = 2**31 - 1  # the update from which a phase holds that waits for bad updates
 _CHOICES = {"block": tuple(BLOCKS), "rule": RULES, "rounding": ("nearest", "stochastic"), "source": SOURCES,
             "correction": CORRECTIONS, "amax": ("current", "delayed")}  # fmt: skip
 _TRANSFORM = re.compile(r"none|rht(16|32|64|128)_(fixed|redrawn)")
@@ -102,6 +104,7 @@ class Recipe:
     """Six slots, the layers that stay in the compute dtype, and where it is from. UserError if it cannot be computed.
 
     keep_high: shell patterns of layer names (`head`, `block_0/*`), 'first N' or 'last N' blocks, or 'last 15%'.
+    attention: whether the two products of attention have these slots too; else they are in the compute dtype.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Recipe:
     wgrad_g: SlotSpec = SlotSpec()
     keep_high: tuple[str, ...] = ()
     source: str = ""
+    attention: bool = False
 
     def __post_init__(self):
         for i in range(len(SLOTS)):
@@ -285,36 +289,64 @@ RECIPES = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of this name; `NAME:PART` is that recipe in one part only (`only`). UserError lists the names."""
-    own, colon, part = str(name).partition(":")
+    """The recipe of a name `NAME[+attention][:PART]`; UserError lists the names.
+
+    `+attention`: in the products of attention too. PART: in one part only (`only`).
+    """
+    full, colon, part = str(name).partition(":")
+    own, plus, more = full.partition("+")
     if own not in RECIPES:
         near = difflib.get_close_matches(own.lower(), RECIPES, n=3, cutoff=0.5)
         listed = ", ".join([*near, *(other for other in RECIPES if other not in near)])
         raise UserError(f"there is no recipe {own[:40]!r}: give one of {listed}")
-    return only(RECIPES[own], part) if colon else RECIPES[own]
+    if plus and more != "attention":
+        raise UserError(f"recipe {own} cannot have +{more[:40]}: give {own}, or {own}+attention")
+    recipe = replace(RECIPES[own], name=full, attention=True) if plus else RECIPES[own]
+    return only(recipe, part) if colon else recipe
 
 
-def parse_schedule(items: tuple[str, ...], max_steps: int) -> tuple[tuple[str, int], ...]:
-    """(recipe, update from which it holds) of items `NAME[:PART][@WHEN]`, in the order of the updates.
+class Phase(NamedTuple):
+    """A recipe of a schedule: it holds from the update `start`, or after `bad` bad updates in a row."""
 
-    WHEN is a number of updates, or with a point a share of max_steps; the first item has none. UserError, one sentence.
+    recipe: str
+    start: int
+    bad: int = 0
+
+    @property
+    def when(self) -> str:
+        """Since when it holds, in words."""
+        if self.bad:
+            return f"after {self.bad} bad updates in a row"
+        return f"from update {self.start}" if self.start else "at first"
+
+
+def parse_schedule(items: tuple[str, ...], max_steps: int) -> tuple[Phase, ...]:
+    """The phases of items `NAME[+attention][:PART][@WHEN]`, in their order.
+
+    WHEN is a number of updates, with a point a share of max_steps, or `bad3`: after three bad updates in a row. The
+    first item has none. UserError, one sentence.
     """
-    found: list[tuple[str, int]] = []
+    found: list[Phase] = []
     for item in items:
         name, at, when = item.partition("@")
         get_recipe(name)
-        if not found and at or found and not re.fullmatch(r"\d+|0?\.\d+", when):
+        if not found and at or found and not re.fullmatch(r"\d+|0?\.\d+|bad[1-9]\d{0,5}", when):
             raise UserError(
                 f"recipe has an item {item!r}: give the first recipe alone, such as nvfp4, and each later one with the "
-                "update from which it holds, bf16@1600, or the share of max_steps, bf16@0.8"
+                "update from which it holds, bf16@1600, the share of max_steps, bf16@0.8, or a number of bad updates "
+                "in a row, bf16@bad3"
             )
+        if when.startswith("bad"):
+            found.append(Phase(name, NEVER, int(when[3:])))
+            continue
         start = (round(float(when) * max_steps) if "." in when else int(when)) if at else 0
-        if found and not found[-1][1] < start < max_steps:
+        before = max((phase.start for phase in found if not phase.bad), default=-1)
+        if not before < start < max_steps:
             raise UserError(
-                f"recipe has an item {item!r} that begins at update {start}, which is not after {found[-1][1]} and "
+                f"recipe has an item {item!r} that begins at update {start}, which is not after {before} and "
                 f"before max_steps={max_steps}: give another"
             )
-        found.append((name, start))
+        found.append(Phase(name, start))
     return tuple(found)
 
 
@@ -334,29 +366,32 @@ def only(recipe: Recipe, part: str) -> Recipe:
             slots[i] = SlotSpec()
         elif first is not None and SLOTS[first].partition(".")[0] not in products and spec.source != "original":
             slots[i] = replace(recipe.slots[first] if spec.source == "shared" else spec, source="original")
-    return Recipe(f"{recipe.name}:{part}", *slots, keep_high=recipe.keep_high, source=recipe.source)
+    name = f"{recipe.name}:{part}"
+    return Recipe(name, *slots, keep_high=recipe.keep_high, source=recipe.source, attention=recipe.attention)
 
 
 def kept_high(recipe: Recipe, n_layer: int, model: str = "gpt2") -> list[str]:
-    """Names of the linear layers that stay in the compute dtype, in the order of the model; n_layer blocks."""
-    layers, kept = linear_layers(n_layer, model), set()
+    """Names of the products that stay in the compute dtype, in the order of the model; n_layer blocks."""
+    products = all_products(n_layer, model)
+    kept = set() if recipe.attention else {layer for layer in products if is_attention(layer)}
     for rule in recipe.keep_high:
         words = re.fullmatch(r"(first|last) (\d+)(%?)", rule)
         if words:
             count = math.ceil(n_layer * int(words[2]) / 100) if words[3] else int(words[2])
             blocks = range(min(count, n_layer)) if words[1] == "first" else range(max(n_layer - count, 0), n_layer)
-            kept |= {layer for layer in layers for b in blocks if layer.startswith(f"block_{b}/")}
+            kept |= {layer for layer in products for b in blocks if layer.startswith(f"block_{b}/")}
         else:
-            kept |= {layer for layer in layers if fnmatch.fnmatchcase(layer, rule)}
+            kept |= {layer for layer in products if fnmatch.fnmatchcase(layer, rule)}
     if HEAD in recipe.keep_high:
         kept.add(HEAD)
-    return [layer for layer in layers if layer in kept]
+    return [layer for layer in products if layer in kept]
 
 
 def check_dimensions(recipe: Recipe, layer: str, m: int, k: int, n: int) -> None:
     """UserError, one sentence, unless every contracted axis is a multiple of the blocks and rotations along it.
 
-    layer: for the message. m: tokens of a micro-batch; k, n: the layer's inputs and outputs.
+    layer: for the message. m: tokens of a micro-batch; k, n: the layer's inputs and outputs; for a product of attention
+    `rules.attention_sizes`.
     """
     sizes = {"M": m, "K": k, "N": n}
     for name, axis, spec in zip(SLOTS, CONTRACTED, recipe.slots, strict=True):
@@ -371,6 +406,8 @@ def check_dimensions(recipe: Recipe, layer: str, m: int, k: int, n: int) -> None
         what, size = max(asked.items(), key=lambda item: item[1])
         if sizes[axis] % size:
             whose = "tokens of a micro-batch" if axis == "M" else "widths of the model"
+            if is_attention(layer):
+                whose = "block_size, or the width of a head, n_embd / n_head"
             raise UserError(
                 f"recipe {recipe.name} cannot quantize {name} of {layer}, for {what} needs multiples of {size} and "
                 f"{axis} is {sizes[axis]}: change the {whose}"
@@ -383,7 +420,7 @@ def describe(recipe: Recipe) -> list[str]:
     rows = [names, *(_row(name, spec) for name, spec in zip(SLOTS, recipe.slots, strict=True))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    kept = ", ".join(recipe.keep_high) or "nothing"
+    kept = ", ".join([*recipe.keep_high, *([] if recipe.attention else ["products of attention"])]) or "nothing"
     return [f"recipe {recipe.name}", *lines, f"kept in the compute dtype: {kept}", f"source: {recipe.source}"]
 
 
@@ -407,6 +444,7 @@ def facts(recipe: Recipe) -> dict:
         "name": recipe.name,
         "source": recipe.source,
         "keep_high": list(recipe.keep_high),
+        "attention": recipe.attention,
         "slots": {name: dataclasses.asdict(spec) for name, spec in zip(SLOTS, recipe.slots, strict=True)},
         "formats": {fmt.name: formats.facts(fmt) for fmt in sorted(used, key=lambda fmt: fmt.name)},
     }

@@ -26,12 +26,6 @@ from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.layers import HEAD, linear_layers
 
 OPERANDS = ("W", "A", "G")
-# The names that the settings `scaling`, `optimizer`, `schedule` and `weights_at_rest` may have.
-SCALINGS = ("delayed", "tensor", "channel", "block32", "block128", "none")
-PER_TENSOR = ("delayed", "tensor", "none")  # one scale for each operand
-OPTIMIZERS = ("adamw", "ulp_precondition_before_adam", "ulp_adamw", "grid")
-SCHEDULES = ("constant", "cosine", "wsd")
-AT_REST = ("float32", "nearest", "stochastic", "error_feedback")
 NONE = "none"
 # What a run may choose, by name: where an operand's scale comes from, how it is rounded, how weights are kept, what
 # updates them, and how the learning rate goes. Settings and the modules that compute share these lists.

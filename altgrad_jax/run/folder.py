@@ -377,8 +377,8 @@ class RunFolder:
         if self.quant is not None:
             say(_describe_formats(config, self.quant))
         if self.recipe is not None:
-            for recipe, (_, start) in zip(self.recipe.recipes, self.recipe.schedule):
-                say("\n".join([f"from update {start}:" if start else "at first:", *recipes.describe(recipe)]))
+            for recipe, phase in zip(self.recipe.recipes, self.recipe.schedule):
+                say("\n".join([f"{phase.when}:", *recipes.describe(recipe)]))
         n_tokens = tokens.meta["n_tokens"]
         say(
             f"data: {tokens.meta['source']}, {n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens, "

@@ -219,7 +219,7 @@ def _certificate(name: str, saturate: bool) -> dict:
 def certify_recipes(options: RecipeOptions | None) -> dict[str, dict | None]:
     """Proves on this device, before anything is trained, that the run's recipes quantize as they are defined. Returns
     {recipe: certificate}, None for one that quantizes nothing."""
-    return {} if options is None else {name: _recipe_certificate(name) for name, _ in options.schedule}
+    return {} if options is None else {phase.recipe: _recipe_certificate(phase.recipe) for phase in options.schedule}
 
 
 @functools.cache

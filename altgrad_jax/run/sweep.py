@@ -227,8 +227,10 @@ def program_key(config):
         resolved = rules.resolve_rules(config.formats, config.n_layer, config.model)
         layers = tuple((layer.layer, *map(kind, layer.wag)) for layer in resolved)
     followed = [get_recipe(item.partition("@")[0]) for item in config.recipe]
-    # Sums over tiles are another program. So is another number of phases, and a program that a folder names.
-    recipe = len(followed), any(recipe.tiled for recipe in followed), list(config.recipe_program)
+    # Sums over tiles are another program. So is another number of phases, one that waits for bad updates, and a program
+    # that a folder names.
+    waits = any("@bad" in item for item in config.recipe)
+    recipe = len(followed), waits, any(recipe.tiled for recipe in followed), list(config.recipe_program)
     common = {name: value for name, value in settings.to_dict(config).items() if name not in _NOT_COMPILED}
     return json.dumps([common, layers, list(map(kind, config.emergency_formats)), recipe], sort_keys=True)
 

@@ -3,7 +3,7 @@
 A recipe says how each operand of each product of a linear layer is quantized (numerics.recipes). What the compiled
 program can do is the union of what its recipes ask (`RecipeOptions.features`); which recipe a run follows, in which
 layers and from which update on is a `RecipeTable`, data. So one program serves every recipe of a sweep, and a schedule
-that changes the recipe compiles nothing.
+that changes the recipe compiles nothing. A phase may also wait for bad updates (`update.counts_towards_shift`).
 
 Slots whose amax is delayed are given the largest of the last `amax_history` updates; where there was none, their own.
 
@@ -23,9 +23,9 @@ import numpy as np
 from altgrad_jax.models.config import ModelConfig
 from altgrad_jax.models.stacking import Segments, group_of
 from altgrad_jax.numerics import slot_statistics, slots
-from altgrad_jax.numerics.layers import HEAD, linear_layers
+from altgrad_jax.numerics.layers import HEAD, all_products, is_attention
 from altgrad_jax.numerics.products import push_amax
-from altgrad_jax.numerics.recipes import SLOTS, Recipe, get_recipe, kept_high, parse_schedule
+from altgrad_jax.numerics.recipes import SLOTS, Phase, Recipe, get_recipe, kept_high, parse_schedule
 from altgrad_jax.numerics.rounding import stochastic_seed
 from altgrad_jax.numerics.slot_quantization import Features, Slot
 from altgrad_jax.numerics.sums import combine, combine_all
@@ -42,14 +42,14 @@ class RecipeOptions:
     """Static choices of a program with recipes.
 
     names: the layers that some recipe of the program quantizes, in the order of the model. features: of the six slots.
-    schedule: the run's recipes, each with the update from which it holds. delayed: whether some amax of the program is
-    of earlier steps. amax_history: how many of them count. model: as in the setting.
+    schedule: the run's phases. delayed: whether some amax of the program is of earlier steps. amax_history: how many of
+    them count. model: as in the setting.
     """
 
     names: tuple[str, ...]
     n_layer: int
     features: tuple[Features, ...]
-    schedule: tuple[tuple[str, int], ...]
+    schedule: tuple[Phase, ...]
     delayed: bool = False
     amax_history: int = 1
     model: str = "gpt2"
@@ -57,7 +57,12 @@ class RecipeOptions:
     @property
     def recipes(self) -> tuple[Recipe, ...]:
         """The run's recipes."""
-        return tuple(get_recipe(name) for name, _ in self.schedule)
+        return tuple(get_recipe(phase.recipe) for phase in self.schedule)
+
+    @property
+    def waits(self) -> bool:
+        """Whether some phase waits for bad updates."""
+        return any(phase.bad for phase in self.schedule)
 
 
 class RecipeTable(NamedTuple):
@@ -66,6 +71,7 @@ class RecipeTable(NamedTuple):
     slots: Slot  # leaves [P, Q, 6, ...]
     delayed_PQ6: Any  # bool
     start_P: Any  # int32: the update from which a phase holds
+    bad_P: Any = None  # int32: bad updates in a row after which it does, 0 for none; None where no phase waits for them
 
 
 class RecipeState(NamedTuple):
@@ -73,6 +79,9 @@ class RecipeState(NamedTuple):
 
     amax_history_Q6H: jax.Array  # float32, oldest first; 0 where no update was made
     number: jax.Array  # int32: of the next update, which decides what recipe of the schedule holds
+    # Where a phase waits for bad updates: int32, the last phase that they began, and how many there were in a row.
+    begun: Any = None
+    bad_streak: Any = None
 
 
 def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
@@ -80,14 +89,16 @@ def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
     if not config["recipe"]:
         return None
     schedule = parse_schedule(tuple(config["recipe"]), config["max_steps"])
-    known = [get_recipe(name) for name in dict.fromkeys([*(name for name, _ in schedule), *config["recipe_program"]])]
+    asked = [*(phase.recipe for phase in schedule), *config["recipe_program"]]
+    known = [get_recipe(name) for name in dict.fromkeys(asked)]
     n_layer, model = config["n_layer"], config["model"]
     kept = [set(kept_high(recipe, n_layer, model)) for recipe in known]
     quantizes = [any(not spec.high for spec in recipe.slots) for recipe in known]
     names = tuple(
         layer
-        for layer in linear_layers(n_layer, model)
-        if layer != HEAD or any(layer not in high and own for high, own in zip(kept, quantizes))
+        for layer in all_products(n_layer, model)
+        if not (layer == HEAD or is_attention(layer))
+        or any(layer not in high and own for high, own in zip(kept, quantizes))
     )
     delayed = any(spec.amax == "delayed" for recipe in known for spec in recipe.slots)
     measured = config["metrics"] == "all" or "format" in config["metrics"].split(",")
@@ -124,7 +135,8 @@ def table_of(options: RecipeOptions) -> RecipeTable:
     return RecipeTable(
         jax.tree.map(lambda *leaves: np.stack(leaves), *phases),
         np.array(delayed, bool),
-        np.array([start for _, start in options.schedule], np.int32),
+        np.array([phase.start for phase in options.schedule], np.int32),
+        np.array([phase.bad for phase in options.schedule], np.int32) if options.waits else None,
     )
 
 
@@ -142,12 +154,16 @@ def groups(options: RecipeOptions, segments: Segments) -> tuple[Group, ...]:
 def init_state(options: RecipeOptions) -> RecipeState:
     """The state of a fresh run."""
     history = jnp.zeros((len(options.names), len(SLOTS), options.amax_history), jnp.float32)
-    return RecipeState(history, jnp.int32(0))
+    state = RecipeState(history, jnp.int32(0))
+    return state._replace(begun=jnp.int32(0), bad_streak=jnp.int32(0)) if options.waits else state
 
 
-def phase_at(table: RecipeTable, number) -> jax.Array:
-    """int32: which recipe of the schedule update `number` follows, from 0."""
-    return jnp.maximum(jnp.sum(number >= jnp.asarray(table.start_P)) - 1, 0)
+def phase_at(table: RecipeTable, state: RecipeState) -> jax.Array:
+    """int32: which phase of the schedule the next update follows, from 0."""
+    begun_P = state.number >= jnp.asarray(table.start_P)
+    if table.bad_P is None:
+        return jnp.maximum(jnp.sum(begun_P) - 1, 0)
+    return jnp.maximum(jnp.max(jnp.where(begun_P, jnp.arange(len(begun_P)), 0)), state.begun)
 
 
 def slots_at(options: RecipeOptions, state: RecipeState, table: RecipeTable, seed=None) -> Slot:
@@ -157,7 +173,7 @@ def slots_at(options: RecipeOptions, state: RecipeState, table: RecipeTable, see
       seed: uint32 [2], fresh for every pass; None rounds everything to nearest and draws no signs, as an evaluation
         does.
     """
-    phase = phase_at(table, state.number)
+    phase = phase_at(table, state)
     slots_Q6, delayed_Q6 = jax.tree.map(lambda leaf: jnp.asarray(leaf)[phase], (table.slots, table.delayed_PQ6))
     slots_Q6 = slots_Q6._replace(given=jnp.where(delayed_Q6, jnp.max(state.amax_history_Q6H, axis=-1), 0.0))
     if seed is None:
@@ -202,8 +218,8 @@ class InUse(NamedTuple):
 
     @property
     def phase(self) -> jax.Array:
-        """int32: which recipe of the schedule the update follows, from 0."""
-        return phase_at(self.table, self.state.number)
+        """int32: which phase of the schedule the update follows, from 0."""
+        return phase_at(self.table, self.state)
 
     def operands(self, micro_batch) -> dict[str, Slot]:
         """{group: Slot} of the training pass over the micro-batch of this number."""
@@ -247,9 +263,19 @@ class InUse(NamedTuple):
         count_Q6 = jnp.sum(~jnp.isfinite(self.state.amax_history_Q6H), axis=-1, dtype=jnp.float32)
         return {"nonfinite_amax": (names, count_Q6.reshape(-1))}
 
-    def after(self, statistics_Q6S, finite) -> RecipeState:
+    def begins(self, bad) -> jax.Array:
+        """int32: the phase that begins after this update because it was `bad`; 0 for none."""
+        next_phase = self.phase + 1
+        waits_for = jnp.pad(self.table.bad_P, (0, 1))[next_phase]
+        return jnp.where((waits_for > 0) & bad & (self.state.bad_streak + 1 >= waits_for), next_phase, 0)
+
+    def after(self, statistics_Q6S, finite, bad) -> RecipeState:
         """The state after an update with these statistics; a step that is not finite leaves the history as it was."""
         state = self.state._replace(number=self.state.number + 1)
+        if self.options.waits:
+            begins = self.begins(bad)
+            streak = jnp.where(bad & (begins == 0), self.state.bad_streak + 1, 0)
+            state = state._replace(begun=jnp.maximum(self.state.begun, begins), bad_streak=streak)
         if statistics_Q6S is None or not self.options.delayed:
             return state
         amax_Q6 = statistics_Q6S[..., list(slot_statistics.FIELDS).index("amax")]

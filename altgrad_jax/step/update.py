@@ -479,8 +479,9 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
         row += format_alert_columns(formats, after, outcome)
         params, quant = after.params, after.quant
     if recipes is not None:
-        row += recipe_columns(step, recipes, outcome)
-        quant = recipes.after(found.statistics, health.finite)
+        bad = counts_towards_shift(step, state.monitor, found.loss, counts) if recipes.options.waits else None
+        row += recipe_columns(step, recipes, outcome, bad)
+        quant = recipes.after(found.statistics, health.finite, bad)
     state = TrainState(state.step + 1, params, update.opt_state, watched.monitor, quant)
     return constrain(state, state_shardings(state, step.mesh), step.mesh), metrics.joined(row)
 
@@ -677,7 +678,9 @@ def count_nonfinite(step: Step, state: TrainState, update: Update, health: Healt
 
 
 def counts_towards_shift(step: Step, monitor: stability.Monitor, mean_loss, counts: Counts) -> jax.Array:
-    """Whether an update counts towards the emergency shift: not finite, a loss spike, or made during divergence.
+    """Whether an update counts towards a shift to another format or recipe.
+
+    Bad is one that is not finite, a loss spike, or one made during divergence.
 
     The monitor is the one before the update, because the one after it depends on what the formats lose.
     """
@@ -899,13 +902,15 @@ def alert_columns(outcome: Outcome) -> list[metrics.Columns]:
     ]
 
 
-def recipe_columns(step: Step, recipes: recipe.InUse, outcome: Outcome) -> list[metrics.Columns]:
-    """The columns that only recipes have."""
+def recipe_columns(step: Step, recipes: recipe.InUse, outcome: Outcome, bad) -> list[metrics.Columns]:
+    """The columns that only recipes have. `bad`: whether the update was, where a phase waits for that."""
     row, statistics = [], outcome.found.statistics
     if "format" in step.options.metric_groups and statistics is not None:
         row.append(_sparse(recipe.format_metrics(recipes.options, statistics)))
     if len(recipes.options.schedule) > 1:
         row.append(metrics.scalars({"recipe_phase": recipes.phase}))
+    if recipes.options.waits:
+        row.append(metrics.scalars({"alert/format_shift": recipes.begins(bad)}))
     return row + [
         metrics.over(names, {kind: counts}, _ALERT) for kind, (names, counts) in outcome.health.faults.items()
     ]
