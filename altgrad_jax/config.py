@@ -189,8 +189,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("block_size", 256, "tokens the model sees at once (its context)", low=1, high=2**20),
         Field("vocab_size", 0, "rows of the embedding table; at least the tokenizer's own size (gpt2 50257, bytes "
               "256), which 0 stands for", low=2, high=65536, zero="the tokenizer's own size"),
-        Field("n_kv_head", 0, "attention heads of keys and values (grouped queries); must divide n_head, which 0 "
-              "stands for", low=1, high=65536, zero="n_head", only_with=LLAMA),
+        Field("n_kv_head", 0, "attention heads of keys and values (grouped queries); must divide n_head; 0 = n_head",
+              low=0, high=65536, only_with=LLAMA),
         Field("tied_head", True, "the output head multiplies with the embedding table; False: with a table of its own",
               only_with=LLAMA),
         Field("qk_norm", False, "queries and keys are normalized, head by head, before they are rotated",

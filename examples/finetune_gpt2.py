@@ -2,9 +2,9 @@
 
     python examples/finetune_gpt2.py downloaded/gpt2 --data_dir=data/gpt2 --out=runs/finetune --steps=200
 
-The folder holds config.json, model.safetensors and, to be compared, its tokenizer. Both runs start from the same weights
-and see the same batches, so they differ in the numbers of their products alone. Each leaves a run folder with its
-record; the last lines are a table of the losses.
+The folder holds config.json, model.safetensors and, to be compared, its tokenizer. Both runs start from the same
+weights and see the same batches, so they differ in the numbers of their products alone. Each leaves a run folder with
+its record; the last lines are a table of the losses.
 """
 
 import argparse

@@ -110,6 +110,11 @@ NEW = {
     "xla_options": (),
     "recipe": (),
     "recipe_program": (),
+    "model": "gpt2",
+    "n_kv_head": 0,
+    "tied_head": True,
+    "qk_norm": False,
+    "init_from": "",
     "moments": "float32",
     "moments_rounding": "nearest",
 }
@@ -175,7 +180,7 @@ OUT_OF_RANGE = [
     *[
         (name, 0)
         for name in WHOLE
-        if name not in ("warmup_steps", "seed", "data_seed", "steps_per_dispatch", "vocab_size")
+        if name not in ("warmup_steps", "seed", "data_seed", "steps_per_dispatch", "vocab_size", "n_kv_head")
     ],
     ("vocab_size", 1),
     ("vocab_size", 65537),
@@ -769,7 +774,8 @@ def test_difference_lists_fields_in_order_and_names_absent_ones():
 
 
 def test_a_record_of_version_1_is_one_with_the_defaults():
-    assert settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5 == set(NEW)
+    to_5 = settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5
+    assert to_5 | settings.ADDED_IN_6 == set(NEW)
     assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers"}
     assert settings.ADDED_IN_5 == {"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"}
     new = to_dict(default_config())

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_training import make_data, state_bytes, tiny
+from test_training import make_data, tiny
 
 from altgrad_jax import train
 from altgrad_jax.data.hf_tokenizer import require_vocabulary, tokenizer_files
@@ -19,8 +19,7 @@ from altgrad_jax.models import hf
 from altgrad_jax.models.gpt2 import GPTConfig
 from altgrad_jax.models.llama import LlamaConfig
 from altgrad_jax.models.model import init_params
-from altgrad_jax.run.checkpoint import load_arrays
-from altgrad_jax.run.initial import initial_for, parameters_sha256, read_initial
+from altgrad_jax.run.initial import initial_for, read_initial
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=256, compute_dtype="float32")
 RUN = dict(n_embd=32, max_steps=4, warmup_steps=1, eval_interval=4, checkpoint_interval=2, diagnostic_interval=4)
@@ -53,44 +52,6 @@ def gpt2(tmp_path_factory):
 def assert_same(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
-
-
-def test_a_llama_by_a_recipe_starts_from_weights_and_is_resumed_to_the_bit(data_dir, tmp_path):
-    """With a learning rate of next to nothing the weights stay; then a run from that run, and one that is resumed."""
-    folder, options = tmp_path / "folder", dict(n_kv_head=1, tied_head=False)
-    params = write(folder, LlamaConfig(**SIZES, **options))
-    by_recipe = dict(RUN, **options, model="llama", recipe=("mxfp8",), block_size=32, metrics="grad")
-    config = tiny(**by_recipe, init_from=str(folder), learning_rate=1e-12, weight_decay=0.0)
-    train(config, data_dir=data_dir, workdir=tmp_path / "run")
-    arrays, meta = load_arrays(tmp_path / "run", None, ("params/", "step"))
-    for x, y in zip(jax.tree.leaves(arrays["params"]), jax.tree.leaves(params), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-8)  # Adam's update is about the learning rate
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert manifest["init_from"] == {"path": str(folder), "kind": "huggingface", "sha256": parameters_sha256(params)}
-    assert manifest["starts"][0]["step"] == 0 and meta["step"] == 4
-
-    whole = tmp_path / "whole"
-    again = tiny(**by_recipe, init_from=str(tmp_path / "run"))
-    train(again, data_dir=data_dir, workdir=whole)
-    source = json.loads((whole / "manifest.json").read_text())["init_from"]
-    assert (source["kind"], source["step"]) == ("checkpoint", 4)
-    assert source["sha256"] == parameters_sha256(arrays["params"])
-
-    # Killed after its second checkpoint, a run goes on without its source, and ends in the same bits.
-    shutil.copytree(whole, tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "4")
-    (tmp_path / "cut" / "verdict.json").unlink()
-    shutil.rmtree(tmp_path / "run")
-    train(again, data_dir=data_dir, workdir=tmp_path / "cut")
-    assert state_bytes(tmp_path / "cut", 4) == state_bytes(whole, 4)
-    # Without a checkpoint it would have to start again, from what is gone.
-    shutil.rmtree(tmp_path / "cut")
-    shutil.copytree(whole, tmp_path / "cut", ignore=shutil.ignore_patterns("[0-9]*", "timing.jsonl", "verdict.json"))
-    with pytest.raises(UserError, match="holds no weights: give a Hugging Face folder"):
-        train(again, data_dir=data_dir, workdir=tmp_path / "cut")
-    write(tmp_path / "run", LlamaConfig(**SIZES, **options), seed=9)
-    with pytest.raises(UserError, match="began from other weights"):
-        train(again, data_dir=data_dir, workdir=tmp_path / "cut")
 
 
 def test_a_gpt2_takes_its_first_positions(gpt2):

@@ -12,7 +12,7 @@ from altgrad_jax.models.attention import empty_cache
 from altgrad_jax.models.flops import training_flops_per_token
 from altgrad_jax.models.llama import LlamaConfig
 from altgrad_jax.models.model import forward, init_params
-from altgrad_jax.models.parameters import count_params, weights_of
+from altgrad_jax.models.parameters import count_params, weights_of, with_weights
 from altgrad_jax.numerics.layers import hidden_width, linear_layers, matrix_sizes
 from altgrad_jax.step import metrics
 from altgrad_jax.step.update import loss
@@ -107,6 +107,14 @@ def test_layers_sizes_and_operations_are_those_of_the_parameters(config):
     assert count_params(params) == matrices + gains + (0 if config.tied_head else 31 * 32)
     per_token = training_flops_per_token(n_layer=2, block_size=8, **shape)
     assert per_token == 6 * matrices + 2 * 3 * 2 * 2 * 8 * 32
+
+
+@BOTH
+def test_the_heads_weights_are_its_own_table_where_it_has_one(config):
+    params = random_params(config)
+    changed = with_weights(params, {"head": jnp.zeros((31, 32))})
+    assert not weights_of(changed, "head").any() and weights_of(params, "head").all()
+    assert bool(changed["embed"]["embedding"].any()) != config.tied_head
 
 
 def test_the_mlp_is_8_thirds_wide_in_multiples_of_32():
