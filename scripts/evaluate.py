@@ -22,7 +22,12 @@ flags.DEFINE_bool(
 )
 
 
-def run(*, checkpoint, device, step, data_dir, tokens, all):
+flags.DEFINE_string(
+    "kv_cache", None, "number format of keys and values, such as E4M3 or E2M1:1x16 (docs/recipes.md)", flag_values=FLAGS
+)
+
+
+def run(*, checkpoint, device, step, data_dir, tokens, all, kv_cache):
     if data_dir is not None and tokens is not None:
         raise UserError(f"--data_dir={data_dir} and --tokens={tokens} name two places of data: give one of them")
     # Here, so that --help does not wait for jax.
@@ -30,10 +35,13 @@ def run(*, checkpoint, device, step, data_dir, tokens, all):
     from altgrad_jax.run.device import use_device
 
     use_device(device)
-    result = evaluate_checkpoint(checkpoint, step=step, data_dir=data_dir, token_file=tokens, all_windows=all)
+    result = evaluate_checkpoint(
+        checkpoint, step=step, data_dir=data_dir, token_file=tokens, all_windows=all, kv_cache=kv_cache
+    )
     print(
         f"loss {result.val_loss:.6f} nats/token, perplexity {result.val_perplexity:.3f}, on {result.n_windows:,} "
         f"windows ({result.n_tokens:,} tokens) of {result.file}"
+        + (f", keys and values in {kv_cache}" if kv_cache else "")
     )
 
 

@@ -5,6 +5,7 @@
 The text goes to standard output, notes and errors to standard error.
 """
 
+import dataclasses
 import sys
 
 from absl import flags
@@ -24,16 +25,22 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("seed", 0, "of the first sample; the next ones take the next numbers", flag_values=FLAGS)
 flags.DEFINE_integer("num_samples", 1, "texts to write", 1, flag_values=FLAGS)
+flags.DEFINE_string(
+    "kv_cache", None, "number format of keys and values, such as E4M3 or E2M1:1x16 (docs/recipes.md)", flag_values=FLAGS
+)
 
 
-def run(*, checkpoint, device, step, prompt, max_new_tokens, temperature, top_k, seed, num_samples):
+def run(*, checkpoint, device, step, prompt, max_new_tokens, temperature, top_k, seed, num_samples, kv_cache):
     # Here, so that --help does not wait for jax.
     from altgrad_jax.data.tokenizer import get_tokenizer
     from altgrad_jax.inference.generate import generate, load_model
+    from altgrad_jax.numerics.kv_cache import cache_spec
     from altgrad_jax.run.device import use_device
 
     use_device(device)
     params, config, settings, operands = load_model(checkpoint, step)
+    if kv_cache is not None:
+        config = dataclasses.replace(config, kv_cache=cache_spec(kv_cache, config.head_width))
     tokenizer = get_tokenizer(settings["tokenizer"])
     prompt_ids = tokenizer.encode(prompt) if prompt else [tokenizer.eot]
     if len(prompt_ids) + max_new_tokens > config.block_size + 1:

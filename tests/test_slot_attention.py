@@ -107,3 +107,31 @@ def test_no_two_heads_are_rounded_by_the_same_random_numbers():
     assert len({head.tobytes() for head in dq}) == B * H
     # Each is another draw about the same gradient.
     assert np.linalg.norm(dq[0] - dq[1]) < np.linalg.norm(dq[0])
+
+
+@pytest.mark.parametrize("name", ["nvfp4_redrawn", "mxfp8", "quartet_2"])
+def test_many_products_are_each_alone_to_the_bit_and_their_statistics_combine(name):
+    rng = np.random.default_rng(1)
+    x, w, g = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 128, 128), (3, 128, 128), (3, 128, 128)))
+    own, features = slots_and_features(name, statistics=True)
+
+    def many(x, w, probe):
+        y, found = slots.slot_dots(x, w, own, features, probe)
+        return jnp.sum(y * g), found
+
+    def alone(x, w, probe, i):
+        seeds = jnp.stack([stochastic_seed(*seed, i) for seed in own.seed])
+        y, found = slots.slot_dot(x, w, own._replace(seed=seeds), features, probe)
+        return jnp.sum(y * jnp.asarray(g)[i]), found
+
+    probe = slots.empty_statistics()
+    (dx, dw, of_g), forward = jax.jit(jax.grad(many, (0, 1, 2), has_aux=True))(x, w, probe)
+    of_one = jax.jit(jax.grad(alone, (0, 1, 2), has_aux=True))
+    each = [of_one(x[i], w[i], probe, np.uint32(i)) for i in range(3)]
+    for i, ((dx_i, dw_i, _), _) in enumerate(each):
+        np.testing.assert_array_equal(dx[i], dx_i)
+        np.testing.assert_array_equal(dw[i], dw_i)
+    fields = slots.slot_statistics.FIELDS
+    for together, parts in ((forward, [f for _, f in each]), (of_g, [gradients[2] for gradients, _ in each])):
+        want = slots.combine_all(fields, jnp.stack(parts))
+        np.testing.assert_allclose(together, want, rtol=1e-5, atol=1e-6)

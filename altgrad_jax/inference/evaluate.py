@@ -9,6 +9,7 @@ import numpy as np
 from altgrad_jax.data.dataset import choose_windows, load_token_data, open_token_file
 from altgrad_jax.errors import UserError
 from altgrad_jax.inference.generate import load_model
+from altgrad_jax.numerics.kv_cache import cache_spec
 from altgrad_jax.run.record import MANIFEST, read_manifest
 from altgrad_jax.step.mesh import data_mesh
 from altgrad_jax.step.program import make_evaluate
@@ -25,7 +26,9 @@ class Evaluation:
     file: Path
 
 
-def evaluate_checkpoint(path, *, step=None, data_dir=None, token_file=None, all_windows=False) -> Evaluation:
+def evaluate_checkpoint(
+    path, *, step=None, data_dir=None, token_file=None, all_windows=False, kv_cache=None
+) -> Evaluation:
     """The loss of a checkpoint on the validation data it was trained with, or on any token file.
 
     On val.bin of the run's own data this is the val_loss of the run's record: to the bit on the same CPU, to rounding
@@ -36,8 +39,11 @@ def evaluate_checkpoint(path, *, step=None, data_dir=None, token_file=None, all_
       data_dir: folder of prepared token files, whose val.bin is used; None: the one in the run's manifest.
       token_file: a file of uint16 tokens instead.
       all_windows: every window of the file instead of the run's fixed choice of eval_windows.
+      kv_cache: the number format in which keys and values are read, as `numerics.kv_cache.cache_spec` has it.
     """
     params, config, settings, operands = load_model(path, step)
+    if kv_cache is not None:
+        config = dataclasses.replace(config, kv_cache=cache_spec(kv_cache, config.head_width))
     if token_file is not None:
         file = token_file
         tokens_T = open_token_file(file, vocab_size=config.vocab_size, block_size=config.block_size)

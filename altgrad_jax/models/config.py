@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from altgrad_jax.models.stacking import Segments
 from altgrad_jax.numerics.products import Rule
+from altgrad_jax.numerics.recipes import SlotSpec
 from altgrad_jax.numerics.slot_quantization import Features
 
 # The static choices of a quantized layer: those of quant_dot, or of the six slots of a recipe.
@@ -18,7 +19,8 @@ class ModelConfig:
     `rules`: (group, Choices) of the layers whose products are quantized (models.stacking). `split`: how the blocks are
     divided into segments, each computed alike; empty stands for one segment. `loss_tile_bytes`: limit of the float32
     logits that the loss computes at once (cross_entropy). `unroll`: whether the program holds every block apart, as a
-    GPU wants it, or one block in a loop, which compiles in a fraction of the time.
+    GPU wants it, or one block in a loop, which compiles in a fraction of the time. `kv_cache`: how keys and values are
+    kept, in an evaluation or while text is made; None in the compute dtype.
     """
 
     n_layer: int
@@ -33,6 +35,7 @@ class ModelConfig:
     loss_tile_bytes: int = 2**27
     unroll: bool = False
     split: Segments = ()
+    kv_cache: SlotSpec | None = None
 
     name: ClassVar[str]  # as the setting `model` has it
 

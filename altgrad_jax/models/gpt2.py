@@ -69,7 +69,7 @@ class GPTBlock(Block):
         h_BLD = LayerNorm(name="ln_1")(x_BLD)
         qkv_BL3D = linear(h_BLD, "attn_qkv", 3 * D).astype(dtype)
         q_BLHC, k_BLHC, v_BLHC = (part.reshape(B, L, H, D // H) for part in jnp.split(qkv_BL3D, 3, axis=-1))
-        a_BLHC, cache = attend(config, q_BLHC, k_BLHC, v_BLHC, cache, i, position)
+        a_BLHC, cache = attend(config, self.rules, q_BLHC, k_BLHC, v_BLHC, cache, i, position, quantized, statistics)
         x_BLD = x_BLD + drop(linear(a_BLHC.reshape(B, L, D).astype(jnp.float32), "attn_out", D, residual_std))
         h_BLD = LayerNorm(name="ln_2")(x_BLD)
         h_BLF = jax.nn.gelu(linear(h_BLD, "mlp_up", 4 * D), approximate=True)

@@ -101,7 +101,7 @@ class LlamaBlock(Block):
             q_BLHC, k_BLGC = RMSNorm(name="q_norm")(q_BLHC), RMSNorm(name="k_norm")(k_BLGC)
         turned = rotated(q_BLHC, position), rotated(k_BLGC, position), v_BLGC
         q_BLHC, k_BLGC, v_BLGC = (x.astype(config.compute_dtype) for x in turned)
-        a_BLHC, cache = attend(config, q_BLHC, k_BLGC, v_BLGC, cache, i, position)
+        a_BLHC, cache = attend(config, self.rules, q_BLHC, k_BLGC, v_BLGC, cache, i, position, quantized, statistics)
         x_BLD = x_BLD + drop(linear(a_BLHC.reshape(B, L, D).astype(jnp.float32), "attn_out", D, residual_std))
         h_BLD = RMSNorm(name="norm_2")(x_BLD)
         F = hidden_width(D, config.name)

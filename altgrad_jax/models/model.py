@@ -19,7 +19,7 @@ _MODELS: dict[str, tuple[type[ModelConfig], type[Transformer]]] = {
     "llama": (LlamaConfig, Llama),
 }
 # Fields of a ModelConfig that no setting decides alone.
-_NOT_SETTINGS = {"attention", "rules", "loss_tile_bytes", "unroll", "split"}
+_NOT_SETTINGS = {"attention", "rules", "loss_tile_bytes", "unroll", "split", "kv_cache"}
 
 
 def model_config(settings: Mapping[str, Any], **choices: Any) -> ModelConfig:

@@ -39,6 +39,7 @@ from altgrad_jax.numerics.slot_quantization import (
     in_tensor_basis,
     quantize_slot,
 )
+from altgrad_jax.numerics.sums import combine_all
 
 ORIGINAL, FPROP, SHARED = range(len(SOURCES))
 # The slots whose statistics the forward pass returns, and those whose leave as the gradient of the probe, by row.
@@ -287,6 +288,52 @@ _slot_dot = jax.custom_vjp(_dot, nondiff_argnums=(4, 5, 6))
 _slot_dot.defvjp(_forward, _backward)
 
 
+# Axes of a Slot of many products, which differ in their random numbers alone.
+_AXES: dict[str, Any] = dict.fromkeys(Slot._fields) | {"seed": 0}
+_PER_PRODUCT = Slot(**_AXES)
+
+
+def _seeded(slots, n):
+    """The slots of n products, each with random numbers of its own: seed uint32 [n, 6, 2]."""
+    of_slots = jax.vmap(lambda seed, i: stochastic_seed(seed[0], seed[1], i), in_axes=(0, None))
+    return slots._replace(seed=jax.vmap(of_slots, in_axes=(None, 0))(slots.seed, np.arange(n, dtype=np.uint32)))
+
+
+def _of_all(statistics):
+    return None if statistics is None else combine_all(slot_statistics.FIELDS, statistics)
+
+
+# vmap stands inside the derivative, so that statistics are combined, where that of a vmapped probe would be added up.
+def _dots(x_NMK, w_N, slots, g_probe, features, w_is_NK, dtype):
+    one = partial(_dot, g_probe=None, features=features, w_is_NK=w_is_NK, dtype=dtype)
+    y_N, statistics = jax.vmap(one, in_axes=(0, 0, _PER_PRODUCT))(x_NMK, w_N, _seeded(slots, len(x_NMK)))
+    return y_N, _of_all(statistics)
+
+
+def _forwards(x_NMK, w_N, slots, g_probe, features, w_is_NK, dtype):
+    def one(x_MK, w, slots):
+        made, (*saved, _, _) = _forward(x_MK, w, slots, None, features, w_is_NK, dtype)
+        return made, saved
+
+    slots = _seeded(slots, len(x_NMK))
+    (y_N, statistics), saved = jax.vmap(one, in_axes=(0, 0, _PER_PRODUCT))(x_NMK, w_N, slots)
+    return (y_N, _of_all(statistics)), (saved, slots, g_probe)
+
+
+def _backwards(features, w_is_NK, dtype, saved, cotangents):
+    saved_N, slots, g_probe = saved
+
+    def one(saved, slots, g_MN):
+        return _backward(features, w_is_NK, dtype, (*saved, slots, g_probe is not None), (g_MN, None))
+
+    dx, dw, _, probes = jax.vmap(one, in_axes=(0, _PER_PRODUCT, 0))(saved_N, slots, cotangents[0])
+    return dx, dw, None, _of_all(probes)
+
+
+_slot_dots = jax.custom_vjp(_dots, nondiff_argnums=(4, 5, 6))
+_slot_dots.defvjp(_forwards, _backwards)
+
+
 def empty_statistics() -> np.ndarray:
     """float32 [3, S] that changes nothing when combined; it also serves as a `g_probe`, whose value is never read."""
     return np.stack([slot_statistics.empty()] * len(BACKWARD))
@@ -327,6 +374,21 @@ def slot_dot(
     flat, dtype = x_MK.reshape(-1, x_MK.shape[-1]), jnp.dtype(compute_dtype)
     y_MN, statistics = _slot_dot(flat, w, slots, g_probe, features, w_is_NK, dtype)
     return y_MN.reshape(*x_MK.shape[:-1], y_MN.shape[-1]), statistics
+
+
+def slot_dots(
+    x_NMK,
+    w_N,
+    slots: Slot,
+    features: tuple[Features, ...],
+    g_probe=None,
+    w_is_NK: bool = False,
+    compute_dtype: Any = jnp.bfloat16,
+) -> tuple[jax.Array, jax.Array | None]:
+    """N products of matrices by one recipe, as `slot_dot` of each: x_NMK float32 [N, M, K], w_N float32 [N, K, N] or
+    [N, N, K]. No two are rounded by the same random numbers; the statistics are those of all together."""
+    dtype = jnp.dtype(compute_dtype)
+    return _slot_dots(x_NMK, w_N, jax.tree.map(jnp.asarray, slots), g_probe, features, w_is_NK, dtype)
 
 
 def named_slot_statistics(forward, backward=None) -> dict[str, dict[str, jax.Array]]:
