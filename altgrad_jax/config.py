@@ -11,6 +11,7 @@ float32 and int32, the types in which numbers enter the compiled step: an `adam_
 No jax here, so that `--help` and every complaint about a setting come at once.
 """
 
+import dataclasses
 import difflib
 import math
 import os
@@ -164,6 +165,7 @@ FOLDER = Text(
     about="the path of a local folder (printable characters, no blanks around them, no scheme such as gs://, no ~name "
     "of an unknown user)",
 )
+OPTIONAL_FOLDER = dataclasses.replace(FOLDER, optional=True)
 GROUPS_OF_METRICS = Text(
     check=_names_groups, about=f"all, none, or some of {', '.join(METRIC_GROUPS)} joined by commas, each once"
 )
@@ -190,12 +192,14 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("block_size", 256, "tokens the model sees at once (its context)", low=1, high=2**20),
         Field("vocab_size", 0, "rows of the embedding table; at least the tokenizer's own size (gpt2 50257, bytes "
               "256), which 0 stands for", low=2, high=65536, zero="the tokenizer's own size"),
-        Field("n_kv_head", 0, "attention heads of keys and values (grouped queries); must divide n_head, which 0 "
-              "stands for", low=1, high=65536, zero="n_head", only_with=LLAMA),
+        Field("n_kv_head", 0, "attention heads of keys and values (grouped queries); must divide n_head; 0 = n_head",
+              low=0, high=65536, only_with=LLAMA),
         Field("tied_head", True, "the output head multiplies with the embedding table; False: with a table of its own",
               only_with=LLAMA),
         Field("qk_norm", False, "queries and keys are normalized, head by head, before they are rotated",
               only_with=LLAMA),
+        Field("init_from", "", "folder of weights to start from, in place of random ones: of Hugging Face (GPT-2 or "
+              "Llama), of a run, or a checkpoint; parameters only, the run starts at step 0", text=OPTIONAL_FOLDER),
         Field("dropout", 0.0, "share of activations set to 0 in training; 0 = off", low=0, high=FLOAT32_BELOW_1),
     )),
     ("Number formats and attention", (
@@ -653,7 +657,7 @@ ADDED_IN_2 = frozenset(
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
 ADDED_IN_4 = frozenset({"loggers"})
 ADDED_IN_5 = frozenset({"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
-ADDED_IN_6 = frozenset({"evaluate_all", "model", "n_kv_head", "tied_head", "qk_norm"})
+ADDED_IN_6 = frozenset({"evaluate_all", "model", "n_kv_head", "tied_head", "qk_norm", "init_from"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:

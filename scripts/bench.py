@@ -82,6 +82,11 @@ flags.DEFINE(cli.OUTPUT_FILE, "json", None, "file for all figures, every single 
 
 
 def run(config, **values):
+    if config.model != "gpt2":
+        raise UserError(
+            f"model={config.model!r} cannot be benchmarked, because the peers and the counts of bytes are GPT-2's: set "
+            "model='gpt2'"
+        )
     if values["peers"] == "torch" and not peers.torch_importable():
         raise UserError(
             f"--peers=torch needs torch and transformers, which are not installed: {peers.INSTALL}, or "

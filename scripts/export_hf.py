@@ -1,11 +1,12 @@
-"""Writes a checkpoint as a Hugging Face GPT-2 folder (config.json, model.safetensors), or reads one.
+"""Writes a checkpoint as a Hugging Face folder (config.json, model.safetensors, tokenizer), or reads one.
 
     python scripts/export_hf.py checkpoints/bf16_baseline exported/
     python scripts/export_hf.py --import downloaded/gpt2 checkpoints/gpt2
 
-The first folder loads with transformers' GPT2LMHeadModel.from_pretrained. The second becomes a run folder
+The first folder loads with transformers' AutoModelForCausalLM and AutoTokenizer. The second becomes a run folder
 with one checkpoint, of step 0, that holds parameters and settings but no optimizer state: what
-scripts/sample.py and scripts/evaluate.py need.
+scripts/sample.py and scripts/evaluate.py need. To train from a folder, give it as --config.init_from to
+scripts/train.py.
 """
 
 from absl import flags
@@ -13,9 +14,6 @@ from absl import flags
 from altgrad_jax import cli
 from altgrad_jax import config as settings_table
 from altgrad_jax.errors import UserError
-
-TOKENIZER_KEY = "altgrad_tokenizer"  # our own key in config.json; transformers keeps what it does not know
-
 
 ARGUMENTS = ("source", "out")
 FLAGS = cli.new_flags(device=True)
@@ -46,14 +44,19 @@ def run(*, source, out, device, step, tokenizer, **others):
 
 def export_checkpoint(source, out, step):
     # Here and below, so that --help does not wait for jax.
-    from altgrad_jax.inference import hf
+    from altgrad_jax.data.hf_tokenizer import tokenizer_files
     from altgrad_jax.inference.generate import load_model
+    from altgrad_jax.models import hf
 
     hf.refuse_occupied(out)
     params, config, settings, operands = load_model(source, step)
     tensors, config_json = hf.to_hf(params, config)
-    hf.write_folder(out, tensors, config_json | {TOKENIZER_KEY: settings["tokenizer"]})
-    print(f"wrote {out}: GPT-2 with {sum(array.size for array in tensors.values()):,} parameters, float32")
+    name = settings["tokenizer"]
+    hf.write_folder(out, tensors, config_json | {hf.TOKENIZER_KEY: name}, tokenizer_files(name, config.block_size))
+    n_parameters = sum(array.size for array in tensors.values())
+    print(f"wrote {out}: {hf.TITLES[config.name]} with {n_parameters:,} parameters, float32, and its tokenizer {name}")
+    if config.dropout and config.name == "llama":
+        print(f"note: dropout={config.dropout} is not carried over, because LlamaForCausalLM has none")
     if operands:
         print(
             "note: this run trained in number formats; the files hold its weights, and a program that loads them "
@@ -62,10 +65,13 @@ def export_checkpoint(source, out, step):
 
 
 def import_folder(source, out, tokenizer):
+    from pathlib import Path
+
     import jax.numpy as jnp
     from jax import tree
 
-    from altgrad_jax.inference import hf
+    from altgrad_jax.data.hf_tokenizer import require_vocabulary
+    from altgrad_jax.models import hf
     from altgrad_jax.run.checkpoint import open_checkpoints
 
     out = hf.refuse_occupied(out)
@@ -73,10 +79,17 @@ def import_folder(source, out, tokenizer):
     params, sizes = hf.from_hf(tensors, config_json)
     config = settings_table.default_config()
     config.update(sizes)
-    config.tokenizer = tokenizer or tokenizer_of(config_json)
+    if not (tokenizer or (tokenizer := hf.tokenizer_of(config_json))):
+        raise UserError(
+            f"config.json has vocab_size = {config_json['vocab_size']}, which does not tell the tokenizer: give "
+            f"--tokenizer {' or '.join(settings_table.VOCABULARY_OF)}"
+        )
+    config.tokenizer = tokenizer
     # float32: the imported model then computes what transformers computes with these files.
     config.compute_dtype, config.run_name, config.checkpoint_dir = "float32", "imported", str(out)
     settings_table.validate(config)
+    if not require_vocabulary(Path(source), config.tokenizer):
+        print(f"note: the folder has no tokenizer whose vocabulary could be compared with that of {config.tokenizer}")
     checkpoints = open_checkpoints(out, max_checkpoints=1)
     try:
         checkpoints.save(
@@ -89,28 +102,11 @@ def import_folder(source, out, tokenizer):
     for outcome in checkpoints.check():
         if outcome.error:
             raise UserError(outcome.error)
-    print(
-        f"wrote {out}: step 0, GPT-2 with {sum(leaf.size for leaf in tree.leaves(params)):,} parameters, "
-        f"tokenizer {config.tokenizer}"
-    )
-    if config_json.get("attn_pdrop", 0.1):
+    n_parameters = sum(leaf.size for leaf in tree.leaves(params))
+    title = hf.TITLES[config.model]
+    print(f"wrote {out}: step 0, {title} with {n_parameters:,} parameters, tokenizer {config.tokenizer}")
+    if config.model == "gpt2" and config_json.get("attn_pdrop", 0.1):
         print("note: config.json's attn_pdrop is not carried over; training here does not drop attention probabilities")
-
-
-def tokenizer_of(config_json):
-    """The tokenizer that an imported model was trained with, as its config.json tells; else UserError."""
-    recorded = config_json.get(TOKENIZER_KEY)
-    if isinstance(recorded, str) and recorded in settings_table.VOCABULARY_OF:
-        return recorded
-    # GPT-2's vocabulary is often padded to a multiple of 64.
-    names = {size: name for name, size in settings_table.VOCABULARY_OF.items()} | {50304: "gpt2"}
-    vocab_size = config_json["vocab_size"]
-    if vocab_size not in names:
-        raise UserError(
-            f"config.json has vocab_size = {vocab_size}, which does not tell the tokenizer: give --tokenizer "
-            f"{' or '.join(settings_table.VOCABULARY_OF)}"
-        )
-    return names[vocab_size]
 
 
 if __name__ == "__main__":

@@ -110,13 +110,14 @@ NEW = {
     "xla_options": (),
     "recipe": (),
     "recipe_program": (),
-    "moments": "float32",
-    "moments_rounding": "nearest",
-    "evaluate_all": False,
     "model": "gpt2",
     "n_kv_head": 0,
     "tied_head": True,
     "qk_norm": False,
+    "init_from": "",
+    "moments": "float32",
+    "moments_rounding": "nearest",
+    "evaluate_all": False,
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -774,8 +775,10 @@ def test_difference_lists_fields_in_order_and_names_absent_ones():
 
 
 def test_a_record_of_version_1_is_one_with_the_defaults():
-    added = settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5 | settings.ADDED_IN_6
-    assert added == set(NEW) and settings.ADDED_IN_6 == {"evaluate_all", "model", "n_kv_head", "tied_head", "qk_norm"}
+    to_5 = settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5
+    assert to_5 | settings.ADDED_IN_6 == set(NEW)
+    model = {"model", "n_kv_head", "tied_head", "qk_norm"}
+    assert settings.ADDED_IN_6 == {"evaluate_all", "init_from"} | model
     assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers"}
     assert settings.ADDED_IN_5 == {"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"}
     new = to_dict(default_config())

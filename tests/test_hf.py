@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from altgrad_jax import cli
 from altgrad_jax.errors import UserError
-from altgrad_jax.inference import hf
+from altgrad_jax.models import hf
 from altgrad_jax.models.gpt2 import GPTConfig
 from altgrad_jax.models.model import init_params
 
@@ -332,8 +332,8 @@ def test_script_refuses_flags_that_it_would_ignore(script, arguments):
         ({"vocab_size": 300, "altgrad_tokenizer": "bytes"}, "bytes"),
     ],
 )
-def test_tokenizer_of_an_imported_model(script, config_json, tokenizer):
-    assert script.tokenizer_of(config_json) == tokenizer
+def test_tokenizer_of_an_imported_model(config_json, tokenizer):
+    assert hf.tokenizer_of(config_json) == tokenizer
 
 
 def test_to_hf_takes_device_arrays(params, exported):
@@ -357,5 +357,5 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
         hf.write_folder(tmp_path / "file" / "out", {}, {})
 
 
-def test_a_tokenizer_that_is_no_name_is_passed_over(script):
-    assert script.tokenizer_of({"altgrad_tokenizer": ["bytes"], "vocab_size": 256}) == "bytes"
+def test_a_tokenizer_that_is_no_name_is_passed_over():
+    assert hf.tokenizer_of({"altgrad_tokenizer": ["bytes"], "vocab_size": 256}) == "bytes"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax.inference import hf
+from altgrad_jax.models import hf
 from altgrad_jax.models.gpt2 import GPT, GPTConfig
 from altgrad_jax.models.model import init_params
 

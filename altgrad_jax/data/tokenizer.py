@@ -156,29 +156,39 @@ def rank_files_dir() -> Path:
 def gpt2_ranks(folder: Path) -> dict[bytes, int]:
     """GPT-2's mergeable ranks {token bytes: id} from the two files OpenAI released, as tiktoken reads them.
 
-    Ids 0-255 are the single bytes in the order of ``_byte_alphabet``; merge k of ``vocab.bpe`` is id 256 + k.
+    Ids 0-255 are the single bytes in the order of ``byte_alphabet``; merge k of ``vocab.bpe`` is id 256 + k.
     ``encoder.json`` says the same again and is compared.
 
     Raises:
         UserError: a file is missing or its sha256 is not the pinned one.
     """
-    vocab_bpe = _read_pinned(folder / "vocab.bpe", VOCAB_BPE_SHA256).decode("utf-8")
-    encoder_json = json.loads(_read_pinned(folder / "encoder.json", ENCODER_JSON_SHA256))
-    byte_of = _byte_alphabet()
+    encoder_json, merges = gpt2_vocabulary(folder)
+    byte_of = byte_alphabet()
 
     def to_bytes(token: str) -> bytes:
         return bytes(byte_of[c] for c in token)
 
     ranks = {bytes([b]): i for i, b in enumerate(byte_of.values())}
-    for line in vocab_bpe.split("\n")[1:-1]:  # the first line is a version comment, the last is empty
-        first, second = line.split()
+    for merge in merges:
+        first, second = merge.split()
         ranks[to_bytes(first) + to_bytes(second)] = len(ranks)
     encoder_json.pop(END_OF_TEXT)
     assert ranks == {to_bytes(token): i for token, i in encoder_json.items()}, "pinned files disagree"
     return ranks
 
 
-def _byte_alphabet() -> dict[str, int]:
+def gpt2_vocabulary(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """({token: id}, merges as "first second") as OpenAI's two files have them, each byte by its printable stand-in.
+
+    Raises:
+        UserError: as `gpt2_ranks`.
+    """
+    vocab_bpe = _read_pinned(folder / "vocab.bpe", VOCAB_BPE_SHA256).decode("utf-8")
+    encoder_json = json.loads(_read_pinned(folder / "encoder.json", ENCODER_JSON_SHA256))
+    return encoder_json, vocab_bpe.split("\n")[1:-1]  # the first line is a version comment, the last is empty
+
+
+def byte_alphabet() -> dict[str, int]:
     """The printable stand-in of each byte in GPT-2's files, in the order of the ids: bytes that print stand
     for themselves and come first; the others follow as chr(256), chr(257), ..."""
     printable = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]

@@ -13,9 +13,6 @@ from jax import lax
 
 # {field: jnp.add, jnp.maximum or jnp.minimum}, in the order of a vector's last axis.
 Fields = Mapping[str, Callable]
-# On an H100 a sum over columns takes 32 x 33 float32 of the 48 KiB of shared memory that a kernel has: more than 11 in one
-# reduction do not compile.
-MOST_TOGETHER = 10
 _OVER_AXIS: dict[Callable, Callable] = {jnp.add: jnp.sum, jnp.maximum: jnp.max, jnp.minimum: jnp.min}
 
 
@@ -34,10 +31,6 @@ def _add(a, b):
     return tuple(x + y for x, y in zip(a, b))
 
 
-def _over_last(arrays, last):
-    return lax.reduce(tuple(arrays), tuple(jnp.float32(0) for _ in arrays), _add, (last,))
-
-
 def sums(*terms, lead: int = 0, apart: bool = False) -> jax.Array:
     """float32 [number of terms, ...]: the sums of arrays of one shape over all axes but the first `lead`.
 
@@ -53,10 +46,6 @@ def sums(*terms, lead: int = 0, apart: bool = False) -> jax.Array:
     if apart:
         return jnp.stack([jnp.sum(array, axis=tuple(range(lead, last + 1))) for array in arrays])
     if last > lead:
-        arrays = [
-            total
-            for i in range(0, len(arrays), MOST_TOGETHER)
-            for total in _over_last(arrays[i : i + MOST_TOGETHER], last)
-        ]
+        arrays = lax.reduce(tuple(arrays), tuple(jnp.float32(0) for _ in arrays), _add, (last,))
     totals = jnp.stack(arrays)
     return jnp.sum(totals, axis=tuple(range(lead + 1, totals.ndim)))

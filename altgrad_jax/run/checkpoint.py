@@ -421,7 +421,7 @@ def load_arrays(path: str | Path, step: int | None, prefixes: tuple[str, ...]) -
     Raises:
       UserError: there is no such checkpoint. DamagedCheckpoint: as `restore_path`.
     """
-    path = _checkpoint(path, step)
+    path = resolve_checkpoint(path, step)
     document = read_document(path)
     names = [name for name in document["arrays"] if name.startswith(prefixes)]
     return _nest(_read_arrays(path, document, names)), document["meta"]
@@ -435,7 +435,7 @@ def list_steps(run_dir: str | Path) -> list[int]:
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(run_dir))
 
 
-def _checkpoint(path: str | Path, step: int | None) -> Path:
+def resolve_checkpoint(path: str | Path, step: int | None = None) -> Path:
     """The folder of checkpoint `step`, or of the newest one, where `path` is not one itself."""
     path = Path(path).absolute()
     if os.path.isdir(path / STATE) or os.path.isdir(path / META):
@@ -680,7 +680,7 @@ class Checkpoints:
         self.wait()
         restored, failure = None, None
         try:
-            restored = restore_path(_checkpoint(self.run_dir, step), abstract_state)
+            restored = restore_path(resolve_checkpoint(self.run_dir, step), abstract_state)
         except UserError as error:
             failure = error
         told = run_processes.gather(failure and [getattr(failure, "reason", None), str(failure)])

@@ -16,6 +16,7 @@ from altgrad_jax.run.console import make_console
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.run.folder import Claim, claim, is_finished, require_resume
 from altgrad_jax.run.goodput import Goodput
+from altgrad_jax.run.initial import initial_for
 from altgrad_jax.run.look import require_wandb_keys
 from altgrad_jax.run.setup import Setup, open_data, set_up
 from altgrad_jax.run.sinks import require_sinks
@@ -59,6 +60,9 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     use_compilation_cache()
     setup = set_up(config, open_data(config, data_dir, say), say)
     require_wandb_keys(config.wandb_keys, setup)
+    if config.init_from and claimed.manifest is None:
+        source = initial_for(config, setup.functions.abstract_state.params).source
+        say(f"weights: from {source['path']}, sha256 {source['sha256'][:12]}")
     claimed.require_same_data(setup)
     say(f"device: {len(setup.devices)} x {setup.device.device_kind} ({setup.device.platform})")
     program = setup.program()

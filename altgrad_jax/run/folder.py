@@ -32,6 +32,7 @@ from altgrad_jax.run.alerts import rules_of
 from altgrad_jax.run.checkpoint import list_steps, open_checkpoints, save_anomaly
 from altgrad_jax.run.device import git_commit, versions
 from altgrad_jax.run.goodput import Goodput, describe, total
+from altgrad_jax.run.initial import initial_for
 from altgrad_jax.run.lock import is_empty
 from altgrad_jax.run.record import (
     MANIFEST,
@@ -190,6 +191,7 @@ class RunFolder:
         self.started = time.time()
         self.step, self.resumed, self.frozen, self.first_bad_step = 0, False, False, -1
         self.furthest = 0
+        self.source: dict[str, Any] | None = None
         self.evaluation: Mapping[str, Any] | None = None
         self.account: dict[str, float] | None = None
         self.verdict: dict[str, Any] | None = None
@@ -213,7 +215,7 @@ class RunFolder:
         if found is None:
             if self.manifest is not None:
                 processes.from_lead(self._start_again)
-            return self.setup.functions.init(self.config.seed, self.inputs.formats)
+            return self.setup.functions.init(self.config.seed, self.inputs.formats, self._initial_params())
         self.step, state, meta = found
         self._refuse_foreign(self.step, meta)
         self.resumed = True
@@ -225,6 +227,21 @@ class RunFolder:
         thresholds = self.setup.functions.step.options.thresholds
         self.frozen = bool(stability.is_frozen(state.monitor._replace(bad_streak=streak), thresholds))
         return state
+
+    def _initial_params(self) -> dict | None:
+        """The weights that the setting `init_from` names; None without it. Sets `source`."""
+        if not self.config.init_from:
+            return None
+        initial = initial_for(self.config, self.setup.functions.abstract_state.params)
+        began_from = self.manifest and self.manifest.get("init_from")
+        if began_from and began_from["sha256"] != initial.source["sha256"]:
+            raise UserError(
+                f"{self.run_dir} began from other weights than init_from={self.config.init_from!r} holds now: bring "
+                "those back, or give another --workdir to start a new run"
+            )
+        processes.require_equal("weights to start from, of sha256", initial.source["sha256"], "give all the same files")
+        self.source = initial.source
+        return initial.params
 
     def _report_damaged(self, step: int, reason: str) -> None:
         self.console.alert(f"checkpoint {step} is damaged ({reason}); it is set aside and an older one is used")
@@ -333,6 +350,8 @@ class RunFolder:
                 "flops_per_step": setup.flops_per_step,
             },
         }
+        if self.source is not None:
+            manifest["init_from"] = self.source
         if self.quant is not None:
             layers = [dataclasses.asdict(layer) for layer in self.quant.layers]
             manifest["formats"] = {"layers": layers, "certificates": self.certificates}
@@ -357,6 +376,9 @@ class RunFolder:
             f"{config.run_name}: {parameters:,} parameters in {config.compute_dtype}, "
             f"{config.max_steps} steps of {config.batch_size} x {config.block_size} tokens"
         )
+        if self.source is not None:
+            step = f", step {self.source['step']}" if "step" in self.source else ""
+            say(f"weights: from {self.source['path']}{step}, sha256 {self.source['sha256'][:12]}")
         if self.quant is not None:
             say(_describe_formats(config, self.quant))
         if self.recipe is not None:

@@ -56,6 +56,7 @@ _NOT_COMPILED = frozenset(
     {
         "seed",
         "data_seed",
+        "init_from",
         "learning_rate",
         "formats",
         "emergency_formats",

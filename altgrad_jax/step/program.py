@@ -155,7 +155,8 @@ def diagnose(step: Step, params, windows, quant_state=None, table=None):
 class StepFunctions(NamedTuple):
     """What `make_step_functions` returns.
 
-    init: (seed, table) -> TrainState. `table`: the formats; left out where there are none, here and below.
+    init: (seed, table, params) -> TrainState. `table`: the formats; left out where there are none, here and below.
+      `params`: the weights to start from, in place of fresh ones.
     run: (TrainState, data, n_steps, Inputs) -> (TrainState, float32 [K, M]); the state is donated. `data` is the uint16
       token file as a device array, or with data_on_device=False the batches uint16 [K, B, L+1]. Rows from n_steps on,
       and after the step at which the state froze, are NaN. n_steps <= steps_per_dispatch.

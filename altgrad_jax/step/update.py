@@ -394,13 +394,14 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     )
 
 
-def init(step: Step, seed, table: FormatParams | None = None) -> TrainState:
+def init(step: Step, seed, table: FormatParams | None = None, params=None) -> TrainState:
     """The state before the first update.
 
     Args:
       table: the formats (quantization.format_table); None where there are none.
+      params: the weights to start from; None: fresh ones, of the seed.
     """
-    params = init_params(step.plain, seed)
+    params = init_params(step.plain, seed) if params is None else params
     quant_state = None
     if step.quant is not None:
         assert table is not None, "a step with number formats is given their table"

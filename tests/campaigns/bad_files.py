@@ -147,8 +147,8 @@ class Originals:
     @functools.cached_property
     def hf(self):
         """A Hugging Face folder of that model."""
-        from altgrad_jax.inference import hf
         from altgrad_jax.inference.generate import load_model
+        from altgrad_jax.models import hf
 
         params, config, *_ = load_model(self.run)
         hf.write_folder(self.dir / "hf", *hf.to_hf(params, config))
@@ -1345,7 +1345,7 @@ def folders(originals):
             tensors = {"x": np.zeros(3, np.float32)}
 
             def go():
-                from altgrad_jax.inference import hf
+                from altgrad_jax.models import hf
 
                 with without_override():
                     hf.write_folder(where, tensors, {})
@@ -1468,7 +1468,7 @@ def folders(originals):
         return dataset.load_token_data(it, vocab_size=256, block_size=8)
 
     def load_hf(it):
-        from altgrad_jax.inference import hf
+        from altgrad_jax.models import hf
 
         hf.read_folder(it)
 
@@ -1524,7 +1524,7 @@ def hf_folders(originals):
             changed(originals.hf, folder / "hf", change)
 
             def read():
-                from altgrad_jax.inference import hf
+                from altgrad_jax.models import hf
 
                 hf.from_hf(*hf.read_folder(folder / "hf"))
 
@@ -1655,7 +1655,7 @@ def hf_folders(originals):
     yield Case(
         "Hugging Face folders",
         "no folder",
-        lambda folder: lambda: __import__("altgrad_jax.inference.hf", fromlist=["hf"]).read_folder(folder / "none"),
+        lambda folder: lambda: __import__("altgrad_jax.models.hf", fromlist=["hf"]).read_folder(folder / "none"),
         ("{folder}/none",),
     )
 
