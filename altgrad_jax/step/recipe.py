@@ -171,11 +171,11 @@ def operands(groups: Sequence[Group], slots_Q6: Slot) -> dict[str, Slot]:
     return {group.name: group.of(slots_Q6) for group in groups}
 
 
-def format_metrics(options: RecipeOptions, statistics_Q6S) -> Columns:
+def format_metrics(layers: Sequence[str], statistics_Q6S) -> Columns:
     """`statistic/layer/slot` by slot_statistics.named, and `statistic/all/slot` over all layers together, with the
     histogram of their scales as `scale_bin_i/all/slot`."""
     named = slot_statistics.named(statistics_Q6S)
-    of_layers = [f"{layer}/{slot}" for layer in options.names for slot in SLOTS]
+    of_layers = [f"{layer}/{slot}" for layer in layers for slot in SLOTS]
     own = {name: value for name, value in named.items() if name != "scale_histogram"}
     total = slot_statistics.named(combine_all(slot_statistics.FIELDS, statistics_Q6S))
     of_all = [f"all/{slot}" for slot in SLOTS]

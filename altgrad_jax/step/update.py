@@ -898,7 +898,7 @@ def recipe_columns(step: Step, recipes: recipe.InUse, outcome: Outcome) -> list[
     """The columns that only recipes have."""
     row, statistics = [], outcome.found.statistics
     if "format" in step.options.metric_groups and statistics is not None:
-        row.append(_sparse(recipe.format_metrics(recipes.options, statistics)))
+        row.append(_sparse(recipe.format_metrics(recipes.options.names, statistics)))
     if len(recipes.options.schedule) > 1:
         row.append(metrics.scalars({"recipe_phase": recipes.phase}))
     return row + [
