@@ -5,12 +5,11 @@ in their place (`rewrite`, `numbers`). The model is not touched, so it may be of
 and the gradients are those of jax.value_and_grad to the bit.
 """
 
-import dataclasses
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +89,6 @@ class Instrument:
         plan = trace.plan.map(partial(_unless_kept, self._kept, self._numbers))
         sites = sites_of(plan.products())
         self._check_sites(sites)
-        # The products of a batch of other shapes.
         extras, probes = self._given(sites, state, key)
         loss = partial(_loss, trace._replace(plan=plan), self._numbers, extras, (batch, *args))
         (value, (aux, forward)), (grads, of_g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, probes)
@@ -189,7 +187,9 @@ def instrument(
             )
     sites = sites_of([p for p in products if _unless_kept(kept, numbers, p)])
     if numbers is not None and not sites.products:
-        raise UserError(f"the loss function has no product that {recipe} could be used for:\n{table_of(trace.plan, {})}")
+        raise UserError(
+            f"the loss function has no product that {recipe} could be used for:\n{table_of(trace.plan, {})}"
+        )
     _check_dimensions(numbers, sites, kept)
     chosen = {} if choice is None else {p.name: _chosen(choice, p, kept) for p in products}
     return Instrument(loss_fn, table_of(trace.plan, chosen), numbers, kept, sites, _shapes(params))
@@ -217,7 +217,7 @@ def _loss(trace: _Trace, numbers: Numbers | None, extras, args, params, probes):
     """(loss, (aux, {product: statistics})) of the evaluated jaxpr."""
     names = [product.name for product in trace.plan.products()]
     given = [extras[name]._replace(probe=probes.get(name)) for name in names]
-    replace = partial(of_numbers.replace, numbers)
+    replace = partial(of_numbers.replace, cast(Numbers, numbers))  # of no numbers there is no product
     leaves = jax.tree.leaves((params, *args))
     outs, found = evaluate(trace.plan, trace.jaxpr.jaxpr, trace.jaxpr.consts, leaves, replace, given)
     out = jax.tree.unflatten(trace.outputs, outs)
@@ -243,8 +243,8 @@ def _choice_of(recipe) -> Recipe | Formats | None:
         fmt = get_format(name).name
     except UserError:
         raise UserError(
-            f"there is no recipe or number format {name[:40]!r}: give a recipe, {', '.join(RECIPES)}, or a format, such "
-            f"as {', '.join(list(FORMATS)[:6])}"
+            f"there is no recipe or number format {name[:40]!r}: give a recipe, {', '.join(RECIPES)}, or a format, "
+            f"such as {', '.join(list(FORMATS)[:6])}"
         ) from None
     return Formats(fmt, fmt, fmt)
 
@@ -256,8 +256,8 @@ def _kept(choice, products: Sequence[Product], keep: Sequence[str] | None) -> fr
         raise UserError(f"keep is the text {keep!r}: give patterns in brackets, keep=({keep!r},)")
     if keep is None and isinstance(choice, Recipe) and choice.keep_high:
         raise UserError(
-            f"recipe {choice.name} keeps {', '.join(choice.keep_high)} in the compute dtype, and this model has names of "
-            f"its own: name such layers, keep=('lm_head',), or none, keep=(); the layers are {_some(names)}"
+            f"recipe {choice.name} keeps {', '.join(choice.keep_high)} in the compute dtype, and this model has names "
+            f"of its own: name such layers, keep=('lm_head',), or none, keep=(); the layers are {_some(names)}"
         )
     found = set()
     for pattern in keep or ():

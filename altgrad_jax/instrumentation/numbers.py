@@ -16,7 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from altgrad_jax.config import for_operands
 from altgrad_jax.errors import UserError
 from altgrad_jax.instrumentation import sites as of_sites
 from altgrad_jax.instrumentation.matrices import as_matrices, as_result
@@ -31,7 +33,6 @@ from altgrad_jax.numerics.rounding import FormatParams, format_params
 from altgrad_jax.numerics.rules import OPERANDS, ROUNDINGS, LayerFormats
 from altgrad_jax.numerics.slot_quantization import Features, Slot
 from altgrad_jax.numerics.slots import slot_dot
-from altgrad_jax.numerics.sums import Fields
 from altgrad_jax.step import quantization, recipe
 from altgrad_jax.step.metrics import Columns
 
@@ -43,16 +44,16 @@ _ORDER = np.argsort([*slots.FORWARD, *slots.BACKWARD])
 class Formats:
     """Number formats of the operands W (weight), A (input) and G (output gradient) of every product.
 
-    None leaves an operand in the model's dtype. scaling: of numerics.products, one name or three for W, A and G; with
-    `delayed` the scale comes from the largest amax of the last `amax_history` updates, which the state carries.
-    rounding: 'nearest' or 'stochastic', one or three. UserError names what does not exist.
+    None leaves an operand in the model's dtype. scaling: of numerics.products, one name, or three for W, A and G as in
+    'tensor,tensor,delayed'; with `delayed` the scale comes from the largest amax of the last `amax_history` updates,
+    which the state carries. rounding: 'nearest' or 'stochastic', one or three. UserError names what does not exist.
     """
 
     w: str | None = None
     a: str | None = None
     g: str | None = None
-    scaling: str | tuple[str, str, str] = "tensor"
-    rounding: str | tuple[str, str, str] = "nearest"
+    scaling: str = "tensor"
+    rounding: str = "nearest"
     amax_history: int = 16
 
     def __post_init__(self):
@@ -60,6 +61,9 @@ class Formats:
             object.__setattr__(self, operand, None if name is None else get_format(name).name)
         if not any(self.wag):
             raise UserError("Formats() gives no operand a format: name one, such as Formats(w='E4M3')")
+        for setting, value in (("scaling", self.scaling), ("rounding", self.rounding)):
+            if value.count(",") not in (0, 2):
+                raise UserError(f"{setting}={value!r} cannot be read: give one name, or three for W, A and G")
         for name in self.roundings:
             if name not in ROUNDINGS:
                 raise UserError(f"there is no rounding {name!r}: give one of {', '.join(ROUNDINGS)}")
@@ -75,12 +79,12 @@ class Formats:
     @property
     def scalings(self) -> tuple[str, str, str]:
         """Of the three operands."""
-        return (self.scaling,) * 3 if isinstance(self.scaling, str) else self.scaling
+        return for_operands(self.scaling)
 
     @property
     def roundings(self) -> tuple[str, str, str]:
         """Of the three operands."""
-        return (self.rounding,) * 3 if isinstance(self.rounding, str) else self.rounding
+        return for_operands(self.rounding)
 
     def __str__(self):
         names = list(dict.fromkeys(self.wag))
@@ -165,7 +169,13 @@ class InFormats:
             seed = extra.seed[i] if extra.seed is not None and self.formats.roundings[i] == "stochastic" else None
             operands.append(Operand(_params(name), scale, seed))
         return quant_dot(
-            x, w, operands=Operands(*operands), g_probe=extra.probe, w_is_NK=w_is_NK, compute_dtype=dtype, rule=self.rule
+            x,
+            w,
+            operands=Operands(*operands),
+            g_probe=extra.probe,
+            w_is_NK=w_is_NK,
+            compute_dtype=dtype,
+            rule=self.rule,
         )
 
     def gather(self, forward, backward) -> jax.Array:
@@ -290,8 +300,18 @@ def _dot(x, w, extra: Extra, *, numbers: Numbers, n_batch: int, w_is_NK: bool, d
     if again:  # or every round of the loop would save a rounded copy of the same weight
         dot = jax.checkpoint(dot)
     for _ in range(n_batch):
-        dot = jax.vmap(dot)
+        dot = partial(_one_by_one, dot)
     return dot(x, w, extra)
+
+
+def _one_by_one(dot, x, w, extra):
+    """dot over a leading axis. Not by vmap: where the statistics of a custom_vjp's function and of its forward rule are
+    batched along different axes, jax 0.10 mixes them up. And lax.cond would compute both its branches."""
+    return lax.map(partial(_of_tuple, dot), (x, w, extra))
+
+
+def _of_tuple(dot, args):
+    return dot(*args)
 
 
 def replace(numbers: Numbers, product: Product, eqn, operands, extra: Extra) -> tuple[jax.Array, Any]:

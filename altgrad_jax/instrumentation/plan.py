@@ -138,7 +138,10 @@ class _Place(NamedTuple):
         return _Place((*self.loops, rounds), (*self.order, None), self.times * rounds)
 
 
-def find(jaxpr, origins: Sequence[Origin], place: _Place = _Place()) -> tuple[list[Origin], Plan]:
+_OUTSIDE = _Place()
+
+
+def find(jaxpr, origins: Sequence[Origin], place: _Place = _OUTSIDE) -> tuple[list[Origin], Plan]:
     """(origins of the outputs, the Plan) of a jaxpr whose inputs have these origins."""
     env, inner, notes = dict(zip(jaxpr.invars, origins)), {}, []
     for i, eqn in enumerate(jaxpr.eqns):
@@ -207,7 +210,8 @@ def _product(eqn, ins, side, place) -> Product:
     contract, batch = eqn.params["dimension_numbers"]
     shapes = [v.aval.shape for v in eqn.invars]
     free = [
-        math.prod(n for d, n in enumerate(shape) if d not in (*contract[s], *batch[s])) for s, shape in enumerate(shapes)
+        math.prod(n for d, n in enumerate(shape) if d not in (*contract[s], *batch[s]))
+        for s, shape in enumerate(shapes)
     ]
     dtypes = [v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)]
     (leaf,) = ins[side].leaves

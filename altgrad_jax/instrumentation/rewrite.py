@@ -83,7 +83,7 @@ def _as_they_are(frame, eqns):
     defined = [v for v in made if type(v).__name__ != "DropVar"]
     debug = frame.jaxpr.debug_info._replace(arg_names=("",) * len(used), result_paths=("",) * len(defined))
     part = frame.jaxpr.replace(constvars=(), invars=used, outvars=defined, eqns=eqns, debug_info=debug)
-    frame.env.update(zip(defined, jax.core.eval_jaxpr(part, (), *map(frame.read, used))))
+    frame.env.update(zip(defined, core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*map(frame.read, used))))
 
 
 def _operand(frame, v):

@@ -83,7 +83,9 @@ def seeds(sites: Sites, words, streams: int) -> dict[str, jax.Array]:
     found = {}
     for product in sites.products:
         row, again = sites.rows(product).reshape(-1), rounds(product).reshape(-1)
-        own = of_round(words[0], words[1], again.astype(np.uint32)) if product.reused else jnp.tile(words, (row.size, 1))
+        own = (
+            of_round(words[0], words[1], again.astype(np.uint32)) if product.reused else jnp.tile(words, (row.size, 1))
+        )
         numbers = streams * row[:, None] + np.arange(streams)
         found[product.name] = of_stream(own[:, 0], own[:, 1], numbers.astype(np.uint32)).reshape(
             *product.axes, streams, 2
