@@ -51,13 +51,14 @@ def distance(a, b):
 if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--recipe", default="mxfp4")
-    recipe = flags.parse_args().recipe
-    model = [Block(key) for key in jax.random.split(jax.random.key(0), 2)]
+    flags.add_argument("--blocks", type=int, default=2)
+    given = flags.parse_args()
+    model = [Block(key) for key in jax.random.split(jax.random.key(0), given.blocks)]
     params, static = eqx.partition(model, eqx.is_array)
     loss_fn = jax.tree_util.Partial(loss_of, static)
     x_BLD = np.random.default_rng(0).normal(size=(4, LENGTH, WIDTH)).cumsum(1).astype(np.float32) / LENGTH
 
-    inst = instrument(loss_fn, params, x_BLD, recipe=recipe, keep=())
+    inst = instrument(loss_fn, params, x_BLD, recipe=given.recipe, keep=())
     print(inst.layers, "\n")
     step = jax.jit(inst.value_and_grad)
     (loss, _), grads, _, statistics = step(params, x_BLD, inst.init(params), key=jax.random.key(0))

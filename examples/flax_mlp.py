@@ -61,9 +61,10 @@ def train(recipe, steps):
 if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--steps", type=int, default=200)
-    steps = flags.parse_args().steps
-    for number, recipe in enumerate((None, "E4M3", "E5M2", "E2M3", "E2M1")):
-        inst, loss, statistics = train(recipe, steps)
+    flags.add_argument("--formats", nargs="+", default=["E4M3", "E5M2", "E2M3", "E2M1"])
+    given = flags.parse_args()
+    for number, recipe in enumerate((None, *given.formats)):
+        inst, loss, statistics = train(recipe, given.steps)
         if number == 0:
             print(inst.layers, f"\n\n{'format':8}  {'loss':>7}  SQNR in dB of  W      A      G")
         sqnr = [f"{float(statistics[f'sqnr_db/all/{operand}']):7.1f}" for operand in "WAG"] if recipe else []

@@ -9,12 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = {
-    "flax_mlp.py": (["--steps", "3"], ["params/Dense_1/kernel", "E5M2", "E2M1"]),
+    "flax_mlp.py": (["--steps", "3", "--formats", "E2M1"], ["params/Dense_1/kernel", "SQNR in dB", "E2M1"]),
     "plain_scan_transformer.py": (
         ["--steps", "2", "--recipe", "mxfp8"],
         ["mxfp8 (3 of 4)", "product of two activations", "blocks/down/3"],
     ),
-    "equinox_transformer.py": (["--recipe", "mxfp8"], ["1/mlp/layers/0/weight", "gradient off by"]),
+    "equinox_transformer.py": (["--recipe", "mxfp8", "--blocks", "1"], ["0/mlp/layers/0/weight", "gradient off by"]),
 }
 
 
