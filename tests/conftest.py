@@ -91,8 +91,6 @@ EXACT_FILES = (
     "test_hadamard",
     "test_histograms",
     "test_instrument",
-    "test_instrument_gpt2",
-    "test_instrument_libraries",
     "test_layers",
     "test_ledger",
     "test_moments",

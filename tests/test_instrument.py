@@ -1,12 +1,17 @@
 """`instrument`: which products it finds, that it changes nothing without a recipe, and that with one it equals the same
 model written with quant_dot or slot_dot by hand, to the bit."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import cpu_devices
 from instrumented import BATCH, MODELS, ByHand, D, E, F, L, M, normal
 from jax import lax
 
@@ -125,6 +130,7 @@ def test_a_branch_that_is_not_taken_has_no_statistics():
     for operand in "WAG":
         assert all(np.isfinite(statistics[f"sqnr_db/{name}/{operand}"]) for name in ("yes", "mapped"))
         assert np.isnan(statistics[f"sqnr_db/no/{operand}"]) and statistics[f"amax/no/{operand}"] == 0
+        assert statistics[f"scale/no/{operand}"] == np.inf  # the least of none
 
 
 def narrow(params, batch):
@@ -218,3 +224,42 @@ def test_aux_is_returned():
     (loss, aux), grads, state, statistics = inst.value_and_grad(PAIR, BATCH, inst.init(PAIR))
     assert aux == {"n": M} and statistics.names == () and state.amax_history is None
     assert differing((loss, grads), jax.value_and_grad(lambda *args: two_layers(*args)[0])(PAIR, BATCH)) == 0
+
+
+TWO_DEVICES = """
+import jax, numpy as np
+from instrumented import BATCH, M
+from test_instrument import PAIR, step, two_layers
+from altgrad_jax import instrument
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+spec = jax.sharding.PartitionSpec
+placed = {"x": jax.device_put(BATCH["x"], jax.sharding.NamedSharding(mesh, spec("data"))), "y": BATCH["y"]}
+
+def mapped(params, batch):
+    def half(x, w):
+        return jax.lax.pmean(jax.numpy.mean((x @ w) ** 2), "data")
+    return jax.shard_map(half, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec())(batch["x"], params["w"])
+
+split = instrument(two_layers, PAIR, BATCH, recipe="E4M3")
+(loss, _), grads, _, seen = step(split, PAIR, placed)
+(other, _), own, _, known = step(split, PAIR)
+np.testing.assert_allclose(loss, other, rtol=1e-6)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8, rtol=1e-5), grads, own)
+np.testing.assert_allclose(seen.values, known.values, rtol=1e-4)
+
+params = {"w": PAIR["body"]}
+inst = instrument(mapped, params, BATCH, recipe="E4M3")
+_, _, _, seen = step(inst, params, placed)
+assert seen.names and inst.layers.found[0].M == M // 2
+np.testing.assert_array_equal(seen["amax/w/A"], np.abs(BATCH["x"]).max())  # of both devices
+halves = np.abs(BATCH["x"]).reshape(2, -1).max(1)
+np.testing.assert_array_equal(seen["scale/w/A"], 2.0 ** np.floor(np.log2(448 / halves)).min())
+"""
+
+
+def test_two_devices():
+    """A batch split over devices by jit, and a shard_map, whose devices have scales of their own."""
+    here = Path(__file__).parent
+    env = os.environ | {"XLA_FLAGS": cpu_devices(2), "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", TWO_DEVICES], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
