@@ -80,8 +80,11 @@ CASES = {
 }
 
 
-# Compiles for minutes, so that tests/campaigns/instrument_built_in.py compares it and this file does not.
-NVFP4 = (dict(recipe=("nvfp4",)), "nvfp4", ("block_0:2/*/kernel/1",))
+# They compile for minutes: tests/campaigns/instrument_built_in.py compares them, and the tests of this file do not.
+LONG_CASES = {
+    "mxfp8": (dict(recipe=("mxfp8",)), "mxfp8", ()),
+    "nvfp4": (dict(recipe=("nvfp4",)), "nvfp4", ("block_0:2/*/kernel/1",)),
+}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -179,7 +179,7 @@ def instrument(
     numbers = None
     if choice is not None:
         lazy = jax.default_backend() == "cpu"  # as step.recipe.for_platform
-        numbers = of_numbers.numbers_of(choice, measured=statistics, mixed=bool(mixed), lazy=lazy)
+        numbers = of_numbers.numbers_of(choice, measured=statistics, lazy=lazy)
         if mixed and isinstance(choice, Formats):
             raise UserError(
                 f"keep names a part of the stacked layers {_some(mixed)}, but formats hold for all of a stack: name "

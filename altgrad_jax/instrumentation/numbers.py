@@ -198,11 +198,14 @@ def _params(name: str | None) -> FormatParams:
 
 @dataclass(frozen=True)
 class InRecipe:
-    """Products by slot_dot. Static. mixed: whether some layer of a stack is kept in the compute dtype."""
+    """Products by slot_dot. Static.
+
+    Which layers of a stack are kept is data, and so, within a loop, is the whole recipe, as in the built-in step: with
+    constants XLA would fuse otherwise, and last digits differ.
+    """
 
     recipe: Recipe
     measured: bool
-    mixed: bool
     lazy: bool
     operands = SLOTS
     fields = slot_statistics.FIELDS
@@ -236,8 +239,7 @@ class InRecipe:
     @property
     def features(self) -> tuple[Features, ...]:
         """What the program of each slot can do."""
-        known = [self.slots, self.high] if self.mixed else [self.slots]
-        return slots.features_of(known, lazy=self.lazy, statistics=self.measured)
+        return slots.features_of([self.slots, self.high], lazy=self.lazy, statistics=self.measured)
 
     def check(self, product: Product, name: str) -> None:
         """UserError unless blocks and transforms divide the axes that they lie along."""
@@ -248,17 +250,15 @@ class InRecipe:
 
     def extras(self, sites: Sites, history_QOH, words, kept_Q) -> dict[str, Extra]:
         """{product: what its sites are given}. kept_Q: bool, layers that stay in the compute dtype."""
-        given, drawn, kept = {}, {}, {}
+        given, drawn, kept = {}, {}, of_sites.of_rows(sites, kept_Q)
         if self.delayed:
             flags = np.array([spec.amax == "delayed" for spec in self.recipe.slots])
             given = of_sites.of_rows(sites, jnp.where(flags, jnp.max(history_QOH, axis=-1), 0.0))
         if self.random:
             drawn = {name: self._drawn(seed) for name, seed in of_sites.seeds(sites, words, 1).items()}
-        if self.mixed:
-            kept = of_sites.of_rows(sites, kept_Q)
         nothing = Extra()
         return {
-            p.name: drawn.get(p.name, nothing)._replace(given=given.get(p.name), kept=kept.get(p.name))
+            p.name: drawn.get(p.name, nothing)._replace(given=given.get(p.name), kept=kept[p.name])
             for p in sites.products
         }
 
@@ -277,8 +277,7 @@ class InRecipe:
         """(Y float32 [M, N], statistics) of one site."""
         own = {"seed": extra.seed, "signs": extra.signs, "given": extra.given}
         of_site = self.slots._replace(**{name: value for name, value in own.items() if value is not None})
-        if extra.kept is not None:
-            of_site = jax.tree.map(partial(jnp.where, extra.kept), self.high, of_site)
+        of_site = jax.tree.map(partial(jnp.where, extra.kept), self.high, of_site)
         return slot_dot(x, w, of_site, self.features, extra.probe, w_is_NK, dtype)
 
     def gather(self, forward, backward) -> jax.Array:
@@ -338,8 +337,8 @@ def combined(numbers: Numbers, sites: Sites, forward: Mapping[str, Any], backwar
     return of_sites.combined(sites, numbers.fields, numbers.nothing, found)
 
 
-def numbers_of(choice: Any, *, measured: bool, mixed: bool, lazy: bool) -> Numbers:
+def numbers_of(choice: Any, *, measured: bool, lazy: bool) -> Numbers:
     """The numbers that a Recipe or Formats stands for."""
-    numbers = InFormats(choice, measured) if isinstance(choice, Formats) else InRecipe(choice, measured, mixed, lazy)
+    numbers = InFormats(choice, measured) if isinstance(choice, Formats) else InRecipe(choice, measured, lazy)
     # Scales of later steps come from the amaxes among the statistics.
     return dataclasses.replace(numbers, measured=measured or numbers.delayed)

@@ -1,12 +1,13 @@
-"""The built-in model under `instrument` by NVFP4, its last block kept, against the built-in step: 0 bits may differ.
+"""The built-in model under `instrument` by recipes against the built-in step: no bit may differ.
 
-Command: PYTHONPATH=.:tests JAX_PLATFORMS=cpu python tests/campaigns/instrument_built_in.py       Time: some minutes.
+Command: PYTHONPATH=.:tests JAX_PLATFORMS=cpu python tests/campaigns/instrument_built_in.py       Time: some minutes each.
 """
 
 import pytest
-from test_instrument_gpt2 import NVFP4, compare
+from test_instrument_gpt2 import LONG_CASES, compare
 
 if __name__ == "__main__":
-    with pytest.MonkeyPatch.context() as patch:
-        compare(*NVFP4, patch)
-    print("loss, gradients and statistics are equal to the bit")
+    for name, case in LONG_CASES.items():
+        with pytest.MonkeyPatch.context() as patch:
+            compare(*case, patch)
+        print(f"{name}: loss, gradients and statistics are equal to the bit", flush=True)
