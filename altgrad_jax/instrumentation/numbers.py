@@ -277,6 +277,7 @@ class InRecipe:
         """(Y float32 [M, N], statistics) of one site."""
         own = {"seed": extra.seed, "signs": extra.signs, "given": extra.given}
         of_site = self.slots._replace(**{name: value for name, value in own.items() if value is not None})
+        assert extra.kept is not None, "every site of a recipe is told whether it is kept"
         of_site = jax.tree.map(partial(jnp.where, extra.kept), self.high, of_site)
         return slot_dot(x, w, of_site, self.features, extra.probe, w_is_NK, dtype)
 

@@ -1,6 +1,7 @@
 """The built-in model under `instrument` by recipes against the built-in step: no bit may differ.
 
-Command: PYTHONPATH=.:tests JAX_PLATFORMS=cpu python tests/campaigns/instrument_built_in.py       Time: some minutes each.
+Command: PYTHONPATH=.:tests JAX_PLATFORMS=cpu python tests/campaigns/instrument_built_in.py
+Time: some minutes each.
 """
 
 import pytest
