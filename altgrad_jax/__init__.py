@@ -2,22 +2,38 @@
 
 from altgrad_jax import default_config, train
 result = train(default_config())
+
+train            a run of the built-in model
+instrument       any JAX loss function under a recipe or in number formats
+quantize         one's own arrays onto the grid of a format
+Formats, Recipe  what `instrument` takes besides names
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from altgrad_jax.config import default_config
 
 if TYPE_CHECKING:
+    from altgrad_jax.instrumentation.api import instrument
+    from altgrad_jax.instrumentation.numbers import Formats
+    from altgrad_jax.numerics.quantize import quantize
+    from altgrad_jax.numerics.recipes import Recipe
     from altgrad_jax.run.train import train
 
-__all__ = ["default_config", "train"]
+__all__ = ["Formats", "Recipe", "default_config", "instrument", "quantize", "train"]
+
+_HOME = {
+    "Formats": "altgrad_jax.instrumentation.numbers",
+    "Recipe": "altgrad_jax.numerics.recipes",
+    "instrument": "altgrad_jax.instrumentation.api",
+    "quantize": "altgrad_jax.numerics.quantize",
+    "train": "altgrad_jax.run.train",
+}
 
 
 def __getattr__(name):
     # On demand, so that importing the package, as --help does, does not import jax.
-    if name == "train":
-        from altgrad_jax.run.train import train
-
-        return train
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

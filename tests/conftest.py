@@ -90,6 +90,7 @@ EXACT_FILES = (
     "test_gpt2",
     "test_hadamard",
     "test_histograms",
+    "test_instrument",
     "test_layers",
     "test_ledger",
     "test_moments",

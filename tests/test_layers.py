@@ -16,6 +16,7 @@ FLOORS = [
     {"conflicts"},
     {"config"},
     {"models", "step", "cli"},
+    {"instrumentation"},
     {"run"},
     {"inference", "report", "bench"},
 ]
@@ -31,11 +32,14 @@ OWNERS = {
     "transformers": {"bench.torch_peer"},
 }
 # `numerics.rounding` compiles the canary, and `numerics.recipe_certificate` slots: as the device at hand computes them.
-# `step.update` and `numerics.slot_quantization` use jax.jit so that what is met again is not traced again.
+# `step.update`, `numerics.slot_quantization` and `instrumentation.numbers` use jax.jit so that what is met again is not
+# traced again; `instrumentation.rewrite` makes the calls of a user's program anew.
 MAY_COMPILE = {
     "step.program",
     "step.update",
     "numerics.slot_quantization",
+    "instrumentation.rewrite",
+    "instrumentation.numbers",
     "inference.generate",
     "bench.programs",
     "numerics.rounding",

@@ -189,7 +189,7 @@ def operands(groups: Sequence[Group], slots_Q6: Slot) -> dict[str, Slot]:
     return {group.name: group.of(slots_Q6) for group in groups}
 
 
-def format_metrics(options: RecipeOptions, statistics_Q6S, micro_batches: int = 1) -> Columns:
+def format_metrics(layers: Sequence[str], statistics_Q6S, micro_batches: int = 1) -> Columns:
     """`statistic/layer/slot` by slot_statistics.named, and `statistic/all/slot` over all layers together, with the
     histogram of their scales as `scale_bin_i/all/slot`.
 
@@ -206,7 +206,7 @@ def format_metrics(options: RecipeOptions, statistics_Q6S, micro_batches: int = 
         named["amax"] /= parts_6
         for end in ("mean", "min", "max"):
             named[f"decode_scale_log2_{end}"] -= np.log2(parts_6)
-    of_layers = [f"{layer}/{slot}" for layer in options.names for slot in SLOTS]
+    of_layers = [f"{layer}/{slot}" for layer in layers for slot in SLOTS]
     own = {name: value for name, value in named.items() if name != "scale_histogram"}
     total = slot_statistics.named(combine_all(slot_statistics.FIELDS, statistics_Q6S))
     f = {name: statistics_Q6S[..., i] for i, name in enumerate(slot_statistics.FIELDS)}

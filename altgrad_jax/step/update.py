@@ -937,7 +937,8 @@ def recipe_columns(step: Step, recipes: recipe.InUse, outcome: Outcome, bad) -> 
     """The columns that only recipes have. `bad`: whether the update was, where a phase waits for that."""
     row, statistics = [], outcome.found.statistics
     if "format" in step.options.metric_groups and statistics is not None:
-        row.append(_sparse(recipe.format_metrics(recipes.options, statistics, step.options.grad_accum_steps)))
+        names = recipes.options.names
+        row.append(_sparse(recipe.format_metrics(names, statistics, step.options.grad_accum_steps)))
     if len(recipes.options.schedule) > 1:
         row.append(metrics.scalars({"recipe_phase": recipes.phase}))
     if recipes.options.waits:
