@@ -44,7 +44,7 @@ def empty() -> np.ndarray:
     return np.array([_IDENTITY[combine] for combine in FIELDS.values()], np.float32)
 
 
-def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int) -> jax.Array:
+def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int, apart: bool = False) -> jax.Array:
     """float32 [S] of one operand.
 
     Args:
@@ -55,6 +55,8 @@ def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int
       encode, block, decode: float32 scales per grain and row: that which multiplies an element, that which is in the
         operand, and that of the value.
       row: float32 that broadcasts to them: what results are multiplied by.
+      apart: one reduction for each sum. XLA for a GPU merges reductions of several arrays without counting all that
+        they hold, and beyond 11 a kernel has not the shared memory (48 KiB on an H100), so that nothing compiles.
     """
     stored, largest = stored.astype(jnp.float32), jnp.max(amax)
     top = jnp.expand_dims(jnp.where(block > 0, slot.format.max_finite * block, jnp.inf), axis + 1)
@@ -69,10 +71,11 @@ def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int
         jnp.square(q - grains),
         square,
         jnp.square(square),
+        apart=apart,
     )
     count = jnp.float32(grains.size)
     fourth = count * count * of_elements[6] / jnp.square(of_elements[5])
-    of_scales = _of_scales(decode, amax * encode > slot.format.max_finite * _TOLERANCE)
+    of_scales = _of_scales(decode, amax * encode > slot.format.max_finite * _TOLERANCE, apart)
     zero = jnp.float32(0)
     found = jnp.concatenate([of_elements[:5], jnp.stack([count, largest, fourth, zero, zero]), of_scales])
     # A slot that is not quantized has no scales.
@@ -87,7 +90,7 @@ _ORDER = np.array([_MEASURED.index(name) for name in FIELDS])
 _IS_OF_SCALES = np.array([name == "top_code" or name not in _ELEMENTS for name in FIELDS])
 
 
-def _of_scales(decode, clipped):
+def _of_scales(decode, clipped, apart):
     """float32: the fields of the decode scales and of which blocks are clipped, _SCALES and the three after them."""
     positive = decode > 0
     log2 = jnp.where(positive, jnp.log2(jnp.where(positive, decode, 1.0)), 0.0)
@@ -95,8 +98,7 @@ def _of_scales(decode, clipped):
     ratio = largest / jnp.where(positive, decode, 1.0)
     octave = (lax.bitcast_convert_type(ratio, jnp.int32) >> 23) - 127  # the floor of its log2, exactly
     octave = jnp.where(positive, jnp.clip(octave, 0, N_BINS - 1), N_BINS)
-    counted = sums(decode == 0, clipped, log2, jnp.square(log2))
-    # Apart: on an H100 one reduction of twenty arrays takes more shared memory than a kernel has.
+    counted = sums(decode == 0, clipped, log2, jnp.square(log2), apart=apart)
     bins = sums(octave == jnp.arange(N_BINS).reshape(-1, *[1] * octave.ndim), lead=1)[0]
     smallest = jnp.min(jnp.where(positive, decode, jnp.inf))
     return jnp.concatenate(
