@@ -48,7 +48,7 @@ class ByHand(NamedTuple):
     def _dot(self, name, x, w, index):
         if self.choice == "E4M3":
             operand = Operand(format_params(get_format("E4M3")))
-            operands, rule = Operands(operand, operand, operand), Rule("tensor", "tensor", "tensor")
+            operands, rule = Operands(operand, operand, operand), Rule("current", "current", "current")
             return quant_dot(x, w, operands=operands, rule=rule, compute_dtype=jnp.float32)[0]
         own, words = slots.slots_of(get_recipe(self.choice)), self.words
         row = self.first[name] if name in self.reused else self.first[name] + self.stride * index

@@ -197,7 +197,7 @@ PAIR = square("body", "head")
         (dict(recipe="E4M3", keep=("tail",)), "pattern 'tail' that fits no layer: the layers are body, head"),
         (dict(recipe="E4M3", keep="head"), "give patterns in brackets"),
         (dict(recipe="E4M3", keep=("*",)), "has no product"),
-        (dict(recipe=Formats("E4M3", "E4M3", "E4M3", scaling="block128")), "block128 cannot scale W of body"),
+        (dict(recipe=Formats("E4M3", "E4M3", "E4M3", scaling="1x128")), "1x128 cannot scale W of body"),
         (dict(recipe="deepseek_v3", keep=("head",)), "fprop.x of body.*, or name the layer in keep"),
     ],
 )

@@ -403,7 +403,7 @@ def test_formats_and_scales_under_vmap(scaling):
 def test_errors_name_the_fix():
     x, w, g = matrices()
     operands = same_for_all(get_format("E4M3"))
-    with pytest.raises(UserError, match="no scaling 'row' for A: give one of delayed, tensor"):
+    with pytest.raises(UserError, match="no scaling 'row' for A: give one of delayed, current"):
         Rule(a="row")
     with pytest.raises(UserError, match="1x128 cannot scale operand G, .* 64 elements: .* multiples of 128"):
         compiled(x, w[:, :64], g[:, :64], operands, Rule(g="1x128"))

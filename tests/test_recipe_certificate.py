@@ -11,7 +11,7 @@ import pytest
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import recipe_certificate, recipe_reference
 from altgrad_jax.numerics.recipe_certificate import certify, image_inputs
-from altgrad_jax.numerics.recipes import get_recipe
+from altgrad_jax.numerics.recipes import Phase, get_recipe
 from altgrad_jax.numerics.slot_quantization import Quantized, quantize_slot
 from altgrad_jax.run import setup
 from altgrad_jax.step.recipe import RecipeOptions
@@ -110,7 +110,7 @@ def test_a_run_is_certified_once_for_every_recipe_that_it_follows(monkeypatch):
     asked = []
     monkeypatch.setattr(recipe_certificate, "certify", lambda recipe: asked.append(recipe.name))
     setup._recipe_certificate.cache_clear()
-    schedule = ("mxfp8", 0), ("nvfp4:fprop", 5), ("mxfp8", 9)
+    schedule = Phase("mxfp8", 0), Phase("nvfp4:fprop", 5), Phase("mxfp8", 9)
     options = RecipeOptions(names=(), n_layer=1, features=(), schedule=schedule)
     for _ in range(2):
         assert setup.certify_recipes(options) == {"mxfp8": None, "nvfp4:fprop": None}

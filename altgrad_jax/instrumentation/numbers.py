@@ -30,7 +30,7 @@ from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.products import Operand, Operands, Rule, quant_dot
 from altgrad_jax.numerics.recipes import SLOTS, Recipe, check_dimensions, get_recipe
 from altgrad_jax.numerics.rounding import FormatParams, format_params
-from altgrad_jax.numerics.rules import OPERANDS, ROUNDINGS, LayerFormats
+from altgrad_jax.numerics.rules import BLOCK_SIZES, OPERANDS, ROUNDINGS, LayerFormats
 from altgrad_jax.numerics.slot_quantization import Features, Slot
 from altgrad_jax.numerics.slots import slot_dot
 from altgrad_jax.step import quantization, recipe
@@ -45,14 +45,14 @@ class Formats:
     """Number formats of the operands W (weight), A (input) and G (output gradient) of every product.
 
     None leaves an operand in the model's dtype. scaling: of numerics.products, one name, or three for W, A and G as in
-    'tensor,tensor,delayed'; with `delayed` the scale comes from the largest amax of the last `amax_history` updates,
+    'current,current,delayed'; with `delayed` the scale comes from the largest amax of the last `amax_history` updates,
     which the state carries. rounding: 'nearest' or 'stochastic', one or three. UserError names what does not exist.
     """
 
     w: str | None = None
     a: str | None = None
     g: str | None = None
-    scaling: str = "tensor"
+    scaling: str = "current"
     rounding: str = "nearest"
     amax_history: int = 16
 
@@ -136,7 +136,7 @@ class InFormats:
     def check(self, product: Product, name: str) -> None:
         """UserError unless blocks divide the axes that they lie along."""
         for operand, scaling, size in zip("WAG", self.formats.scalings, (product.K, product.K, product.N)):
-            block = int(scaling.removeprefix("block")) if scaling.startswith("block") else 1
+            block = BLOCK_SIZES.get(scaling, 1)
             if size % block:
                 raise UserError(
                     f"{scaling} cannot scale {operand} of {name}, whose contracted axis has {size} elements: name the "
