@@ -130,7 +130,7 @@ def test_a_branch_that_is_not_taken_has_no_statistics():
     for operand in "WAG":
         assert all(np.isfinite(statistics[f"sqnr_db/{name}/{operand}"]) for name in ("yes", "mapped"))
         assert np.isnan(statistics[f"sqnr_db/no/{operand}"]) and statistics[f"amax/no/{operand}"] == 0
-        assert statistics[f"scale/no/{operand}"] == np.inf  # the least of none
+        assert statistics[f"encode_scale/no/{operand}"] == np.inf  # the least of none
 
 
 def narrow(params, batch):
@@ -159,7 +159,9 @@ def test_delayed_scales_are_state():
     state, seen = inst.init(params), []
     for factor in (1, 4, 0.5, np.inf):
         _, _, state, statistics = take(params, batch | {"x": batch["x"] * np.float32(factor)}, state)
-        seen.append((float(statistics["scale/w/A"]), float(statistics["amax/w/A"]), np.array(state.amax_history[0, 1])))
+        seen.append(
+            (float(statistics["encode_scale/w/A"]), float(statistics["amax/w/A"]), np.array(state.amax_history[0, 1]))
+        )
     amax = np.abs(batch["x"]).max()
     # The scale of an amax, by hand: the largest power of two with amax * s <= 448.
     of = [2.0 ** np.floor(np.log2(448 / (amax * f))) for f in (1, 4)]
@@ -253,7 +255,7 @@ _, _, _, seen = step(inst, params, placed)
 assert seen.names and inst.layers.found[0].M == M // 2
 np.testing.assert_array_equal(seen["amax/w/A"], np.abs(BATCH["x"]).max())  # of both devices
 halves = np.abs(BATCH["x"]).reshape(2, -1).max(1)
-np.testing.assert_array_equal(seen["scale/w/A"], 2.0 ** np.floor(np.log2(448 / halves)).min())
+np.testing.assert_array_equal(seen["encode_scale/w/A"], 2.0 ** np.floor(np.log2(448 / halves)).min())
 """
 
 

@@ -12,7 +12,8 @@ from test_training import tiny
 
 from altgrad_jax import Formats, instrument
 from altgrad_jax.config import validate
-from altgrad_jax.models import gpt2, stacking
+from altgrad_jax.models import linear, stacking
+from altgrad_jax.models.model import init_params
 from altgrad_jax.numerics.rounding import stochastic_seed
 from altgrad_jax.step import quantization, recipe, update
 from altgrad_jax.step.from_config import model_config, step_options
@@ -38,7 +39,7 @@ def small(**changes):
 
 def parameters(model):
     """Stacked, as the step works on them; drawn by NumPy, which compiles nothing."""
-    like = jax.eval_shape(lambda: stacking.stack(gpt2.init_params(model, 0), model.segments))
+    like = jax.eval_shape(lambda: stacking.stack(init_params(model, 0), model.segments))
     random = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: random.normal(0, 0.1, leaf.shape).astype(np.float32), like)
 
@@ -95,7 +96,7 @@ def test_equals_the_built_in_step(case, monkeypatch):
 def compare(changes, choice, keep, monkeypatch):
     """Asserts equality of loss, gradients and all statistics. changes: of the built-in settings."""
     params, (loss, grads, columns) = built_in(small(metrics="format", **changes))
-    monkeypatch.setattr(gpt2, "quant_dot", plain_dot)
+    monkeypatch.setattr(linear, "quant_dot", plain_dot)
     model, words = model_config(small(), jax.devices()[0]), stochastic_seed(SEED, 0, 0)
     inst = instrument(partial(mean_loss, model), params, WINDOWS, recipe=choice, keep=keep)
     (value, _), own, _, statistics = jax.jit(inst.value_and_grad)(params, WINDOWS, inst.init(params), key=words)
