@@ -246,7 +246,7 @@ def test_a_checkpoint_without_settings_is_refused(params, tmp_path):
     "change, message",
     [
         ({"n_head": 0}, "n_head=0 cannot be used"),
-        ({"n_head": 7}, "a multiple of n_head=7"),
+        ({"n_head": 7}, "cannot be split over n_head=7 heads"),
         ({"tokenizer": ["bytes"]}, "tokenizer=\\['bytes'\\]"),
         ({"compute_dtype": "float7"}, "compute_dtype='float7'"),
     ],
