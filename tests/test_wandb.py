@@ -243,10 +243,11 @@ def test_no_fault_of_wandb_holds_the_run_up(tmp_path, fake, fault):
     if raises:
         wait_for(lambda: any(event == "wandb_failed" and "gave up" in str(values) for event, values in feed.events))
     started = time.monotonic()
-    unsent = feed.close(1.0)
+    unsent, sent = feed.close(1.0), len(wandb.sent)
     assert time.monotonic() - started < 2
     assert len(list(read_rows(tmp_path))) == 21
-    assert unsent == 21 - len(wandb.sent) and ("finish" in fault) == (unsent == 0)
+    # A slow W&B may take one more row after it was given up.
+    assert 0 <= unsent - (21 - sent) <= 1 and ("finish" in fault) == (unsent == 0)
     if unsent:
         assert f"W&B: {unsent} rows were not sent; all are in {tmp_path / METRICS}" in feed.said
         assert ("wandb_unsent", {"rows": unsent}) in feed.events
