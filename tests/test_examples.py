@@ -19,7 +19,8 @@ EXAMPLES = {
 
 
 def test_all_examples_are_here():
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+    # test_initial.py runs finetune_gpt2.py, which needs a folder of weights.
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES, "finetune_gpt2.py"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
