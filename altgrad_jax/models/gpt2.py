@@ -81,9 +81,7 @@ class GPT(Transformer):
     """The whole model, with learned positions."""
 
     block = GPTBlock
+    last_norm = LayerNorm, "ln_f"
 
     def positions(self, positions_L):
         return Embedding(self.config.block_size, self.config.n_embd, name="pos_embed").lookup(positions_L)
-
-    def last_norm(self, x_BLD):
-        return LayerNorm(name="ln_f")(x_BLD)

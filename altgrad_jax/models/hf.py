@@ -33,7 +33,7 @@ from altgrad_jax.models import model as models
 from altgrad_jax.models.config import ModelConfig
 from altgrad_jax.models.gpt2 import LAYER_NORM_EPS
 from altgrad_jax.models.llama import RMS_NORM_EPS, ROPE_THETA, LlamaConfig
-from altgrad_jax.numerics.layers import HEAD, MODELS, hidden_width
+from altgrad_jax.numerics.layers import HEAD, MODELS, hidden_width, matrix_sizes
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -116,7 +116,7 @@ class _Entry(NamedTuple):
 
 def _gpt2_entries(config: ModelConfig) -> Iterator[_Entry]:
     D = config.n_embd
-    widths = {"attn_qkv": (D, 3 * D), "attn_out": (D, D), "mlp_up": (D, 4 * D), "mlp_down": (4 * D, D)}
+    widths = matrix_sizes(n_embd=D, vocab_size=config.vocab_size)
     yield _Entry(("embed", "embedding"), ("wte.weight",), ((config.vocab_size, D),))
     yield _Entry(("pos_embed", "embedding"), ("wpe.weight",), ((config.block_size, D),))
     for i in range(config.n_layer):
@@ -131,8 +131,8 @@ def _gpt2_entries(config: ModelConfig) -> Iterator[_Entry]:
 
 
 def _llama_entries(config: LlamaConfig) -> Iterator[_Entry]:
-    D, F, kv = config.n_embd, hidden_width(config.n_embd, "llama"), config.kv_heads * config.head_width
-    shapes = {"attn_out": (D, D), "mlp_gate": (F, D), "mlp_up": (F, D), "mlp_down": (D, F)}
+    D, kv = config.n_embd, config.kv_heads * config.head_width
+    sizes = matrix_sizes(n_embd=D, vocab_size=config.vocab_size, model="llama")
     table = ((config.vocab_size, D),)
     yield _Entry(("embed", "embedding"), ("embed_tokens.weight",), table)
     for i in range(config.n_layer):
@@ -143,7 +143,7 @@ def _llama_entries(config: LlamaConfig) -> Iterator[_Entry]:
         yield _Entry((block, "norm_2", "scale"), (f"{there}.post_attention_layernorm.weight",), ((D,),))
         for layer, hf_layer in _LLAMA_LAYERS.items():
             names = (f"{there}.{hf_layer}.weight",)
-            yield _Entry((block, layer, "kernel"), names, (shapes[layer],), transposed=True)
+            yield _Entry((block, layer, "kernel"), names, (sizes[layer][::-1],), transposed=True)
     yield _Entry(("norm_f", "scale"), ("norm.weight",), ((D,),))
     if not config.tied_head:
         yield _Entry((HEAD, "embedding"), (_HEAD_ARRAY,), table)

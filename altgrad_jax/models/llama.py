@@ -111,15 +111,10 @@ class LlamaBlock(Block):
 
 
 class Llama(Transformer):
-    """The whole model."""
+    """The whole model; its blocks turn q and k by their positions."""
 
     block = LlamaBlock
-
-    def positions(self, positions_L):
-        return None  # the blocks turn q and k
-
-    def last_norm(self, x_BLD):
-        return RMSNorm(name="norm_f")(x_BLD)
+    last_norm = RMSNorm, "norm_f"
 
     def head_table(self, embed):
         config = self.config

@@ -112,18 +112,18 @@ def _of_head(quantized: Quantized | None) -> Quantized | None:
 
 
 class Transformer(nn.Module):
-    """The whole model; see ModelOutput for what it returns. A model fills in its kind of block and its ends."""
+    """The whole model; see ModelOutput for what it returns. A model fills in its kind of block and its ends.
+
+    last_norm: the kind of norm before the head, and its name.
+    """
 
     config: Any
     block: ClassVar[type[Block]]
+    last_norm: ClassVar[tuple[type[nn.Module], str]]
 
     def positions(self, positions_L) -> jax.Array | None:
         """What is added to the embeddings of the tokens at these positions, float32 [L, D]; None adds nothing."""
-        raise NotImplementedError
-
-    def last_norm(self, x_BLD) -> jax.Array:
-        """What the head multiplies with its table."""
-        raise NotImplementedError
+        return None
 
     def head_table(self, embed: Embedding) -> jax.Array:
         """The head's table [V, D]: by default that of the embedding."""
@@ -168,7 +168,8 @@ class Transformer(nn.Module):
             x_BLD, cache, amax_N, rms_N, statistics = through_blocks(
                 self.block, config, self.variables["params"], x_BLD, cache, position, key, quantized
             )
-        x_BLD = self.last_norm(x_BLD)
+        norm, name = self.last_norm
+        x_BLD = norm(name=name)(x_BLD)
         table_VD, logits_BLV = self.head_table(embed), None
         if head:
             of_head, found = jax.tree.map(lambda leaf: leaf[0], _of_head(quantized)), {}
