@@ -25,7 +25,7 @@ from altgrad_jax.instrumentation.sites import Sites, sites_of
 from altgrad_jax.instrumentation.table import Layers, table_of
 from altgrad_jax.numerics.formats import FORMATS, get_format
 from altgrad_jax.numerics.products import push_amax
-from altgrad_jax.numerics.recipes import RECIPES, Recipe, get_recipe
+from altgrad_jax.numerics.recipes import RECIPES, WITH_ATTENTION, Recipe, get_recipe
 from altgrad_jax.step.metrics import Columns, scalars
 
 
@@ -234,11 +234,17 @@ def _words(key) -> jax.Array:
 
 
 def _choice_of(recipe) -> Recipe | Formats | None:
-    if recipe is None or isinstance(recipe, (Recipe, Formats)):
+    if recipe is None or isinstance(recipe, Formats):
         return recipe
     name = str(recipe)
-    if name.partition(":")[0] in RECIPES:
-        return get_recipe(name)
+    if isinstance(recipe, Recipe) or name.partition(":")[0].removesuffix(WITH_ATTENTION) in RECIPES:
+        found = recipe if isinstance(recipe, Recipe) else get_recipe(name)
+        if found.attention:
+            raise UserError(
+                f"recipe {found.name} quantizes the products of attention, and instrument reaches products with "
+                f"weights only: give {found.name.replace(WITH_ATTENTION, '')}"
+            )
+        return found
     try:
         fmt = get_format(name).name
     except UserError:
