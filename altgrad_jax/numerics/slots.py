@@ -10,7 +10,7 @@ A `Slot` is traced, and `Features` are static: the union of what the recipes of 
 share one compiled program. Two programs of other unions may differ in the last bits of what surrounds a layer.
 
 Axes: M rows (batch and time flattened), K inputs, N outputs, T tiles of a contracted axis, R rows that are not
-contracted, S len(slot_statistics.FIELDS).
+contracted, P products that are alike, S len(slot_statistics.FIELDS).
 """
 
 from collections.abc import Sequence
@@ -304,29 +304,29 @@ def _of_all(statistics):
 
 
 # vmap stands inside the derivative, so that statistics are combined, where that of a vmapped probe would be added up.
-def _dots(x_NMK, w_N, slots, g_probe, features, w_is_NK, dtype):
+def _dots(x_PMK, w_P, slots, g_probe, features, w_is_NK, dtype):
     one = partial(_dot, g_probe=None, features=features, w_is_NK=w_is_NK, dtype=dtype)
-    y_N, statistics = jax.vmap(one, in_axes=(0, 0, _PER_PRODUCT))(x_NMK, w_N, _seeded(slots, len(x_NMK)))
-    return y_N, _of_all(statistics)
+    y_P, statistics = jax.vmap(one, in_axes=(0, 0, _PER_PRODUCT))(x_PMK, w_P, _seeded(slots, len(x_PMK)))
+    return y_P, _of_all(statistics)
 
 
-def _forwards(x_NMK, w_N, slots, g_probe, features, w_is_NK, dtype):
+def _forwards(x_PMK, w_P, slots, g_probe, features, w_is_NK, dtype):
     def one(x_MK, w, slots):
         made, (*saved, _, _) = _forward(x_MK, w, slots, None, features, w_is_NK, dtype)
         return made, saved
 
-    slots = _seeded(slots, len(x_NMK))
-    (y_N, statistics), saved = jax.vmap(one, in_axes=(0, 0, _PER_PRODUCT))(x_NMK, w_N, slots)
-    return (y_N, _of_all(statistics)), (saved, slots, g_probe)
+    slots = _seeded(slots, len(x_PMK))
+    (y_P, statistics), saved = jax.vmap(one, in_axes=(0, 0, _PER_PRODUCT))(x_PMK, w_P, slots)
+    return (y_P, _of_all(statistics)), (saved, slots, g_probe)
 
 
 def _backwards(features, w_is_NK, dtype, saved, cotangents):
-    saved_N, slots, g_probe = saved
+    saved_P, slots, g_probe = saved
 
     def one(saved, slots, g_MN):
         return _backward(features, w_is_NK, dtype, (*saved, slots, g_probe is not None), (g_MN, None))
 
-    dx, dw, _, probes = jax.vmap(one, in_axes=(0, _PER_PRODUCT, 0))(saved_N, slots, cotangents[0])
+    dx, dw, _, probes = jax.vmap(one, in_axes=(0, _PER_PRODUCT, 0))(saved_P, slots, cotangents[0])
     return dx, dw, None, _of_all(probes)
 
 
@@ -377,18 +377,25 @@ def slot_dot(
 
 
 def slot_dots(
-    x_NMK,
-    w_N,
+    x_PMK,
+    w_P,
     slots: Slot,
     features: tuple[Features, ...],
     g_probe=None,
     w_is_NK: bool = False,
     compute_dtype: Any = jnp.bfloat16,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """N products of matrices by one recipe, as `slot_dot` of each: x_NMK float32 [N, M, K], w_N float32 [N, K, N] or
-    [N, N, K]. No two are rounded by the same random numbers; the statistics are those of all together."""
-    dtype = jnp.dtype(compute_dtype)
-    return _slot_dots(x_NMK, w_N, jax.tree.map(jnp.asarray, slots), g_probe, features, w_is_NK, dtype)
+    """P products of matrices by one recipe; the other arguments are those of `slot_dot`.
+
+    Args:
+      x_PMK: float32. w_P: float32 [P, K, N], or [P, N, K] with `w_is_NK`.
+
+    Returns:
+      (float32 [P, M, N], float32 [3, S] of all products together or None). No two products are rounded by the same
+      random numbers.
+    """
+    slots = jax.tree.map(jnp.asarray, slots)
+    return _slot_dots(x_PMK, w_P, slots, g_probe, features, w_is_NK, jnp.dtype(compute_dtype))
 
 
 def named_slot_statistics(forward, backward=None) -> dict[str, dict[str, jax.Array]]:
