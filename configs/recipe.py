@@ -3,8 +3,8 @@
 Command:   python scripts/train.py --config configs/recipe.py:nvfp4
            python scripts/train.py --config configs/recipe.py:nvfp4,bf16@0.8
            python scripts/train.py --config configs/recipe.py:mxfp8:backward
-           python scripts/train.py --config configs/recipe.py:mxfp8+attention,bf16@bad3
-Argument:  RECIPE[+attention][:PART][,RECIPE@WHEN ...]: a recipe (docs/recipes.md lists them), in the products of
+           python scripts/train.py --config configs/recipe.py:mxfp8_attention,bf16@bad3
+Argument:  RECIPE[_attention][:PART][,RECIPE@WHEN ...]: a recipe (docs/recipes.md lists them), in the products of
            attention too, in one part of the layer's products only (fprop, dgrad, wgrad, backward), and from which
            update, or share of the run, or after how many bad updates in a row, another one holds.
 Time:      longer than the baseline's: every operand is rounded for each product, and measured.

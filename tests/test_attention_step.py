@@ -17,6 +17,7 @@ from altgrad_jax.models.model import forward, init_params, model_config
 from altgrad_jax.numerics.kv_cache import as_cached, cache_spec
 from altgrad_jax.numerics.recipe_reference import quantize
 from altgrad_jax.numerics.recipes import SLOTS, get_recipe, kept_high
+from altgrad_jax.run.sweep import parse_axes
 
 PRODUCTS = [f"block_{i}/{part}" for i in range(2) for part in ("attn_qk", "attn_pv")]
 
@@ -25,12 +26,12 @@ PRODUCTS = [f"block_{i}/{part}" for i in range(2) for part in ("attn_qk", "attn_
 def bench():
     """Two heads of 32 numbers, and recipes of 4 bits with and without attention."""
     return Bench(
-        n_embd=64, n_head=2, recipe=("mxfp4", "bf16@3"), recipe_program=("mxfp4+attention", "mxfp4"), batch_size=4
+        n_embd=64, n_head=2, recipe=("mxfp4", "bf16@3"), recipe_program=("mxfp4_attention", "mxfp4"), batch_size=4
     )
 
 
 def test_attention_is_quantized_where_the_recipe_says_so_and_nowhere_else(bench):
-    plain, with_attention = (bench.train((name, 0), n=2)[1] for name in ("mxfp4", "mxfp4+attention"))
+    plain, with_attention = (bench.train((name, 0), n=2)[1] for name in ("mxfp4", "mxfp4_attention"))
     for product in PRODUCTS:
         for slot in SLOTS:
             assert with_attention[f"sqnr_db/{product}/{slot}"][0] < 25 < 45 < plain[f"sqnr_db/{product}/{slot}"][0]
@@ -43,20 +44,23 @@ def test_attention_is_quantized_where_the_recipe_says_so_and_nowhere_else(bench)
 
 def test_names_of_recipes_with_attention():
     assert "block_0/attn_qk" in kept_high(get_recipe("mxfp8"), 2)
-    assert kept_high(get_recipe("mxfp8+attention"), 2) == ["head"]
-    nvfp4 = get_recipe("nvfp4+attention:fprop")
-    assert nvfp4.name == "nvfp4+attention:fprop" and nvfp4.attention and nvfp4.dgrad_g.high
+    assert kept_high(get_recipe("mxfp8_attention"), 2) == ["head"]
+    nvfp4 = get_recipe("nvfp4_attention:fprop")
+    assert nvfp4.name == "nvfp4_attention:fprop" and nvfp4.attention and nvfp4.dgrad_g.high
     assert kept_high(nvfp4, 2) == [f"block_1/{part}" for part in (
         "attn_qkv", "attn_qk", "attn_pv", "attn_out", "mlp_up", "mlp_down")] + ["head"]  # fmt: skip
-    with pytest.raises(UserError, match=r"recipe mxfp8 cannot have \+heads: give mxfp8, or mxfp8\+attention"):
-        get_recipe("mxfp8+heads")
+    with pytest.raises(UserError, match="there is no recipe 'mxfp9': give one of mxfp"):
+        get_recipe("mxfp9_attention")
+    # An axis of a sweep joins the items of one value by +.
+    points = parse_axes("recipe=mxfp8,mxfp8_attention,nvfp4_attention+bf16@0.8")
+    assert [point["recipe"] for point in points] == [("mxfp8",), ("mxfp8_attention",), ("nvfp4_attention", "bf16@0.8")]
 
 
 def test_widths_and_kernels_that_attention_by_a_recipe_cannot_have():
-    config = tiny(n_layer=2, n_embd=32, n_head=2, block_size=32, recipe=("mxfp8+attention",), amax_history=16)
+    config = tiny(n_layer=2, n_embd=32, n_head=2, block_size=32, recipe=("mxfp8_attention",), amax_history=16)
     said = list(of_recipe(config))
     assert len(said) == 1 and "attn_qk" in said[0] and "K is 16" in said[0] and "width of a head" in said[0]
-    config = tiny(n_layer=2, n_embd=64, n_head=2, block_size=32, recipe=("mxfp8+attention",), attention="cudnn")
+    config = tiny(n_layer=2, n_embd=64, n_head=2, block_size=32, recipe=("mxfp8_attention",), attention="cudnn")
     assert any("attention='cudnn' computes" in sentence for sentence in of_recipe(config))
 
 
@@ -65,7 +69,7 @@ def test_grouped_queries_share_their_keys_and_values():
     own = make(model="llama", n_layer=1, n_embd=64, n_head=2, n_kv_head=1, recipe=("bf16",), batch_size=4)
     by_recipe = make(
         model="llama", n_layer=1, n_embd=64, n_head=2, n_kv_head=1, recipe=("bf16",), batch_size=4,
-        recipe_program=("mxfp8+attention",),
+        recipe_program=("mxfp8_attention",),
     )  # fmt: skip
     losses = []
     for functions in (own, by_recipe):

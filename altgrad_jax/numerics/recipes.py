@@ -43,6 +43,7 @@ CORRECTIONS = ("none", "four_six", "ms_eden")
 EDEN_GROUP = 128  # elements along the contracted axis that share MS-EDEN's correction
 PARTS = ("fprop", "dgrad", "wgrad", "backward")
 HIGH = "BF16"
+WITH_ATTENTION = "_attention"  # ends the name of a recipe that quantizes the products of attention too
 NEVER = 2**31 - 1  # the update from which a phase holds that waits for bad updates
 _CHOICES = {"block": tuple(BLOCKS), "rule": RULES, "rounding": ("nearest", "stochastic"), "source": SOURCES,
             "correction": CORRECTIONS, "amax": ("current", "delayed")}  # fmt: skip
@@ -289,19 +290,17 @@ RECIPES = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of a name `NAME[+attention][:PART]`; UserError lists the names.
+    """The recipe of a name `NAME[_attention][:PART]`; UserError lists the names.
 
-    `+attention`: in the products of attention too. PART: in one part only (`only`).
+    `_attention`: in the products of attention too. PART: in one part only (`only`).
     """
     full, colon, part = str(name).partition(":")
-    own, plus, more = full.partition("+")
+    own = full.removesuffix(WITH_ATTENTION)
     if own not in RECIPES:
         near = difflib.get_close_matches(own.lower(), RECIPES, n=3, cutoff=0.5)
         listed = ", ".join([*near, *(other for other in RECIPES if other not in near)])
         raise UserError(f"there is no recipe {own[:40]!r}: give one of {listed}")
-    if plus and more != "attention":
-        raise UserError(f"recipe {own} cannot have +{more[:40]}: give {own}, or {own}+attention")
-    recipe = replace(RECIPES[own], name=full, attention=True) if plus else RECIPES[own]
+    recipe = RECIPES[own] if own == full else replace(RECIPES[own], name=full, attention=True)
     return only(recipe, part) if colon else recipe
 
 
@@ -321,7 +320,7 @@ class Phase(NamedTuple):
 
 
 def parse_schedule(items: tuple[str, ...], max_steps: int) -> tuple[Phase, ...]:
-    """The phases of items `NAME[+attention][:PART][@WHEN]`, in their order.
+    """The phases of items `NAME[_attention][:PART][@WHEN]`, in their order.
 
     WHEN is a number of updates, with a point a share of max_steps, or `bad3`: after three bad updates in a row. The
     first item has none. UserError, one sentence.
