@@ -1,18 +1,17 @@
-"""The whole question as one sweep: formats x how weights are kept x learning rates x seeds, one operand at a time, and
-what the scales come from.
+"""Which 8-bit grid trains, and what decides it, as one sweep: formats x what scales are rounded to x how weights are
+kept x learning rates, over pairs of a seed and a data seed.
 
-Command:   python scripts/prepare_data.py --input ACTS --tokenizer bytes --out data/bytes
+Command:   python scripts/prepare_data.py --input ACTS --tokenizer bytes --val_fraction=0.01 --out data/bytes
            python scripts/sweep.py --config configs/matrix.py --out runs/matrix --cpu_devices=2
            python scripts/report.py runs/matrix -o report.html
-Members:   bfloat16 and float32; each format with a float32 master, stored to nearest and stored stochastically, at
-           three learning rates and five seeds; ulp_adamw beside adamw where weights are stored to nearest; at the
-           middle rate W, A or G alone in the format, and weights stored in it with A and G exact; scales in float32
-           instead of powers of two at all rates; scales of the current amax, and of a longer history, at the middle
-           one. E1M6 is E0M7's grid and joins once, as a check that both give the same run. The data seed varies with
-           the seed, and at the end every validation window is evaluated, so that the report can tell what each adds.
+Members:   bfloat16 and float32 at four learning rates; each format with a float32 master and scales that are powers of
+           two, or float32 numbers, at the rates that matter. At the format's own best rate (OWN_RATE, from earlier
+           runs with other seeds): weights stored to nearest, stochastically, and by ulp_adamw; scales of the current
+           amax; and for formats that lost something then W, A or G alone. E1M6 is E0M7's grid and joins once, as a
+           check that both give the same run. The data seed varies with the seed, and at the end every validation
+           window is evaluated, so that the report can tell what each adds.
 Time:      docs/results/matrix.md. The model is small (0.1 million parameters, a token is a byte), for two CPU cores.
-Expected:  bfloat16 at its best rate ends near a validation loss of 2.1 nats per byte; the rest is the question. The
-           published runs had one data seed, 1337, and 128 validation windows.
+Expected:  bfloat16 at its best rate ends near a validation loss of 2.1 nats per byte; the rest is the question.
 
 The base of the sweep is any config: --config.max_steps=2000 trains every member longer.
 """
@@ -21,10 +20,11 @@ from altgrad_jax.config import Config, default_config
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
 from altgrad_jax.run.sweep import axis, grid, only
 
-RATES = (1e-3, 2e-3, 4e-3)
-SEEDS = (1, 2, 3, 4, 5)
+SEEDS = tuple(range(1, 9))
+RATES = (2e-3, 4e-3)
+OWN_RATE = {name: 4e-3 for name in DEFAULT_8BIT} | {"E0M7": 2e-3}
+ABLATED = ("E0M7", "E2M5", "E6M1", "E7M0")  # those whose gap with a float32 master was more than 0.02
 SAME_GRID = "E1M6"  # as E0M7
-LONG_HISTORY = 256
 
 
 def get_config() -> Config:
@@ -39,42 +39,48 @@ def get_config() -> Config:
     return config
 
 
+MEASURED = {"use_fp8": True, "metrics": "grad,format,ledger", "reference_gradient": True, "reference_interval": 50}
+PLAIN = {"metrics": "grad,update"}
+
+
+def pairs(seeds=SEEDS):
+    return [{"seed": seed, "data_seed": seed, "run_name": f"s{seed}"} for seed in seeds]
+
+
+def at(rates):
+    return axis("learning_rate", rates, lambda rate: f"lr{rate:g}")
+
+
+def arm(name, kind="", formats=None, **settings):
+    run_name = f"{name}-{kind}" if kind else name
+    return {"run_name": run_name, "formats": formats or (name,), **MEASURED, **settings}
+
+
+def at_own_rate(kind, names=None, operands=None, **settings):
+    """Each format at the rate that is best for it, over all pairs of seeds."""
+    for name in names or [name for name in DEFAULT_8BIT if name != SAME_GRID]:
+        formats = operands and only(operands, name)
+        yield from grid([arm(name, kind, formats, **settings)], at([OWN_RATE[name]]), pairs())
+
+
 def get_sweep(config) -> list[dict]:
     """The members, those first that the answer needs most."""
-    measured = {"use_fp8": True, "metrics": "grad,format,ledger", "reference_gradient": True, "reference_interval": 50}
-    plain = {"metrics": "grad,update"}
-
-    def arms(kind="", **settings):
-        kind = kind or "-".join(settings.values())
-        return [
-            {"run_name": f"{name}-{kind}" if kind else name, "formats": (name,), **measured, **settings}
-            for name in DEFAULT_8BIT
-            if name != SAME_GRID
-        ]
-
-    def ablations(operands, **settings):
-        kind = "rest" if settings else f"only{operands}"
-        return [
-            {"run_name": f"{name}-{kind}", "formats": only(operands, name), **measured, **settings}
-            for name in DEFAULT_8BIT
-            if name != SAME_GRID
-        ]
-
-    rates = axis("learning_rate", RATES, lambda rate: f"lr{rate:g}")
-    middle = axis("learning_rate", RATES[1:2], lambda rate: f"lr{rate:g}")
-    seeds = [{"seed": seed, "data_seed": seed, "run_name": f"s{seed}"} for seed in SEEDS]
+    wide = [{"run_name": "bf16", **PLAIN}, {"run_name": "float32", "compute_dtype": "float32", **PLAIN}]
+    formats = [name for name in DEFAULT_8BIT if name != SAME_GRID]
+    master = [arm(name) for name in formats]
+    float32_scales = [arm(name, "float32scale", scale_rounding="float32") for name in formats]
     return [
-        *grid(
-            [{"run_name": "bf16", **plain}, {"run_name": "float32", "compute_dtype": "float32", **plain}], rates, seeds
-        ),
-        *grid(arms(), rates, seeds),
-        *grid(ablations("W") + ablations("A") + ablations("G"), middle, seeds),
-        *grid([{"run_name": SAME_GRID, "formats": (SAME_GRID,), **measured}], middle, seeds[:1]),
-        *grid(arms(weights_at_rest="nearest"), rates, seeds),
-        *grid(ablations("W", weights_at_rest="nearest"), middle, seeds),
-        *grid(arms(weights_at_rest="stochastic"), rates, seeds),
-        *grid(arms(weights_at_rest="nearest", optimizer="ulp_adamw"), rates, seeds),
-        *grid(arms("float32scale", scale_rounding="float32"), rates, seeds),
-        *grid(arms(scaling="current"), middle, seeds),
-        *grid(arms("history", amax_history=LONG_HISTORY), middle, seeds),
+        *grid(wide, at((*RATES, 1e-3, 8e-3)), pairs()),
+        *grid(master, at(RATES), pairs()),
+        *grid(float32_scales, at(RATES), pairs()),
+        *at_own_rate("nearest", weights_at_rest="nearest"),
+        *at_own_rate("stochastic", weights_at_rest="stochastic"),
+        *grid([arm(SAME_GRID)], at([OWN_RATE["E0M7"]]), pairs(SEEDS[:1])),
+        *grid(master, at((8e-3,)), pairs(SEEDS[:4])),
+        *at_own_rate("nearest-ulp_adamw", weights_at_rest="nearest", optimizer="ulp_adamw"),
+        *at_own_rate("onlyW", ABLATED, "W"),
+        *at_own_rate("onlyA", ABLATED, "A"),
+        *at_own_rate("onlyG", ABLATED, "G"),
+        *at_own_rate("current", scaling="current"),
+        *grid(master, at((1e-3,)), pairs()),
     ]
