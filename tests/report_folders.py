@@ -115,3 +115,22 @@ def write_run(
 
 def rules(name, operand=None):
     return {"use_fp8": True, "formats": (name if operand is None else f"block_*:{operand}={name}",)}
+
+
+def study(root, formats=("E4M3", "E5M2", "E0M7"), n_windows=64):
+    """Runs of BF16 and of formats, seeds that vary with the data seeds, and the losses of every window."""
+    rng = np.random.default_rng(0)
+    text_E = rng.normal(0, 0.3, n_windows)
+
+    def run(name, val, seed, **settings):
+        folder = write_run(root / f"{name}-{seed}", val=val, seed=seed, data_seed=seed, evaluate_all=True, **settings)
+        write_window_losses(folder, STEPS, np.float32(val + text_E + rng.normal(0, 0.02, n_windows)))
+        write_verdict(folder, make_verdict(folder))
+
+    for seed in SEEDS:
+        run("bf16", 2 + jitter("b", seed, 0.1), seed)
+        for name, gap in zip(formats, (0.0, 0.03, 0.2)):
+            value = 2 + jitter("b", seed, 0.1) + gap + jitter(name, seed, 0.004)
+            run(name, value, seed, **rules(name))
+            run(f"{name}-float32", value - 0.01, seed, **rules(name), scale_rounding="float32")
+    return root

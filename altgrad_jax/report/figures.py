@@ -1,5 +1,6 @@
 """The report's figures as Vega-Lite charts (Altair): which numbers each shows, and how. The numbers are its CSV too."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -10,10 +11,11 @@ from altgrad_jax.numerics.layers import BLOCK_LAYERS, HEAD
 from altgrad_jax.report.analysis import ADAMW, layers_of
 from altgrad_jax.report.runs import LOST, OPERANDS, REFERENCE, Arm
 from altgrad_jax.report.statistics import BETTER, EQUIVALENT, INCONCLUSIVE, WORSE
-from altgrad_jax.report.tables import format_name, show_class, show_difference, to_csv, treatment
+from altgrad_jax.report.tables import flat, format_name, show_class, show_difference, to_csv, treatment
 
 POINTS = 100  # of a curve, at most; columns of a heat map
 OWN = "its own best"
+NUMBER = int | float | np.number
 # Colours that stay apart for the colour-blind (Okabe & Ito 2008), and that stand out from white and from black.
 CLASSES = {WORSE: "#d55e00", INCONCLUSIVE: "#8b949e", EQUIVALENT: "#2f8fd0", BETTER: "#009e73"}
 SERIES = ["#2f8fd0", "#d55e00", "#009e73", "#b3599a", "#e69f00", "#56b4e9", "#8a7a00", "#8b949e", "#c0392b", "#6a5acd"]
@@ -53,7 +55,9 @@ class Figure:
     @property
     def spec(self):
         """The Vega-Lite specification. Its data is the CSV, which the page puts in."""
-        return self.chart.to_dict()
+        numbers = {name for row in flat(self.rows) for name, value in row.items() if isinstance(value, NUMBER)}
+        parse = dict.fromkeys(sorted(numbers), "number")
+        return self.chart.to_dict() | {"data": {"format": {"type": "csv", "parse": parse}}}
 
 
 # ------------------------------------------------------------------------------------------------ parts of charts
@@ -120,7 +124,7 @@ def gaps(c):
     x_axis = alt.X("gap_mean:Q").scale(domain=domain, nice=False).title("gap to BF16, nats per token")
     y_axis = alt.Y("format:N").sort(order).title(None).axis(labelLimit=120)
     colour = alt.Color("class:N").scale(domain=list(CLASSES), range=list(CLASSES.values()))
-    colour = colour.legend(orient="top", title=None, columns=4)
+    colour = colour.legend(orient="top", title=None, columns=4, symbolOpacity=1)
     tips = [("format:N", "format"), ("treatment:N", "treatment"), ("learning_rate:Q", "learning rate")]
     tips += [("words:N", "gap"), ("verdict:N", "it is")]
     tips = [alt.Tooltip(field, title=title) for field, title in tips]
@@ -143,8 +147,8 @@ def gaps(c):
     return Figure(
         "gap-intervals",
         f"Gap to {REFERENCE} at the end",
-        "A dot is the mean over pairs of runs, the thick line its 95% t interval (none with one pair), uncorrected, the "
-        "thin line the interval over validation windows too. Left of 0 is better than BF16; the grey band is the "
+        "A dot is the mean over pairs of runs, the thick line its 95% t interval (none with one pair), uncorrected, "
+        "the thin line the interval over validation windows too. Left of 0 is better than BF16; the grey band is the "
         f"margin of {c.margin:g}. Click a class in the legend to see it alone; drag to move, Alt + wheel to zoom.",
         rows,
         _page(layers, how, at, chosen, height=alt.Step(22)),
@@ -212,36 +216,25 @@ def _domain(values, steps):
     return [low - 0.05 * (high - low), high + 0.05 * (high - low)]
 
 
-def _lines(c, name, title, aid, rows, y_title):
-    """A Figure of lines over steps, a colour a format, with bands and lost runs. None without rows."""
+def _lines(name, title, aid, rows, y_title, middle="mean", menu="treatment", default=None):
+    """A Figure of lines over steps with bands and lost runs, a colour a format; None without rows.
+
+    middle: the column that is the line. menu: the column of which one value is shown at a time, and BF16 always.
+    """
     if not rows:
         return None
-    how = _choice("treatment", "treatment", (row["treatment"] for row in rows), treatment(*c.primary))
-    chosen, opacity = _toggle("format")
-    chart = alt.Chart().transform_filter(f"datum.treatment == {how.name} || datum.format == '{REFERENCE}'")
+    how, (chosen, opacity) = _choice(menu, menu, (row[menu] for row in rows), default), _toggle("format")
+    chart = alt.Chart().transform_filter(f"datum.{menu} == {how.name} || datum.format == '{REFERENCE}'")
     chart = chart.transform_calculate(step="(datum.first_step + datum.last_step) / 2")
-    colour = _colours(row["format"] for row in rows)
-    tips = [
-        "format:N",
-        "treatment:N",
-        "first_step:Q",
-        "last_step:Q",
-        "mean:Q",
-        "lowest:Q",
-        "highest:Q",
-        "seeds:Q",
-        "lost:Q",
-    ]
-    y_axis = alt.Y("mean:Q").scale(domain=_domain(*zip(*((r["mean"], r["last_step"]) for r in rows))), nice=False)
-    chart = chart.encode(
-        x=alt.X("step:Q").title("step").scale(domain=[0, max(row["last_step"] for row in rows)]),
-        y=y_axis.title(y_title),
-        color=colour,
-        tooltip=tips,
-    )
+    colour = alt.Color("format:N").legend(orient="top", title=None, columns=4, symbolOpacity=1)
+    x_axis = alt.X("step:Q").title("step").scale(domain=[0, max(row["last_step"] for row in rows)])
+    shown = alt.Scale(domain=_domain([row[middle] for row in rows], [row["last_step"] for row in rows]), nice=False)
+    tips = [alt.Tooltip(key, type="nominal" if isinstance(rows[0][key], str) else "quantitative") for key in rows[0]]
+    chart = chart.encode(x=x_axis, color=colour.scale(_palette(rows)), tooltip=tips)
+    chart = chart.encode(y=alt.Y(middle, type="quantitative", scale=shown).title(y_title))
     band = alt.when(chosen).then(alt.value(0.13)).otherwise(alt.value(0))
     layers = [
-        chart.mark_area(clip=True).encode(y="lowest:Q", y2="highest:Q", opacity=band),
+        chart.mark_area(clip=True).encode(alt.Y("lowest:Q", scale=shown), y2="highest:Q", opacity=band),
         chart.mark_line(clip=True, size=2).encode(opacity=opacity).add_params(_zoom("x", "y")),
         chart.mark_circle(clip=True, size=90, opacity=0),
         chart.transform_filter("datum.lost > 0").mark_point(shape="cross", clip=True, size=60).encode(opacity=opacity),
@@ -249,15 +242,14 @@ def _lines(c, name, title, aid, rows, y_title):
     return Figure(name, title, f"{aid} {_HOW}", rows, _page(layers, how, chosen, height=300))
 
 
+def _palette(rows):
+    """A colour for each format, grey for BF16."""
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    colours = itertools.cycle(SERIES)
+    return alt.Scale(domain=formats, range=["#8b949e" if name == REFERENCE else next(colours) for name in formats])
+
+
 _HOW = "Click a format in the legend to see it alone; drag to move, Alt + wheel to zoom."
-
-
-def _colours(formats):
-    """The colour of each format: BF16 grey, the same in every figure that has the same formats."""
-    found = [name for name in dict.fromkeys(formats) if name != REFERENCE]
-    colours = dict(zip(found, [SERIES[i % len(SERIES)] for i in range(len(found))])) | {REFERENCE: "#8b949e"}
-    scale = alt.Scale(domain=list(colours), range=list(colours.values()))
-    return alt.Color("format:N", scale=scale).legend(orient="top", title=None, columns=4)
 
 
 def gaps_over_steps(c, validation):
@@ -282,7 +274,8 @@ def gaps_over_steps(c, validation):
         f"Paired by seed, {paired}; above 0 is worse. The band goes from the lowest to the highest pair: it is no test."
     )
     title = f"Gap of the {what} loss to {REFERENCE} over steps"
-    return _lines(c, f"gap-{what}", title, aid, rows, f"gap to {REFERENCE}, nats per token")
+    y_title, default = f"gap to {REFERENCE}, nats per token", treatment(*c.primary)
+    return _lines(f"gap-{what}", title, aid, rows, y_title, default=default)
 
 
 def losses(c):
@@ -291,7 +284,8 @@ def losses(c):
     for arm in [arm for arm in c.arms if c.formats and arm.plain]:
         rows += _curve_rows(c, arm, [(r.steps, r.losses) for r in c.cell(arm, c.choice(arm).rate).values()])
     aid = "Mean over seeds, the band from the lowest to the highest seed; lower is better. A cross marks a lost run."
-    return _lines(c, "losses", "Training loss", aid, rows, "training loss, nats per token")
+    default = treatment(*c.primary)
+    return _lines("losses", "Training loss", aid, rows, "training loss, nats per token", default=default)
 
 
 # ------------------------------------------------------------------------------------------------------ heat maps
@@ -361,8 +355,8 @@ def heat(c, reader):
     return Figure(
         "heat",
         "Where and when: layer by step",
-        "One run for each arm; yellow is bad, dark is fine, empty is not measured or not applicable. Overflow is absent "
-        f"where the scale comes from the tensor's own amax. From 0 to 1: {ends}.",
+        "One run for each arm; yellow is bad, dark is fine, empty is not measured or not applicable. Overflow is "
+        f"absent where the scale comes from the tensor's own amax. From 0 to 1: {ends}.",
         rows,
         _page([chart], of_arm, what, height=alt.Step(14)),
     )
@@ -428,37 +422,22 @@ def rank_health(c, reader):
     theirs = c.cell(c.reference, c.choice(c.reference).rate) if c.reference else {}
     for name, run in _primary_runs(c) if theirs else ():
         mine, its = reader.statistics(run), reader.statistics(theirs.get(run.draw) or next(iter(theirs.values())))
+        if not mine or not its:
+            continue
+        common, i, j = np.intersect1d(mine["step"], its["step"], return_indices=True)
         for statistic in ("stable_rank", "participation_ratio"):
-            for layer, column in layers_of(mine, statistic).items() if mine and its else ():
-                if f"{statistic}/{layer}" in its:
-                    common, i, j = np.intersect1d(mine["step"], its["step"], return_indices=True)
-                    for step, a, b in zip(
-                        common, column[i].astype(float), its[f"{statistic}/{layer}"][j].astype(float)
-                    ):
-                        if math.isfinite(a) and math.isfinite(b) and b > 0:
-                            row = {"format": format_name(c, name), "statistic": statistic, "layer": layer}
-                            row |= {"step": int(step), "value": a, "bf16_value": b, "share": float(f"{a / b:.5g}")}
-                            rows.append(row)
-    if not rows:
-        return None
-    what = _choice("statistic", "statistic", (row["statistic"] for row in rows))
-    chosen, opacity = _toggle("format")
-    chart = _kept(alt.Chart(), what).encode(x="step:Q", color=_colours(row["format"] for row in rows))
-    band = alt.when(chosen).then(alt.value(0.13)).otherwise(alt.value(0))
-    middle = alt.Y("median(share):Q").title(f"share of {REFERENCE}'s").scale(zero=False)
-    layers = [
-        chart.mark_area(clip=True).encode(y="min(share):Q", y2="max(share):Q", opacity=band),
-        chart.mark_line(clip=True, point=True)
-        .encode(
-            y=middle, opacity=opacity, tooltip=["format:N", "step:Q", "median(share):Q", "min(share):Q", "max(share):Q"]
-        )
-        .add_params(_zoom("x")),
-    ]
-    return Figure(
-        "rank",
-        f"Rank of the weights, as a share of {REFERENCE}'s",
+            layers = [key for key in mine if key.startswith(f"{statistic}/") and key in its]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                shares = np.array([mine[key][i].astype(float) / its[key][j] for key in layers])
+            for step, values in zip(common, shares.T):
+                found = values[np.isfinite(values)]
+                if found.size:
+                    row = {"format": format_name(c, name), "statistic": statistic, "layers": found.size}
+                    row |= {"first_step": int(step), "last_step": int(step), "median": float(np.median(found))}
+                    rows.append(row | {"lowest": found.min(), "highest": found.max(), "lost": 0})
+    aid = (
         "Line: median over layers; band: from the lowest to the highest layer; 1 is BF16 of the same seed at the same "
-        f"step. Below 1 the weights use fewer directions. {_HOW}",
-        rows,
-        _page(layers, what, chosen, height=260),
+        "step. Below 1 the weights use fewer directions."
     )
+    title = f"Rank of the weights, as a share of {REFERENCE}'s"
+    return _lines("rank", title, aid, rows, f"share of {REFERENCE}'s", middle="median", menu="statistic")

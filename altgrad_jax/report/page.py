@@ -44,6 +44,11 @@ def _bars(text):
 ENVIRONMENT.filters |= {"in_script": in_script, "packed": packed, "bars": _bars}
 
 
+def notes(c):
+    """What to know before believing the page: lines."""
+    return ENVIRONMENT.get_template("notes.txt").render(c=c, tables=tables).splitlines()
+
+
 class Report:
     """Everything a page shows, computed once from a Comparison. seconds: how often it is made anew; None: once."""
 
@@ -51,10 +56,11 @@ class Report:
         self.c, self.reader, self.seconds = c, reader, seconds
         first, every = tables.early_warnings(c, reader)
         self.ranking = tables.ranking_table(c, first)
-        shown = tables.gaps_table(c), tables.costs_table(c), tables.effects_table(c), tables.speed_table(c, reader)
-        self.tables = [table for table in shown if table.rows]
-        last = tables.rates_table(c), tables.pairwise_table(c), tables.warnings_table(every), tables.thresholds_table(c)
-        self.details = [table for table in (*last, tables.runs_table(c)) if table.rows]
+        shown = tables.gaps_table, tables.spread_table, tables.costs_table, tables.effects_table
+        self.tables = [table for make in shown if (table := make(c)).rows]
+        last = tables.rates_table(c), tables.pairwise_table(c), tables.warnings_table(c, every)
+        last = *last, tables.speed_table(c, reader), tables.runs_table(c)
+        self.details = [table for table in last if table.rows]
 
     def figures(self):
         """The figures that these runs have numbers for; the first is the answer."""
@@ -79,7 +85,7 @@ class Report:
             "states": ", ".join(f"{n} {state}" for state, n in sorted(states.items())),
             "config": one.config if one else None,
             "parameters": one and (one.manifest.get("model") or {}).get("parameters"),
-            "notes": ENVIRONMENT.get_template("notes.txt").render(c=self.c, tables=tables).splitlines(),
+            "notes": notes(self.c),
         }
 
     def html(self):

@@ -200,20 +200,29 @@ class Spread:
     high: float
 
 
-def bootstrap_variance(values_PE):
-    """(variance of the mean over the last axis, float64 [...], degrees of freedom): the circular block bootstrap's.
+def block_length(values_E) -> int:
+    """Neighbours that a block of the circular block bootstrap holds: Politis & White's (2004) rule for an AR(1) series.
 
-    It is the limit of infinitely many resamples, in closed form, made unbiased for independent values. Blocks hold
-    round(E^(1/3)) neighbours, for windows that lie together in the text are alike (Politis & Romano 1992). NaN, E < 2.
+    values_E: [E], a series whose lag-1 autocorrelation is estimated; 1 where it is not above 0. At most a quarter of E.
+    """
+    centred = np.asarray(values_E, np.float64) - np.mean(values_E)
+    power_ = np.sum(centred**2)
+    correlation = np.sum(centred[1:] * centred[:-1]) / power_ if power_ > 0 else 0.0
+    if correlation <= 0:
+        return 1
+    length = (1.5 * (2 * correlation / (1 - correlation**2)) ** 2 * len(centred)) ** (1 / 3)
+    return max(1, min(math.ceil(length), len(centred) // 4))
+
+
+def bootstrap_variance(values_PE, block: int):
+    """Variance of the mean over the last axis, float64 [...]: the circular block bootstrap's (Politis & Romano 1992).
+
+    It is the limit of infinitely many resamples, in closed form, made unbiased for blocks that are independent.
     """
     values_PE = np.asarray(values_PE, np.float64)
-    size = values_PE.shape[-1]
-    if size < 2:
-        return np.full(values_PE.shape[:-1], math.nan), math.nan
-    block = max(1, round(size ** (1 / 3)))
     around = np.concatenate([values_PE, values_PE[..., : block - 1]], -1)
     means = np.lib.stride_tricks.sliding_window_view(around, block, axis=-1).mean(-1)
-    return means.var(-1) / (size / block - 1), size / block - 1
+    return means.var(-1) / (values_PE.shape[-1] / block - 1)
 
 
 def spread(d: Difference, gaps_PE) -> Spread | None:
@@ -226,9 +235,10 @@ def spread(d: Difference, gaps_PE) -> Spread | None:
     gaps_PE = np.asarray(gaps_PE, np.float64)
     if not d.n >= 2 or math.isnan(d.se) or gaps_PE.shape[1] < 2:
         return None
-    of_windows, freedom = bootstrap_variance(gaps_PE.mean(0))
+    block = block_length(gaps_PE.mean(0))
+    of_windows, freedom = float(bootstrap_variance(gaps_PE.mean(0), block)), gaps_PE.shape[1] / block - 1
     rest = gaps_PE - gaps_PE.mean(0) - gaps_PE.mean(1, keepdims=True) + gaps_PE.mean()
-    both = float(np.sum(bootstrap_variance(rest)[0]) / (d.n * (d.n - 1)))
+    both = float(np.sum(bootstrap_variance(rest, block)) / (d.n * (d.n - 1)))
     seeds, orders = (len(set(part)) for part in zip(*d.draws))
     if found := variance_parts(d.values, d.draws):
         pairs = {name: part / n for (name, part), n in zip(found.items(), (seeds, orders, d.n))}
@@ -238,7 +248,7 @@ def spread(d: Difference, gaps_PE) -> Spread | None:
         }
     last = list(pairs)[-1]
     pairs[last] = max(0.0, pairs[last] - both)
-    parts = {**pairs, "windows": max(0.0, float(of_windows) - both), "pairs by windows": both}
+    parts = {**pairs, "windows": max(0.0, of_windows - both), "pairs by windows": both}
     total = sum(parts.values())
     terms = d.se**4 / d.df + of_windows**2 / freedom + both**2 / (d.df * freedom)
     half = float(half_width(math.sqrt(total), total**2 / terms if terms else d.df))

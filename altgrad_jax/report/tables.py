@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,75 +29,84 @@ DIFFERENCE = ("mean", "low", "high", "sd", "n", "pairs", "worse_only", "better_o
 
 @dataclass(frozen=True)
 class Table:
-    """A table. rows: [{column: value}], all of the same columns. aid: one line that says how to read it.
+    """A table. rows: [{heading: value}], all of the same headings. aid: one line that says how to read it.
 
-    show: {heading: column, or function of a row to text} where not every column is shown as `text_of` has it; a Judged
-    column is two by default, the difference and its class.
+    A Judged is two cells, the difference and its class, and in the CSV a column for each of its numbers.
     """
 
     name: str
     title: str
     aid: str
     rows: list
-    show: dict = field(default_factory=dict)
 
     @property
     def headings(self):
-        return tuple(self._shown())
+        """The names of the columns as shown."""
+        judged = _judged(self.rows)
+        return [name for key in self.rows[0] for name in ((key, "class") if key in judged else (key,))]
 
     @property
     def cells(self):
-        """[[text]]"""
-        return [[show(row) for show in self._shown().values()] for row in self.rows]
+        """[[text]], as many as there are headings in each row."""
+        judged = _judged(self.rows)
+        two = (show_difference, show_class)
+        return [
+            [show(value) for key, value in row.items() for show in (two if key in judged else (text_of,))]
+            for row in self.rows
+        ]
+
+    @property
+    def key(self):
+        """The index of the column that names a row."""
+        return self.headings.index("format") if "format" in self.headings else 0
 
     @property
     def data(self):
         """(file name, CSV text) of the numbers."""
         return f"{self.name}.csv", to_csv(self.rows)
 
-    def _shown(self):
-        found = {}
-        for heading, what in (self.show or {name: name for name in self.rows[0]} if self.rows else {}).items():
-            if callable(what):
-                found[heading] = what
-            elif any(isinstance(row[what], Judged) for row in self.rows):
-                found[heading] = lambda row, what=what: show_difference(row[what])
-                found["class"] = lambda row, what=what: show_class(row[what])
-            else:
-                found[heading.replace("_", " ")] = lambda row, what=what: text_of(row[what])
-        return found
+
+def table(name, title, aid, headings, rows):
+    """A Table of rows of values. headings: with bars between."""
+    return Table(name, title, aid, [dict(zip(headings.split("|"), row, strict=True)) for row in rows])
+
+
+def _judged(rows):
+    return {key for row in rows for key, value in row.items() if isinstance(value, Judged)}
 
 
 def text_of(value):
-    """A cell's text: numbers in 4 digits, a truth as yes or nothing, a list by commas."""
-    if value is None or value is False or isinstance(value, float | np.floating) and math.isnan(value):
-        return ""
+    """A cell's text: numbers in 4 digits, a truth as yes or nothing; nothing for None and NaN."""
+    if isinstance(value, bool):
+        return "yes" if value else ""
     if isinstance(value, float | np.floating):
-        return f"{value:.4g}"
-    return "yes" if value is True else ", ".join(map(text_of, value)) if isinstance(value, tuple) else str(value)
+        return "" if math.isnan(value) else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def flat(rows):
+    """Rows without a Judged, which becomes a column for each of its numbers with its heading in front; NaN is None."""
+    judged = _judged(rows)
+    parts = {key: (*(f"{key}_{part}" for part in DIFFERENCE), *TESTS) for key in judged}
+
+    def number(value):
+        return None if isinstance(value, float | np.floating) and math.isnan(value) else value
+
+    for row in rows:
+        found = {}
+        for key, value in row.items():
+            found |= zip(parts[key], map(number, difference_cells(value))) if key in judged else {key: number(value)}
+        yield found
 
 
 def to_csv(rows):
-    """CSV text of [{column: value}]. Numbers in the shortest form that reads back as the same; NaN and None as nothing.
-
-    A column of Judged becomes one column for each of its numbers.
-    """
-    judged = {name for row in rows for name, value in row.items() if isinstance(value, Judged)}
-
-    def flat(row):
-        for name, value in row.items():
-            if name in judged:
-                yield from zip((*(f"{name}_{part}" for part in DIFFERENCE), *TESTS), difference_cells(value))
-            elif isinstance(value, tuple):
-                yield name, " ".join(map(str, value))
-            else:
-                yield name, None if isinstance(value, float | np.floating) and math.isnan(value) else value
-
-    out = io.StringIO()
-    found = [dict(flat(row)) for row in rows]
-    writer = csv.DictWriter(out, found[0] if found else (), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found)
+    """CSV text of [{heading: value}]: numbers in the shortest form that reads back as the same, None as nothing."""
+    out, writer = io.StringIO(), None
+    for row in flat(rows):
+        if writer is None:
+            writer = csv.writer(out, lineterminator="\n")
+            writer.writerow(name.replace(" ", "_") for name in row)
+        writer.writerow(row.values())
     return out.getvalue()
 
 
@@ -108,17 +117,21 @@ def signed(value):
     return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}") if math.isfinite(value) else "none"
 
 
+def show_interval(low, high):
+    return f"[{signed(low)}, {signed(high)}]"
+
+
 def show_difference(judged):
     """A Judged comparison in words: mean, interval, pairs, and every reservation; without its class."""
     if judged is None:
-        return f"no {REFERENCE} run"
+        return ""
     d = judged.d
     if not d.n_pairs:
         return "no common seed"
     if not d.n:
         return f"no loss in {len(d.worse) or len(d.better) or len(d.neither)} of {d.n_pairs}"
     has = math.isfinite(d.low)
-    words = signed(d.mean) + (f" [{signed(d.low)}, {signed(d.high)}]" if has else "")
+    words = signed(d.mean) + (f" {show_interval(d.low, d.high)}" if has else "")
     remarks = [f"n={d.n}" + ("" if has else ", no interval") + (f", fewer than {FEW}" if has and d.n < FEW else "")]
     if d.n < d.n_pairs:
         remarks.append(f"survivors only: both ended in {d.n} of {d.n_pairs} pairs")
@@ -129,7 +142,9 @@ def show_difference(judged):
 
 def show_class(judged):
     """The class in words that say no more than the tests do."""
-    if judged is None or not judged.d.n_pairs:
+    if judged is None:
+        return ""
+    if not judged.d.n_pairs:
         return "cannot tell"
     words = judged.kind
     if words == EQUIVALENT:
@@ -329,42 +344,21 @@ def ranking_table(c, warnings):
     rows = []
     for letters, arm in c.ranking():
         choice, (failed, n), (mean, ended, seeds) = c.choice(arm), c.failures(arm, c.choice(arm).rate), c.mean_loss(arm)
-        own = arm.format in c.formats
-        plain, warned = own and not arm.variant, warnings.get(arm)
-        cost = c.largest_cost(arm.format)[0] if plain else None
-        row = {"group": letters or "-", "format": short(arm, c), "gap": c.gap(arm), "val_loss": mean, "ended": ended}
-        row |= {"seeds": seeds, "failed": failed, "runs": n, "learning_rate": choice.rate, "rates": choice.rates}
-        row |= {"best_of_rates": choice.best, "largest_cost": cost.cause if cost else None}
-        row |= {"largest_cost_in_words": show_cost(c, arm.format) if plain else ""}
-        rows.append(row | {"early_warning": show_crossing(*(warned or (None, None))[::-1]) if own else ""})
-    scales = f" Scales, where an arm does not say otherwise: {c.scales}." if c.scales else ""
-    works = {short(arm, c): show_works(c.choice(arm)) for arm in c.ranked}
-    reference = short(c.reference, c) if c.reference else None
-
-    def show_loss(row):
-        some = "" if row["ended"] == row["seeds"] else f" ({row['ended']} of {row['seeds']})"
-        return "none" if math.isnan(row["val_loss"]) else f"{row['val_loss']:.4f}{some}"
-
-    def is_reference(row):
-        return row["format"] == reference or row["gap"] is None and row["format"] not in c.formats and reference
-
-    return Table(
+        own, warned = arm.format in c.formats, warnings.get(arm)
+        loss = "none" if math.isnan(mean) else f"{mean:.4f}" + ("" if ended == seeds else f" ({ended} of {seeds})")
+        cost = show_cost(c, arm.format) if own and not arm.variant else ""
+        warning = show_crossing(*(warned[1], warned[0]) if warned else (None,)) if own else ""
+        rate = f"{choice.rate:g}{show_works(choice)}"
+        rows.append((letters or "-", short(arm, c), c.gap(arm), loss, f"{failed} of {n}", rate, cost, warning))
+    return table(
         "ranking",
         f"Formats by validation-loss gap to {REFERENCE}: {treatment(*c.primary)}, {c.lr_heading()}",
         "Above 0 is worse than BF16. Formats that share a letter are not separated. Largest cost: from ablations. "
-        f"Early warning: the first threshold crossed, which need not be the cause.{scales}",
+        "Early warning: the first threshold crossed, which need not be the cause."
+        + (f" Scales, where an arm does not say otherwise: {c.scales}." if c.scales else ""),
+        f"group|format|gap|validation loss|failed runs|learning rate (range within {c.margin:g})|largest cost|"
+        "early warning",
         rows,
-        {
-            "group": "group",
-            "format": "format",
-            "gap to BF16, nats per token": lambda r: "reference" if is_reference(r) else show_difference(r["gap"]),
-            f"against {REFERENCE}": lambda r: "" if is_reference(r) else show_class(r["gap"]),
-            "validation loss": show_loss,
-            "failed runs": lambda r: f"{r['failed']} of {r['runs']}",
-            f"learning rate (range within {c.margin:g})": lambda r: f"{r['learning_rate']:g}{works[r['format']]}",
-            "largest cost": "largest_cost_in_words",
-            "early warning": "early_warning",
-        },
     )
 
 
@@ -378,50 +372,51 @@ def show_works(choice):
     return f" ({low:g} to {high:g}, {high / low:.3g}x)"
 
 
+def _of(c, arm):
+    return format_name(c, arm.format), treatment(arm.at_rest, arm.optimizer, arm.variant)
+
+
 def gaps_table(c):
-    """Every gap: its tests, how many pairs would have been needed, and what its variance is made of."""
+    """Every gap with its tests, and how many pairs would have been needed."""
     rows = []
     for arm, judged in c.gaps.items():
-        d, spread = judged.d, c.spreads.get(arm)
+        d, (failed, n) = judged.d, c.failures(arm, c.choice(arm).rate)
         effect, room = (abs(d.mean) / d.sd, c.margin / d.sd) if d.sd > 0 else (math.nan, math.nan)
-        failed, n = c.failures(arm, c.choice(arm).rate)
-        row = {"format": format_name(c, arm.format), "treatment": treatment(arm.at_rest, arm.optimizer, arm.variant)}
-        row |= {"learning_rate": c.choice(arm).rate, "best_of_rates": c.choice(arm).best, "gap": judged}
-        row |= {"failed": failed, "runs": n, "smallest_margin": d.smallest_margin, "sd_of_a_pair": d.sd}
-        row |= {"pairs_to_separate": pairs_needed(statistics.power, effect)}
-        row |= {"pairs_for_equivalence": pairs_needed(statistics.power_of_equivalence, room)}
-        row |= {"separated_since_step": c.onsets.get(arm)}
-        row |= {"low_over_windows_too": spread.low if spread else None}
-        row |= {"high_over_windows_too": spread.high if spread else None}
-        rows.append(row | {"variance_of_the_mean": _shares([spread.parts]) if spread else None})
-
-    def needed(name):
-        return lambda r: "" if not r["gap"].d.sd > 0 else text_of(r[name]) or f"more than {statistics.MOST_PAIRS}"
-
-    def over_all(r):
-        low, high = r["low_over_windows_too"], r["high_over_windows_too"]
-        return "" if low is None else f"[{signed(low)}, {signed(high)}]"
-
-    columns = {"format": "format", "treatment": "treatment", "gap": lambda r: show_difference(r["gap"])}
-    columns |= {"at rate": lambda r: f"{r['learning_rate']:g}", f"against {REFERENCE}": lambda r: show_class(r["gap"])}
-    columns |= {"failed": lambda r: f"{r['failed']} of {r['runs']}"}
-    columns |= {"p of no gap": lambda r: show_p(r["gap"].p, r["gap"].holm_p)}
-    columns |= {"p of no equivalence": lambda r: show_p(r["gap"].p_equal, r["gap"].holm_equal)}
-    columns |= {"smallest margin": "smallest_margin", "sd of a pair": "sd_of_a_pair"}
-    columns |= {"pairs needed to separate": needed("pairs_to_separate")}
-    columns |= {"pairs needed for equivalence": needed("pairs_for_equivalence")}
-    columns |= {"separated since step": "separated_since_step"}
-    if c.spreads:
-        columns |= {"interval over windows too": over_all, "variance of the mean gap": "variance_of_the_mean"}
-    return Table(
+        needed = pairs_needed(statistics.power, effect), pairs_needed(statistics.power_of_equivalence, room)
+        more = f"more than {statistics.MOST_PAIRS}" if d.sd > 0 else None
+        ps = show_p(judged.p, judged.holm_p), show_p(judged.p_equal, judged.holm_equal)
+        row = *_of(c, arm), c.choice(arm).rate, judged, f"{failed} of {n}", *ps, d.smallest_margin, d.sd
+        rows.append((*row, *(more if pairs is None else pairs for pairs in needed), c.onsets.get(arm)))
+    return table(
         "gaps",
         f"Every gap to {REFERENCE}, and what its tests say (margin {c.margin:g})",
         "p of a true gap of 0, and of one outside the margin. Smallest margin: within which these pairs alone show "
         f"equivalence, uncorrected. Pairs needed: to reach {POWER:.0%} power with this standard deviation, "
         "uncorrected, for this gap, and for equivalence of a true gap of 0. Separated since: the first evaluation from "
         "which the paired curves stay apart, corrected over the evaluations.",
+        "format|treatment|learning rate|gap|failed runs|p of no gap|p of no equivalence|smallest margin|sd of a pair|"
+        "pairs needed to separate|pairs needed for equivalence|separated since step",
         rows,
-        columns,
+    )
+
+
+def spread_table(c):
+    """What each source adds to the variance of a gap."""
+    sources = list(dict.fromkeys(name for spread in c.spreads.values() for name in spread.parts))
+    rows = []
+    for arm, spread in c.spreads.items():
+        d, total = c.gaps[arm].d, sum(spread.parts.values())
+        shares = (spread.parts.get(name, math.nan) / total if total else math.nan for name in sources)
+        intervals = show_interval(d.low, d.high), show_interval(spread.low, spread.high)
+        rows.append((*_of(c, arm), signed(d.mean), *intervals, math.sqrt(total), *shares))
+    return table(
+        "spread",
+        "What the seeds and the validation windows add to a gap",
+        "The second interval is of fresh runs and fresh text of the same kind. Then the standard error over both, and "
+        "the share of its square that each source has. Weights, data order: their seeds. Windows: a block bootstrap "
+        "over neighbouring windows. Pairs by windows: what is left of each pair in each window.",
+        "format|treatment|mean gap|t interval|interval over windows too|standard error|" + "|".join(sources),
+        rows,
     )
 
 
@@ -430,15 +425,16 @@ def costs_table(c):
     for name, (rate, causes) in c.costs.items():
         worst, rivals = c.largest_cost(name)
         for cause, one in causes.items():
-            row = {"format": format_name(c, name), "part": cause, "learning_rate": rate, "cost": one.judged}
-            row |= {"arm": one.first[0].label, "against": one.second[0].label, "largest": one is worst}
-            rows.append(row | {"not_shown_to_cost_less": one is not worst and cause in rivals})
-    return Table(
+            rank = "largest" if one is worst else "not shown to be less" if cause in rivals else ""
+            compared = one.first[0].label, one.second[0].label
+            rows.append((format_name(c, name), cause, rate, one.judged, rank, *compared))
+    return table(
         "costs",
         "What one part of each format costs",
         "Only W, only A, only G in the format, each against BF16; update: weights stored (to nearest, where run) "
-        "against a float32 master. At the format's own learning rate where it was run there. The largest is named only "
+        "against a float32 master. At the format's own learning rate if it was run there. The largest is named only "
         "where it is separated from 0, with those that are not shown to cost less.",
+        "format|part|learning rate|cost|rank|arm|against",
         rows,
     )
 
@@ -446,86 +442,65 @@ def costs_table(c):
 def effects_table(c):
     rows = []
     for (arm, rate), judged in c.effects.items():
-        row = {"format": format_name(c, arm.format), "change": changed(arm), "to": base_of(arm).label}
-        row |= {"learning_rate": rate, "own_rate": rate == c.choice(base_of(arm)).rate, "effect": judged}
-        rows.append(row)
-    return Table(
+        base = base_of(arm)
+        rows.append((format_name(c, arm.format), changed(arm), base.label, rate, rate == c.choice(base).rate, judged))
+    return table(
         "effects",
         "What one setting changes: the loss with it minus the loss without",
         "Below 0 it helps. Same format, storage, learning rate and seeds. Own rate: that of the arm without it.",
+        "format|setting|against|learning rate|own rate|effect",
         rows,
     )
 
 
 def rates_table(c):
     rows = []
-    for arm in c.arms:
-        choice = c.choice(arm)
-        for rate in c.rates(arm):
-            losses = list(c.losses(arm, rate).values())
-            finite = [loss for loss in losses if math.isfinite(loss)]
-            row = {"arm": arm.label, "learning_rate": rate, "val_loss": float(np.mean(finite)) if finite else None}
-            row |= {"ended": len(finite), "runs": len(losses), "chosen": rate == choice.rate}
-            row |= {"candidate": rate in choice.rates, "noise_rms": statistics.noise(losses).rms}
-            rows.append(row | {"gap": c.rate_gaps.get((arm, rate))})
-    columns = {name: name for name in ("arm", "learning_rate", "val_loss", "ended", "runs")}
-    columns |= {"chosen": lambda r: "chosen" if r["chosen"] else "" if r["candidate"] else "no candidate"}
-    columns |= {"gap at this rate": lambda r: r["gap"] and show_difference(r["gap"]) or ""}
-    return Table(
+    for arm, rate in [(each, rate) for each in c.arms for rate in c.rates(each)]:
+        choice, losses = c.choice(arm), list(c.losses(arm, rate).values())
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        mean = float(np.mean(finite)) if finite else math.nan
+        use = "chosen" if rate == choice.rate else "" if rate in choice.rates else "no candidate"
+        row = arm.label, rate, mean, len(finite), len(losses), use, statistics.noise(losses).rms
+        rows.append((*row, c.rate_gaps.get((arm, rate))))
+    return table(
         "learning-rates",
         "Learning rates, and the gaps at each",
-        f"Mean validation loss at each rate, and its gap to {REFERENCE} at the same rate: a family of its own. An arm "
-        f"is taken at its best rate if it was run at {MIN_RATES} or more.",
+        f"Mean validation loss at each rate, and its gap to {REFERENCE} at the same rate: a family of its own. Noise: "
+        "root mean square difference of two runs of different seeds. An arm is taken at its best rate if it was run at "
+        f"{MIN_RATES} or more.",
+        "arm|learning rate|validation loss|ended|runs|choice|noise|gap",
         rows,
-        columns | {"it is": lambda r: r["gap"] and show_class(r["gap"]) or ""},
     )
 
 
 def pairwise_table(c):
-    place = {arm: i for i, arm in enumerate(c.ranked)}
-    rows = [
-        {"format": short(arm, c), "other": short(other, c), "difference": judged}
-        for (arm, other), judged in c.pairs.items()
-        if place[arm] < place[other]
-    ]
-    return Table(
+    pairs = [both for both in itertools.combinations(c.ranked, 2) if both in c.pairs]
+    return table(
         "pairs",
         "Every pair of formats",
         f"First minus other, each at the rate of the opening table; pairs with {REFERENCE} are its gaps.",
-        rows,
+        "format|other|difference",
+        [(short(arm, c), short(other, c), c.pairs[arm, other]) for arm, other in pairs],
     )
 
 
-def warnings_table(crossings):
+def warnings_table(c, crossings):
     """crossings: {arm: {statistic: (seed, crossing)}}, the earliest over the arm's seeds."""
     rows = []
     for arm, found in crossings.items():
         for statistic, (seed, crossing) in sorted(found.items(), key=lambda item: item[1][1][0]):
-            names = ("step", "layer", "value", "limit", "layers")
-            rows.append({"arm": arm.label, "statistic": statistic, "seed": seed, **dict(zip(names, crossing))})
-    return Table(
+            rows.append((arm.label, statistic, seed, *crossing))
+    config = next((run.config for run in c.all_runs if run.config), {})
+    limits = [
+        f"{t.statistic} {'>' if t.above else '<'} {config.get(t.setting, t.value):g} {t.unit}" for t in THRESHOLDS
+    ]
+    return table(
         "early-warnings",
         "Early warnings: when each statistic first crossed its threshold",
         "The earliest of the arm's seeds, on single recorded rows. Early is not the same as harmful: many formats "
-        "cross one at step 1 and train all the same.",
-        rows,
-    )
-
-
-def thresholds_table(c):
-    config, rows = next((run.config for run in c.all_runs if run.config), {}), []
-    for t in THRESHOLDS:
-        warns = f"{'above' if t.above else 'below'} {config.get(t.setting, t.value):g}"
-        if t.statistic == "stable_rank" and "rank_threshold_strict" in config:
-            strict = config["rank_threshold_strict"]
-            warns += f" ({strict:g} for the head and the projections into the residual stream)"
-        source = f"the setting {t.setting}" if t.setting in config else "fixed here"
-        row = {"statistic": t.statistic, "warns": warns, "unit": t.unit, "from": source}
-        rows.append(row | {"where": "stored weights only" if t.stored else ""})
-    return Table(
-        "thresholds",
-        "Thresholds of the early warnings",
-        "A setting's value is taken from each run's own config; shown is the first run's.",
+        "cross one at step 1 and train all the same. Thresholds, as the first run has them, update_gain and "
+        f"lost_update for stored weights only: {'; '.join(limits)}.",
+        "arm|statistic|seed|step|layer|value|limit|layers that crossed then",
         rows,
     )
 
@@ -540,24 +515,26 @@ def checks(c):
 
 
 def runs_table(c):
-    order = {DAMAGED: 0, UNFINISHED: 1, LOST: 2, FINISHED: 3}
-    rows = []
+    order, rows = {DAMAGED: 0, UNFINISHED: 1, LOST: 2, FINISHED: 3}, []
     for run in sorted(c.all_runs, key=lambda run: order[run.state]):
-        known = run.arm is not None
-        row = {"run": run.name, "arm": run.arm.label if known else None}
-        row |= {"learning_rate": run.learning_rate if known else None, "seed": run.seed if known else None}
-        row |= {"data_seed": run.config["data_seed"] if known else None}
-        row |= {"state": run.state if run.state != FINISHED or run.sound else "finished, not sound"}
-        row |= {"val_loss": f"{run.val_loss:.4f}" if math.isfinite(run.val_loss) else None, "remark": run.reason}
-        rows.append(row)
-    return Table("runs", "All runs", "Unfinished and damaged runs are counted nowhere.", rows)
+        identity = (run.arm.label, run.learning_rate, *run.draw) if run.arm else [None] * 4
+        state = run.state if run.state != FINISHED or run.sound else "finished, not sound"
+        loss = f"{run.val_loss:.4f}" if math.isfinite(run.val_loss) else None
+        rows.append((run.name, *identity, state, loss, run.reason))
+    return table(
+        "runs",
+        "All runs",
+        "Unfinished and damaged runs are counted nowhere.",
+        "run|arm|learning rate|seed|data seed|state|validation loss|remark",
+        rows,
+    )
 
 
 def troubles(c):
     """[(run name, state, reason)] of what a reader must know: damaged, unfinished and lost runs, duplicates."""
     order = (DAMAGED, UNFINISHED, LOST, FINISHED)
-    said = [(state, run) for state in order for run in c.all_runs if run.state == state and run.reason]
-    return [(run.name, state, run.reason) for state, run in said] + [
+    said = [run for state in order for run in c.all_runs if run.state == state and (run.reason or state != FINISHED)]
+    return [(run.name, run.state, run.reason) for run in said] + [
         (run.name, "left out", f"the same arm, learning rate and seed as {other.name}") for run, other in c.duplicates
     ]
 
@@ -573,15 +550,11 @@ def kind_of_run(run):
         formats = f"recipes of {len(config.get('recipe_program') or config['recipe'])}"
     elif not config.get("use_fp8"):
         formats = f"no format, {arm.format}"
-    watch = f"metrics {config.get('metrics', 'all')}" + (
-        f", reference gradient every {config['reference_interval']}" if config["reference_gradient"] else ""
-    )
-    try:
-        device = run.manifest["starts"][-1]["device"]["kind"]
-    except (KeyError, IndexError, TypeError):
-        device = "device not recorded"
-    kept = AT_REST_LABELS.get(arm.at_rest, arm.at_rest) if arm.at_rest != MASTER else ""
-    return "; ".join(filter(None, (formats, kept, arm.optimizer if arm.optimizer != ADAMW else "", watch, device)))
+    every = f", reference gradient every {config['reference_interval']}" if config["reference_gradient"] else ""
+    starts = run.manifest.get("starts") or [{}]
+    device = (starts[-1].get("device") or {}).get("kind", "device not recorded")
+    how = "; ".join(Arm("", at_rest=arm.at_rest, optimizer=arm.optimizer).treatment_parts)
+    return "; ".join(filter(None, (formats, how, f"metrics {config.get('metrics', 'all')}{every}", device)))
 
 
 def speed_table(c, reader):
@@ -591,22 +564,19 @@ def speed_table(c, reader):
         if run.ended and isinstance(run.verdict.get("step_time_s"), float | int):
             kinds.setdefault(kind_of_run(run), []).append(run)
     for kind, runs in sorted(kinds.items()):
-        step_ms = [1e3 * run.verdict["step_time_s"] for run in runs]
-        seconds = {"compiled": [], "eval": [], "diagnosis": []}
-        for run in runs:
-            for event in reader.timing(run)[1]:
-                if event["event"] in seconds and isinstance(event.get("seconds"), float | int):
-                    seconds[event["event"]].append(event["seconds"])
+        ms = [1e3 * run.verdict["step_time_s"] for run in runs]
         rates = [run.verdict["tokens_per_s"] for run in runs if run.verdict.get("tokens_per_s")]
-        row = {"kind_of_run": kind, "runs": len(runs), "ms_per_step": float(np.median(step_ms))}
-        row |= {"lowest": min(step_ms), "highest": max(step_ms), "tokens_per_s": float(np.median(rates or [math.nan]))}
-        rows.append(row | {f"{name}_s": float(np.median(found or [math.nan])) for name, found in seconds.items()})
-    return Table(
+        events = [event for run in runs for event in reader.timing(run)[1] if "seconds" in event]
+        seconds = ([e["seconds"] for e in events if e["event"] == name] for name in ("compiled", "eval", "diagnosis"))
+        medians = (float(np.median(found or [math.nan])) for found in (ms, rates, *seconds))
+        rows.append((kind, len(runs), min(ms), max(ms), *medians))
+    return table(
         "throughput",
         "Throughput, and what measuring costs",
-        "Medians over the runs of a kind. A record does not say how much of a step went into its statistics: compare "
-        "kinds that differ in the metrics alone, or run scripts/bench.py, which interleaves them. Runs that shared a "
-        "machine slowed each other.",
+        "Medians over the runs of a kind; compiling, an evaluation and a diagnosis in seconds. To see what measuring "
+        "costs, compare kinds that differ in the metrics alone, or run scripts/bench.py, which interleaves them. Runs "
+        "that shared a machine slowed each other.",
+        "kind of run|runs|lowest ms|highest ms|ms per step|tokens per s|compiling|evaluation|diagnosis",
         rows,
     )
 

@@ -6,12 +6,12 @@ const unpack = async (name) => {
 
 const draw = async (place) => {
   const spec = JSON.parse(document.getElementById(place.dataset.chart + "-spec").textContent);
-  spec.data = { values: await unpack(place.dataset.chart + ".csv"), format: { type: "csv" } };
-  const { view } = await vegaEmbed(place, spec, { renderer: "svg", actions: false, tooltip: { theme: "custom" } });
+  spec.data.values = await unpack(place.dataset.chart + ".csv");
+  const { view } = await vegaEmbed(place, spec, { renderer: "svg", actions: false, logLevel: 1 });
   return view;
 };
 
-// A menu of one choice is no choice. Each chart's view, for whoever wants to look into it.
+// Each chart's view, for whoever wants to look into it.
 const charts = {};
 const ready = (async () => {
   for (const place of document.querySelectorAll(".chart")) charts[place.dataset.chart] = await draw(place);
