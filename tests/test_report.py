@@ -3,6 +3,7 @@
 import base64
 import csv
 import gzip
+import importlib.util
 import io
 import itertools
 import json
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_folders import EVERY, LAYERS, RATES, SEEDS, STEPS, jitter, rules, write_run
+from report_folders import EVERY, LAYERS, RATES, SEEDS, STEPS, jitter, rules, study, write_run
 
 from altgrad_jax import cli, report
 from altgrad_jax import config as settings
 from altgrad_jax.errors import UserError
-from altgrad_jax.report import analysis, figures, tables
+from altgrad_jax.report import analysis, figures, statistics, tables
 from altgrad_jax.report.analysis import Comparison
+from altgrad_jax.report.needs import lacking
 from altgrad_jax.report.page import notes
 from altgrad_jax.report.runs import (
     DAMAGED,
@@ -34,7 +36,7 @@ from altgrad_jax.report.runs import (
     find,
     read_curves,
 )
-from altgrad_jax.run.record import read_history, write_window_losses
+from altgrad_jax.run.record import read_history, read_window_losses, write_window_losses
 from altgrad_jax.run.verdict import make_verdict, write_verdict
 
 ROOT = Path(__file__).parent.parent
@@ -482,6 +484,45 @@ def test_settings_of_the_formats_make_arms_of_their_own(tmp_path):
     assert c.reference == Arm("BF16")
 
 
+def test_one_setting_is_compared_with_the_same_arm_without_it(tmp_path):
+    """Scale rounding, scaling and history were arms of their own that nothing compared."""
+    factors = {"scale_rounding": "float32", "scaling": "current", "amax_history": 64}
+    for seed in SEEDS:
+        write_run(tmp_path / f"b{seed}", val=seed_loss(seed), seed=seed)
+        for twice in ("E4M3", "E5M2", "E3M4"):
+            write_run(tmp_path / f"{twice}{seed}", val=seed_loss(seed) + 0.1, seed=seed, **rules(twice))
+        for i, (name, value) in enumerate(factors.items()):
+            loss = seed_loss(seed) + 0.1 * i + jitter(name, seed, 0.002)
+            write_run(tmp_path / f"{name}{seed}", val=loss, seed=seed, **rules("E4M3"), **{name: value})
+    c = Comparison(Reader().runs([tmp_path]))
+    found = {row["setting"]: row["effect"] for row in tables.effects_table(c).rows}
+    assert {name: judged.kind for name, judged in found.items()} == {
+        "scale_rounding=float32": "better",
+        "scaling=current": "equivalent",
+        "amax_history=64": "worse",
+    }
+    words = dict(tables.answer(c))
+    heading = "scale_rounding=float32 against the same without it (float32 master; same format, learning rate and seed)"
+    assert words[heading] == "better: E4M3 (\N{MINUS SIGN}0.100)."
+    rows = tables.rates_table(c).rows
+    assert any(row["arm"] == "E4M3, amax_history=64" for row in rows)
+
+
+def test_ablations_are_read_at_the_arms_own_rate(tmp_path):
+    """They were read at the rate that had most of them, and E0M7's gap arose at another."""
+    for rate, seed in itertools.product(RATES, SEEDS):
+        common = {"learning_rate": rate, "seed": seed}
+        write_run(tmp_path / f"b{rate}-{seed}", val=bf16(seed, rate), **common)
+        write_run(tmp_path / f"e{rate}-{seed}", val=loss_of("E5M2", seed, rate), **common, **rules("E5M2"))
+        for operand in "WAG" if rate == 0.002 else "W" if rate == 0.001 else "":
+            value = bf16(seed, rate) + 0.1 + jitter(operand, seed, 0.001)
+            write_run(tmp_path / f"{operand}{rate}-{seed}", val=value, **common, **rules("E5M2", operand))
+    c = Comparison(Reader().runs([tmp_path]))
+    assert c.choice(Arm("E5M2")).rate == 0.001 and list(c.costs) == ["E5M2"]
+    rate, causes = c.costs["E5M2"]
+    assert rate == 0.001 and list(causes) == ["forward (W)"]
+
+
 @pytest.mark.parametrize(
     "field, value, shown",
     [
@@ -592,6 +633,19 @@ def test_folders_are_found_at_any_depth_but_not_below_a_run(tmp_path):
         report.build([tmp_path / "empty"])
 
 
+def test_links_are_read_and_links_to_nothing_are_named(tmp_path):
+    """A folder that was a link was dropped in silence."""
+    write_run(tmp_path / "elsewhere" / "run", val=2.0)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "one").symlink_to(tmp_path / "elsewhere" / "run")
+    (tmp_path / "runs" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "back").symlink_to(tmp_path / "runs")
+    (tmp_path / "runs" / "gone").symlink_to(tmp_path / "nowhere")
+    damaged, found = sorted(Reader().runs([tmp_path / "runs"]), key=lambda run: run.state)
+    assert found.state == FINISHED and damaged.state == DAMAGED
+    assert damaged.name == "gone" or "gone is a link to" in damaged.reason and "does not exist" in damaged.reason
+
+
 def test_curves_cut_from_the_lines_equal_the_parsed_record(tmp_path):
     write_run(
         tmp_path / "r",
@@ -630,9 +684,17 @@ def read_csv(content):
     return list(csv.DictReader(io.StringIO(content.decode())))
 
 
+@pytest.fixture(autouse=True)
+def no_bundle(monkeypatch):
+    """The page without the libraries that draw it, which take seconds to bundle; the test in a browser has them."""
+    monkeypatch.setattr(report.page, "vega", lambda: "")
+
+
 @pytest.fixture(scope="module")
 def html(page):
-    return page.html()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.page, "vega", lambda: "")
+        return page.html()
 
 
 def test_the_page_needs_nothing_but_itself(html):
@@ -784,14 +846,22 @@ def command(*arguments):
     )
 
 
+def script():
+    """scripts/report.py as a module."""
+    spec = importlib.util.spec_from_file_location("report_script", ROOT / "scripts" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_command(tmp_path):
     write_run(tmp_path / "runs" / "b", val=2.0)
     done = command(tmp_path / "runs", "-o", tmp_path / "r.html", "-o", tmp_path / "r.md")
     assert done.returncode == 0 and done.stderr == "" and (tmp_path / "r.md").exists(), done.stderr
     assert "No finished run in a number format" in done.stdout
+    assert "window.vegaEmbed=" in (tmp_path / "r.html").read_text()
     done = command(tmp_path / "none", "-o", tmp_path / "r.html")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert command(tmp_path / "runs", "-o", "r.pdf").returncode == 2
 
 
 @pytest.mark.parametrize("margin", [0, -0.1, math.nan, math.inf])
@@ -800,13 +870,13 @@ def test_a_margin_that_cannot_be_is_refused_in_one_sentence(tmp_path, margin):
         report.build([tmp_path], margin=margin)
 
 
-def test_the_command_takes_a_margin(tmp_path):
-    write_run(tmp_path / "runs" / "b", val=2.0)
-    write_run(tmp_path / "runs" / "e", val=2.0, **rules("E4M3"))
-    done = command(tmp_path / "runs", "-o", tmp_path / "r.md", "--margin=0.5")
-    assert done.returncode == 0 and "within 0.5 nats of 0" in (tmp_path / "r.md").read_text()
-    done = command(tmp_path / "runs", "-o", tmp_path / "r.md", "--margin=0")
-    assert done.returncode == 2 and done.stderr.startswith("error: --margin=0 ") and done.stderr.count("\n") == 1
+def test_the_command_takes_a_margin_and_refuses_other_files(tmp_path):
+    write_run(tmp_path / "b", val=2.0)
+    options = {"runs": [tmp_path], "data": None, "live": False, "seconds": 30}
+    script().run(output=[tmp_path / "r.md"], margin=0.5, **options)
+    assert "within 0.5 nats of 0" in (tmp_path / "r.md").read_text()
+    with pytest.raises(UserError, match="r.pdf cannot be used: give a name that ends in .html or .md"):
+        script().run(output=["r.pdf"], margin=0.5, **options)
 
 
 def test_no_jax_and_no_matplotlib():
@@ -842,11 +912,7 @@ def test_live_renders_until_every_run_is_finished(tmp_path):
 
 def test_interrupting_live_is_a_clean_130(tmp_path, monkeypatch):
     write_run(tmp_path / "b", val=2.0, steps=9, ended=False)
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import report as script
-    finally:
-        sys.path.pop(0)
+    main = script()
 
     def interrupted(seconds):
         raise KeyboardInterrupt
@@ -854,7 +920,7 @@ def test_interrupting_live_is_a_clean_130(tmp_path, monkeypatch):
     monkeypatch.setattr(report.live, "__kwdefaults__", {**report.live.__kwdefaults__, "sleep": interrupted})
     argv = [str(tmp_path), "-o", str(tmp_path / "r.html"), "--live"]
     with pytest.raises(SystemExit) as stopped:
-        cli.main(script.run, script.FLAGS, usage="", arguments=script.ARGUMENTS, argv=argv)
+        cli.main(main.run, main.FLAGS, usage="", arguments=main.ARGUMENTS, argv=argv)
     assert stopped.value.code == 130 and (tmp_path / "r.html").exists()
 
 
@@ -896,18 +962,9 @@ def test_a_page_that_cannot_be_written_leaves_no_other(tmp_path):
     assert not (tmp_path / "a.md").exists()
 
 
-@pytest.mark.parametrize(
-    "version, added",
-    [
-        (
-            1,
-            settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5 | settings.ADDED_IN_6,
-        ),
-        (2, settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5 | settings.ADDED_IN_6),
-        (4, settings.ADDED_IN_5 | settings.ADDED_IN_6),
-    ],
-)
-def test_runs_of_earlier_versions_are_read(tmp_path, version, added):
+@pytest.mark.parametrize("version", range(1, 7))
+def test_runs_of_every_version_are_read(tmp_path, version):
+    added = set().union(*(getattr(settings, f"ADDED_IN_{later}") for later in range(version + 1, 7)))
     run = write_run(tmp_path / "old", val=3.0)
     path = run / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -937,6 +994,44 @@ def test_losses_are_over_every_window_where_all_runs_have_them(tmp_path):
     write_window_losses(folders[3], STEPS - 1, np.float32([1.0, 7.0]))  # of another step
     write_verdict(folders[3], make_verdict(folders[3]))
     assert not Comparison(Reader().runs([tmp_path])).over_all_windows
+
+
+def test_a_gap_has_an_interval_over_windows_beside_that_over_pairs(tmp_path):
+    c = Comparison(Reader().runs([study(tmp_path)]))
+    d, found = c.gap(Arm("E4M3")).d, c.spreads[Arm("E4M3")]
+    cells = [c.cell(arm, 6e-4) for arm in (Arm("E4M3"), Arm("BF16"))]
+    losses = [[read_window_losses(cell[draw].path)[1].astype(float) for draw in d.draws] for cell in cells]
+    gaps_PE = np.array(losses[0]) - np.array(losses[1])
+    np.testing.assert_allclose(gaps_PE.mean(1), d.values, atol=1e-6)
+    assert found == statistics.spread(d, gaps_PE) and found.high - found.low > d.high - d.low
+    assert "windows" in tables.variation(c) and "data order" in tables.variation(c)
+    row = cells_of(tables.spread_table(c), "E4M3")
+    assert row["interval over windows too"] == tables.show_interval(found.low, found.high)
+    rows = [row for row in tables.spread_table(c).rows if row["format"] == "E4M3"]
+    assert sum(rows[0][name] for name in found.parts) == pytest.approx(1)
+
+
+def test_what_a_report_will_lack_is_said_before_the_runs():
+    base = dict(settings.default_config()) | {"run_name": "r"}
+    draws = [{"seed": seed, "data_seed": order} for seed, order in itertools.product(SEEDS, (1, 2))]
+    full = [base | {"evaluate_all": True, "learning_rate": rate} | draw for rate in RATES for draw in draws]
+    formats = [config | rules("E4M3") for config in full]
+    assert lacking(full + formats) == [] and lacking(full) == []
+    assert lacking(formats) == [
+        "no member trains in bfloat16, so that there is no gap to show: add members with use_fp8=False"
+    ]
+    alone = formats[0] | {"run_name": "alone", "seed": 9}
+    (said,) = lacking([*full, *formats, alone])
+    assert said.startswith(
+        "1 of 31 members in a format, such as alone, have no bfloat16 member of the same learning_rate"
+    )
+    one = base | {"recipe": ("mxfp8",)}
+    said = lacking([base, one])
+    assert [sentence.partition(": ")[2] for sentence in said] == [
+        "give seed 5 values or more",
+        "give 3 values or more",
+        "set evaluate_all=True",
+    ]
 
 
 def test_the_page_names_what_the_scales_come_from(tmp_path):

@@ -384,7 +384,7 @@ def test_blocks_are_as_long_as_the_text_is_alike():
 
 
 def test_variance_of_a_gap_is_split_into_its_sources():
-    """60 pairs by 60 windows with 9, 4 and 1 for pairs, windows and both: a 60th of each is the mean's, a 3600th of both."""
+    """60 pairs by 60 windows, sources of 9, 4 and 1: the mean has a 60th of the first two, a 3600th of the third."""
     rng = np.random.default_rng(4)
     gaps_PE = rng.normal(0, 3, 60)[:, None] + rng.normal(0, 2, 60) + rng.normal(0, 1, (60, 60))
     d = paired({(k, k): gap for k, gap in enumerate(gaps_PE.mean(1))}, {(k, k): 0.0 for k in range(60)})

@@ -25,10 +25,10 @@ import numpy as np
 
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
 from altgrad_jax.report import statistics
+from altgrad_jax.report.needs import MIN_RATES
 from altgrad_jax.report.runs import FINISHED, LOST, OPERANDS, REFERENCE, Arm, check_comparable, name_variants
 from altgrad_jax.run.alerts import is_bottleneck
 
-MIN_RATES = 3
 ADAMW = "adamw"
 MASTER = "float32"
 SAME_GRID = ("E0M7", "E1M6")  # two names of one grid, up to a power of two

@@ -138,7 +138,7 @@ def gaps(c):
         place.mark_rule(color="#8b949e", clip=True).encode(x=alt.datum(0)),
         rows_kept.mark_rule(clip=True, size=1).encode(x="all_low:Q", x2="all_high:Q"),
         rows_kept.mark_rule(clip=True, size=3).encode(x="gap_low:Q", x2="gap_high:Q"),
-        rows_kept.mark_circle(clip=True, size=80, opacity=1).encode(x=x_axis).add_params(_zoom("x")),
+        rows_kept.mark_circle(clip=True, size=80, opacity=1).encode(x=x_axis).add_params(_zoom("x"), chosen),
         rows_kept.transform_calculate(beyond="format(datum.gap_mean, '+.2f') + ' \u25b6'")
         .mark_text(align="right", fontSize=11)
         .encode(x=alt.value("width"), text="beyond:N", opacity=beyond),
@@ -151,7 +151,7 @@ def gaps(c):
         "the thin line the interval over validation windows too. Left of 0 is better than BF16; the grey band is the "
         f"margin of {c.margin:g}. Click a class in the legend to see it alone; drag to move, Alt + wheel to zoom.",
         rows,
-        _page(layers, how, at, chosen, height=alt.Step(22)),
+        _page(layers, how, at, height=alt.Step(22)),
     )
 
 
@@ -235,11 +235,11 @@ def _lines(name, title, aid, rows, y_title, middle="mean", menu="treatment", def
     band = alt.when(chosen).then(alt.value(0.13)).otherwise(alt.value(0))
     layers = [
         chart.mark_area(clip=True).encode(alt.Y("lowest:Q", scale=shown), y2="highest:Q", opacity=band),
-        chart.mark_line(clip=True, size=2).encode(opacity=opacity).add_params(_zoom("x", "y")),
+        chart.mark_line(clip=True, size=2).encode(opacity=opacity).add_params(_zoom("x", "y"), chosen),
         chart.mark_circle(clip=True, size=90, opacity=0),
         chart.transform_filter("datum.lost > 0").mark_point(shape="cross", clip=True, size=60).encode(opacity=opacity),
     ]
-    return Figure(name, title, f"{aid} {_HOW}", rows, _page(layers, how, chosen, height=300))
+    return Figure(name, title, f"{aid} {_HOW}", rows, _page(layers, how, height=300))
 
 
 def _palette(rows):

@@ -8,7 +8,7 @@ from functools import cache
 
 import jinja2
 
-from altgrad_jax.report import figures, tables
+from altgrad_jax.report import tables
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("altgrad_jax.report"),
@@ -64,6 +64,8 @@ class Report:
 
     def figures(self):
         """The figures that these runs have numbers for; the first is the answer."""
+        from altgrad_jax.report import figures  # Altair takes a second to import, and Markdown has no charts
+
         c = self.c
         over_steps = figures.gaps_over_steps(c, True), figures.gaps_over_steps(c, False), figures.losses(c)
         of_layers = (make(c, self.reader) for make in (figures.heat, figures.code_use, figures.rank_health))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from altgrad_jax.report import analysis, statistics
-from altgrad_jax.report.analysis import ADAMW, MASTER, MIN_RATES, SAME_GRID, THRESHOLDS, base_of, changed
+from altgrad_jax.report.analysis import ADAMW, MASTER, SAME_GRID, THRESHOLDS, base_of, changed
+from altgrad_jax.report.needs import MIN_RATES
 from altgrad_jax.report.runs import AT_REST_LABELS, DAMAGED, FINISHED, LOST, REFERENCE, UNFINISHED, Arm
 from altgrad_jax.report.statistics import (
     BETTER,
