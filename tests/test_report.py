@@ -720,7 +720,7 @@ def test_every_table_and_figure_has_its_data_in_the_page(page, html):
     packed = dict(re.findall(r'<script type="application/gzip" id="([^"]+)">([^<]*)</script>', html))
     linked = {name: gzip.decompress(base64.b64decode(text)) for name, text in packed.items()}
     assert linked == dict(page.data())
-    expected = "ranking gaps costs effects learning-rates pairs early-warnings throughput runs gap-intervals losses"
+    expected = "ranking gaps costs effects learning-rates pairs early-warnings runs gap-intervals losses"
     expected += " gap-validation gap-training codes rank heat"
     assert set(linked) == {f"{name}.csv" for name in expected.split()}
 
@@ -805,8 +805,6 @@ def test_data_of_the_tables_are_the_numbers_shown(page, compared):
     assert float(row["p_holm"]) == compared.gap(Arm("E4M3")).holm_p and row["class"] == "worse"
     row = next(row for row in read_csv(data["gaps.csv"]) if row["format"] == "E7M0")
     assert (row["gap_n"], row["gap_pairs"]) == ("3", "5")
-    speed = read_csv(data["throughput.csv"])
-    assert all(float(row["ms_per_step"]) == 250 and float(row["compiling"]) == 3 for row in speed)
 
 
 def test_markdown_says_the_same(page, tmp_path):
@@ -859,7 +857,7 @@ def test_command(tmp_path):
     done = command(tmp_path / "runs", "-o", tmp_path / "r.html", "-o", tmp_path / "r.md")
     assert done.returncode == 0 and done.stderr == "" and (tmp_path / "r.md").exists(), done.stderr
     assert "No finished run in a number format" in done.stdout
-    assert "window.vegaEmbed=" in (tmp_path / "r.html").read_text()
+    assert "window.vegaEmbed" in (tmp_path / "r.html").read_text()
     done = command(tmp_path / "none", "-o", tmp_path / "r.html")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 

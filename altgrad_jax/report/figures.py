@@ -45,7 +45,7 @@ class Figure:
     title: str
     aid: str
     rows: list
-    chart: alt.LayerChart
+    chart: alt.LayerChart | alt.FacetChart
 
     @property
     def data(self):

@@ -24,7 +24,7 @@ def vega():
     """Vega, Vega-Lite and Vega-Embed as one script."""
     import vl_convert
 
-    return vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
 
 
 def in_script(value):
@@ -59,8 +59,7 @@ class Report:
         shown = tables.gaps_table, tables.spread_table, tables.costs_table, tables.effects_table
         self.tables = [table for make in shown if (table := make(c)).rows]
         last = tables.rates_table(c), tables.pairwise_table(c), tables.warnings_table(c, every)
-        last = *last, tables.speed_table(c, reader), tables.runs_table(c)
-        self.details = [table for table in last if table.rows]
+        self.details = [table for table in (*last, tables.runs_table(c)) if table.rows]
 
     def figures(self):
         """The figures that these runs have numbers for; the first is the answer."""

@@ -36,12 +36,10 @@ from altgrad_jax.run.record import (
     DIAGNOSTICS,
     MANIFEST,
     METRICS,
-    TIMING,
     read_diagnostics,
     read_history,
     read_manifest,
     read_rows,
-    read_timing,
     read_window_losses,
 )
 from altgrad_jax.run.verdict import UNSOUND_ALERTS, VERDICT
@@ -375,10 +373,6 @@ class Reader:
         except UserError as error:
             run.reason = str(error)
             return otherwise
-
-    def timing(self, run):
-        """(rows, events) of timing.jsonl."""
-        return self._cached("timing", (run.path / TIMING,), lambda: read_timing(run.path))
 
 
 # ------------------------------------------------------------------------------------------------- identifying

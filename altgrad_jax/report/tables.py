@@ -540,48 +540,6 @@ def troubles(c):
     ]
 
 
-# ------------------------------------------------------------------------------------------------------ speed
-
-
-def kind_of_run(run):
-    """Words for what decides a run's speed: formats, storage, optimizer, what it measures, and the device."""
-    config, arm = run.config, run.arm
-    formats = "formats" if arm.plain else "formats, some operands"
-    if config.get("recipe"):
-        formats = f"recipes of {len(config.get('recipe_program') or config['recipe'])}"
-    elif not config.get("use_fp8"):
-        formats = f"no format, {arm.format}"
-    every = f", reference gradient every {config['reference_interval']}" if config["reference_gradient"] else ""
-    starts = run.manifest.get("starts") or [{}]
-    device = (starts[-1].get("device") or {}).get("kind", "device not recorded")
-    how = "; ".join(Arm("", at_rest=arm.at_rest, optimizer=arm.optimizer).treatment_parts)
-    return "; ".join(filter(None, (formats, how, f"metrics {config.get('metrics', 'all')}{every}", device)))
-
-
-def speed_table(c, reader):
-    """The finished runs' timing by kind."""
-    kinds, rows = {}, []
-    for run in c.all_runs:
-        if run.ended and isinstance(run.verdict.get("step_time_s"), float | int):
-            kinds.setdefault(kind_of_run(run), []).append(run)
-    for kind, runs in sorted(kinds.items()):
-        ms = [1e3 * run.verdict["step_time_s"] for run in runs]
-        rates = [run.verdict["tokens_per_s"] for run in runs if run.verdict.get("tokens_per_s")]
-        events = [event for run in runs for event in reader.timing(run)[1] if "seconds" in event]
-        seconds = ([e["seconds"] for e in events if e["event"] == name] for name in ("compiled", "eval", "diagnosis"))
-        medians = (float(np.median(found or [math.nan])) for found in (ms, rates, *seconds))
-        rows.append((kind, len(runs), min(ms), max(ms), *medians))
-    return table(
-        "throughput",
-        "Throughput, and what measuring costs",
-        "Medians over the runs of a kind; compiling, an evaluation and a diagnosis in seconds. To see what measuring "
-        "costs, compare kinds that differ in the metrics alone, or run scripts/bench.py, which interleaves them. Runs "
-        "that shared a machine slowed each other.",
-        "kind of run|runs|lowest ms|highest ms|ms per step|tokens per s|compiling|evaluation|diagnosis",
-        rows,
-    )
-
-
 def early_warnings(c, reader):
     """({arm: (seed, (statistic, crossing)) or None}, {arm: {statistic: (seed, crossing)}}) of AdamW's arms."""
     first, every = {}, {}
