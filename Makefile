@@ -2,6 +2,7 @@
 # make test    sets everything up and passes the tests
 # make lint    style and types
 # make oracle  the tests against torch, transformers and torchao (large downloads)
+# make browser  the tests of the report's page in headless Chromium (Debian: apt-get install chromium; or CHROMIUM=PATH)
 # make gpu-program  the tests of the programs that a GPU would run, compiled without one
 #
 # ARGS goes to the training script:  make train ARGS="--config.max_steps=300"
@@ -24,7 +25,7 @@ ifneq ($(shell nvidia-smi -L 2>/dev/null),)
   CUDA_EXTRA := [cuda$(CUDA_MAJOR)]
 endif
 
-.PHONY: train test oracle gpu-program lint clean
+.PHONY: train test oracle browser gpu-program lint clean
 
 train: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config configs/bf16_baseline.py $(ARGS)
@@ -35,10 +36,13 @@ QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m exact $(PARALLEL)
-	XLA_FLAGS="$(QUICK)" $(BIN)/python -m pytest -m "not exact and not oracle and not gpu_program" $(PARALLEL)
+	XLA_FLAGS="$(QUICK)" $(BIN)/python -m pytest -m "not exact and not oracle and not browser and not gpu_program" $(PARALLEL)
 
 oracle: $(VENV)/.oracle
 	$(BIN)/python -m pytest -m oracle
+
+browser: $(VENV)/.test
+	$(BIN)/python -m pytest -m browser tests/test_report_browser.py
 
 gpu-program: $(GPU_PROGRAM)/.installed
 	$(GPU_PROGRAM)/bin/python -m pytest -m gpu_program tests/test_gpu_program.py

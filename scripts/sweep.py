@@ -1,13 +1,16 @@
 """Train many runs that differ in some settings, in as few compiled programs as there can be.
 
   python scripts/sweep.py --config configs/matrix.py --out runs/matrix
-  python scripts/sweep.py --config configs/small.py --out runs/s --axes="learning_rate=1e-3,2e-3;seed=0,1,2"
+  python scripts/sweep.py --config configs/small.py --out runs/s --axes="formats=none,E4M3,mxfp8;seed=1,2,3"
   python scripts/sweep.py --config configs/matrix.py --out runs/matrix --dry_run       # what it would do
   python scripts/sweep.py --config configs/matrix.py --out runs/matrix --shard=2/8     # one of eight machines
 
 The members are those of get_sweep(config) in the config file, a list of {setting: value}, or the grid of --axes. Each
-is a run folder below --out, as scripts/train.py writes it. The same command again goes on where it stopped.
+is a run folder below --out, as scripts/train.py writes it. The same command again goes on where it stopped. Before it
+starts, it says what scripts/report.py would lack.
 """
+
+import sys
 
 from absl import flags
 
@@ -16,7 +19,10 @@ from altgrad_jax import cli
 FLAGS = cli.new_flags(device=True, data_dir=True)
 flags.DEFINE(cli.FOLDER, "out", "runs/sweep", "folder of the run folders", flag_values=FLAGS)
 flags.DEFINE_string(
-    "axes", None, "grid in place of get_sweep(): SETTING=VALUE,VALUE;SETTING=VALUE,...", flag_values=FLAGS
+    "axes",
+    None,
+    "grid in place of get_sweep(): SETTING=VALUE,VALUE;SETTING=VALUE,...; formats takes none and recipes too",
+    flag_values=FLAGS,
 )
 flags.DEFINE_enum(
     "member_loop",
@@ -52,6 +58,8 @@ flags.DEFINE_bool("dry_run", False, "only say what would be trained, in which me
 
 
 def run(config, *, device, out, axes, shard, **options):
+    from altgrad_jax.config import to_dict
+    from altgrad_jax.report.needs import lacking
     from altgrad_jax.run import sweep
     from altgrad_jax.run.device import use_device
     from altgrad_jax.run.signals import process_age
@@ -59,6 +67,8 @@ def run(config, *, device, out, axes, shard, **options):
     use_device(device)
     points = sweep.parse_axes(axes) if axes is not None else cli.sweep_of(config)
     members = sweep.make_members(config, points, out)
+    for sentence in lacking([to_dict(member.config) for member in members]):
+        print(f"note: the report: {sentence}", file=sys.stderr)
     return sweep.sweep(members, out, shard=sweep.shard_of(shard), age=process_age(), **options)
 
 

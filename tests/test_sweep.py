@@ -324,6 +324,10 @@ def test_axes_from_text():
         (("block_*:W=E4M3", "block_*:G=E5M2"), 0),
         (("block_*:W=E4M3", "block_*:G=E5M2"), 1),
     ]
+    members = make_members(tiny(n_embd=64), sweep.parse_axes("formats=none,E4M3,mxfp8;seed=1,2,3"), "out")
+    numbers = [(m.config.use_fp8, m.config.formats, m.config.recipe, m.config.seed) for m in members]
+    kinds = (False, (), ()), (True, ("E4M3",), ()), (False, (), ("mxfp8",))
+    assert numbers == [(*kind, seed) for kind in kinds for seed in (1, 2, 3)]
     for text, words in (("seed", "give SETTING=VALUE"), ("sed=1", "did you mean seed"), ("seed=x", "seed=x cannot be")):
         with pytest.raises(UserError, match=words):
             sweep.parse_axes(text)

@@ -1,12 +1,13 @@
 """One page from many run folders: how far each format is from BF16, and what each test says of it.
 
-Only run folders are read (manifest, record, diagnostics, timing, verdict), never a checkpoint, and jax is not imported.
+Only run folders are read (manifest, record, diagnostics, losses of windows, verdict), never a checkpoint, and jax is not imported.
 
     runs        finds, identifies and reads run folders, and refuses those that cannot be compared
     statistics  paired differences, their tests, corrections and classes
     analysis    gaps, learning rates, costs of parts, early warnings
-    tables      the words and tables;  panels, figures: the figures and their numbers
-    page        HTML and Markdown
+    tables      the words and tables;  figures: the charts and their numbers
+    page        HTML and Markdown, by the templates beside it
+    needs       what a report will lack, said before the runs are made
 """
 
 import math

@@ -10,7 +10,7 @@ Comparisons that answer one question are one family, and are corrected together 
     rate_gaps  the same at every rate, against BF16 at that rate
     pairs      every two of the ranked arms, but for those with BF16, which are gaps
     costs      ablations: only W, only A, only G in the format against BF16, and weights stored in it against a master
-    effects    a format-aware optimizer against AdamW
+    effects    another optimizer, or another setting of the formats, against the same arm without it
 
 What a part costs is a causal claim and comes from ablations alone. Which statistic crossed a threshold first is an
 early warning beside it, not the cause.
@@ -25,10 +25,10 @@ import numpy as np
 
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
 from altgrad_jax.report import statistics
+from altgrad_jax.report.needs import MIN_RATES
 from altgrad_jax.report.runs import FINISHED, LOST, OPERANDS, REFERENCE, Arm, check_comparable, name_variants
 from altgrad_jax.run.alerts import is_bottleneck
 
-MIN_RATES = 3
 ADAMW = "adamw"
 MASTER = "float32"
 SAME_GRID = ("E0M7", "E1M6")  # two names of one grid, up to a power of two
@@ -253,6 +253,18 @@ class Comparison:
         return statistics.judge_all(found, self.margin)
 
     @cached_property
+    def spreads(self):
+        """{arm: Spread of its gap over pairs and windows}, where the losses of every window are known."""
+        found = {}
+        for arm, judged in self.gaps.items() if self.over_all_windows else ():
+            cells = self.cell(arm, self.choice(arm).rate), self.cell(self.reference, self.reference_rate(arm))
+            losses = [[cell[draw].window_losses for cell in cells] for draw in judged.d.draws]
+            if losses and len({len(one) for pair in losses for one in pair}) == 1:
+                gaps_PE = np.array([mine - its for mine, its in losses])
+                found[arm] = statistics.spread(judged.d, gaps_PE)
+        return {arm: one for arm, one in found.items() if one}
+
+    @cached_property
     def onsets(self):
         """{arm: step}: where the paired validation curves separate from BF16's for good; arms whose gap is separated.
 
@@ -358,7 +370,10 @@ class Comparison:
     # ------------------------------------------------------------------------------------- what each part costs
 
     def _ablations(self, name):
-        """(learning rate, {cause: ((arm, rate), (arm, rate))}) of a format: the rate with most; (None, {}) without."""
+        """(learning rate, {cause: ((arm, rate), (arm, rate))}) of a format; (None, {}) without.
+
+        At the format's own rate if any was run there, else at the rate with most.
+        """
         by_rate = {}
         for operand, cause in zip(OPERANDS, CAUSES):
             for rate in self.rates(Arm(name, operand)):
@@ -377,7 +392,8 @@ class Comparison:
         if not by_rate:
             return None, {}
         sizes = {rate: sum(len(self.cell(*first)) for first, _ in found.values()) for rate, found in by_rate.items()}
-        rate = max(by_rate, key=lambda r: (len(by_rate[r]), sizes[r], -r))
+        own = self.choice(master).rate if master in self.arms else None
+        rate = max(by_rate, key=lambda r: (r == own, len(by_rate[r]), sizes[r], -r))
         return rate, {cause: by_rate[rate][cause] for cause in CAUSES if cause in by_rate[rate]}
 
     @cached_property
@@ -408,17 +424,18 @@ class Comparison:
         between = statistics.judge([statistics.paired(worst.by_draw, one.by_draw) for one in others], self.margin)
         return worst, tuple(one.cause for one, judged in zip(others, between) if judged.kind != statistics.WORSE)
 
-    # -------------------------------------------------------------------------------------------- optimizer
+    # ----------------------------------------------------------------------------------- what one setting changes
 
     @cached_property
     def effects(self):
-        """{(arm, rate): Judged difference to AdamW}: same rate, draws, format and storage."""
-        found = {}
-        for arm in self.arms:
-            if arm.optimizer != ADAMW and arm.plain and arm.format in self.formats:
-                for rate in self.rates(arm):
-                    if self.cell(base_of(arm), rate):
-                        found[arm, rate] = self.difference((arm, rate), (base_of(arm), rate))
+        """{(arm, rate): Judged difference to its `base_of`}: same rate, draws, format and storage."""
+        found = {
+            (arm, rate): self.difference((arm, rate), (base_of(arm), rate))
+            for arm in self.arms
+            if base_of(arm) != arm and arm.plain
+            for rate in self.rates(arm)
+            if self.cell(base_of(arm), rate)
+        }
         return statistics.judge_all(found, self.margin)
 
     # ------------------------------------------------------------------------------------------------ checks
@@ -429,8 +446,14 @@ class Comparison:
 
 
 def base_of(arm):
-    """The arm that differs from this one in having AdamW."""
-    return Arm(arm.format, arm.operands, arm.at_rest, ADAMW, arm.variant)
+    """The arm without what is special in this one: with AdamW, or if it has AdamW without its variant."""
+    variant = arm.variant if arm.optimizer != ADAMW else ""
+    return Arm(arm.format, arm.operands, arm.at_rest, ADAMW, variant)
+
+
+def changed(arm):
+    """What `base_of` takes away, in words."""
+    return arm.optimizer if arm.optimizer != ADAMW else arm.variant
 
 
 def _lost_then_mean(losses):

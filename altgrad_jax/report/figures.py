@@ -1,292 +1,443 @@
-"""Small SVG panels, drawn without a library: crisp at any size, coloured by the page's own CSS, so that one drawing
-serves light and dark. Every panel is as wide as a phone; a grid of them fills a wide page.
+"""The report's figures as Vega-Lite charts (Altair): which numbers each shows, and how. The numbers are its CSV too."""
 
-A series is {"class": CSS class of its colour, "label": words, "x", "y": [points], "low", "high": band or None,
-"dashed", "dots": bool, "crosses": [(x, y)] where a run was lost}. Colours mean the same thing in all figures of a
-page.
-"""
-
-import base64
-import html
+import itertools
 import math
-import struct
-import zlib
+from dataclasses import dataclass
 
+import altair as alt
 import numpy as np
 
-WIDTH, HEIGHT = 340, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 26, 30
+from altgrad_jax.numerics.layers import BLOCK_LAYERS, HEAD
+from altgrad_jax.report.analysis import ADAMW, layers_of
+from altgrad_jax.report.runs import LOST, OPERANDS, REFERENCE, Arm
+from altgrad_jax.report.statistics import BETTER, EQUIVALENT, INCONCLUSIVE, WORSE
+from altgrad_jax.report.tables import flat, format_name, show_class, show_difference, to_csv, treatment
 
-# Anchors of matplotlib's viridis, evenly spaced: monotone in lightness, and so readable without colours too.
-VIRIDIS = np.array(
-    [
-        [68, 1, 84],
-        [72, 40, 120],
-        [62, 73, 137],
-        [49, 104, 142],
-        [38, 130, 142],
-        [31, 158, 137],
-        [53, 183, 121],
-        [110, 206, 88],
-        [181, 222, 43],
-        [253, 231, 37],
-    ],
-    float,
-)
+POINTS = 100  # of a curve, at most; columns of a heat map
+OWN = "its own best"
+NUMBER = int | float | np.number
+# Colours that stay apart for the colour-blind (Okabe & Ito 2008), and that stand out from white and from black.
+CLASSES = {WORSE: "#d55e00", INCONCLUSIVE: "#8b949e", EQUIVALENT: "#2f8fd0", BETTER: "#009e73"}
+SERIES = ["#2f8fd0", "#d55e00", "#009e73", "#b3599a", "#e69f00", "#56b4e9", "#8a7a00", "#8b949e", "#c0392b", "#6a5acd"]
 
-
-def ticks(low, high, n=5):
-    """Round numbers from low to high, about n of them."""
-    if not high > low:
-        return [low]
-    raw = (high - low) / n
-    size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [step * k for k in range(first, math.floor(high / step + 1e-9) + 1)]
+# statistic -> (words, share of badness from 0 to 1, words at the two ends of the colours)
+HEAT = {
+    "overflow": ("overflow", lambda v: (np.log10(np.maximum(v, 1e-6)) + 6) / 6, "0 or 1e-6", "all clipped"),
+    "underflow": ("underflow", lambda v: (np.log10(np.maximum(v, 1e-6)) + 6) / 6, "0 or 1e-6", "all flushed"),
+    "sqnr_db": ("SQNR", lambda v: 1 - v / 50, "50 dB", "0 dB"),
+    "grad_cosine": (
+        "1 \N{MINUS SIGN} cosine with the reference gradient",
+        lambda v: (np.log10(np.maximum(1 - v, 1e-5)) + 5) / 5,
+        "1e-5",
+        "1",
+    ),
+    "update_gain": ("update gain", lambda v: 1 - v, "1 or more", "0"),
+    "lost_update": ("lost updates", lambda v: v, "none", "all"),
+    "not_flipped": ("codes not flipped by one update", lambda v: v, "none", "all"),
+}
 
 
-def tick_label(value, step):
-    digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 2
-    return f"{value:.{min(digits, 6)}f}" if abs(value) < 1e5 else f"{value:.0e}"
+@dataclass(frozen=True)
+class Figure:
+    """A chart under a heading. rows: [{column: value}], its numbers. aid: one line that says how to read it."""
+
+    name: str
+    title: str
+    aid: str
+    rows: list
+    chart: alt.LayerChart | alt.FacetChart
+
+    @property
+    def data(self):
+        """(file name, CSV text) of the numbers."""
+        return f"{self.name}.csv", to_csv(self.rows)
+
+    @property
+    def spec(self):
+        """The Vega-Lite specification. Its data is the CSV, which the page puts in."""
+        numbers = {name for row in flat(self.rows) for name, value in row.items() if isinstance(value, NUMBER)}
+        parse = dict.fromkeys(sorted(numbers), "number")
+        return self.chart.to_dict() | {"data": {"format": {"type": "csv", "parse": parse}}}
 
 
-def text(x, y, words, anchor="start", cls=""):
-    cls = f' class="{cls}"' if cls else ""
-    anchor = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text x="{x:.1f}" y="{y:.1f}"{anchor}{cls}>{html.escape(str(words))}</text>'
+# ------------------------------------------------------------------------------------------------ parts of charts
 
 
-def svg(body, width, height, label):
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label, quote=True)}">{body}</svg>'
+def _choice(name, label, options, default=None):
+    """A menu that keeps the rows whose `name` is the option chosen."""
+    options = list(dict.fromkeys(options))
+    menu = alt.binding_select(options=options, name=f"{label} ")
+    return alt.param(name=f"choose_{name}", bind=menu, value=default if default in options else options[0])
 
 
-def _axes(x_range, y_range, x_label, width=WIDTH, height=HEIGHT):
-    """(marks, x -> pixels, y -> pixels): grid, ticks and labels."""
-    (x0, x1), (y0, y1) = x_range, y_range
-
-    def px(x):
-        return LEFT + (np.asarray(x, float) - x0) / (x1 - x0 or 1) * (width - LEFT - RIGHT)
-
-    def py(y):
-        return height - BOTTOM - (np.asarray(y, float) - y0) / (y1 - y0 or 1) * (height - TOP - BOTTOM)
-
-    parts = []
-    at = ticks(y0, y1)
-    for tick in at:
-        parts.append(f'<path class="grid" d="M{LEFT} {py(tick):.1f}H{width - RIGHT}"/>')
-        parts.append(text(LEFT - 5, py(tick) + 3.5, tick_label(tick, at[1] - at[0] if len(at) > 1 else 0), "end"))
-    at = ticks(x0, x1, 4)
-    for tick in at:
-        anchor = "end" if px(tick) > width - RIGHT - 8 else "middle"
-        parts.append(
-            text(
-                px(tick) + (4 if anchor == "end" else 0),
-                height - BOTTOM + 14,
-                tick_label(tick, at[1] - at[0] if len(at) > 1 else 0),
-                anchor,
-            )
-        )
-    parts.append(text((LEFT + width - RIGHT) / 2, height - 3, x_label, "middle"))
-    return parts, px, py
+def _kept(chart, *choices):
+    """The chart with the rows that all choices keep."""
+    for choice in choices:
+        chart = chart.transform_filter(f"datum.{choice.name.removeprefix('choose_')} == {choice.name}")
+    return chart
 
 
-def _path(xs, ys):
-    """Path data through the finite points; a gap where one is not finite."""
-    out, pen = [], False
-    for x, y in zip(xs, ys):
-        if math.isfinite(x) and math.isfinite(y):
-            out.append(f"{'L' if pen else 'M'}{x:.1f} {y:.1f}")
-            pen = True
-        else:
-            pen = False
-    return "".join(out)
-
-
-def lines(title, series, *, y_range, x_range, zero=False):
-    """A panel of lines over steps."""
-    parts, px, py = _axes(x_range, y_range, "step")
-    parts.insert(0, text(LEFT, 14, title, cls="title"))
-    clipped = []
-
-    def area(xs, low, high, cls):
-        keep = np.isfinite(low) & np.isfinite(high)
-        if keep.sum() > 1:
-            xs, low, high = np.asarray(xs)[keep], np.asarray(low)[keep], np.asarray(high)[keep]
-            forth, back = _path(px(xs), py(low)), _path(px(xs[::-1]), py(high[::-1]))
-            clipped.append(f'<path class="{cls}" d="{forth}L{back[1:]}Z"/>')
-
-    if zero and y_range[0] < 0 < y_range[1]:
-        clipped.append(f'<path class="zero" d="M{LEFT} {py(0):.1f}H{WIDTH - RIGHT}"/>')
-    for one in series:
-        if one.get("low") is not None:
-            area(one["x"], np.asarray(one["low"]), np.asarray(one["high"]), f"band {one['class']}")
-    for one in series:
-        dash = " dashed" if one.get("dashed") else ""
-        words = html.escape(one["label"])
-        clipped.append(
-            f'<path class="line {one["class"]}{dash}" d="{_path(px(one["x"]), py(one["y"]))}">'
-            f"<title>{words}</title></path>"
-        )
-        if one.get("dots"):
-            clipped += [
-                f'<circle class="dot {one["class"]}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.2"/>'
-                for x, y in zip(one["x"], one["y"])
-                if math.isfinite(y)
-            ]
-        for x, y in one.get("crosses", ()):
-            cx, cy = float(px(x)), min(max(float(py(y)), TOP + 5), HEIGHT - BOTTOM - 5)
-            clipped.append(
-                f'<path class="cross {one["class"]}" d="M{cx - 4:.1f} {cy - 4:.1f}l8 8m0 -8l-8 8">'
-                f"<title>{words}: a run was lost at step {x}</title></path>"
-            )
-    inner = (
-        f'<svg x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}" '
-        f'viewBox="{LEFT} {TOP} {WIDTH - LEFT - RIGHT} {HEIGHT - TOP - BOTTOM}">{"".join(clipped)}</svg>'
+def _page(layers, *params, height):
+    """Layers as one chart as wide as its place, over the figure's own data."""
+    chart = alt.layer(*layers, data=alt.NamedData(name="rows")).add_params(*params)
+    return chart.properties(
+        width="container", height=height, autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
     )
-    return svg("".join(parts) + inner, WIDTH, HEIGHT, f"{title}: {', '.join(one['label'] for one in series)}")
 
 
-def intervals(title, rows, *, x_range, margin=None, x_label="gap to BF16 (nats per token)"):
-    """A panel with a dot and an interval per row.
+def _zoom(*encodings):
+    """Drag to move, Alt and the wheel to zoom, so that a page can be scrolled over a chart; double click: as it was."""
+    return alt.selection_interval(bind="scales", encodings=list(encodings), zoom="wheel![event.altKey]")
 
-    rows: [{"label", "class", "mean", "low", "high", "hollow", "note"}], from the top; a mean that is NaN shows its note
-    only; what lies beyond x_range is an arrow at the edge with its number. margin: half width of the band around 0.
+
+def _toggle(field):
+    """(selection, opacity): a click in the legend keeps that entry and fades the others, the next one undoes it."""
+    chosen = alt.selection_point(name="legend", fields=[field], bind="legend", toggle="true")
+    return chosen, alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.08))
+
+
+# ------------------------------------------------------------------------------------------------------ intervals
+
+
+def gaps(c):
+    """The forest plot: every gap with its interval and class, at each arm's own rate or at one rate."""
+    found = [(arm, OWN, c.choice(arm).rate, judged) for arm, judged in c.gaps.items()]
+    found += [(arm, f"{rate:g} for all", rate, judged) for (arm, rate), judged in c.rate_gaps.items()]
+    rows = []
+    for arm, at, rate, judged in found:
+        spread = c.spreads.get(arm) if at == OWN else None
+        how, words = treatment(arm.at_rest, arm.optimizer, arm.variant), show_difference(judged)
+        row = {"format": format_name(c, arm.format), "treatment": how, "rate": at, "learning_rate": rate, "gap": judged}
+        row |= {"all_low": spread.low if spread else None, "all_high": spread.high if spread else None}
+        rows.append(row | {"note": "" if judged.d.n else words, "words": words, "verdict": show_class(judged)})
+    ends = [x for row in rows for x in (row["gap"].d.mean, row["gap"].d.low, row["gap"].d.high) if math.isfinite(x)]
+    if not rows:
+        return None
+    # One far outlier must not squeeze the others into a line: it is an arrow at the edge, with its number.
+    high = min(max(ends, default=0), max(4 * float(np.median(np.abs(ends or [0]))), 3 * c.margin, 0.05))
+    low = min(max(min(ends, default=0), -high), -1.3 * c.margin)
+    domain = [low - 0.04 * (high - low), max(high, 1.3 * c.margin) * 1.04]
+    how = _choice("treatment", "treatment", (row["treatment"] for row in rows), treatment(*c.primary))
+    at = _choice("rate", "learning rate", (row["rate"] for row in rows), OWN)
+    chosen, opacity = _toggle("class")
+    order = list(dict.fromkeys(format_name(c, arm.format) for arm in [*c.ranked, *c.gaps]))
+    x_axis = alt.X("gap_mean:Q").scale(domain=domain, nice=False).title("gap to BF16, nats per token")
+    y_axis = alt.Y("format:N").sort(order).title(None).axis(labelLimit=120)
+    colour = alt.Color("class:N").scale(domain=list(CLASSES), range=list(CLASSES.values()))
+    colour = colour.legend(orient="top", title=None, columns=4, symbolOpacity=1)
+    tips = [("format:N", "format"), ("treatment:N", "treatment"), ("learning_rate:Q", "learning rate")]
+    tips += [("words:N", "gap"), ("verdict:N", "it is")]
+    tips = [alt.Tooltip(field, title=title) for field, title in tips]
+    rows_kept = _kept(alt.Chart().encode(y=y_axis, color=colour, opacity=opacity, tooltip=tips), how, at)
+    beyond = alt.OpacityValue(alt.ExprRef("datum.gap_mean > domain('x')[1] ? 1 : 0"))
+    place = alt.Chart(alt.Data(values=[{}]))
+    layers = [
+        place.mark_rect(opacity=0.18, color="#8b949e", clip=True).encode(
+            x=alt.datum(-c.margin), x2=alt.datum(c.margin)
+        ),
+        place.mark_rule(color="#8b949e", clip=True).encode(x=alt.datum(0)),
+        rows_kept.mark_rule(clip=True, size=1).encode(x="all_low:Q", x2="all_high:Q"),
+        rows_kept.mark_rule(clip=True, size=3).encode(x="gap_low:Q", x2="gap_high:Q"),
+        rows_kept.mark_circle(clip=True, size=80, opacity=1).encode(x=x_axis).add_params(_zoom("x"), chosen),
+        rows_kept.transform_calculate(beyond="format(datum.gap_mean, '+.2f') + ' \u25b6'")
+        .mark_text(align="right", fontSize=11)
+        .encode(x=alt.value("width"), text="beyond:N", opacity=beyond),
+        rows_kept.mark_text(align="left", dx=8, fontSize=11).encode(x=alt.datum(0), text="note:N"),
+    ]
+    return Figure(
+        "gap-intervals",
+        f"Gap to {REFERENCE} at the end",
+        "A dot is the mean over pairs of runs, the thick line its 95% t interval (none with one pair), uncorrected, "
+        "the thin line the interval over validation windows too. Left of 0 is better than BF16; the grey band is the "
+        f"margin of {c.margin:g}. Click a class in the legend to see it alone; drag to move, Alt + wheel to zoom.",
+        rows,
+        _page(layers, how, at, height=alt.Step(22)),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- curves
+
+
+def binned(steps, columns_NS, points=POINTS):
+    """Means of equally many neighbouring steps.
+
+    Args:
+      steps: int64 [S]. columns_NS: [N, S], NaN where missing.
+
+    Returns:
+      (first steps [B], last steps [B], means [N, B], float64; NaN where a bin holds no number). One step a bin, and so
+      the numbers themselves, where S <= points.
     """
-    left, row_height = 84, 19
-    height = TOP + row_height * len(rows) + BOTTOM
-    x0, x1 = x_range
+    columns_NS = np.atleast_2d(np.asarray(columns_NS, np.float64))
+    if not len(steps):
+        return steps, steps, columns_NS
+    size = math.ceil(len(steps) / points)
+    starts = np.arange(0, len(steps), size)
+    finite = np.isfinite(columns_NS)
+    total = np.add.reduceat(np.where(finite, columns_NS, 0), starts, axis=1)
+    count = np.add.reduceat(finite, starts, axis=1, dtype=np.int64)
+    means = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return steps[starts], steps[np.minimum(starts + size, len(steps)) - 1], means
 
-    def px(x):
-        return left + (min(max(x, x0), x1) - x0) / (x1 - x0) * (WIDTH - left - RIGHT)
 
-    parts = [text(LEFT if not title else 6, 14, title, cls="title")]
-    bottom = height - BOTTOM
-    if margin is not None:
-        parts.append(
-            f'<rect class="band margin" x="{px(-margin):.1f}" y="{TOP}" width="{px(margin) - px(-margin):.1f}" '
-            f'height="{bottom - TOP}"/>'
-        )
-    at = ticks(x0, x1)
-    for tick in at:
-        cls = "zero" if abs(tick) < 1e-12 else "grid"
-        parts.append(f'<path class="{cls}" d="M{px(tick):.1f} {TOP}V{bottom}"/>')
-        parts.append(text(px(tick), bottom + 14, tick_label(tick, at[1] - at[0] if len(at) > 1 else 0), "middle"))
-    parts.append(text((left + WIDTH - RIGHT) / 2, height - 3, x_label, "middle"))
-    for i, row in enumerate(rows):
-        y = TOP + row_height * (i + 0.5)
-        parts.append(text(left - 8, y + 4, row["label"], "end"))
-        words = html.escape(row["note"])
-        if not math.isfinite(row["mean"]):
-            parts.append(text(px(max(x0, 0)) + 6, y + 4, row["note"], cls="note"))
+def _matrix(curves):
+    """(steps [S], [N, S]) of N curves (steps, values); NaN where one has no value."""
+    steps = np.unique(np.concatenate([s for s, _ in curves])) if curves else np.array([], np.int64)
+    columns = np.full((len(curves), len(steps)), np.nan)
+    for row, (s, values) in zip(columns, curves):
+        row[np.searchsorted(steps, s)] = values
+    return steps, columns
+
+
+def _curve_rows(c, arm, curves):
+    """Rows of the mean, lowest and highest of an arm's curves (steps, values), and of where its runs were lost."""
+    ends = [run.last_step for run in c.cell(arm, c.choice(arm).rate).values() if run.state == LOST]
+    rows = []
+    for first, last, *values in zip(*(part.T for part in binned(*_matrix(curves)))):
+        found = values[0][np.isfinite(values[0])]
+        if found.size:
+            row = {
+                "format": format_name(c, arm.format),
+                "treatment": ", ".join(arm.treatment_parts) or "float32 master",
+            }
+            row |= {"first_step": int(first), "last_step": int(last)}
+            numbers = {"mean": found.mean(), "lowest": found.min(), "highest": found.max()}
+            row |= {name: float(f"{value:.9g}") for name, value in numbers.items()}
+            rows.append(row | {"seeds": found.size, "lost": sum(first <= end <= last for end in ends)})
+    return rows
+
+
+def _domain(values, steps):
+    """Of the y axis: what most of a curve's values after the first tenth of its steps take, without far ones."""
+    values = np.asarray(values)[np.asarray(steps) > 0.1 * max(steps)]
+    middle = float(np.median(values))
+    reach = 4 * float(np.percentile(np.abs(values - middle), 80)) + 0.05
+    low, high = max(values.min(), middle - reach), min(values.max(), middle + reach)
+    return [low - 0.05 * (high - low), high + 0.05 * (high - low)]
+
+
+def _lines(name, title, aid, rows, y_title, middle="mean", menu="treatment", default=None):
+    """A Figure of lines over steps with bands and lost runs, a colour a format; None without rows.
+
+    middle: the column that is the line. menu: the column of which one value is shown at a time, and BF16 always.
+    """
+    if not rows:
+        return None
+    how, (chosen, opacity) = _choice(menu, menu, (row[menu] for row in rows), default), _toggle("format")
+    chart = alt.Chart().transform_filter(f"datum.{menu} == {how.name} || datum.format == '{REFERENCE}'")
+    chart = chart.transform_calculate(step="(datum.first_step + datum.last_step) / 2")
+    colour = alt.Color("format:N").legend(orient="top", title=None, columns=4, symbolOpacity=1)
+    x_axis = alt.X("step:Q").title("step").scale(domain=[0, max(row["last_step"] for row in rows)])
+    shown = alt.Scale(domain=_domain([row[middle] for row in rows], [row["last_step"] for row in rows]), nice=False)
+    tips = [alt.Tooltip(key, type="nominal" if isinstance(rows[0][key], str) else "quantitative") for key in rows[0]]
+    chart = chart.encode(x=x_axis, color=colour.scale(_palette(rows)), tooltip=tips)
+    chart = chart.encode(y=alt.Y(middle, type="quantitative", scale=shown).title(y_title))
+    band = alt.when(chosen).then(alt.value(0.13)).otherwise(alt.value(0))
+    layers = [
+        chart.mark_area(clip=True).encode(alt.Y("lowest:Q", scale=shown), y2="highest:Q", opacity=band),
+        chart.mark_line(clip=True, size=2).encode(opacity=opacity).add_params(_zoom("x", "y"), chosen),
+        chart.mark_circle(clip=True, size=90, opacity=0),
+        chart.transform_filter("datum.lost > 0").mark_point(shape="cross", clip=True, size=60).encode(opacity=opacity),
+    ]
+    return Figure(name, title, f"{aid} {_HOW}", rows, _page(layers, how, height=300))
+
+
+def _palette(rows):
+    """A colour for each format, grey for BF16."""
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    colours = itertools.cycle(SERIES)
+    return alt.Scale(domain=formats, range=["#8b949e" if name == REFERENCE else next(colours) for name in formats])
+
+
+_HOW = "Click a format in the legend to see it alone; drag to move, Alt + wheel to zoom."
+
+
+def gaps_over_steps(c, validation):
+    """Paired difference to BF16 over steps: of the validation losses, or of the training losses."""
+
+    def curve(run):
+        steps, values = (run.val_steps, run.val_losses) if validation else (run.steps, run.losses)
+        return steps[steps > 0], values[steps > 0].astype(np.float64)
+
+    rows = []
+    for arm in [arm for arm in c.arms if c.reference and arm.plain and arm.format in c.formats]:
+        theirs, curves = c.cell(c.reference, c.reference_rate(arm)), []
+        for draw, run in c.cell(arm, c.choice(arm).rate).items():
+            if draw in theirs:
+                (s, v), (s_ref, v_ref) = curve(run), curve(theirs[draw])
+                common, mine, its = np.intersect1d(s, s_ref, return_indices=True)
+                curves.append((common, v[mine] - v_ref[its]))
+        rows += _curve_rows(c, arm, curves)
+    what = "validation" if validation else "training"
+    paired = "at every evaluation" if validation else "batch by batch, means of neighbouring steps"
+    aid = (
+        f"Paired by seed, {paired}; above 0 is worse. The band goes from the lowest to the highest pair: it is no test."
+    )
+    title = f"Gap of the {what} loss to {REFERENCE} over steps"
+    y_title, default = f"gap to {REFERENCE}, nats per token", treatment(*c.primary)
+    return _lines(f"gap-{what}", title, aid, rows, y_title, default=default)
+
+
+def losses(c):
+    """Training loss over steps."""
+    rows = []
+    for arm in [arm for arm in c.arms if c.formats and arm.plain]:
+        rows += _curve_rows(c, arm, [(r.steps, r.losses) for r in c.cell(arm, c.choice(arm).rate).values()])
+    aid = "Mean over seeds, the band from the lowest to the highest seed; lower is better. A cross marks a lost run."
+    default = treatment(*c.primary)
+    return _lines("losses", "Training loss", aid, rows, "training loss, nats per token", default=default)
+
+
+# ------------------------------------------------------------------------------------------------------ heat maps
+
+
+def representative(c, arm):
+    """The run that stands for an arm in figures of one run: its first seed at its learning rate, finished if any is."""
+    runs = list(c.cell(arm, c.choice(arm).rate).values())
+    return next((run for run in runs if run.state != LOST), runs[0])
+
+
+def _depth(layer):
+    """Sorts layers as the signal passes them: embeddings, blocks, the last norm, the head."""
+    block, _, name = layer.partition("/")
+    if block.startswith("block_") and block[6:].isdecimal():
+        return 1, int(block[6:]), BLOCK_LAYERS.index(name) if name in BLOCK_LAYERS else len(BLOCK_LAYERS), name
+    return (2 if layer in ("ln_f", "norm_f", HEAD) else 0), 0, 0, layer
+
+
+def _heat_rows(history, arm):
+    """Rows of one arm's map: a mean for each statistic, operand, layer and bin of steps."""
+    for statistic, (words, share, *_) in HEAT.items():
+        columns = layers_of(history, statistic) if history else {}
+        keep = np.isfinite(list(columns.values())).any(0) if columns else np.zeros(0, bool)
+        if not keep.any():
             continue
-        if math.isfinite(row["low"]):
-            parts.append(f'<path class="line {row["class"]}" d="M{px(row["low"]):.1f} {y}H{px(row["high"]):.1f}"/>')
-        if row["mean"] > x1:
-            parts.append(
-                f'<path class="dot {row["class"]}" d="M{WIDTH - RIGHT - 6} {y - 5}l8 5l-8 5Z"/>'
-                + text(WIDTH - RIGHT - 10, y + 4, f"{row['mean']:+.2f}", "end", "note")
-            )
-        else:
-            hollow = " hollow" if row.get("hollow") else ""
-            parts.append(
-                f'<circle class="dot {row["class"]}{hollow}" cx="{px(row["mean"]):.1f}" cy="{y}" r="4">'
-                f"<title>{words}</title></circle>"
-            )
-    return svg("".join(parts), WIDTH, height, title)
+        firsts, lasts, means = binned(history["step"][keep], np.array(list(columns.values()))[:, keep])
+        ends = np.append(firsts[1:], lasts[-1] + 1)
+        with np.errstate(invalid="ignore"):
+            shares = np.clip(share(means), 0, 1)
+        for key, values, badness in zip(columns, means, shares):
+            operand = key[-1] if key.endswith(tuple(f"/{operand}" for operand in OPERANDS)) else ""
+            row = {"arm": arm.label, "what": f"{words}, {operand}" if operand else words}
+            row |= {"statistic": statistic, "layer": key.removesuffix(f"/{operand}") if operand else key}
+            for first, last, end, value, bad in zip(firsts, lasts, ends, values, badness):
+                if math.isfinite(value):
+                    mean = np.float32(value) if first == last else float(f"{value:.5g}")
+                    steps = {"first_step": int(first), "last_step": int(last), "until": int(end)}
+                    yield {**row, "operand": operand, **steps, "mean": mean, "badness": float(f"{bad:.3g}")}
 
 
-def png(pixels_HWC):
-    """PNG bytes of uint8 RGBA pixels [height, width, 4]."""
-    height, width, _ = pixels_HWC.shape
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels_HWC.reshape(height, -1)], 1).tobytes()
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(rows, 9))
-        + chunk(b"IEND", b"")
+def heat(c, reader):
+    """Layer by step, one run for each whole format with AdamW, the primary treatment of each first."""
+    arms = [arm for arm in c.arms if arm.plain and arm.format in c.formats and arm.optimizer == ADAMW]
+    arms.sort(key=lambda arm: (arm.at_rest, arm.optimizer) != c.primary)
+    rows = [row for arm in arms for row in _heat_rows(reader.statistics(representative(c, arm)), arm)]
+    if not rows:
+        return None
+    of_arm = _choice("arm", "arm", (row["arm"] for row in rows))
+    what = _choice("what", "statistic", (row["what"] for row in rows))
+    layers = sorted({row["layer"] for row in rows}, key=_depth)
+    colour = alt.Color("badness:Q").scale(scheme="viridis", domain=[0, 1])
+    tips = ["layer:N", "what:N", "first_step:Q", "last_step:Q", "mean:Q"]
+    chart = (
+        _kept(alt.Chart(), of_arm, what)
+        .mark_rect(clip=True)
+        .encode(
+            x=alt.X("first_step:Q").title("step").scale(zero=False, nice=False),
+            x2="until:Q",
+            y=alt.Y("layer:N").sort(layers).title(None).axis(labelLimit=120),
+            tooltip=tips,
+            color=colour.legend(orient="top", title="0 fine, 1 bad", gradientLength=120),
+        )
+        .add_params(_zoom("x"))
+    )
+    ends = "; ".join(f"{words}: {low} to {high}" for words, _, low, high in HEAT.values())
+    return Figure(
+        "heat",
+        "Where and when: layer by step",
+        "One run for each arm; yellow is bad, dark is fine, empty is not measured or not applicable. Overflow is "
+        f"absent where the scale comes from the tensor's own amax. From 0 to 1: {ends}.",
+        rows,
+        _page([chart], of_arm, what, height=alt.Step(14)),
     )
 
 
-def colours(shares):
-    """uint8 RGBA of numbers from 0 to 1, clipped; transparent where NaN."""
-    shares = np.asarray(shares, float)
-    place = np.clip(np.nan_to_num(shares), 0, 1) * (len(VIRIDIS) - 1)
-    low = np.minimum(place.astype(int), len(VIRIDIS) - 2)
-    rgb = VIRIDIS[low] + (VIRIDIS[low + 1] - VIRIDIS[low]) * (place - low)[..., None]
-    return np.concatenate([rgb.round(), np.where(np.isnan(shares), 0, 255)[..., None]], -1).astype(np.uint8)
+# ------------------------------------------------------------------------------------------------- codes and rank
 
 
-def image(x, y, width, height, pixels_HWC):
-    data = base64.b64encode(png(pixels_HWC)).decode()
-    return (
-        f'<image class="pixels" x="{x}" y="{y}" width="{width}" height="{height}" preserveAspectRatio="none" '
-        f'href="data:image/png;base64,{data}"/>'
+def _primary_runs(c):
+    """(format, representative run) of every format in the primary treatment."""
+    for name in c.formats:
+        arm = Arm(name, at_rest=c.primary[0], optimizer=c.primary[1])
+        if arm in c.arms:
+            yield name, representative(c, arm)
+
+
+def code_use(c, reader):
+    """Histograms of the 8-bit codes at the last diagnosis, over all layers, by format and operand."""
+    rows = []
+    # In the order of the numbers: negative codes have the highest bit set, and code 0 is zero.
+    order = np.concatenate([np.arange(255, 128, -1), np.arange(128)])
+    codes = np.concatenate([np.arange(-127, 0), np.arange(128)])
+    for name, run in _primary_runs(c):
+        step, histograms = reader.codes(run)
+        for operand in OPERANDS:
+            counts = [h for (_, o), (fmt, h) in histograms.items() if o == operand and fmt == name and len(h) == 256]
+            if counts:
+                total = np.sum(counts, axis=0)[order]
+                shares = total / max(1, total.sum())
+                bits = -np.sum(shares[shares > 0] * np.log2(shares[shares > 0]))
+                note = f"{np.count_nonzero(total)} codes, {bits:.2f} bits, step {step}"
+                row = {"of": f"{name}, {operand}", "format": name, "operand": operand, "step": step}
+                rows += [
+                    {**row, "code": int(code), "count": int(n), "share": float(f"{share:.5g}"), "note": note}
+                    for code, n, share in zip(codes, total, shares)
+                ]
+    if not rows:
+        return None
+    of = _choice("of", "format and operand", (row["of"] for row in rows))
+    chart = _kept(alt.Chart(), of).transform_filter("datum.count > 0")
+    y_axis = alt.Y("share:Q").scale(type="log", domain=[1e-6, 1]).title("share of the elements").axis(format="~%")
+    bars = chart.mark_rule(size=2, color=SERIES[0]).encode(
+        x=alt.X("code:Q").title("code, with its sign"),
+        y=y_axis,
+        y2=alt.datum(1e-6),
+        tooltip=["code:Q", "count:Q", "share:Q"],
+    )
+    note = chart.transform_window(n="row_number()").transform_filter("datum.n == 1").mark_text(align="right", dy=8)
+    layers = [bars.add_params(_zoom("x")), note.encode(x=alt.value("width"), y=alt.value(0), text="note:N")]
+    return Figure(
+        "codes",
+        "Use of the codes",
+        "How often each code occurs, all layers together, on a logarithmic scale. A peak at 0 is flushed values, peaks "
+        "at the ends are clipped ones, gaps are codes the format has for nothing.",
+        rows,
+        _page(layers, of, height=220),
     )
 
 
-def heat_map(title, steps, layers, shares_LS):
-    """A panel: rows are layers, from the top, columns the steps, colours shares from 0 (fine) to 1 (bad)."""
-    left, top, bottom, row_height = 92, 22, 18, 10 if len(layers) > 30 else 12
-    inside = row_height * len(layers)
-    height = top + inside + bottom
-    width = WIDTH - left - RIGHT
-    parts = [
-        text(left, 14, title, cls="title"),
-        f'<rect class="missing" x="{left}" y="{top}" width="{width}" height="{inside}"/>',
-        image(left, top, width, inside, colours(shares_LS)),
-    ]
-    parts += [
-        text(left - 5, top + row_height * (i + 0.5) + 3.5, layer, "end", "layer") for i, layer in enumerate(layers)
-    ]
-    parts += [text(left, height - 4, f"step {steps[0]}"), text(left + width, height - 4, steps[-1], "end")]
-    return svg("".join(parts), WIDTH, height, title)
-
-
-def colour_bar(low, high):
-    """The scale of a heat map: words for fine and bad at its ends."""
-    bar = image(120, 3, 100, 11, colours(np.linspace(0, 1, 64)[None]))
-    return svg(text(114, 12, low, "end") + bar + text(226, 12, high), WIDTH, 17, f"colours from {low} to {high}")
-
-
-def bars(title, x_values, counts, *, x_label, note=""):
-    """A panel of adjoining bars with a logarithmic height, as one filled outline. counts: from 0; 0 draws nothing."""
-    shares = np.asarray(counts, float) / max(1, np.sum(counts))
-    low = -6.0
-    height = 150
-    with np.errstate(divide="ignore"):
-        logs = np.maximum(np.log10(shares), low)
-    parts = [text(LEFT, 14, title, cls="title")]
-    if note:
-        parts.append(text(WIDTH - RIGHT, 14, note, "end", "note"))
-    x0, x1 = x_values[0] - 0.5, x_values[-1] + 0.5
-
-    def px(x):
-        return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
-
-    def py(v):
-        return height - BOTTOM - (v - low) / -low * (height - TOP - BOTTOM)
-
-    for tick, words in ((0, "100%"), (-2, "1%"), (-4, "0.01%"), (-6, "0")):
-        parts.append(
-            f'<path class="grid" d="M{LEFT} {py(tick):.1f}H{WIDTH - RIGHT}"/>'
-            + text(LEFT - 5, py(tick) + 3.5, words, "end")
-        )
-    outline = [f"M{px(x0):.1f} {py(low):.1f}"]
-    outline += [f"V{py(value):.1f}H{px(x + 0.5):.1f}" for x, value in zip(x_values, logs)]
-    parts.append(f'<path class="bars" d="{"".join(outline)}V{py(low):.1f}Z"/>')
-    for x in (x_values[0], 0, x_values[-1]):
-        parts.append(
-            text(
-                px(x),
-                height - BOTTOM + 14,
-                f"{x:+d}" if x else "0",
-                {x_values[0]: "start", x_values[-1]: "end"}.get(x, "middle"),
-            )
-        )
-    parts.append(text((LEFT + WIDTH - RIGHT) / 2, height - 3, x_label, "middle"))
-    return svg("".join(parts), WIDTH, height, title)
+def rank_health(c, reader):
+    """Stable rank and participation ratio as shares of BF16's, by format."""
+    rows = []
+    theirs = c.cell(c.reference, c.choice(c.reference).rate) if c.reference else {}
+    for name, run in _primary_runs(c) if theirs else ():
+        mine, its = reader.statistics(run), reader.statistics(theirs.get(run.draw) or next(iter(theirs.values())))
+        if not mine or not its:
+            continue
+        common, i, j = np.intersect1d(mine["step"], its["step"], return_indices=True)
+        for statistic in ("stable_rank", "participation_ratio"):
+            layers = [key for key in mine if key.startswith(f"{statistic}/") and key in its]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                shares = np.array([mine[key][i].astype(float) / its[key][j] for key in layers])
+            for step, values in zip(common, shares.T):
+                found = values[np.isfinite(values)]
+                if found.size:
+                    row = {"format": format_name(c, name), "statistic": statistic, "layers": found.size}
+                    row |= {"first_step": int(step), "last_step": int(step), "median": float(np.median(found))}
+                    rows.append(row | {"lowest": found.min(), "highest": found.max(), "lost": 0})
+    aid = (
+        "Line: median over layers; band: from the lowest to the highest layer; 1 is BF16 of the same seed at the same "
+        "step. Below 1 the weights use fewer directions."
+    )
+    title = f"Rank of the weights, as a share of {REFERENCE}'s"
+    return _lines("rank", title, aid, rows, f"share of {REFERENCE}'s", middle="median", menu="statistic")

@@ -24,6 +24,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,11 @@ from altgrad_jax.run.record import (
     DIAGNOSTICS,
     MANIFEST,
     METRICS,
-    TIMING,
     read_diagnostics,
     read_history,
     read_manifest,
     read_rows,
-    read_timing,
+    read_window_losses,
 )
 from altgrad_jax.run.verdict import UNSOUND_ALERTS, VERDICT
 
@@ -148,6 +148,15 @@ class Run:
     all_windows: float = math.nan
     verdict: dict = field(default_factory=dict)
 
+    @cached_property
+    def window_losses(self):
+        """float64 [windows]: the losses after the last update in the order of the text; empty where not recorded."""
+        try:
+            step, losses = read_window_losses(self.path) or (None, np.zeros(0))
+        except UserError as error:
+            self.reason, step = str(error), None
+        return losses.astype(np.float64) if step is not None and step == self.last_step else np.zeros(0)
+
     @property
     def learning_rate(self):
         return self.config["learning_rate"]
@@ -170,15 +179,24 @@ class Run:
 
 
 def find(paths):
-    """Folders of the runs at or below `paths`, by their paths, each once; UserError for a path that is no folder."""
-    found = {}
+    """Folders of the runs at or below `paths`, by their paths, each once; UserError for a path that is no folder.
+
+    Links are followed. A link to nothing is given too: it can be named, and not read.
+    """
+    found, seen = {}, set()
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"{path} is not a folder: give run folders, or folders that hold run folders")
-        for folder, below, files in os.walk(path):
+        for folder, below, files in os.walk(path, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen or MANIFEST in files or METRICS in files:
+                below.clear()  # checkpoints, and links that lead back
             if MANIFEST in files or METRICS in files:
-                found.setdefault(os.path.realpath(folder), Path(folder))
-                below.clear()  # checkpoints
+                found.setdefault(real, Path(folder))
+            elif real not in seen:
+                links = [Path(folder, name) for name in files if Path(folder, name).is_symlink()]
+                found |= {str(link): link for link in links if not link.exists()}
+            seen.add(real)
             below[:] = sorted(name for name in below if not name.startswith("."))
     return [found[key] for key in sorted(found)]
 
@@ -243,6 +261,9 @@ def _refuse_settings(path, config):
 
 def _read_run(folder, name):
     run = Run(folder, name)
+    if not folder.exists():
+        run.reason = f"{folder} is a link to {os.readlink(folder)}, which does not exist: mend or remove it"
+        return run
     try:
         run.manifest = read_manifest(folder)
         run.config = settings.upgraded(run.manifest["config"])
@@ -352,10 +373,6 @@ class Reader:
         except UserError as error:
             run.reason = str(error)
             return otherwise
-
-    def timing(self, run):
-        """(rows, events) of timing.jsonl."""
-        return self._cached("timing", (run.path / TIMING,), lambda: read_timing(run.path))
 
 
 # ------------------------------------------------------------------------------------------------- identifying

@@ -8,6 +8,7 @@ ALPHA, every interval at CONFIDENCE. With the mean d of n differences, its stand
     difference      two-sided t test of d = 0
     equivalence     two one-sided t tests of |d| >= margin, the larger p       (Schuirmann 1987)
     lost runs       Fisher's exact test of the runs without a loss             (Fisher 1935)
+    text            block bootstrap over the validation windows                (Politis & Romano 1992)
 
 A run without a loss (it diverged, or did not end) is never dropped in silence: its pair is counted apart, and the
 interval is over the pairs in which both ended. docs/report.md says the same in plain words.
@@ -185,6 +186,73 @@ def paired(first, second) -> Difference:
     half = float(half_width(se, df))
     lost = {name: tuple(group) for name, group in groups.items()}
     return Difference(draws, values, **lost, mean=mean, se=se, df=df, low=mean - half, high=mean + half)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What the mean of a Difference owes to its sources. parts: {source: variance of that mean, nats squared}.
+
+    low, high: the CONFIDENCE interval of the mean over fresh pairs of runs and fresh windows of such text.
+    """
+
+    parts: dict
+    low: float
+    high: float
+
+
+def block_length(values_E) -> int:
+    """Neighbours that a block of the circular block bootstrap holds: Politis & White's (2004) rule for an AR(1) series.
+
+    values_E: [E], a series whose lag-1 autocorrelation is estimated; 1 where it is not above 0. At most a quarter of E.
+    """
+    centred = np.asarray(values_E, np.float64) - np.mean(values_E)
+    power_ = np.sum(centred**2)
+    correlation = np.sum(centred[1:] * centred[:-1]) / power_ if power_ > 0 else 0.0
+    if correlation <= 0:
+        return 1
+    length = (1.5 * (2 * correlation / (1 - correlation**2)) ** 2 * len(centred)) ** (1 / 3)
+    return max(1, min(math.ceil(length), len(centred) // 4))
+
+
+def bootstrap_variance(values_PE, block: int):
+    """Variance of the mean over the last axis, float64 [...]: the circular block bootstrap's (Politis & Romano 1992).
+
+    It is the limit of infinitely many resamples, in closed form, made unbiased for blocks that are independent.
+    """
+    values_PE = np.asarray(values_PE, np.float64)
+    around = np.concatenate([values_PE, values_PE[..., : block - 1]], -1)
+    means = np.lib.stride_tricks.sliding_window_view(around, block, axis=-1).mean(-1)
+    return means.var(-1) / (values_PE.shape[-1] / block - 1)
+
+
+def spread(d: Difference, gaps_PE) -> Spread | None:
+    """The Spread of a Difference whose pairs have these gaps, [pairs, windows] in the order of d.draws.
+
+    Pairs and windows are crossed: the variance of the mean is that over pairs, plus that over windows, less what both
+    hold, the part of a pair and window together (Searle 1971). Degrees of freedom by Satterthwaite (1946). None
+    without a standard error.
+    """
+    gaps_PE = np.asarray(gaps_PE, np.float64)
+    if not d.n >= 2 or math.isnan(d.se) or gaps_PE.shape[1] < 2:
+        return None
+    block = block_length(gaps_PE.mean(0))
+    of_windows, freedom = float(bootstrap_variance(gaps_PE.mean(0), block)), gaps_PE.shape[1] / block - 1
+    rest = gaps_PE - gaps_PE.mean(0) - gaps_PE.mean(1, keepdims=True) + gaps_PE.mean()
+    both = float(np.sum(bootstrap_variance(rest, block)) / (d.n * (d.n - 1)))
+    seeds, orders = (len(set(part)) for part in zip(*d.draws))
+    if found := variance_parts(d.values, d.draws):
+        pairs = {name: part / n for (name, part), n in zip(found.items(), (seeds, orders, d.n))}
+    else:
+        pairs = {
+            "weights and data order" if min(seeds, orders) > 1 else "weights" if seeds > 1 else "data order": d.se**2
+        }
+    last = list(pairs)[-1]
+    pairs[last] = max(0.0, pairs[last] - both)
+    parts = {**pairs, "windows": max(0.0, of_windows - both), "pairs by windows": both}
+    total = sum(parts.values())
+    terms = d.se**4 / d.df + of_windows**2 / freedom + both**2 / (d.df * freedom)
+    half = float(half_width(math.sqrt(total), total**2 / terms if terms else d.df))
+    return Spread(parts, d.mean - half, d.mean + half)
 
 
 def p_lost(d: Difference) -> float:

@@ -195,7 +195,11 @@ def _share_program(group):
 
 
 def parse_axes(text):
-    """Points from text such as "formats=E4M3,E5M2;seed=0,1"; rules that make one value of `formats` are joined by +."""
+    """Points from text such as "formats=none,E4M3,mxfp8;seed=0,1".
+
+    Rules that make one value of `formats` are joined by +. In place of formats `none` is a member without any, and the
+    name of a recipe one that follows it.
+    """
     from altgrad_jax.cli import parse_value
 
     axes = []
@@ -206,8 +210,20 @@ def parse_axes(text):
         if name not in settings.FIELDS:
             raise UserError(f"--axes: {settings.unknown_field(name)}")
         field = settings.FIELDS[name]
-        axes.append(axis(name, [parse_value(field, value.replace("+", ",")) for value in values.split(",")]))
+        points = axis(name, [parse_value(field, value.replace("+", ",")) for value in values.split(",")])
+        axes.append([_numbers(point) for point in points] if name == "formats" else points)
     return grid(*axes)
+
+
+def _numbers(point):
+    """A point of the axis `formats` with every setting that says in which numbers its members compute."""
+    rules_ = point["formats"]
+    if rules_ == ("none",):
+        return {**point, "formats": (), "use_fp8": False}
+    with contextlib.suppress(UserError):
+        get_recipe(rules_[0].partition("@")[0])
+        return {**point, "formats": (), "use_fp8": False, "recipe": rules_}
+    return {**point, "use_fp8": True}
 
 
 # --------------------------------------------------------------------------------------------------------- the plan
