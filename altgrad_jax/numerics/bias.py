@@ -158,16 +158,16 @@ def whole_of(sums: WholeSums, share: float = 1.0) -> dict[str, np.ndarray]:
         while bias stays.
 
     Returns:
-      `noise_ratio`; `signal_to_error`, 0 where the estimate of s^2 is not above 0; `whole_bias` and `whole_variance`,
-      relative to |g|^2, as measured.
+      `grad_noise_ratio`; `grad_signal_to_error`, 0 where the estimate of s^2 is not above 0; `grad_total_bias` and
+      `grad_total_variance`, relative to |g|^2, as measured.
     """
     signal, noise, energy, square, pairs = (np.asarray(leaf, np.float64) for leaf in sums)
     variance = square - pairs
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.sqrt(np.maximum(pairs, 0) + share * np.maximum(variance, 0))
         return {
-            "noise_ratio": variance / noise,
-            "signal_to_error": np.sqrt(np.maximum(signal, 0)) / error,
-            "whole_bias": pairs / energy,
-            "whole_variance": variance / energy,
+            "grad_noise_ratio": variance / noise,
+            "grad_signal_to_error": np.sqrt(np.maximum(signal, 0)) / error,
+            "grad_total_bias": pairs / energy,
+            "grad_total_variance": variance / energy,
         }
