@@ -12,10 +12,10 @@ two halves of a batch, each with draws of its own, e_1 and e_2 the mean errors o
 
     persistent = <e_1, e_2> / mean |y|^2            the part of B that another batch has too, which alone compounds
 
-And of gradients g_1, g_2 of the halves of a batch, g their mean, and d_n the error of draw n of the whole gradient:
+And of gradients g_i of m windows, g the mean of W of them that the draws are made on:
 
-    signal s^2 = <g_1, g_2>              squared norm of the true gradient, without bias
-    noise n^2 = |g_1 - g_2|^2 / 4        of g, by the choice of the batch
+    signal s^2 = mean <g_i, g_j>, i != j           squared norm of the true gradient, without bias
+    noise n^2 = (mean |g_i|^2 - s^2) / W           of g, by the choice of the windows
     noise ratio = V |g|^2 / n^2          below 1 another batch disturbs the gradient more than the format does
     signal to error = s / (sqrt(B + V) |g|)        below sqrt(3) the format is exhausted (arXiv 2505.19115)
 
@@ -143,8 +143,8 @@ def _jackknife(gram):
 class WholeSums(NamedTuple):
     """Of the gradient of each layer after a whole backward pass; [S], or their sum."""
 
-    signal: Any  # <g_1, g_2>
-    noise: Any  # |g_1 - g_2|^2 / 4
+    signal: Any  # s^2
+    noise: Any  # n^2
     energy: Any  # |g|^2
     square: Any  # mean over the draws of |g_n - g|^2
     pairs: Any  # mean over pairs of different draws of <g_n - g, g_m - g>

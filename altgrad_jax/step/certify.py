@@ -5,7 +5,7 @@ Three kinds of passes over a few windows, at fixed weights (numerics.bias has th
 products   one that hands on exact gradients, in which every layer is computed by the recipe N times, in two halves of
            the batch (certified_products)
 whole      WHOLE_DRAWS as training makes them
-reference  one of the float32 model for each half
+reference  one of the float32 model for each window
 
 Axes: Q quantized layers, S layers with parameters, F fields of packed bias.Sums.
 """
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from altgrad_jax.errors import UserError
 from altgrad_jax.models.config import ModelConfig
 from altgrad_jax.models.linear import Quantized
 from altgrad_jax.models.model import init_params
@@ -69,7 +70,9 @@ def _unmeasured(options: recipe.RecipeOptions) -> recipe.RecipeOptions:
 
 
 def certify(step: Step, n_draws: int, params, windows, seed, quant_state, table) -> Certificate:
-    """The certificate of these parameters, which are not stacked, on windows [B, L+1], B even.
+    """The certificate of these parameters, which are not stacked, on windows [E, L+1].
+
+    Signal and noise of the gradient are taken over all windows; draws are made on the first `windows_of(step)`.
 
     Args:
       seed: int32, of the run; draws differ from one update to the next. quant_state, table: TrainState.quant and
@@ -85,11 +88,11 @@ def certify(step: Step, n_draws: int, params, windows, seed, quant_state, table)
     model = _certified_model(plain, options, n_draws)
     words = stochastic_seed(seed, quant_state.number, _CERTIFICATE_STREAM)
     given = partial(_given, plain, options, recipe.slots_of_phase(table, quant_state), words)
-    halves = _halves(step.reference, params, windows)
-    exact = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    n_looked_at = windows_of(step)
+    exact, of_batch = _reference(step.reference, params, windows, n_looked_at)
 
     def loss(params, probes, number):
-        return update.loss(model, params, windows, None, Quantized(given(number), probes))[0]
+        return update.loss(model, params, windows[:n_looked_at], None, Quantized(given(number), probes))[0]
 
     def add(carry, number):
         total, squares_S, measured = carry
@@ -101,8 +104,7 @@ def certify(step: Step, n_draws: int, params, windows, seed, quant_state, table)
     nothing = jax.tree.map(jnp.zeros_like, exact), jnp.zeros(len(metrics.layer_names(exact))), probes
     (total, squares_S, measured), _ = jax.lax.scan(add, nothing, jnp.arange(1 + WHOLE_DRAWS))
     whole = bias.WholeSums(
-        signal=_by_layer(jnp.multiply, *halves),
-        noise=_by_layer(lambda a, b: jnp.square(a - b), *halves) / 4,
+        **of_batch,
         energy=_by_layer(jnp.square, exact),
         square=squares_S / WHOLE_DRAWS,
         pairs=(_by_layer(jnp.square, total) - squares_S) / (WHOLE_DRAWS * (WHOLE_DRAWS - 1)),
@@ -122,14 +124,21 @@ def _given(plain, options, slots_Q6: Slot, words, number) -> dict[str, Any]:
     }
 
 
-def _halves(model: ModelConfig, params, windows) -> tuple[Any, Any]:
-    """The gradients of both halves of the windows."""
+def _reference(model: ModelConfig, params, windows, n_looked_at: int) -> tuple[Any, dict[str, jax.Array]]:
+    """(mean gradient of the first windows, {field of WholeSums: [S]} of their signal and noise), of a model."""
 
-    def grads(windows):
-        return jax.grad(lambda params: update.loss(model, params, windows, None)[0])(params)
+    def add(carry, item):
+        window, i = item
+        g = jax.grad(lambda params: update.loss(model, params, window[None], None)[0])(params)
+        first, total, squares_S = carry
+        first = jax.tree.map(lambda a, b: a + jnp.where(i < n_looked_at, b / n_looked_at, 0.0), first, g)
+        return (first, jax.tree.map(jnp.add, total, g), squares_S + _by_layer(jnp.square, g)), None
 
-    both = jax.lax.map(grads, windows.reshape(2, len(windows) // 2, -1))
-    return jax.tree.map(lambda leaf: leaf[0], both), jax.tree.map(lambda leaf: leaf[1], both)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    start, n = (zeros, zeros, jnp.zeros(len(metrics.layer_names(zeros)))), len(windows)
+    (first, total, squares_S), _ = jax.lax.scan(add, start, (windows, jnp.arange(n)))
+    signal_S = (_by_layer(jnp.square, total) - squares_S) / (n * (n - 1))
+    return first, {"signal": signal_S, "noise": (squares_S / n - signal_S) / n_looked_at}
 
 
 def _by_layer(function, *trees):
@@ -197,6 +206,15 @@ def _named(certificate: Certificate, step: Step) -> dict[str, float]:
     for name, values in bias.whole_of(whole, share).items():
         found |= {f"{name}/{layer}": value for layer, value in zip(layers, values, strict=True)}
     return found | bias.whole_of(bias.WholeSums(*(np.sum(leaf, dtype=np.float64) for leaf in whole)), share)
+
+
+def require_windows(step: Step) -> None:
+    """UserError unless an evaluation's batch holds as many windows as a certificate looks at."""
+    if step.eval_batch_size < windows_of(step):
+        raise UserError(
+            f"a certificate looks at {windows_of(step)} windows at once, and the validation data give batches of "
+            f"{step.eval_batch_size}: give more validation data, or set certify_draws=0"
+        )
 
 
 def windows_of(step: Step) -> int:

@@ -165,8 +165,7 @@ class StepFunctions(NamedTuple):
     window_losses: (params, windows uint16 [E, L+1], state.quant, table) -> float32 [E], `evaluate` of each by itself.
     diagnose: (params, windows uint16 [B, L+1], state.quant, table) -> ({name: float32 scalar}, Observed or None): the
       rank of the weights, and with formats how a forward and backward pass over these windows uses them.
-    certify: (params, windows uint16 [certify.windows_of(step), L+1], seed, state.quant, table) -> Certificate; None
-      without certify_draws.
+    certify: (params, windows uint16 [B, L+1], seed, state.quant, table) -> Certificate; None without certify_draws.
     abstract_state: the state's shapes, dtypes and shardings, for restoring.
     metric_names: M names, in the order of the columns.
     inputs: the Inputs that the options and the seed ask for, NumPy.
@@ -259,6 +258,7 @@ def make_diagnose(step: Step):
 
 def make_certify(step: Step, n_draws: int):
     """certify(params, windows [B, L+1], seed, state.quant, table), compiled."""
+    certify.require_windows(step)
     return jax.jit(partial(certify.certify, step, n_draws), out_shardings=replicated(step.mesh))
 
 
@@ -432,8 +432,7 @@ class Program:
             every = jax.ShapeDtypeStruct((self._n_all_windows, length), np.uint16, sharding=self.shared)
             yield lanes.window_losses.lower(state_R.params, every, state_R.quant, inputs_R.formats)
         if functions.certify is not None:
-            some = jax.ShapeDtypeStruct((certify.windows_of(step), length), np.uint16, sharding=self.replicated)
-            yield functions.certify.lower(state.params, some, inputs.seed, state.quant, inputs.formats)
+            yield functions.certify.lower(state.params, diagnosed, inputs.seed, state.quant, inputs.formats)
 
     def compile(self, n_threads: int = 3) -> None:
         """Compiles all programs: a later call with other shapes is then an error, never a compilation.
@@ -496,10 +495,9 @@ class Program:
         return jax.device_get(self.compiled[2](state.params, windows, state.quant, inputs.formats))
 
     def certify(self, state: TrainState, windows, inputs: Inputs) -> certify.Certificate:
-        """The certificate of one run's state and Inputs on the first of these windows, as NumPy."""
+        """The certificate of one run's state and Inputs, as NumPy."""
         if self.members is not None:
             state = jax.device_put(state, self.replicated)
-        windows = windows[: certify.windows_of(self.functions.step)]
         return jax.device_get(self.compiled[-1](state.params, windows, inputs.seed, state.quant, inputs.formats))
 
     def take_note(self, state: TrainState, lane: int, inputs: Inputs, exhausted: bool) -> TrainState:
