@@ -236,11 +236,12 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               low=1, only_with=("emergency_formats", ())),
         Field("recipe", (), "how every operand of every product is quantized: a named recipe such as mxfp8 or nvfp4 "
               "(docs/recipes.md), then more with the update, the share of max_steps or the bad updates in a row "
-              "from which each holds: nvfp4,bf16@0.8 or nvfp4,bf16@bad3; ~LAYER[:PRODUCT] keeps some high", text=RECIPE),
+              "from which each holds: nvfp4,bf16@0.8 or nvfp4,bf16@bad3; ~LAYER[:PRODUCT] keeps some high",
+              text=RECIPE),
         Field("recipe_program", (), "more recipes that the compiled program can follow; a sweep sets it, so that its "
               "members share one program", text=RECIPE, only_with=("recipe", ())),
-        Field("certify_draws", 0, "draws of a certificate at every diagnosis (docs/bias.md): what of each product's error "
-              "averages out and what stays; 16 cost about 4% of the time; 0 = off",
+        Field("certify_draws", 0, "draws of a certificate at every diagnosis (docs/bias.md): what of each product's "
+              "error averages out and what stays; give 16; 0 = off",
               low=2, high=4096, zero="off", only_with=("recipe", ()), resumable=True),
         Field("reference_gradient", False, "compare the gradient with the float32 one of the same parameters and "
               "batch, layer by layer"),

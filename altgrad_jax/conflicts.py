@@ -185,9 +185,7 @@ def of_recipe(c: Any) -> Iterator[str]:
                     f"less: set eval_batch_size={windows} or more, or certify_draws=0"
                 )
         elif any(phase.exhausted for phase in schedule):
-            yield (
-                f"recipe={c.recipe!r} waits for certificates, and certify_draws=0 makes none: set certify_draws=16"
-            )
+            yield (f"recipe={c.recipe!r} waits for certificates, and certify_draws=0 makes none: set certify_draws=16")
         delayed = any(spec.amax == "delayed" for recipe in known for spec in recipe.slots)
         if not delayed and c.amax_history != _AMAX_HISTORY:
             yield (

@@ -15,9 +15,9 @@ from absl import flags
 
 from altgrad_jax import cli
 from altgrad_jax.errors import UserError
+from altgrad_jax.numerics.bias import REFERENCES
 
 ARGUMENTS = ("checkpoint",)
-REFERENCES = ("straight_through", "float32")
 FLAGS = cli.new_flags(device=True)
 flags.DEFINE_integer("draws", 256, "draws of every product, 2 to 4096", flag_values=FLAGS)
 flags.DEFINE_integer("step", None, "checkpoint of the run folder (default: the newest)", flag_values=FLAGS)

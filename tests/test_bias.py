@@ -1,10 +1,11 @@
-"""Bias and variance of quantized products: the estimators, known floors, and faults that are planted, found and located.
+"""Bias and variance of quantized products: estimators, known floors, and faults planted, found and located.
 
 The draws' seed is fixed; ALTGRAD_JAX_SEED takes another, which also plants the faults in other layers.
 """
 
 import dataclasses
 import os
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -12,19 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training import tiny
+from test_training import make_data, rows_of, tiny
 
-from altgrad_jax import instrument
+from altgrad_jax import instrument, train
+from altgrad_jax.config import problems, to_dict
 from altgrad_jax.errors import UserError
+from altgrad_jax.inference.certify import as_json, certify_checkpoint, table_lines
 from altgrad_jax.numerics import bias, certified_products, oscillation, rounding, slots
 from altgrad_jax.numerics.bias import bias_of, unpacked, whole_of
 from altgrad_jax.numerics.certified_products import Certified, Draws, certified_dot
-from altgrad_jax.numerics.recipes import PRODUCTS, RECIPES, get_recipe, replace
+from altgrad_jax.numerics.recipes import PRODUCTS, RECIPES, Recipe, get_recipe
 from altgrad_jax.run.alerts import FormatExhausted
-from altgrad_jax.step import certify, recipe
-from altgrad_jax.step.from_config import model_config, step_options
-from altgrad_jax.step.mesh import data_mesh
-from altgrad_jax.step.update import Step, init_params
+from altgrad_jax.step import recipe
 
 SEED = int(os.environ.get("ALTGRAD_JAX_SEED", "0"))
 M, K, N = 192, 96, 256
@@ -123,7 +123,9 @@ def test_a_layer_is_measured_as_slot_dot_computes_it_and_hands_on_exact_gradient
         error = np.square(np.asarray(got, np.float64) - want).sum() / np.square(want).sum()
         assert of.bias[FLOAT32, p] == pytest.approx(error, rel=0.03 if p == WGRAD else 1e-3)  # of halves
         assert abs(of.variance[FLOAT32, p]) < 1e-8
-        assert of.shrinkage[FLOAT32, p] == pytest.approx(1 - np.sum(np.asarray(got) * want) / np.square(want).sum(), abs=1e-5)
+        assert of.shrinkage[FLOAT32, p] == pytest.approx(
+            1 - np.sum(np.asarray(got) * want) / np.square(want).sum(), abs=1e-5
+        )
     assert of.bias[STRAIGHT, DGRAD] < 0.7 * of.bias[FLOAT32, DGRAD]
     np.testing.assert_allclose(dx, exact[1], atol=0.05 * np.abs(exact[1]).max())
     assert np.square(dw - exact[2]).sum() / np.square(exact[2]).sum() < 2e-3
@@ -147,7 +149,7 @@ class Fault(NamedTuple):
 
 
 FAULTS = {
-    "fixed signs": Fault({"redrawn": False}, both=True, recipe="nvfp4_redrawn~head", reference=FLOAT32, product=WGRAD),
+    "fixed signs": Fault({"redrawn": False}, both=True, recipe="nvfp4_redrawn", reference=FLOAT32, product=WGRAD),
     "stochastic rounding without headroom": Fault({"target": 6.0}),
     "4/6 under stochastic rounding": Fault({"target": 6.0, "bound": 256.0, "four_six": True}),
     "zeroed gradients": Fault({"target": 0.1, "stochastic": False}),
@@ -171,89 +173,82 @@ def _planted_bits(random_bits, shape, seed):
     return jnp.where(jnp.all(seed == _SENTINEL), jnp.uint32(0), random_bits(shape, seed))
 
 
-class Model(NamedTuple):
-    """A certificate of a whole model, compiled once for all tables and seeds."""
+N_LAYERS, WIDTH = 5, 64
 
-    step: Step
+
+class Stack(NamedTuple):
+    """Layers one after the other, each measured; compiled once for all slots and seeds."""
+
+    features: tuple
     program: object
-    params: dict
-    windows: np.ndarray
 
-    def table(self, name):
-        return recipe.table_of(dataclasses.replace(self.step.recipe, schedule=(recipe.Phase(name, 0),)))
+    def slots(self, name):
+        """A recipe in every layer: leaves [layers, 6, ...]."""
+        own = slots.slots_of(get_recipe(name))
+        return jax.tree.map(lambda leaf: np.stack([leaf] * N_LAYERS), own)
 
-    def biases(self, table, seed=SEED):
-        state = recipe.init_state(self.step.recipe)
-        found = jax.device_get(self.program(self.params, self.windows, np.int32(seed), state, table))
-        return certify.biases(found, self.step.recipe, DRAWS), found
+    def flagged(self, of_layers, reference, seed):
+        """{(layer, dgrad or wgrad)} whose bias is shown."""
+        vectors = self.program(of_layers, np.uint32(seed))
+        found = [bias_of(unpacked(vector, DRAWS), DRAWS) for vector in np.asarray(vectors)]
+        return {(q, p) for q, of in enumerate(found) for p in (DGRAD, WGRAD) if of.biased[reference, p]}
+
+
+def stack_of(features, of_layers, seed):
+    """float32 [layers, F]: packed Sums of layers h + norm(h) w, on random numbers."""
+    draws = Draws(DRAWS, 2, features)
+    x, w, target = (
+        normal(2 * WIDTH, WIDTH),
+        normal(N_LAYERS, WIDTH, WIDTH, seed=1) / 8,
+        normal(2 * WIDTH, WIDTH, seed=2),
+    )
+    seeds = jax.vmap(rounding.stochastic_seed, in_axes=(None, None, 0))(seed, 0, jnp.arange(N_LAYERS))
+
+    def layer(h, of):
+        w, own, seed, probe = of
+        norm = h / jnp.sqrt(jnp.mean(jnp.square(h), 1, keepdims=True))
+        return h + certified_dot(norm, w, Certified(own, seed, jnp.int32(0)), draws, probe), None
+
+    def loss(probes):
+        return jnp.sum(jax.lax.scan(layer, x, (w, of_layers, seeds, probes))[0] * target)
+
+    return jax.grad(loss)(jnp.zeros((N_LAYERS, bias.n_fields(DRAWS))))
 
 
 @pytest.fixture(scope="module")
-def model():
-    """Two blocks by the recipes of FAULTS, with 4/6 in the program. Its features are its own (`apart` says nothing
-    without statistics), so that no program traced with the planted functions is another test's."""
+def stack():
+    """Its features are its own (`apart` says nothing without statistics), so that no program traced with the planted
+    functions is another test's."""
     four_six = replace(RECIPES["tetrajet_v2"].slots[2], correction="four_six", bound=256.0)
+    able = slots.slots_of(Recipe("able", *RECIPES["tetrajet_v2"].slots[:2], *[four_six] * 4))
+    known = [able, *(slots.slots_of(get_recipe(fault.recipe)) for fault in FAULTS.values())]
+    features = tuple(dataclasses.replace(of_slot, apart=True) for of_slot in slots.features_of(known))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certified_products, "redraw", _planted_redraw)
         patch.setattr(rounding, "random_bits", partial(_planted_bits, rounding.random_bits))
-        able = replace(RECIPES["tetrajet_v2"], name="able", **dict.fromkeys(("dgrad_g", "wgrad_g"), four_six))
-        patch.setitem(RECIPES, "able", replace(able, dgrad_w=four_six, wgrad_x=four_six))
-        config = tiny(n_layer=2, n_embd=32, block_size=64, batch_size=24, eval_windows=8, metrics="none",
-                      recipe=("tetrajet_v2",), recipe_program=("nvfp4_redrawn~head", "able"))  # fmt: skip
-        options = step_options(config, steps_per_dispatch=1)
-        apart = tuple(dataclasses.replace(features, apart=True) for features in options.recipe.features)
-        options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, features=apart))
-        step = Step(model_config(config, jax.devices()[0]), options, data_mesh(jax.devices()[:1]), 1, 4)
-        params = init_params(step.plain, SEED)
-        windows = np.random.default_rng(SEED).integers(0, 256, (4, 65)).astype(np.uint16)
-        made = Model(step, jax.jit(partial(certify.certify, step, DRAWS)), params, windows)
-        made.biases(made.table("tetrajet_v2"))
-        yield made
-
-
-def flagged(biases, reference):
-    return {(layer, p) for layer, of in biases.items() for p in (DGRAD, WGRAD) if of.biased[reference, p]} - {
-        ("all", DGRAD), ("all", WGRAD),
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def silent(model):
-    """{recipe: what is flagged without a fault, against (STRAIGHT, FLOAT32)}"""
-    found = {}
-    for name in {fault.recipe for fault in FAULTS.values()}:
-        biases, _ = model.biases(model.table(name))
-        found[name] = [flagged(biases, reference) for reference in (STRAIGHT, FLOAT32)]
-    return found
+        yield Stack(features, jax.jit(partial(stack_of, features)))
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_and_located(model, silent, name):
-    fault, layers = FAULTS[name], certify.certified_layers(model.step.recipe)
-    rng = np.random.default_rng([SEED, list(FAULTS).index(name)])
-    q = rng.integers(len(layers) - 1)  # not the head, which no recipe here quantizes
-    product = rng.choice([DGRAD, WGRAD]) if fault.product is None else fault.product
+def test_a_planted_fault_is_found_and_located(stack, name):
+    fault, rng = FAULTS[name], np.random.default_rng([SEED, list(FAULTS).index(name)])
+    q, seed = int(rng.integers(N_LAYERS)), int(rng.integers(2**31))
+    product = int(rng.choice([DGRAD, WGRAD])) if fault.product is None else fault.product
     which = [2 * product, 2 * product + 1]
     if not fault.both:
         which = [int(rng.choice(which))]
-    table = jax.tree.map(np.copy, model.table(fault.recipe))
+    of_layers = stack.slots(fault.recipe)
+    # What the recipe itself is biased in, to nearest, is no fault of this layer.
+    without = stack.flagged(of_layers, fault.reference, seed) if fault.reference == FLOAT32 else set()
     for leaf, value in fault.leaves.items():
-        getattr(table.slots, leaf)[0, q, which] = value
-    biases, _ = model.biases(table, seed=SEED + 1)
-    found = flagged(biases, fault.reference) - silent[fault.recipe][fault.reference]
-    assert found == {(layers[q], product)}, f"ALTGRAD_JAX_SEED={SEED}: planted in {layers[q]} {PRODUCTS[product]} {which}"
+        getattr(of_layers, leaf)[q, which] = value
+    found = stack.flagged(of_layers, fault.reference, seed + 1) - without
+    assert found == {(q, product)}, f"ALTGRAD_JAX_SEED={SEED}: planted in layer {q}, {PRODUCTS[product]}, slots {which}"
 
 
-def test_an_unbiased_recipe_is_silent_for_ten_seeds(model):
-    table = model.table("tetrajet_v2")
+def test_an_unbiased_recipe_is_silent_for_ten_seeds(stack):
     for seed in range(10):
-        biases, found = model.biases(table, seed=100 + SEED + seed)
-        assert flagged(biases, STRAIGHT) == set(), f"ALTGRAD_JAX_SEED={SEED}, seed {seed}"
-    named = certify.metrics_of(found, dataclasses.replace(
-        model.step, options=dataclasses.replace(model.step.options, certify_draws=DRAWS, certify_half=2)
-    ))  # fmt: skip
-    # The errors of all layers that come later add up in the whole gradient.
-    assert named["grad_total_variance/block_0/attn_qkv"] > named["grad_variance/block_0/attn_qkv/wgrad"] > 0.01
+        assert stack.flagged(stack.slots("tetrajet_v2"), STRAIGHT, 100 + SEED + seed) == set(), f"seed {seed}"
 
 
 # --------------------------------------------------------------------------------------------- an exhausted format
@@ -329,3 +324,38 @@ def test_weights_that_tremble_across_an_edge_oscillate():
     assert found["weight_flips"] == pytest.approx(flips, rel=1e-5)
     near = np.abs(path[1:] - np.round(path[1:])) > 0.4
     assert found["weight_near_edge"] == pytest.approx(near.mean(), abs=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_certificates_of_a_run_are_in_its_record_and_may_end_its_recipe(tmp_path):
+    """At every diagnosis; here all gradients are less than their error, so that the second phase begins with the
+    second certificate. Another process sees the same numbers in the checkpoint."""
+    config = tiny(n_embd=32, block_size=32, max_steps=4, warmup_steps=1, eval_interval=4, checkpoint_interval=2,
+                  diagnostic_interval=2, metrics="none", recipe=("nvfp4_redrawn:wgrad~head", "bf16@exhausted2"),
+                  certify_draws=4)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bias, "EXHAUSTED", 1e9)
+        assert train(config, data_dir=make_data(tmp_path), workdir=tmp_path / "run") == 0
+    rows = {row["step"]: row for row in rows_of(tmp_path / "run")}
+    assert [rows[k]["recipe_phase"] for k in range(1, 5)] == [0, 0, 1, 1]
+    found = {k: row["grad_bias/block_0/mlp_up/wgrad"] for k, row in rows.items() if "grad_total_bias" in row}
+    assert sorted(found) == [0, 2, 4] and abs(found[4]) < 1e-5 < rows[2]["grad_variance/all/wgrad"]
+    assert rows[2]["grad_variance/all/dgrad"] < 1e-8 and "grad_persistent_bias/all/dgrad" not in rows[2]
+    assert rows[2]["grad_noise_ratio"] > 100 * rows[4]["grad_noise_ratio"]
+    again = certify_checkpoint(tmp_path / "run", 4, checkpoint=2)
+    # bfloat16 holds from there on.
+    assert again.metrics["grad_total_variance"] < 1e-8
+    other = certify_checkpoint(tmp_path / "run", 4, checkpoint=2, recipe_item="nvfp4_redrawn:wgrad~head")
+    assert other.biases["block_0/mlp_up"].variance[FLOAT32, WGRAD] > 0.01
+    assert len(table_lines(other)) == 2 + 3 * 5 and "BIASED" not in table_lines(again)[-1]
+    assert as_json(other)["layers"]["all"]["dgrad"]["float32"]["persistent"] is None
+
+
+def test_what_certificates_need_is_said():
+    few = dict(certify_draws=16, recipe=("tetrajet_v2",), eval_windows=2, eval_batch_size=2)
+    (sentence,) = problems(to_dict(tiny(**few, block_size=8)))
+    assert sentence.startswith("certify_draws=16 looks at 4 windows of 8 tokens") and "eval_batch_size=4" in sentence
+    (sentence,) = problems(to_dict(tiny(recipe=("mxfp8", "bf16@exhausted3"), block_size=32, n_embd=32)))
+    assert sentence.endswith("waits for certificates, and certify_draws=0 makes none: set certify_draws=16")

@@ -1,4 +1,4 @@
-"""The certificate of a checkpoint: bias and variance of the products of its recipe, with as many draws as are wanted."""
+"""The certificate of a checkpoint: bias and variance of the products of its recipe, with as many draws as asked."""
 
 import dataclasses
 from functools import partial

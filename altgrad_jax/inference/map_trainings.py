@@ -77,7 +77,7 @@ def planned(name: str, scores: maps.Scores, values: Mapping, n_cells: int) -> di
 
 
 def confirm(run, name, share, draws, out, seeds, n_cells, max_steps, **choices) -> int:
-    """Trains what is `planned`, prints what each closed of the loss gap, and writes MAP. Returns a sweep's exit code."""
+    """Trains what is `planned`, prints what each closed of the gap, and writes MAP. Returns a sweep's exit code."""
     name, values = _recipe_of(run, name)
     scores = maps.scores_of(run, name, draws=draws, **choices)
     plan = planned(name, scores, values, n_cells)

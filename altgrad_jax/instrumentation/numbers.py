@@ -294,7 +294,7 @@ class InRecipe:
 
 @dataclass(frozen=True)
 class InCertificate(InRecipe):
-    """Products by a recipe that measure themselves in the backward pass (certified_dot), which hands on exact gradients.
+    """Products by a recipe that measure themselves in the backward pass (certified_dot).
 
     The one vector of a layer is packed bias.Sums.
     """

@@ -4,7 +4,7 @@ Over a window of updates, for each weight w with Q its rounding in the forward p
 
     ratio = sum |Q(w_t) - Q(w_{t-1})| / sum |w_t - w_{t-1}|        oscillating from OSCILLATING on
 
-A weight that moves through many bins has a ratio of about 1. One that trembles across the edge of a bin has a large one.
+A weight that moves through many bins has a ratio of about 1, one that trembles across an edge a large one.
 """
 
 from typing import Any, NamedTuple

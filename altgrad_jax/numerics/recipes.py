@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import formats
-from altgrad_jax.numerics.layers import HEAD, all_products, is_attention
+from altgrad_jax.numerics.layers import all_products, is_attention
 from altgrad_jax.numerics.scales import LARGEST_SCALED, RULES
 
 SLOTS = ("fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.x", "wgrad.g")

@@ -1,4 +1,4 @@
-"""The certificate of a run's recipe: bias and variance of every product, and of the whole gradient beside its own noise.
+"""The certificate of a run's recipe: bias and variance of its products, and the gradient's error beside its noise.
 
 Three kinds of passes over a few windows, at fixed weights (numerics.bias has the definitions):
 

@@ -77,7 +77,9 @@ class RecipeTable(NamedTuple):
     delayed_PQ6: Any  # bool
     start_P: Any  # int32: the update from which a phase holds
     bad_P: Any = None  # int32: bad updates in a row after which it does, 0 for none; None where no phase waits
-    exhausted_P: Any = None  # int32: the same of certificates of an exhausted format; None where no phase waits for them
+    exhausted_P: Any = (
+        None  # int32: the same of certificates of an exhausted format; None where no phase waits for them
+    )
 
 
 class RecipeState(NamedTuple):
@@ -85,8 +87,8 @@ class RecipeState(NamedTuple):
 
     amax_history_Q6H: jax.Array  # float32, oldest first; 0 where no update was made
     number: jax.Array  # int32: of the next update, which decides what recipe of the schedule holds
-    # Where a phase waits: int32, the last phase that began so, and how many bad updates there were in a row; and how many
-    # certificates of an exhausted format.
+    # Where a phase waits: int32, the last phase that began so, and how many bad updates, and certificates of an
+    # exhausted format, there were in a row.
     begun: Any = None
     bad_streak: Any = None
     exhausted_streak: Any = None
@@ -197,7 +199,7 @@ def after_certificate(table: RecipeTable, state: RecipeState, exhausted: bool) -
 
 
 def slots_of_phase(table: RecipeTable, state: RecipeState) -> Slot:
-    """The slots of the recipe that the next update follows, as they are before any random numbers: leaves [Q, 6, ...]."""
+    """The slots of the recipe that the next update follows, before any random numbers: leaves [Q, 6, ...]."""
     phase = phase_at(table, state)
     slots_Q6, delayed_Q6 = jax.tree.map(lambda leaf: jnp.asarray(leaf)[phase], (table.slots, table.delayed_PQ6))
     return slots_Q6._replace(given=jnp.where(delayed_Q6, jnp.max(state.amax_history_Q6H, axis=-1), 0.0))
