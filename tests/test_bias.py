@@ -16,7 +16,7 @@ import pytest
 from test_training import make_data, rows_of, tiny
 
 from altgrad_jax import instrument, train
-from altgrad_jax.config import problems, to_dict
+from altgrad_jax.config import problems, values_of
 from altgrad_jax.errors import UserError
 from altgrad_jax.inference.certify import as_json, certify_checkpoint, table_lines
 from altgrad_jax.numerics import bias, certified_products, oscillation, rounding, slots
@@ -123,9 +123,8 @@ def test_a_layer_is_measured_as_slot_dot_computes_it_and_hands_on_exact_gradient
         error = np.square(np.asarray(got, np.float64) - want).sum() / np.square(want).sum()
         assert of.bias[FLOAT32, p] == pytest.approx(error, rel=0.03 if p == WGRAD else 1e-3)  # of halves
         assert abs(of.variance[FLOAT32, p]) < 1e-8
-        assert of.shrinkage[FLOAT32, p] == pytest.approx(
-            1 - np.sum(np.asarray(got) * want) / np.square(want).sum(), abs=1e-5
-        )
+        shrinkage = 1 - np.sum(np.asarray(got) * want) / np.square(want).sum()
+        assert of.shrinkage[FLOAT32, p] == pytest.approx(shrinkage, abs=5e-4 if p == WGRAD else 1e-5)
     assert of.bias[STRAIGHT, DGRAD] < 0.7 * of.bias[FLOAT32, DGRAD]
     np.testing.assert_allclose(dx, exact[1], atol=0.05 * np.abs(exact[1]).max())
     assert np.square(dw - exact[2]).sum() / np.square(exact[2]).sum() < 2e-3
@@ -138,29 +137,36 @@ REPEATS, TO_ZERO = -8, -10
 _SENTINEL = np.uint32([0xFFFFFFFF, 0xFFFFFFFE])
 
 
+_STOCHASTIC = replace(RECIPES["tetrajet_v2"].slots[2], transform="none")
+_AGAIN = replace(_STOCHASTIC, source="fprop")
+# Without bias, and without a rotation, which would hide some of it; 4/6 in the program alone.
+UNBIASED = Recipe("unbiased", *RECIPES["tetrajet_v2"].slots[:2], _STOCHASTIC, _AGAIN, _AGAIN, _STOCHASTIC)
+FOUR_SIX = Recipe("four_six", *UNBIASED.slots[:2], *[replace(_STOCHASTIC, correction="four_six", bound=256.0)] * 4)
+
+
 class Fault(NamedTuple):
     """Leaves of the slots of one product, both or one of them, that make the fault; seen against `reference`."""
 
     leaves: dict
     both: bool = False
-    recipe: str = "tetrajet_v2"
+    recipe: Recipe = UNBIASED
     reference: int = STRAIGHT
     product: int | None = None  # None: dgrad or wgrad
 
 
 FAULTS = {
-    "fixed signs": Fault({"redrawn": False}, both=True, recipe="nvfp4_redrawn", reference=FLOAT32, product=WGRAD),
-    "stochastic rounding without headroom": Fault({"target": 6.0}),
-    "4/6 under stochastic rounding": Fault({"target": 6.0, "bound": 256.0, "four_six": True}),
+    "fixed signs": Fault({"redrawn": False}, True, RECIPES["nvfp4_redrawn"], FLOAT32, WGRAD),
+    "stochastic rounding without headroom": Fault({"target": 6.0}, both=True),
+    "4/6 under stochastic rounding": Fault({"target": 6.0, "bound": 256.0, "four_six": True}, both=True),
     "zeroed gradients": Fault({"target": 0.1, "stochastic": False}),
     "nearest in the backward pass": Fault({"stochastic": False}, both=True),
     "one biased slot": Fault({"stochastic": False}),
     "a scale too small by 2": Fault({"target": 12.0}),
     "random bits that repeat": Fault({"given": REPEATS}, both=True),
-    "signs of one operand only": Fault({"redrawn": False}),
+    "signs of one operand only": Fault({"redrawn": False}, recipe=RECIPES["tetrajet_v2"]),
     "rounding toward zero": Fault({"given": TO_ZERO}),
 }
-DRAWS = 48
+DRAWS = 64
 
 
 def _planted_redraw(slots_6, seed):
@@ -182,9 +188,9 @@ class Stack(NamedTuple):
     features: tuple
     program: object
 
-    def slots(self, name):
+    def slots(self, recipe):
         """A recipe in every layer: leaves [layers, 6, ...]."""
-        own = slots.slots_of(get_recipe(name))
+        own = slots.slots_of(recipe)
         return jax.tree.map(lambda leaf: np.stack([leaf] * N_LAYERS), own)
 
     def flagged(self, of_layers, reference, seed):
@@ -219,9 +225,7 @@ def stack_of(features, of_layers, seed):
 def stack():
     """Its features are its own (`apart` says nothing without statistics), so that no program traced with the planted
     functions is another test's."""
-    four_six = replace(RECIPES["tetrajet_v2"].slots[2], correction="four_six", bound=256.0)
-    able = slots.slots_of(Recipe("able", *RECIPES["tetrajet_v2"].slots[:2], *[four_six] * 4))
-    known = [able, *(slots.slots_of(get_recipe(fault.recipe)) for fault in FAULTS.values())]
+    known = [slots.slots_of(own) for own in (FOUR_SIX, *(fault.recipe for fault in FAULTS.values()))]
     features = tuple(dataclasses.replace(of_slot, apart=True) for of_slot in slots.features_of(known))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certified_products, "redraw", _planted_redraw)
@@ -248,7 +252,7 @@ def test_a_planted_fault_is_found_and_located(stack, name):
 
 def test_an_unbiased_recipe_is_silent_for_ten_seeds(stack):
     for seed in range(10):
-        assert stack.flagged(stack.slots("tetrajet_v2"), STRAIGHT, 100 + SEED + seed) == set(), f"seed {seed}"
+        assert stack.flagged(stack.slots(UNBIASED), STRAIGHT, 100 + SEED + seed) == set(), f"seed {seed}"
 
 
 # --------------------------------------------------------------------------------------------- an exhausted format
@@ -355,7 +359,7 @@ def test_certificates_of_a_run_are_in_its_record_and_may_end_its_recipe(tmp_path
 
 def test_what_certificates_need_is_said():
     few = dict(certify_draws=16, recipe=("tetrajet_v2",), eval_windows=2, eval_batch_size=2)
-    (sentence,) = problems(to_dict(tiny(**few, block_size=8)))
+    (sentence,) = problems(values_of(tiny(**few, block_size=8)))
     assert sentence.startswith("certify_draws=16 looks at 4 windows of 8 tokens") and "eval_batch_size=4" in sentence
-    (sentence,) = problems(to_dict(tiny(recipe=("mxfp8", "bf16@exhausted3"), block_size=32, n_embd=32)))
+    (sentence,) = problems(values_of(tiny(recipe=("mxfp8", "bf16@exhausted3"), block_size=32, n_embd=32)))
     assert sentence.endswith("waits for certificates, and certify_draws=0 makes none: set certify_draws=16")

@@ -1,6 +1,7 @@
 """A precision map shown, and confirmed by trainings: which of them, and what they say."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -98,8 +99,14 @@ def confirm(run, name, share, draws, out, seeds, n_cells, max_steps, **choices) 
     result = results(plan, losses, maps.costs_of(values))
     weight = forward_weight(plan, losses)
     print("\n".join([*curve_lines(result), "", *lines_of(scores, name, values, share, weight)]))
-    write_atomically(Path(out) / MAP, (json.dumps({"recipe": name, "trained": result}, indent=2) + "\n").encode())
+    finite = [{key: None if _is_infinite(value) else value for key, value in row.items()} for row in result]
+    write_atomically(Path(out) / MAP, (json.dumps({"recipe": name, "trained": finite}, indent=2) + "\n").encode())
     return 0
+
+
+def _is_infinite(value) -> bool:
+    """Whether JSON has no number for it."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _shorter(values, max_steps):
