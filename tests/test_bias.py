@@ -13,18 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training import make_data, rows_of, tiny
 
-from altgrad_jax import instrument, train
-from altgrad_jax.config import problems, values_of
-from altgrad_jax.errors import UserError
-from altgrad_jax.inference.certify import as_json, certify_checkpoint, table_lines
 from altgrad_jax.numerics import bias, certified_products, oscillation, rounding, slots
 from altgrad_jax.numerics.bias import bias_of, unpacked, whole_of
 from altgrad_jax.numerics.certified_products import Certified, Draws, certified_dot
 from altgrad_jax.numerics.recipes import PRODUCTS, RECIPES, Recipe, get_recipe
-from altgrad_jax.run.alerts import FormatExhausted
-from altgrad_jax.step import recipe
 
 SEED = int(os.environ.get("ALTGRAD_JAX_SEED", "0"))
 M, K, N = 192, 96, 256
@@ -91,16 +84,14 @@ def test_signal_and_noise_of_the_gradient():
 def measured(name, n, x=OPERANDS[0], w=OPERANDS[1], g=OPERANDS[2]):
     """(Bias, dX, dW) of one layer."""
     own = slots.slots_of(get_recipe(name))
-    draws = Draws(n, 2, slots.features_of([own]))
-    given = Certified(own, np.uint32([1, 2]), np.int32(0))
-    probe = np.zeros(bias.n_fields(n), np.float32)
-    dot = jax.jit(lambda x, w, probe, given: jax.vjp(partial(_dot, draws, given), x, w, probe)[1](g))
-    dx, dw, vector = dot(x, w, probe, given)
+    dx, dw, vector = _measured(x, w, g, own, draws=Draws(n, 2, slots.features_of([own])))
     return bias_of(unpacked(vector, n), n), dx, dw
 
 
-def _dot(draws, given, x, w, probe):
-    return certified_dot(x, w, given, draws, probe)
+@partial(jax.jit, static_argnames="draws")
+def _measured(x, w, g, own, draws):
+    given, probe = Certified(own, jnp.uint32([1, 2]), jnp.int32(0)), jnp.zeros(bias.n_fields(draws.n))
+    return jax.vjp(lambda x, w, probe: certified_dot(x, w, given, draws, probe), x, w, probe)[1](g)
 
 
 def test_fixed_signs_leave_the_bias_that_is_published_and_redrawn_ones_none():
@@ -166,7 +157,7 @@ FAULTS = {
     "signs of one operand only": Fault({"redrawn": False}, recipe=RECIPES["tetrajet_v2"]),
     "rounding toward zero": Fault({"given": TO_ZERO}),
 }
-DRAWS = 64
+DRAWS = 192
 
 
 def _planted_redraw(slots_6, seed):
@@ -179,7 +170,7 @@ def _planted_bits(random_bits, shape, seed):
     return jnp.where(jnp.all(seed == _SENTINEL), jnp.uint32(0), random_bits(shape, seed))
 
 
-N_LAYERS, WIDTH = 5, 64
+N_LAYERS, WIDTH = 4, 64
 
 
 class Stack(NamedTuple):
@@ -194,10 +185,11 @@ class Stack(NamedTuple):
         return jax.tree.map(lambda leaf: np.stack([leaf] * N_LAYERS), own)
 
     def flagged(self, of_layers, reference, seed):
-        """{(layer, dgrad or wgrad)} whose bias is shown."""
+        """{(layer, dgrad or wgrad): bias} where it is shown."""
         vectors = self.program(of_layers, np.uint32(seed))
         found = [bias_of(unpacked(vector, DRAWS), DRAWS) for vector in np.asarray(vectors)]
-        return {(q, p) for q, of in enumerate(found) for p in (DGRAD, WGRAD) if of.biased[reference, p]}
+        cells = [(q, p) for q in range(N_LAYERS) for p in (DGRAD, WGRAD)]
+        return {(q, p): found[q].bias[reference, p] for q, p in cells if found[q].biased[reference, p]}
 
 
 def stack_of(features, of_layers, seed):
@@ -242,72 +234,20 @@ def test_a_planted_fault_is_found_and_located(stack, name):
     if not fault.both:
         which = [int(rng.choice(which))]
     of_layers = stack.slots(fault.recipe)
-    # What the recipe itself is biased in, to nearest, is no fault of this layer.
-    without = stack.flagged(of_layers, fault.reference, seed) if fault.reference == FLOAT32 else set()
+    # Rounding to nearest is never quite without bias: a fault is ten times that.
+    without = stack.flagged(of_layers, fault.reference, seed) if fault.reference == FLOAT32 else {}
     for leaf, value in fault.leaves.items():
         getattr(of_layers, leaf)[q, which] = value
-    found = stack.flagged(of_layers, fault.reference, seed + 1) - without
-    assert found == {(q, product)}, f"ALTGRAD_JAX_SEED={SEED}: planted in layer {q}, {PRODUCTS[product]}, slots {which}"
+    found = stack.flagged(of_layers, fault.reference, seed + 1)
+    located = {cell for cell, size in found.items() if size > 10 * without.get(cell, 0)}
+    assert located == {(q, product)}, (
+        f"ALTGRAD_JAX_SEED={SEED}: planted in layer {q}, {PRODUCTS[product]}, slots {which}"
+    )
 
 
 def test_an_unbiased_recipe_is_silent_for_ten_seeds(stack):
     for seed in range(10):
-        assert stack.flagged(stack.slots(UNBIASED), STRAIGHT, 100 + SEED + seed) == set(), f"seed {seed}"
-
-
-# --------------------------------------------------------------------------------------------- an exhausted format
-
-
-def test_certificates_in_a_row_change_the_recipe():
-    config = tiny(recipe=("mxfp8", "rowwise@bad9", "bf16@exhausted2"), certify_draws=2, n_embd=32, block_size=32)
-    options = recipe.options_of(config)
-    table, state, phases = recipe.table_of(options), recipe.init_state(options), []
-    state = state._replace(begun=jnp.int32(1))
-    for exhausted in (True, False, True, True, True):
-        state = recipe.after_certificate(table, state, exhausted)
-        phases.append(int(recipe.phase_at(table, state)))
-    assert phases == [1, 1, 1, 2, 2]
-    # An update between them changes neither.
-    after = recipe.InUse(options, (), state, table, 0, 5).after(None, jnp.bool_(True), False)
-    assert (int(after.begun), int(after.exhausted_streak)) == (2, int(state.exhausted_streak))
-
-
-def test_the_alert_begins_below_the_root_of_three_and_is_armed_again():
-    rule = FormatExhausted()
-    found = [rule.begins(k, {"grad_signal_to_error": value}) for k, value in enumerate((2, 1.7, 1.6, 1.74, 1.0))]
-    assert [bool(alerts) for alerts in found] == [False, True, False, False, True]
-    assert found[1] == [{"kind": "format_exhausted", "layer": None, "value": 1.7}]
-    assert rule.begins(9, {"val_loss": 3.0}) == []
-
-
-# ------------------------------------------------------------------------------------------------ any loss function
-
-
-def test_any_loss_function_has_a_certificate():
-    """A loop over two layers, one of them kept: as that layer alone; and nothing is drawn twice."""
-    params = {"w": 0.1 * normal(2, 64, 64, seed=6)}
-    batch = normal(64, 64, seed=7)
-
-    def loss(params, x):
-        def layer(x, w):
-            return jnp.tanh(x @ w), None
-
-        return jnp.mean(jnp.square(jax.lax.scan(layer, x, params["w"])[0]))
-
-    own = instrument(loss, params, batch, recipe="nvfp4", keep=["w/1"])
-    found = own.certify(params, batch, key=jax.random.key(SEED), draws=32)
-    assert list(found) == ["w/0", "w/1"]
-    assert found["w/1"].variance[FLOAT32].max() < 1e-8 and not found["w/1"].bias[FLOAT32].max() > 1e-5
-    x, w = batch.astype(np.float64), params["w"].astype(np.float64)
-    y = np.tanh(x @ w[0])
-    z = np.tanh(y @ w[1])
-    g = (2 * z / z.size * (1 - z**2)) @ w[1].T * (1 - y**2)
-    assert g.shape == (64, 64) and found["w/0"].biased[FLOAT32, WGRAD]
-    alone = measured("nvfp4", 32, *(v.astype(np.float32) for v in (x, w[0], g)))[0]
-    np.testing.assert_allclose(found["w/0"].variance[FLOAT32], alone.variance[FLOAT32], rtol=0.3, atol=1e-6)
-    np.testing.assert_allclose(found["w/0"].bias[FLOAT32], alone.bias[FLOAT32], rtol=0.2)
-    with pytest.raises(UserError, match="only a recipe has a certificate"):
-        instrument(loss, params, batch, recipe="E4M3").certify(params, batch, key=jax.random.key(0))
+        assert stack.flagged(stack.slots(UNBIASED), STRAIGHT, 100 + SEED + seed) == {}, f"seed {seed}"
 
 
 # -------------------------------------------------------------------------------------------------------- oscillation
@@ -328,38 +268,3 @@ def test_weights_that_tremble_across_an_edge_oscillate():
     assert found["weight_flips"] == pytest.approx(flips, rel=1e-5)
     near = np.abs(path[1:] - np.round(path[1:])) > 0.4
     assert found["weight_near_edge"] == pytest.approx(near.mean(), abs=0.01)
-
-
-# ---------------------------------------------------------------------------------------------------------- whole runs
-
-
-def test_certificates_of_a_run_are_in_its_record_and_may_end_its_recipe(tmp_path):
-    """At every diagnosis; here all gradients are less than their error, so that the second phase begins with the
-    second certificate. Another process sees the same numbers in the checkpoint."""
-    config = tiny(n_embd=32, block_size=32, max_steps=4, warmup_steps=1, eval_interval=4, checkpoint_interval=2,
-                  diagnostic_interval=2, metrics="none", recipe=("nvfp4_redrawn:wgrad~head", "bf16@exhausted2"),
-                  certify_draws=4)  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bias, "EXHAUSTED", 1e9)
-        assert train(config, data_dir=make_data(tmp_path), workdir=tmp_path / "run") == 0
-    rows = {row["step"]: row for row in rows_of(tmp_path / "run")}
-    assert [rows[k]["recipe_phase"] for k in range(1, 5)] == [0, 0, 1, 1]
-    found = {k: row["grad_bias/block_0/mlp_up/wgrad"] for k, row in rows.items() if "grad_total_bias" in row}
-    assert sorted(found) == [0, 2, 4] and abs(found[4]) < 1e-5 < rows[2]["grad_variance/all/wgrad"]
-    assert rows[2]["grad_variance/all/dgrad"] < 1e-8 and "grad_persistent_bias/all/dgrad" not in rows[2]
-    assert rows[2]["grad_noise_ratio"] > 100 * rows[4]["grad_noise_ratio"]
-    again = certify_checkpoint(tmp_path / "run", 4, checkpoint=2)
-    # bfloat16 holds from there on.
-    assert again.metrics["grad_total_variance"] < 1e-8
-    other = certify_checkpoint(tmp_path / "run", 4, checkpoint=2, recipe_item="nvfp4_redrawn:wgrad~head")
-    assert other.biases["block_0/mlp_up"].variance[FLOAT32, WGRAD] > 0.01
-    assert len(table_lines(other)) == 2 + 3 * 5 and "BIASED" not in table_lines(again)[-1]
-    assert as_json(other)["layers"]["all"]["dgrad"]["float32"]["persistent"] is None
-
-
-def test_what_certificates_need_is_said():
-    few = dict(certify_draws=16, recipe=("tetrajet_v2",), eval_windows=2, eval_batch_size=2)
-    (sentence,) = problems(values_of(tiny(**few, block_size=8)))
-    assert sentence.startswith("certify_draws=16 looks at 4 windows of 8 tokens") and "eval_batch_size=4" in sentence
-    (sentence,) = problems(values_of(tiny(recipe=("mxfp8", "bf16@exhausted3"), block_size=32, n_embd=32)))
-    assert sentence.endswith("waits for certificates, and certify_draws=0 makes none: set certify_draws=16")
