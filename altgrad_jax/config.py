@@ -170,6 +170,7 @@ GROUPS_OF_METRICS = Text(
     check=_names_groups, about=f"all, none, or some of {', '.join(METRIC_GROUPS)} joined by commas, each once"
 )
 ITEM = Text(without=",")
+RECIPE = Text(longest=4096, without=",")  # it may name many layers
 TAG = Text(longest=64, without=",")
 XLA_OPTION = Text(
     without=",",
@@ -235,9 +236,13 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               low=1, only_with=("emergency_formats", ())),
         Field("recipe", (), "how every operand of every product is quantized: a named recipe such as mxfp8 or nvfp4 "
               "(docs/recipes.md), then more with the update, the share of max_steps or the bad updates in a row "
-              "from which each holds: nvfp4,bf16@0.8 or nvfp4,bf16@bad3", text=ITEM),
+              "from which each holds: nvfp4,bf16@0.8 or nvfp4,bf16@bad3; ~LAYER[:PRODUCT] keeps some high",
+              text=RECIPE),
         Field("recipe_program", (), "more recipes that the compiled program can follow; a sweep sets it, so that its "
-              "members share one program", text=ITEM, only_with=("recipe", ())),
+              "members share one program", text=RECIPE, only_with=("recipe", ())),
+        Field("certify_draws", 0, "draws of a certificate at every diagnosis (docs/bias.md): what of each product's "
+              "error averages out and what stays; give 16; 0 = off",
+              low=2, high=4096, zero="off", only_with=("recipe", ()), resumable=True),
         Field("reference_gradient", False, "compare the gradient with the float32 one of the same parameters and "
               "batch, layer by layer"),
         Field("reference_interval", 1, "updates between two such comparisons; the first is compared",
@@ -657,7 +662,7 @@ ADDED_IN_2 = frozenset(
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
 ADDED_IN_4 = frozenset({"loggers"})
 ADDED_IN_5 = frozenset({"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
-ADDED_IN_6 = frozenset({"evaluate_all", "model", "n_kv_head", "tied_head", "qk_norm", "init_from"})
+ADDED_IN_6 = frozenset({"evaluate_all", "model", "n_kv_head", "tied_head", "qk_norm", "init_from", "certify_draws"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -176,6 +176,16 @@ def of_recipe(c: Any) -> Iterator[str]:
                 f"attention='cudnn' computes the products of attention in bfloat16, which recipe={own[0]!r} quantizes: "
                 "set attention='auto'"
             )
+        if c.certify_draws:
+            windows = 2 * recipes.half_batch(known, c.batch_size, c.block_size)
+            if windows > c.eval_batch_size:
+                yield (
+                    f"certify_draws={c.certify_draws} looks at {windows} windows of {c.block_size} tokens at once, so "
+                    f"that the blocks of {known[0].name[:80]} divide them, and eval_batch_size={c.eval_batch_size} is "
+                    f"less: set eval_batch_size={windows} or more, or certify_draws=0"
+                )
+        elif any(phase.exhausted for phase in schedule):
+            yield (f"recipe={c.recipe!r} waits for certificates, and certify_draws=0 makes none: set certify_draws=16")
         delayed = any(spec.amax == "delayed" for recipe in known for spec in recipe.slots)
         if not delayed and c.amax_history != _AMAX_HISTORY:
             yield (

@@ -88,6 +88,7 @@ def signal_handlers():
 
 # Files about exact arithmetic, which `make test` compiles as a user's program is.
 EXACT_FILES = (
+    "test_bias",
     "test_cross_entropy",
     "test_formats",
     "test_gpt2",

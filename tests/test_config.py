@@ -118,6 +118,7 @@ NEW = {
     "moments": "float32",
     "moments_rounding": "nearest",
     "evaluate_all": False,
+    "certify_draws": 0,
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -778,7 +779,7 @@ def test_a_record_of_version_1_is_one_with_the_defaults():
     to_5 = settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5
     assert to_5 | settings.ADDED_IN_6 == set(NEW)
     model = {"model", "n_kv_head", "tied_head", "qk_norm"}
-    assert settings.ADDED_IN_6 == {"evaluate_all", "init_from"} | model
+    assert settings.ADDED_IN_6 == {"evaluate_all", "init_from", "certify_draws"} | model
     assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers"}
     assert settings.ADDED_IN_5 == {"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"}
     new = to_dict(default_config())

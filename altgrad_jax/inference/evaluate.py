@@ -49,7 +49,7 @@ def evaluate_checkpoint(
         tokens_T = open_token_file(file, vocab_size=config.vocab_size, block_size=config.block_size)
     else:
         data = load_token_data(
-            data_dir or _data_dir_of(Path(path)),
+            data_dir or data_dir_of(Path(path)),
             vocab_size=config.vocab_size,
             block_size=config.block_size,
             tokenizer=settings["tokenizer"],
@@ -64,7 +64,7 @@ def evaluate_checkpoint(
     return Evaluation(loss, perplexity, len(windows), windows[:, 1:].size, Path(file))
 
 
-def _data_dir_of(path):
+def data_dir_of(path):
     """Where the run that wrote this checkpoint found its data, by its manifest."""
     for folder in (path, path.parent, path.parent.parent):
         if (folder / MANIFEST).exists():

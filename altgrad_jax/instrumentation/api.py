@@ -5,6 +5,7 @@ in their place (`rewrite`, `numbers`). The model is not touched, so it may be of
 and the gradients are those of jax.value_and_grad to the bit.
 """
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from altgrad_jax.instrumentation.plan import Plan, Product, find, layers_of, nam
 from altgrad_jax.instrumentation.rewrite import evaluate
 from altgrad_jax.instrumentation.sites import Sites, sites_of
 from altgrad_jax.instrumentation.table import Layers, table_of
+from altgrad_jax.numerics.bias import Bias, Sums, bias_of, unpacked
 from altgrad_jax.numerics.formats import FORMATS, get_format
 from altgrad_jax.numerics.products import push_amax
 from altgrad_jax.numerics.recipes import RECIPES, WITH_ATTENTION, Recipe, get_recipe
@@ -97,6 +99,38 @@ class Instrument:
         statistics = of_numbers.combined(self._numbers, sites, forward, of_g)
         state = self._after(state, statistics, value, grads)
         return (value, aux), grads, state, self._numbers.columns(sites.names, statistics)
+
+    def certify(self, params, batch, *args, key, state: State | None = None, draws: int = 16) -> dict[str, Bias]:
+        """What of each product's error averages out and what stays (docs/bias.md): {layer: Bias}.
+
+        Every layer is measured by itself, at the operands of one forward and backward pass that hands on exact
+        gradients. It cannot be jitted: what it returns is NumPy.
+
+        Args:
+          params, batch, args, key: as in `value_and_grad`. state: for amaxes of earlier steps; None: of a first step.
+          draws: of every product.
+
+        Raises:
+          UserError: as `value_and_grad`; fewer than 2 draws; number formats in place of a recipe.
+        """
+        numbers = self._numbers
+        if not isinstance(numbers, of_numbers.InRecipe):
+            raise UserError("only a recipe has a certificate: give instrument one, such as recipe='nvfp4'")
+        if draws < 2:
+            raise UserError(f"draws={draws} cannot tell bias from variance: give 2 or more")
+        self._check_params(params)
+        certified = dataclasses.replace(
+            self, _numbers=of_numbers.InCertificate(numbers.recipe, False, numbers.lazy, draws)
+        )
+        trace = _traced(self.loss_fn, params, batch, *args)
+        plan = trace.plan.map(partial(_unless_kept, self._kept, certified._numbers))
+        sites = sites_of(plan.products())
+        self._check_sites(sites)
+        extras, probes = certified._given(sites, state or self.init(params), key)
+        loss = partial(_loss, trace._replace(plan=plan), certified._numbers, extras, (batch, *args), params)
+        of_g = jax.grad(lambda probes: loss(probes)[0])(probes)
+        sums_Q = unpacked(of_numbers.combined(certified._numbers, sites, {}, of_g)[:, 0], draws)
+        return {name: bias_of(Sums(*(leaf[q] for leaf in sums_Q)), draws) for q, name in enumerate(sites.names)}
 
     def _given(self, sites: Sites, state: State, key) -> tuple[dict, dict]:
         """({product: Extra}, {product: probes [*axes, ...]})."""

@@ -25,10 +25,11 @@ from altgrad_jax.instrumentation.matrices import as_matrices, as_result
 from altgrad_jax.instrumentation.plan import Product
 from altgrad_jax.instrumentation.rewrite import axes_of, varying
 from altgrad_jax.instrumentation.sites import Extra, Sites
-from altgrad_jax.numerics import products, slot_statistics, slots
+from altgrad_jax.numerics import bias, products, slot_statistics, slots
+from altgrad_jax.numerics.certified_products import Certified, Draws, certified_dot
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.products import Operand, Operands, Rule, quant_dot
-from altgrad_jax.numerics.recipes import SLOTS, Recipe, check_dimensions, get_recipe
+from altgrad_jax.numerics.recipes import SLOTS, Recipe, check_dimensions, get_recipe, rows_needed
 from altgrad_jax.numerics.rounding import FormatParams, format_params
 from altgrad_jax.numerics.rules import BLOCK_SIZES, OPERANDS, ROUNDINGS, LayerFormats
 from altgrad_jax.numerics.slot_quantization import Features, Slot
@@ -291,6 +292,51 @@ class InRecipe:
         return recipe.format_metrics(tuple(names), statistics_QOS)
 
 
+@dataclass(frozen=True)
+class InCertificate(InRecipe):
+    """Products by a recipe that measure themselves in the backward pass (certified_dot).
+
+    The one vector of a layer is packed bias.Sums.
+    """
+
+    draws: int = 16
+    operands = ("all",)
+
+    @property
+    def random(self) -> bool:
+        """Draws always are."""
+        return True
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Sums add up. The first one is an energy: above 0 wherever the product was computed."""
+        return {"count": jnp.add} | {f"sum_{i}": jnp.add for i in range(1, bias.n_fields(self.draws))}
+
+    @property
+    def nothing(self) -> np.ndarray:
+        """float32 [F] that changes nothing when combined."""
+        return np.zeros(bias.n_fields(self.draws), np.float32)
+
+    def probe(self) -> np.ndarray:
+        """float32 [F], of one site."""
+        return self.nothing
+
+    def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype) -> tuple[jax.Array, Any]:
+        """(Y float32 [M, N], nothing) of one site. A batch that cannot be halved for its blocks is measured whole."""
+        own = self.slots if extra.given is None else self.slots._replace(given=extra.given)
+        assert extra.kept is not None and extra.seed is not None, "every site of a certificate is given both"
+        own = jax.tree.map(partial(jnp.where, extra.kept), self.high, own)
+        rows = x.size // x.shape[-1]
+        halves = 1 if rows % (2 * rows_needed([self.recipe])) else 2
+        given = Certified(own, extra.seed[0], jnp.int32(0))
+        y = certified_dot(x, w, given, Draws(self.draws, halves, self.features), extra.probe, w_is_NK, dtype)
+        return y, jnp.zeros(())
+
+    def gather(self, forward, backward) -> jax.Array:
+        """float32 [..., 1, F] of a product: its probe's gradient."""
+        return backward[..., None, :]
+
+
 Numbers = InFormats | InRecipe
 
 
@@ -335,7 +381,7 @@ def replace(numbers: Numbers, product: Product, eqn, operands, extra: Extra) -> 
 
 def combined(numbers: Numbers, sites: Sites, forward: Mapping[str, Any], backward: Mapping[str, Any]) -> jax.Array:
     """float32 [Q, O, S] from what the products returned and the gradients of their probes."""
-    found = {p.name: numbers.gather(forward[p.name], backward.get(p.name)) for p in sites.products}
+    found = {p.name: numbers.gather(forward.get(p.name), backward.get(p.name)) for p in sites.products}
     return of_sites.combined(sites, numbers.fields, numbers.nothing, found)
 
 

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from altgrad_jax.models.stacking import Segments
+from altgrad_jax.numerics.certified_products import Draws
 from altgrad_jax.numerics.products import Rule
 from altgrad_jax.numerics.recipes import SlotSpec
 from altgrad_jax.numerics.slot_quantization import Features
 
-# The static choices of a quantized layer: those of quant_dot, or of the six slots of a recipe.
-Choices = Rule | tuple[Features, ...]
+# The static choices of a quantized layer: those of quant_dot, of a certificate, or of the six slots of a recipe.
+Choices = Rule | Draws | tuple[Features, ...]
 
 
 @dataclass(frozen=True)

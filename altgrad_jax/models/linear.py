@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from altgrad_jax.models.config import Choices, ModelConfig
+from altgrad_jax.numerics.certified_products import Draws, certified_dot
 from altgrad_jax.numerics.products import Operands, Rule, quant_dot
 from altgrad_jax.numerics.slot_quantization import Slot
 from altgrad_jax.numerics.slots import slot_dot
@@ -37,6 +38,8 @@ def product(config: ModelConfig, rules, layer, x, w, quantized: Any, statistics:
     if rule is None:
         return quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=config.compute_dtype)
     operands, g_probe, dtype = quantized.operands[layer], quantized.g_probes.get(layer), config.compute_dtype
+    if isinstance(rule, Draws):
+        return certified_dot(x, w, operands, rule, g_probe, w_is_NK, dtype)
     if isinstance(rule, Rule):
         y, statistics[layer] = quant_dot(
             x, w, w_is_NK=w_is_NK, compute_dtype=dtype, rule=rule, operands=operands, g_probe=g_probe

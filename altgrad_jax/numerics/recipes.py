@@ -13,12 +13,13 @@ import difflib
 import fnmatch
 import math
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import formats
-from altgrad_jax.numerics.layers import HEAD, all_products, is_attention
+from altgrad_jax.numerics.layers import all_products, is_attention
 from altgrad_jax.numerics.scales import LARGEST_SCALED, RULES
 
 SLOTS = ("fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.x", "wgrad.g")
@@ -104,7 +105,8 @@ class SlotSpec:
 class Recipe:
     """Six slots, the layers that stay in the compute dtype, and where it is from. UserError if it cannot be computed.
 
-    keep_high: shell patterns of layer names (`head`, `block_0/*`), 'first N' or 'last N' blocks, or 'last 15%'.
+    keep_high: shell patterns of layer names (`head`, `block_0/*`), 'first N' or 'last N' blocks, or 'last 15%'; each
+      for all products, or with one of them behind it, `block_*/mlp_up:wgrad`.
     attention: whether the two products of attention have these slots too; else they are in the compute dtype.
     """
 
@@ -290,11 +292,15 @@ RECIPES = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of a name `NAME[_attention][:PART]`; UserError lists the names.
+    """The recipe of a name `NAME[_attention][:PART][~KEEP ...]`; UserError lists the names.
 
-    `_attention`: in the products of attention too. PART: in one part only (`only`).
+    `_attention`: in the products of attention too. PART: in one part only (`only`). KEEP: what takes the place of
+    `Recipe.keep_high`, as in `nvfp4~head~last 15%~block_0/attn_qkv:fprop`.
     """
-    full, colon, part = str(name).partition(":")
+    before, *kept = str(name).split("~")
+    if kept:
+        return replace(get_recipe(before), name=str(name), keep_high=tuple(map(_kept_item, kept)))
+    full, colon, part = before.partition(":")
     own = full.removesuffix(WITH_ATTENTION)
     if own not in RECIPES:
         near = difflib.get_close_matches(own.lower(), RECIPES, n=3, cutoff=0.5)
@@ -304,42 +310,63 @@ def get_recipe(name: str) -> Recipe:
     return only(recipe, part) if colon else recipe
 
 
+def _kept_item(item):
+    """One KEEP of a recipe's name; UserError unless it is one."""
+    pattern, colon, product = item.partition(":")
+    if not pattern or colon and product not in PRODUCTS:
+        raise UserError(
+            f"a recipe keeps {item[:80]!r} in the compute dtype, which is no layer: give a pattern of layers such as "
+            f"head, block_0/* or last 15%, alone or with a product behind it, :{', :'.join(PRODUCTS)}"
+        )
+    return item
+
+
 class Phase(NamedTuple):
-    """A recipe of a schedule: it holds from the update `start`, or after `bad` bad updates in a row."""
+    """A recipe of a schedule: it holds from the update `start`, or after `bad` bad updates in a row, or after
+    `exhausted` certificates in a row that found the format exhausted (numerics.bias)."""
 
     recipe: str
     start: int
     bad: int = 0
+    exhausted: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it begins by what happens, and not by a number."""
+        return bool(self.bad or self.exhausted)
 
     @property
     def when(self) -> str:
         """Since when it holds, in words."""
         if self.bad:
             return f"after {self.bad} bad updates in a row"
+        if self.exhausted:
+            return f"after {self.exhausted} certificates of an exhausted format in a row"
         return f"from update {self.start}" if self.start else "at first"
 
 
 def parse_schedule(items: tuple[str, ...], max_steps: int) -> tuple[Phase, ...]:
     """The phases of items `NAME[_attention][:PART][@WHEN]`, in their order.
 
-    WHEN is a number of updates, with a point a share of max_steps, or `bad3`: after three bad updates in a row. The
-    first item has none. UserError, one sentence.
+    WHEN is a number of updates, with a point a share of max_steps, `bad3`: after three bad updates in a row, or
+    `exhausted3`: after three certificates in a row that found the format exhausted. The first item has none. UserError,
+    one sentence.
     """
     found: list[Phase] = []
     for item in items:
         name, at, when = item.partition("@")
         get_recipe(name)
-        if not found and at or found and not re.fullmatch(r"\d+|0?\.\d+|bad[1-9]\d{0,5}", when):
+        if not found and at or found and not re.fullmatch(r"\d+|0?\.\d+|(bad|exhausted)[1-9]\d{0,5}", when):
             raise UserError(
                 f"recipe has an item {item!r}: give the first recipe alone, such as nvfp4, and each later one with the "
-                "update from which it holds, bf16@1600, the share of max_steps, bf16@0.8, or a number of bad updates "
-                "in a row, bf16@bad3"
+                "update from which it holds, bf16@1600, the share of max_steps, bf16@0.8, a number of bad updates in a "
+                "row, bf16@bad3, or of certificates in a row that found the format exhausted, bf16@exhausted3"
             )
-        if when.startswith("bad"):
-            found.append(Phase(name, NEVER, int(when[3:])))
+        if waits := re.fullmatch(r"(bad|exhausted)(\d+)", when):
+            found.append(Phase(name, NEVER, **{waits[1]: int(waits[2])}))
             continue
         start = (round(float(when) * max_steps) if "." in when else int(when)) if at else 0
-        before = max((phase.start for phase in found if not phase.bad), default=-1)
+        before = max((phase.start for phase in found if not phase.waits), default=-1)
         if not before < start < max_steps:
             raise UserError(
                 f"recipe has an item {item!r} that begins at update {start}, which is not after {before} and "
@@ -358,32 +385,75 @@ def only(recipe: Recipe, part: str) -> Recipe:
     if part not in PARTS:
         raise UserError(f"recipe {recipe.name} has no part {part[:40]!r}: give one of {', '.join(PARTS)}")
     products = ("dgrad", "wgrad") if part == "backward" else (part,)
+    return replace(without(recipe, set(PRODUCTS) - set(products)), name=f"{recipe.name}:{part}")
+
+
+def without(recipe: Recipe, products: Collection[str]) -> Recipe:
+    """The recipe with these of a layer's products in the compute dtype; copies as in `only`."""
     slots = list(recipe.slots)
     for i, spec in enumerate(recipe.slots):
         first = FIRST_COPY.get(i)
-        if SLOTS[i].partition(".")[0] not in products:
+        if SLOTS[i].partition(".")[0] in products:
             slots[i] = SlotSpec()
-        elif first is not None and SLOTS[first].partition(".")[0] not in products and spec.source != "original":
+        elif first is not None and SLOTS[first].partition(".")[0] in products and spec.source != "original":
             slots[i] = replace(recipe.slots[first] if spec.source == "shared" else spec, source="original")
-    name = f"{recipe.name}:{part}"
-    return Recipe(name, *slots, keep_high=recipe.keep_high, source=recipe.source, attention=recipe.attention)
+    return Recipe(recipe.name, *slots, keep_high=recipe.keep_high, source=recipe.source, attention=recipe.attention)
+
+
+def kept_products(recipe: Recipe, n_layer: int, model: str = "gpt2") -> dict[str, frozenset[str]]:
+    """{layer: those of its PRODUCTS that stay in the compute dtype}, layers with some, in the order of the model."""
+    layers = all_products(n_layer, model)
+    kept = {layer: set() for layer in layers}
+    if not recipe.attention:
+        kept |= {layer: set(PRODUCTS) for layer in layers if is_attention(layer)}
+    for rule in recipe.keep_high:
+        pattern, _, product = rule.partition(":")
+        fitting = _layers_of(pattern, layers, n_layer)
+        if not fitting:
+            raise UserError(
+                f"recipe {recipe.name[:80]} keeps {pattern!r} in the compute dtype, which fits no layer of {n_layer} "
+                f"block{'s' * (n_layer > 1)}: give a pattern of {', '.join(layers[:6])}, ..."
+            )
+        for layer in fitting:
+            kept[layer] |= {product} if product else set(PRODUCTS)
+    return {layer: frozenset(found) for layer, found in kept.items() if found}
+
+
+def _layers_of(pattern, layers, n_layer):
+    """The layers that a pattern of Recipe.keep_high names."""
+    words = re.fullmatch(r"(first|last) (\d+)(%?)", pattern)
+    if not words:
+        return [layer for layer in layers if fnmatch.fnmatchcase(layer, pattern)]
+    count = math.ceil(n_layer * int(words[2]) / 100) if words[3] else int(words[2])
+    blocks = range(min(count, n_layer)) if words[1] == "first" else range(max(n_layer - count, 0), n_layer)
+    return [layer for layer in layers for b in blocks if layer.startswith(f"block_{b}/")]
 
 
 def kept_high(recipe: Recipe, n_layer: int, model: str = "gpt2") -> list[str]:
-    """Names of the products that stay in the compute dtype, in the order of the model; n_layer blocks."""
-    products = all_products(n_layer, model)
-    kept = set() if recipe.attention else {layer for layer in products if is_attention(layer)}
-    for rule in recipe.keep_high:
-        words = re.fullmatch(r"(first|last) (\d+)(%?)", rule)
-        if words:
-            count = math.ceil(n_layer * int(words[2]) / 100) if words[3] else int(words[2])
-            blocks = range(min(count, n_layer)) if words[1] == "first" else range(max(n_layer - count, 0), n_layer)
-            kept |= {layer for layer in products for b in blocks if layer.startswith(f"block_{b}/")}
-        else:
-            kept |= {layer for layer in products if fnmatch.fnmatchcase(layer, rule)}
-    if HEAD in recipe.keep_high:
-        kept.add(HEAD)
-    return [layer for layer in products if layer in kept]
+    """Names of the layers all of whose products stay in the compute dtype, in the order of the model."""
+    return [layer for layer, kept in kept_products(recipe, n_layer, model).items() if len(kept) == len(PRODUCTS)]
+
+
+def in_layers(recipe: Recipe, n_layer: int, model: str = "gpt2") -> dict[str, Recipe]:
+    """{layer: the recipe without the products that stay in the compute dtype there}, of all layers."""
+    kept = kept_products(recipe, n_layer, model)
+    known = {products: without(recipe, products) for products in {frozenset(), *kept.values()}}
+    return {layer: known[kept.get(layer, frozenset())] for layer in all_products(n_layer, model)}
+
+
+def rows_needed(recipes: Iterable[Recipe]) -> int:
+    """Of what number the rows of a product must be a multiple, for wgrad contracts them."""
+    specs = [spec for recipe in recipes for spec in recipe.slots[4:] if not spec.high]
+    groups = [EDEN_GROUP if spec.correction == "ms_eden" else 1 for spec in specs]
+    return math.lcm(*groups, *(spec.sides[0] or 1 for spec in specs), *(spec.rotation or 1 for spec in specs))
+
+
+def half_batch(recipes: Iterable[Recipe], batch_size: int, block_size: int) -> int:
+    """Windows in each half of the batch that a certificate looks at: a twelfth of an update's, and so many that the
+    blocks of these recipes divide their tokens."""
+    needed = rows_needed(recipes)
+    step = needed // math.gcd(needed, block_size)
+    return math.ceil(math.ceil(batch_size / 12) / step) * step
 
 
 def check_dimensions(recipe: Recipe, layer: str, m: int, k: int, n: int) -> None:

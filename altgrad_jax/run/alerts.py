@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from altgrad_jax.numerics.bias import EXHAUSTED
+
 Alert = dict[str, Any]
 
 # A block adds to the residual stream only what these two projections let through.
@@ -101,11 +103,30 @@ class RankFalling:
         return begun
 
 
+class FormatExhausted:
+    """The gradient's signal fell below sqrt(3) times the error of quantization (bias.EXHAUSTED; arXiv 2505.19115).
+
+    It begins once, and is re-armed by a certificate that is not below. The alert's value is signal over error.
+    """
+
+    def __init__(self):
+        self.holds = False
+
+    def begins(self, step: int, evaluation: Mapping[str, float]) -> list[Alert]:
+        """See `Rule`."""
+        value = evaluation.get("grad_signal_to_error", math.nan)
+        if math.isnan(value):
+            return []
+        before, self.holds = self.holds, value < EXHAUSTED
+        return [{"kind": "format_exhausted", "layer": None, "value": value}] if self.holds and not before else []
+
+
 def rules_of(config: Any) -> list[Rule]:
     """The rules of a run with these settings, before its first evaluation."""
     return [
         ValRising(config.val_patience),
         RankFalling(config.rank_threshold, config.rank_threshold_strict, after=config.warmup_steps),
+        FormatExhausted(),
     ]
 
 

@@ -131,7 +131,10 @@ def describe_memory(program: Program) -> Iterator[str]:
     """Lines: a table of what each compiled program takes on a device."""
     columns = "arguments", "outputs", "temporaries", "aliased", "together"
     yield f"{'MiB on each device':<20}" + "".join(f"{name:>13}" for name in columns)
-    for name, compiled in zip(("training step", "evaluation", "diagnosis", "every window"), program.compiled):
+    names = ["training step", "evaluation", "diagnosis"]
+    names += ["every window"] * (len(program.compiled) - len(names) - (program.functions.certify is not None))
+    names += ["certificate"] * (program.functions.certify is not None)
+    for name, compiled in zip(names, program.compiled, strict=True):
         if (m := compiled.memory_analysis()) is None:
             continue
         sizes = (

@@ -11,6 +11,7 @@ from altgrad_jax.run.record import TIMING_KEYS
 from altgrad_jax.run.setup import Setup
 from altgrad_jax.run.wandb import matching
 from altgrad_jax.run.writer import ALERT, ALERT_VALUE
+from altgrad_jax.step import certify
 from altgrad_jax.step.program import Observed
 from altgrad_jax.step.quantization import QuantOptions
 from altgrad_jax.step.update import SPARSE
@@ -47,6 +48,8 @@ def row_names(setup: Setup) -> list[str]:
     if observed is not None and step.quant is not None:
         nothing = jax.tree.map(lambda array: np.zeros(array.shape), observed)
         names += diagnosis(step.quant, 0, 0, nothing)[0]
+    if functions.certify is not None:
+        names += certify.metric_names(step)
     return [*names, "val_loss", "val_perplexity", *ranks, *TIMING_KEYS]
 
 

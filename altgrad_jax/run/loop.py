@@ -25,6 +25,7 @@ from altgrad_jax.run.look import diagnosis, evaluation_of
 from altgrad_jax.run.setup import Feed, Setup
 from altgrad_jax.run.signals import StopRequest
 from altgrad_jax.run.writer import DispatchRecord
+from altgrad_jax.step.certify import is_exhausted, metrics_of
 from altgrad_jax.step.mesh import place
 from altgrad_jax.step.program import Dispatch, Program
 from altgrad_jax.step.update import Inputs, TrainState
@@ -257,8 +258,19 @@ def look(
             if observed is not None and run.quant is not None and state.quant is not None:
                 of_operands, lines = diagnosis(run.quant, int(state.quant.level), run.step, observed)
                 found |= of_operands
+            if program.functions.certify is not None:
+                found |= certificate(training, lane, state)
         looks[lane] = (found or None, lines)
     return looks
+
+
+def certificate(training: Training, lane: int, state: TrainState) -> dict[str, float]:
+    """{metric: value} of the certificate of a lane's present state, of which the lane's recipe takes note."""
+    program, inputs = training.program, training.runs[lane].inputs
+    measured = training.compute(program.certify, state, training.diagnosed_windows, inputs)
+    found = metrics_of(measured, program.functions.step)
+    training.state = program.take_note(training.state, lane, inputs, is_exhausted(found))
+    return found
 
 
 def record(

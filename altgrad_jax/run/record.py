@@ -43,7 +43,8 @@ WINDOW_LOSSES = "window_losses.json"
 # diagnostics.jsonl. 3: the setting checkpoint_seconds (config.ADDED_IN_3), and in the rows counts of moments, amaxes,
 # scales and residuals that are not finite. 4: the setting loggers (config.ADDED_IN_4). 5: recipes, kept moments and
 # compiler options (config.ADDED_IN_5), and another order of the keys of a row. 6: other names of metrics and settings
-# (run/names.py, config.RENAMED_IN_6, config.ADDED_IN_6), and the version in each of `starts`. Records of earlier
+# (run/names.py, config.RENAMED_IN_6, config.ADDED_IN_6), the version in each of `starts`, and certificates in the rows
+# of diagnoses (docs/bias.md). Records of earlier
 # versions are read under the names of today.
 SCHEMA_VERSION = 6
 READABLE_VERSIONS = (1, 2, 3, 4, 5, 6)
@@ -468,10 +469,11 @@ def _cut_back(run_dir, resume_step, log_interval):
 
 def _evaluation_of(line):
     """What the rules for alerts look at; nothing is parsed where the row has none of it."""
-    if b'"val_loss"' not in line and b'"stable_rank/' not in line:
+    if not any(name in line for name in (b'"val_loss"', b'"stable_rank/', b'"grad_signal_to_error"')):
         return {}
     row = parse_row(line)
-    return {name: value for name, value in row.items() if name == "val_loss" or name.startswith("stable_rank/")}
+    alone = "val_loss", "grad_signal_to_error"
+    return {name: value for name, value in row.items() if name in alone or name.startswith("stable_rank/")}
 
 
 def _log_intervals(run_dir, default):

@@ -245,7 +245,7 @@ def program_key(config):
     followed = [get_recipe(item.partition("@")[0]) for item in config.recipe]
     # Sums over tiles are another program. So is another number of phases, one that waits for bad updates, and a program
     # that a folder names.
-    waits = any("@bad" in item for item in config.recipe)
+    waits = [any(f"@{what}" in item for item in config.recipe) for what in ("bad", "exhausted")]
     recipe = len(followed), waits, any(recipe.tiled for recipe in followed), list(config.recipe_program)
     # Batches from the host are one stream for all lanes.
     order = config.data_seed if config.data_placement == "host" else None

@@ -8,6 +8,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.models import flops
 from altgrad_jax.models import model as models
 from altgrad_jax.models.config import ModelConfig
+from altgrad_jax.numerics.recipes import half_batch
 from altgrad_jax.step import quantization, recipe, stability, update
 from altgrad_jax.step.mesh import Device
 from altgrad_jax.step.update import Inputs, StepOptions
@@ -34,6 +35,7 @@ _SAME_NAME = (
     "data_seed",
     "reference_gradient",
     "reference_interval",
+    "certify_draws",
 )
 
 
@@ -85,6 +87,7 @@ def step_options(config: Config, *, steps_per_dispatch: int, data_on_device: boo
         data_on_device=data_on_device,
         quant=quantization.options_of(config),
         recipe=recipe.options_of(config),
+        certify_half=half_batch(recipe.known_recipes(config), config.batch_size, config.block_size),
     )
 
 

@@ -37,7 +37,7 @@ from altgrad_jax.models.linear import Quantized
 from altgrad_jax.numerics import histograms
 from altgrad_jax.numerics.cross_entropy import padded
 from altgrad_jax.numerics.products import Rule, empty_statistics, named_statistics
-from altgrad_jax.step import metrics, quantization, recipe, stability, update
+from altgrad_jax.step import certify, metrics, quantization, recipe, stability, update
 from altgrad_jax.step.mesh import Device, constrain, gather, over_batch, replicated
 from altgrad_jax.step.update import Inputs, Step, StepOptions, TrainState, state_shardings
 
@@ -165,6 +165,7 @@ class StepFunctions(NamedTuple):
     window_losses: (params, windows uint16 [E, L+1], state.quant, table) -> float32 [E], `evaluate` of each by itself.
     diagnose: (params, windows uint16 [B, L+1], state.quant, table) -> ({name: float32 scalar}, Observed or None): the
       rank of the weights, and with formats how a forward and backward pass over these windows uses them.
+    certify: (params, windows uint16 [B, L+1], seed, state.quant, table) -> Certificate; None without certify_draws.
     abstract_state: the state's shapes, dtypes and shardings, for restoring.
     metric_names: M names, in the order of the columns.
     inputs: the Inputs that the options and the seed ask for, NumPy.
@@ -176,6 +177,7 @@ class StepFunctions(NamedTuple):
     evaluate: Callable
     window_losses: Callable
     diagnose: Callable
+    certify: Callable | None
     abstract_state: TrainState
     metric_names: tuple
     inputs: Inputs
@@ -213,6 +215,7 @@ def make_step_functions(
             out_shardings=replicated(mesh),
         ),
         diagnose=make_diagnose(step),
+        certify=make_certify(step, options.certify_draws) if options.certify_draws else None,
         abstract_state=abstract_state,
         metric_names=names,
         inputs=inputs,
@@ -251,6 +254,12 @@ def make_evaluate(model: ModelConfig, eval_batch_size, mesh, operands_of=lambda 
 def make_diagnose(step: Step):
     """diagnose(params, windows [B, L+1], state.quant, table), compiled."""
     return jax.jit(partial(diagnose, step), out_shardings=replicated(step.mesh))
+
+
+def make_certify(step: Step, n_draws: int):
+    """certify(params, windows [B, L+1], seed, state.quant, table), compiled."""
+    certify.require_windows(step)
+    return jax.jit(partial(certify.certify, step, n_draws), out_shardings=replicated(step.mesh))
 
 
 # ------------------------------------------------------------------------------------------------------- many runs
@@ -400,7 +409,7 @@ class Program:
 
     def lower(self) -> Iterator[jax.stages.Lowered]:
         """Yields the lowered programs run (first, because it takes longest to compile), evaluate and diagnose, and
-        window_losses where they are asked for."""
+        window_losses and certify where they are asked for."""
         functions, step = self.functions, self.functions.step
         options, length = step.options, step.plain.block_size + 1
         shape = (options.steps_per_dispatch, options.batch_size, length)
@@ -422,6 +431,8 @@ class Program:
         if self._n_all_windows:
             every = jax.ShapeDtypeStruct((self._n_all_windows, length), np.uint16, sharding=self.shared)
             yield lanes.window_losses.lower(state_R.params, every, state_R.quant, inputs_R.formats)
+        if functions.certify is not None:
+            yield functions.certify.lower(state.params, diagnosed, inputs.seed, state.quant, inputs.formats)
 
     def compile(self, n_threads: int = 3) -> None:
         """Compiles all programs: a later call with other shapes is then an error, never a compilation.
@@ -482,6 +493,30 @@ class Program:
             state = jax.device_put(state, self.replicated)
         # One transfer: a scalar at a time would cost a wait each.
         return jax.device_get(self.compiled[2](state.params, windows, state.quant, inputs.formats))
+
+    def certify(self, state: TrainState, windows, inputs: Inputs) -> certify.Certificate:
+        """The certificate of one run's state and Inputs, as NumPy."""
+        if self.members is not None:
+            state = jax.device_put(state, self.replicated)
+        return jax.device_get(self.compiled[-1](state.params, windows, inputs.seed, state.quant, inputs.formats))
+
+    def take_note(self, state: TrainState, lane: int, inputs: Inputs, exhausted: bool) -> TrainState:
+        """The states of all lanes after a certificate of one run (its Inputs) found the format exhausted or not."""
+        before = state.quant
+        own = jax.device_get(before if self.members is None else jax.tree.map(lambda leaf: leaf[lane], before))
+        after = recipe.after_certificate(inputs.formats, own, exhausted)
+        if after is own:
+            return state
+
+        def set_in(whole, new):
+            if self.members is not None:
+                whole_R = np.array(whole)
+                whole_R[lane] = new
+                new = whole_R
+            return jax.device_put(np.asarray(new), whole.sharding)
+
+        changed = {name: set_in(getattr(before, name), getattr(after, name)) for name in ("begun", "exhausted_streak")}
+        return state._replace(quant=before._replace(**changed))
 
     def _by_lane(self, tree):
         """Host arrays with a leading axis of lanes."""

@@ -25,7 +25,7 @@ from altgrad_jax.models.stacking import Segments, group_of
 from altgrad_jax.numerics import slot_statistics, slots
 from altgrad_jax.numerics.layers import HEAD, all_products, is_attention
 from altgrad_jax.numerics.products import push_amax
-from altgrad_jax.numerics.recipes import SLOTS, Phase, Recipe, get_recipe, kept_high, parse_schedule
+from altgrad_jax.numerics.recipes import SLOTS, Phase, Recipe, get_recipe, in_layers, kept_high, parse_schedule
 from altgrad_jax.numerics.rounding import stochastic_seed
 from altgrad_jax.numerics.slot_quantization import Features, Slot
 from altgrad_jax.numerics.sums import combine, combine_all
@@ -61,8 +61,13 @@ class RecipeOptions:
 
     @property
     def waits(self) -> bool:
-        """Whether some phase waits for bad updates."""
-        return any(phase.bad for phase in self.schedule)
+        """Whether some phase waits for bad updates, or for certificates of an exhausted format."""
+        return any(phase.waits for phase in self.schedule)
+
+    @property
+    def counts_exhausted(self) -> bool:
+        """Whether some phase waits for certificates of an exhausted format."""
+        return any(phase.exhausted for phase in self.schedule)
 
 
 class RecipeTable(NamedTuple):
@@ -71,7 +76,10 @@ class RecipeTable(NamedTuple):
     slots: Slot  # leaves [P, Q, 6, ...]
     delayed_PQ6: Any  # bool
     start_P: Any  # int32: the update from which a phase holds
-    bad_P: Any = None  # int32: bad updates in a row after which it does, 0 for none; None where no phase waits for them
+    bad_P: Any = None  # int32: bad updates in a row after which it does, 0 for none; None where no phase waits
+    exhausted_P: Any = (
+        None  # int32: the same of certificates of an exhausted format; None where no phase waits for them
+    )
 
 
 class RecipeState(NamedTuple):
@@ -79,9 +87,18 @@ class RecipeState(NamedTuple):
 
     amax_history_Q6H: jax.Array  # float32, oldest first; 0 where no update was made
     number: jax.Array  # int32: of the next update, which decides what recipe of the schedule holds
-    # Where a phase waits for bad updates: int32, the last phase that they began, and how many there were in a row.
+    # Where a phase waits: int32, the last phase that began so, and how many bad updates, and certificates of an
+    # exhausted format, there were in a row.
     begun: Any = None
     bad_streak: Any = None
+    exhausted_streak: Any = None
+
+
+def known_recipes(config: Mapping[str, Any]) -> list[Recipe]:
+    """The recipes that the program of these settings can follow, each once."""
+    phases = parse_schedule(tuple(config["recipe"]), config["max_steps"])
+    asked = [*(phase.recipe for phase in phases), *config["recipe_program"]]
+    return [get_recipe(name) for name in dict.fromkeys(asked)]
 
 
 def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
@@ -89,9 +106,9 @@ def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
     if not config["recipe"]:
         return None
     schedule = parse_schedule(tuple(config["recipe"]), config["max_steps"])
-    asked = [*(phase.recipe for phase in schedule), *config["recipe_program"]]
-    known = [get_recipe(name) for name in dict.fromkeys(asked)]
+    known = known_recipes(config)
     n_layer, model = config["n_layer"], config["model"]
+    variants = [variant for recipe in known for variant in dict.fromkeys(in_layers(recipe, n_layer, model).values())]
     kept = [set(kept_high(recipe, n_layer, model)) for recipe in known]
     quantizes = [any(not spec.high for spec in recipe.slots) for recipe in known]
     names = tuple(
@@ -105,7 +122,7 @@ def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
     return RecipeOptions(
         names=names,
         n_layer=n_layer,
-        features=slots.features_of([slots.slots_of(recipe) for recipe in known], statistics=measured or delayed),
+        features=slots.features_of([slots.slots_of(recipe) for recipe in variants], statistics=measured or delayed),
         schedule=schedule,
         delayed=delayed,
         amax_history=config["amax_history"] if delayed else 1,
@@ -123,19 +140,19 @@ def for_platform(options: RecipeOptions, platform: str) -> RecipeOptions:
 
 def table_of(options: RecipeOptions) -> RecipeTable:
     """The run's recipes as NumPy arrays. A layer that a recipe keeps high has slots that quantize nothing."""
-    high = slots.slots_of(get_recipe("bf16"))
     phases, delayed = [], []
     for recipe in options.recipes:
-        kept, own = set(kept_high(recipe, options.n_layer, options.model)), slots.slots_of(recipe)
-        rows = [high if layer in kept else own for layer in options.names]
+        own = in_layers(recipe, options.n_layer, options.model)
+        slots_of = {variant: slots.slots_of(variant) for variant in own.values()}
+        rows = [slots_of[own[layer]] for layer in options.names]
         phases.append(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
-        is_delayed = [spec.amax == "delayed" for spec in recipe.slots]
-        delayed.append([[flag and layer not in kept for flag in is_delayed] for layer in options.names])
+        delayed.append([[spec.amax == "delayed" for spec in own[layer].slots] for layer in options.names])
     return RecipeTable(
         jax.tree.map(lambda *leaves: np.stack(leaves), *phases),
         np.array(delayed, bool),
         np.array([phase.start for phase in options.schedule], np.int32),
         np.array([phase.bad for phase in options.schedule], np.int32) if options.waits else None,
+        np.array([phase.exhausted for phase in options.schedule], np.int32) if options.counts_exhausted else None,
     )
 
 
@@ -154,7 +171,9 @@ def init_state(options: RecipeOptions) -> RecipeState:
     """The state of a fresh run."""
     history = jnp.zeros((len(options.names), len(SLOTS), options.amax_history), jnp.float32)
     state = RecipeState(history, jnp.int32(0))
-    return state._replace(begun=jnp.int32(0), bad_streak=jnp.int32(0)) if options.waits else state
+    if options.waits:
+        state = state._replace(begun=jnp.int32(0), bad_streak=jnp.int32(0))
+    return state._replace(exhausted_streak=jnp.int32(0)) if options.counts_exhausted else state
 
 
 def phase_at(table: RecipeTable, state: RecipeState) -> jax.Array:
@@ -165,6 +184,27 @@ def phase_at(table: RecipeTable, state: RecipeState) -> jax.Array:
     return jnp.maximum(jnp.max(jnp.where(begun_P, jnp.arange(len(begun_P)), 0)), state.begun)
 
 
+def after_certificate(table: RecipeTable, state: RecipeState, exhausted: bool) -> RecipeState:
+    """The state after a certificate that found the format exhausted or not; a phase may begin by it."""
+    if table.exhausted_P is None:
+        return state
+    next_phase = phase_at(table, state) + 1
+    waits_for = jnp.pad(jnp.asarray(table.exhausted_P), (0, 1))[next_phase]
+    streak = jnp.where(exhausted, state.exhausted_streak + 1, 0)
+    begins = (waits_for > 0) & (streak >= waits_for)
+    return state._replace(
+        begun=jnp.where(begins, next_phase, state.begun).astype(jnp.int32),
+        exhausted_streak=jnp.where(begins, 0, streak).astype(jnp.int32),
+    )
+
+
+def slots_of_phase(table: RecipeTable, state: RecipeState) -> Slot:
+    """The slots of the recipe that the next update follows, before any random numbers: leaves [Q, 6, ...]."""
+    phase = phase_at(table, state)
+    slots_Q6, delayed_Q6 = jax.tree.map(lambda leaf: jnp.asarray(leaf)[phase], (table.slots, table.delayed_PQ6))
+    return slots_Q6._replace(given=jnp.where(delayed_Q6, jnp.max(state.amax_history_Q6H, axis=-1), 0.0))
+
+
 def slots_at(options: RecipeOptions, state: RecipeState, table: RecipeTable, seed=None) -> Slot:
     """The slots of a pass from this state: leaves [Q, 6, ...].
 
@@ -172,9 +212,7 @@ def slots_at(options: RecipeOptions, state: RecipeState, table: RecipeTable, see
       seed: uint32 [2], fresh for every pass; None rounds everything to nearest and draws no signs, as an evaluation
         does.
     """
-    phase = phase_at(table, state)
-    slots_Q6, delayed_Q6 = jax.tree.map(lambda leaf: jnp.asarray(leaf)[phase], (table.slots, table.delayed_PQ6))
-    slots_Q6 = slots_Q6._replace(given=jnp.where(delayed_Q6, jnp.max(state.amax_history_Q6H, axis=-1), 0.0))
+    slots_Q6 = slots_of_phase(table, state)
     if seed is None:
         return slots_Q6._replace(stochastic=jnp.zeros_like(slots_Q6.stochastic))
     seeds_Q2 = jax.vmap(stochastic_seed, in_axes=(None, None, 0))(

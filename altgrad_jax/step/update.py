@@ -111,6 +111,8 @@ class StepOptions:
     recipe: RecipeOptions | None = None
     reference_gradient: bool = False
     reference_interval: int = 1
+    certify_draws: int = 0  # of a certificate, 0 for none
+    certify_half: int = 1  # windows in each half of the batch that it looks at
 
 
 @dataclass(frozen=True)
