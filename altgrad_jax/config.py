@@ -307,7 +307,7 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("overflow_threshold", 0.01, "alert when a larger share of a quantized operand's values is clipped; "
               "with use_fp8=False no layer is quantized and there is none to watch", low=FLOAT32_TINY, high=1),
         Field("diagnostic_interval", 100, "updates between two diagnoses: rank of the weights; with formats, use of "
-              "codes, histograms", low=1, resumable=True),
+              "codes, histograms", low=1, zero="never", resumable=True),
         Field("rank_threshold", 0.1, "alert when a layer's stable rank falls below this share of its first value "
               "after the warm-up; 0 = off", low=0, high=1, resumable=True),
         Field("rank_threshold_strict", 0.3, "the same for the head and the projections into the residual stream",
@@ -516,6 +516,12 @@ def _without_effect(c: Any) -> Iterator[str]:
             yield (
                 f"{name}={show(c[name])} has no effect with {other}={show(c[other])}: set {other}{to}, or leave {name} "
                 f"at {show(field.default)}"
+            )
+    for name in ("rank_threshold", "rank_threshold_strict", "certify_draws"):
+        if not c.diagnostic_interval and c[name] != FIELDS[name].default:
+            yield (
+                f"{name}={show(c[name])} is about diagnoses, and diagnostic_interval=0 makes none: set "
+                f"diagnostic_interval, or leave {name} at {show(FIELDS[name].default)}"
             )
     asked = [group for group in c.metrics.split(",") if group in FORMAT_GROUPS and not (c.recipe and group == "format")]
     if asked and not c.use_fp8:

@@ -65,7 +65,7 @@ def programs_compiled_once():
     compile_, known = Program.compile, {}
 
     def once(self, n_threads=3):
-        sizes = self._n_train_tokens, self._n_val_windows, self.width, self.member_loop
+        sizes = self._n_train_tokens, self._n_val_windows, self._diagnoses, self.width, self.member_loop
         key = self.functions.step, self.shared, self._xla_options, *sizes
         if key not in known:
             compile_(self, n_threads)

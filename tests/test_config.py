@@ -294,6 +294,13 @@ def test_the_spike_window_holds_as_many_losses_as_the_monitor_needs():
             ["reference_interval=10 has no effect with reference_gradient=False: set reference_gradient to True, or"],
         ),
         (
+            {"diagnostic_interval": 0, "rank_threshold": 0.5},
+            [
+                "rank_threshold=0.5 is about diagnoses, and diagnostic_interval=0 makes none: set",
+                "leave rank_threshold at",
+            ],
+        ),
+        (
             {"loggers": ("tensorboard",), "wandb_group": "x"},
             ["wandb_group='x' has no effect with loggers=('tensorboard',): set loggers to wandb or wandb,ten"],
         ),

@@ -64,7 +64,7 @@ def counted_compiles():
         counts["compiled"].append(self.width)
         compile_(self, n_threads)
         # Ahead of time: a call with other shapes or types is an error, so that nothing else can compile.
-        assert all(isinstance(program, jax.stages.Compiled) for program in self.compiled)
+        assert all(isinstance(program, jax.stages.Compiled) for program in self.compiled.values())
 
     def counting_loop(*args):
         counts["chunks"] += 1
@@ -493,7 +493,7 @@ def test_the_estimate_of_memory_is_near_what_is_compiled(data_dir, changes, memb
     )
     setup = set_up(config, open_data(config, data_dir, print), print, side_by_side=True)
     per_lane, once = sweep.lane_bytes(setup, member_loop=member_loop)
-    analysis = next(setup.program(4, member_loop).lower()).compile().memory_analysis()
+    analysis = next(setup.program(4, member_loop).lower())[1].compile().memory_analysis()
     n_bytes = (
         analysis.temp_size_in_bytes
         + analysis.argument_size_in_bytes

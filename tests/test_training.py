@@ -113,6 +113,17 @@ def test_a_run_leaves_its_record_checkpoints_plot_and_verdict(whole):
     assert [row["step"] for row in timing if "step_time_s" in row] == list(range(1, 41))
 
 
+def test_a_run_may_have_no_diagnoses(whole, data_dir, tmp_path):
+    """Their rows then lack the rank of weights, and nothing else is different."""
+    run = train(tiny(diagnostic_interval=0), data_dir=data_dir, workdir=tmp_path / "run")
+    assert run.exit_code == 0 and run.verdict["sound"]
+    ranks = ("stable_rank/", "participation_ratio/", "spectral_norm/")
+    without = [
+        {name: value for name, value in row.items() if not name.startswith(ranks)} for row in rows_of(whole.run_dir)
+    ]
+    assert rows_of(run.run_dir) == without
+
+
 def test_the_rows_hold_every_layer(whole):
     row = rows_of(whole.run_dir)[10]
     for layer in ("embed", "block_0/attn_qkv", "ln_f"):

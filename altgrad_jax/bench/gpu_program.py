@@ -9,7 +9,6 @@ The variables of `cards.ENVIRONMENT` must be set before jax is imported.
 
 import contextlib
 import importlib.metadata
-import itertools
 import re
 import tempfile
 import time
@@ -33,7 +32,7 @@ from altgrad_jax.run.setup import Setup, TrainingData, set_up
 from altgrad_jax.step.mesh import Device
 from altgrad_jax.step.program import compile_lowered, compiler_options
 
-PROGRAMS = tuple(UNITS)  # in the order in which Program.lower yields them
+PROGRAMS = tuple(UNITS)
 PLUGIN = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
 INSTALL = 'pip install -e ".[gpu-program]"'
 CUDNN = 91000  # version that the lowering of attention is told; the targets name the same
@@ -122,7 +121,7 @@ def compile_for(setup: Setup, program: str = "run") -> Compiled:
     step = setup.functions.step
     options = compiler_options(step.quant, "gpu", setup.config.xla_options)
     with assumed_cudnn():
-        lowered = next(itertools.islice(setup.program().lower(), PROGRAMS.index(program), None))
+        lowered = next(lowered for name, lowered in setup.program().lower() if name == program)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gpu-program-") as folder, _nothing_cached():
         compiled = compile_lowered(lowered, options | {"xla_dump_to": folder})

@@ -26,6 +26,13 @@ from altgrad_jax.step.program import Program
 # Share of a known device's peak that the prediction supposes. Nothing was measured on one: small models reach less, for
 # their kernels are short, large ones more.
 ASSUMED_EFFICIENCY = 0.3
+_PROGRAMS = {
+    "run": "training step",
+    "evaluate": "evaluation",
+    "diagnose": "diagnosis",
+    "window_losses": "every window",
+    "certify": "certificate",
+}
 # The groups in which parameters are counted: a pattern of a layer's name, and the group.
 _GROUPS = (
     ("embed", "embed"),
@@ -131,10 +138,7 @@ def describe_memory(program: Program) -> Iterator[str]:
     """Lines: a table of what each compiled program takes on a device."""
     columns = "arguments", "outputs", "temporaries", "aliased", "together"
     yield f"{'MiB on each device':<20}" + "".join(f"{name:>13}" for name in columns)
-    names = ["training step", "evaluation", "diagnosis"]
-    names += ["every window"] * (len(program.compiled) - len(names) - (program.functions.certify is not None))
-    names += ["certificate"] * (program.functions.certify is not None)
-    for name, compiled in zip(names, program.compiled, strict=True):
+    for name, compiled in program.compiled.items():
         if (m := compiled.memory_analysis()) is None:
             continue
         sizes = (
@@ -144,12 +148,12 @@ def describe_memory(program: Program) -> Iterator[str]:
             m.alias_size_in_bytes,
             program_bytes(compiled),
         )
-        yield f"{name:<20}" + "".join(f"{size / 2**20:>13,.1f}" for size in sizes)
+        yield f"{_PROGRAMS[name]:<20}" + "".join(f"{size / 2**20:>13,.1f}" for size in sizes)
 
 
 def describe_speed(setup: Setup, program: Program) -> Iterator[str]:
     """Lines: operations of a step, and on a device whose peak is known how long it may take."""
-    cost = program.compiled[0].cost_analysis() or {}
+    cost = program.compiled["run"].cost_analysis() or {}
     formula, counted = setup.flops_per_step, cost.get("flops", 0.0) * setup.functions.step.mesh.size
     in_program = f", {counted / 1e9:,.4g} in the compiled program (every operation, the body of a loop once)"
     yield f"operations of a step: {formula / 1e9:,.4g} GFLOP by formula" + (in_program if counted else "")

@@ -43,8 +43,10 @@ def row_names(setup: Setup) -> list[str]:
     columns = [name for name in functions.metric_names if not name.startswith((ALERT, ALERT_VALUE))]
     names = [name.removeprefix(SPARSE) for name in columns]
     windows = jax.ShapeDtypeStruct((step.eval_batch_size, step.plain.block_size + 1), np.uint16)
-    state = functions.abstract_state
-    ranks, observed = jax.eval_shape(functions.diagnose, state.params, windows, state.quant, functions.inputs.formats)
+    state, ranks, observed = functions.abstract_state, {}, None
+    if setup.config.diagnostic_interval:
+        given = state.params, windows, state.quant, functions.inputs.formats
+        ranks, observed = jax.eval_shape(functions.diagnose, *given)
     if observed is not None and step.quant is not None:
         nothing = jax.tree.map(lambda array: np.zeros(array.shape), observed)
         names += diagnosis(step.quant, 0, 0, nothing)[0]

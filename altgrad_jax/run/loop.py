@@ -141,7 +141,7 @@ def look_at_the_start(training: Training, stop: StopRequest) -> None:
         return
     started = time.perf_counter()
     with training.goodput.spend("evaluation"):
-        looks = look(training, fresh, evaluate=True, diagnose=True)
+        looks = look(training, fresh, evaluate=True, diagnose=training.config.diagnostic_interval > 0)
     seconds = (time.perf_counter() - started) / len(fresh)
     for lane in fresh:
         evaluation, lines = looks[lane]
@@ -185,7 +185,7 @@ def dispatch_length(config: Config, step: int, seconds_per_step: float | None, *
         # The first dispatch is a single step, which shows how long one takes.
         longest = min(longest, max(1, int(AUTO_DISPATCH_SECONDS / seconds_per_step)) if seconds_per_step else 1)
     intervals = config.eval_interval, config.checkpoint_interval, config.diagnostic_interval
-    to_next = [interval - step % interval for interval in intervals]
+    to_next = [interval - step % interval for interval in intervals if interval]
     return min(longest, *to_next, config.max_steps - step)
 
 
@@ -235,8 +235,8 @@ def take_note(training: Training, fetched: Dispatch, lane: int, n: int, seconds:
 
 
 def is_due(config: Config, step: int, interval: int) -> bool:
-    """Whether what happens every `interval` updates, and at the end, happens after `step` updates."""
-    return step % interval == 0 or step == config.max_steps
+    """Whether what happens every `interval` updates, and at the end, happens after `step` updates; 0: never."""
+    return interval > 0 and (step % interval == 0 or step == config.max_steps)
 
 
 def look(

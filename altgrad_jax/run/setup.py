@@ -122,6 +122,7 @@ class Setup:
             n_train_tokens=len(self.data.tokens.train_T),
             n_val_windows=len(self.data.val_windows),
             n_all_windows=0 if self.data.all_windows is None else len(self.data.all_windows),
+            diagnoses=self.config.diagnostic_interval > 0,
             width=width,
             member_loop=member_loop,
             devices=self.devices,

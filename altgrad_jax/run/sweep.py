@@ -563,7 +563,7 @@ def _count(n, what):
 
 def _predict(program, planned, n_steps=3):
     """Memory as compiled, and the time the group takes by a few steps of its program."""
-    n_bytes = program_bytes(program.compiled[0])
+    n_bytes = program_bytes(program.compiled["run"])
     seconds = time_steps(planned.setup, program, n_steps)
     steps = len(planned.chunks) * planned.setup.config.max_steps
     # With map a lane without a run costs nothing, with vmap as much as any.

@@ -381,6 +381,7 @@ class Program:
     Args:
       functions: from make_step_functions; for runs side by side, for a mesh of one device.
       n_train_tokens, n_val_windows: sizes of the data. n_all_windows: of window_losses; 0 where they are not asked for.
+      diagnoses: whether diagnose is asked for.
       width: None for a run by itself, else the number of lanes.
       member_loop: "map" or "vmap", how lanes are computed (over_members). devices: over which lanes are split.
       xla_options: NAME=VALUE, for the compiler.
@@ -393,6 +394,7 @@ class Program:
         n_train_tokens: int,
         n_val_windows: int,
         n_all_windows: int = 0,
+        diagnoses: bool = True,
         width: int | None = None,
         member_loop: str = "map",
         devices: Sequence[Device] = (),
@@ -405,10 +407,12 @@ class Program:
         self.shared = self.replicated if self.members is None else self.members.replicated
         self.column = {name: i for i, name in enumerate(functions.metric_names)}
         self._n_train_tokens, self._n_val_windows, self._n_all_windows = n_train_tokens, n_val_windows, n_all_windows
+        self.compiled: dict[str, jax.stages.Compiled] = {}
+        self._diagnoses = diagnoses
         self._xla_options = tuple(xla_options)
 
-    def lower(self) -> Iterator[jax.stages.Lowered]:
-        """Yields the lowered programs run (first, because it takes longest to compile), evaluate and diagnose, and
+    def lower(self) -> Iterator[tuple[str, jax.stages.Lowered]]:
+        """Yields (name, lowered program): run (first, because it takes longest to compile) and evaluate, and diagnose,
         window_losses and certify where they are asked for."""
         functions, step = self.functions, self.functions.step
         options, length = step.options, step.plain.block_size + 1
@@ -424,15 +428,18 @@ class Program:
             lanes = self.members
             state_R, inputs_R = (self.members.abstract(tree, self.width) for tree in (state, inputs))
         n_R = jax.ShapeDtypeStruct(() if self.width is None else (self.width,), np.int32)
-        yield lanes.run.lower(state_R, tokens, n_R, inputs_R)
-        yield lanes.evaluate.lower(state_R.params, val_windows, state_R.quant, inputs_R.formats)
+        yield "run", lanes.run.lower(state_R, tokens, n_R, inputs_R)
+        yield "evaluate", lanes.evaluate.lower(state_R.params, val_windows, state_R.quant, inputs_R.formats)
         # A diagnosis is rare: of runs side by side each is given its own.
-        yield functions.diagnose.lower(state.params, diagnosed, state.quant, inputs.formats)
+        if self._diagnoses:
+            yield "diagnose", functions.diagnose.lower(state.params, diagnosed, state.quant, inputs.formats)
         if self._n_all_windows:
             every = jax.ShapeDtypeStruct((self._n_all_windows, length), np.uint16, sharding=self.shared)
-            yield lanes.window_losses.lower(state_R.params, every, state_R.quant, inputs_R.formats)
+            losses = lanes.window_losses.lower(state_R.params, every, state_R.quant, inputs_R.formats)
+            yield "window_losses", losses
         if functions.certify is not None:
-            yield functions.certify.lower(state.params, diagnosed, inputs.seed, state.quant, inputs.formats)
+            certified = functions.certify.lower(state.params, diagnosed, inputs.seed, state.quant, inputs.formats)
+            yield "certify", certified
 
     def compile(self, n_threads: int = 3) -> None:
         """Compiles all programs: a later call with other shapes is then an error, never a compilation.
@@ -444,13 +451,13 @@ class Program:
         threads = ThreadPoolExecutor(n_threads, thread_name_prefix="compile")
         try:
             with without_garbage_collection():
-                compiling = [threads.submit(compile_lowered, lowered, options) for lowered in self.lower()]
-            self.compiled = tuple(program.result() for program in compiling)
+                compiling = {name: threads.submit(compile_lowered, lowered, options) for name, lowered in self.lower()}
+            self.compiled = {name: program.result() for name, program in compiling.items()}
         finally:
             # Not waited for: a signal must not wait for a compiler.
             threads.shutdown(wait=False, cancel_futures=True)
         if step.quant is not None and step.quant.native:
-            require_float8_kernels(self.compiled[0], step.mesh.local_devices[0], len(step.quant.layers))
+            require_float8_kernels(self.compiled["run"], step.mesh.local_devices[0], len(step.quant.layers))
 
     def stack(self, trees: Sequence[Any]) -> Any:
         """States or Inputs of the runs, in the order of their lanes, as the program takes them; a lane without a run is
@@ -470,7 +477,7 @@ class Program:
         Args:
           tokens: the uint16 token file, or the batches of these steps (StepFunctions.run). n_R: int32 [R].
         """
-        state, rows = self.compiled[0](state, tokens, n_R if self.members is not None else n_R[0], inputs)
+        state, rows = self.compiled["run"](state, tokens, n_R if self.members is not None else n_R[0], inputs)
         # One transfer, and no operation on the device for what a comparison on the host decides: it waits meanwhile.
         monitor = state.monitor
         rows_RKM, bad_streak_R, first_bad_R = self._by_lane((rows, monitor.bad_streak, monitor.first_bad_step))
@@ -481,24 +488,24 @@ class Program:
 
     def evaluate(self, state: TrainState, windows, inputs: Inputs) -> np.ndarray:
         """Mean validation loss of every lane, float32 [R], nats per token."""
-        return self._by_lane(self.compiled[1](state.params, windows, state.quant, inputs.formats))
+        return self._by_lane(self.compiled["evaluate"](state.params, windows, state.quant, inputs.formats))
 
     def window_losses(self, state: TrainState, windows, inputs: Inputs) -> np.ndarray:
         """Loss of every window in every lane, float32 [R, E], nats per token."""
-        return self._by_lane(self.compiled[3](state.params, windows, state.quant, inputs.formats))
+        return self._by_lane(self.compiled["window_losses"](state.params, windows, state.quant, inputs.formats))
 
     def diagnose(self, state: TrainState, windows, inputs: Inputs) -> tuple[dict, Observed | None]:
         """StepFunctions.diagnose of one run's state and Inputs, as NumPy."""
         if self.members is not None:
             state = jax.device_put(state, self.replicated)
         # One transfer: a scalar at a time would cost a wait each.
-        return jax.device_get(self.compiled[2](state.params, windows, state.quant, inputs.formats))
+        return jax.device_get(self.compiled["diagnose"](state.params, windows, state.quant, inputs.formats))
 
     def certify(self, state: TrainState, windows, inputs: Inputs) -> certify.Certificate:
         """The certificate of one run's state and Inputs, as NumPy."""
         if self.members is not None:
             state = jax.device_put(state, self.replicated)
-        return jax.device_get(self.compiled[-1](state.params, windows, inputs.seed, state.quant, inputs.formats))
+        return jax.device_get(self.compiled["certify"](state.params, windows, inputs.seed, state.quant, inputs.formats))
 
     def take_note(self, state: TrainState, lane: int, inputs: Inputs, exhausted: bool) -> TrainState:
         """The states of all lanes after a certificate of one run (its Inputs) found the format exhausted or not."""
