@@ -32,6 +32,9 @@ def test_a_map_holds_what_has_most_score_per_cost():
     score = dict.fromkeys(COSTS, 0.0) | {("block_0/attn_out", "fprop"): 1.0, ("block_0/mlp_up", "dgrad"): 2.0}
     kept = maps.best_map(score, COSTS, 1 / 252)
     assert kept == (("block_0/attn_out", "fprop"),)
+    # Twice the score at four times the cost comes later, and no longer fits.
+    kept = maps.best_map(score, COSTS, 4 / 252)
+    assert ("block_0/attn_out", "fprop") in kept and ("block_0/mlp_up", "dgrad") not in kept
     for share in (0.1, 0.5, 1.0):
         for cells in (maps.best_map(score, COSTS, share), maps.random_map(COSTS, share, 3)):
             assert share - 4 / 252 < sum(COSTS[cell] for cell in cells) <= share + 1e-9

@@ -396,7 +396,7 @@ def without(recipe: Recipe, products: Collection[str]) -> Recipe:
         if SLOTS[i].partition(".")[0] in products:
             slots[i] = SlotSpec()
         elif first is not None and SLOTS[first].partition(".")[0] in products and spec.source != "original":
-            slots[i] = replace(recipe.slots[first] if spec.source == "shared" else spec, source="original")
+            slots[i] = replace(spec, source="original")  # of a shared copy the fields are those of the first one
     return Recipe(recipe.name, *slots, keep_high=recipe.keep_high, source=recipe.source, attention=recipe.attention)
 
 

@@ -32,7 +32,7 @@ from altgrad_jax.step import metrics, quantization, recipe, update
 from altgrad_jax.step.mesh import gather
 from altgrad_jax.step.update import Step
 
-WHOLE_DRAWS = 4
+WHOLE_DRAWS = 2
 # A stream of random bits beside those of a step (update).
 _CERTIFICATE_STREAM = 2**27
 
