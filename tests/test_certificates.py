@@ -29,6 +29,7 @@ def test_certificates_in_a_row_change_the_recipe():
         state = recipe.after_certificate(table, state, exhausted)
         phases.append(int(recipe.phase_at(table, state)))
     assert phases == [1, 1, 1, 2, 2]
+    assert int(state.exhausted_streak) == 1  # after a change the count begins anew
     # An update between them changes neither.
     after = recipe.InUse(options, (), state, table, 0, 5).after(None, jnp.bool_(True), False)
     assert (int(after.begun), int(after.exhausted_streak)) == (2, int(state.exhausted_streak))
