@@ -65,11 +65,7 @@ def report_of(out):
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    return {
-        path.name: path.read_text()
-        for path in sorted(data.glob("*.csv"))
-        if "time" not in path.name and "throughput" not in path.name
-    }
+    return {path.name: path.read_text() for path in sorted(data.glob("*.csv")) if "time" not in path.name}
 
 
 FLAGS = cli.new_flags()

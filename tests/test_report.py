@@ -871,7 +871,7 @@ def test_a_margin_that_cannot_be_is_refused_in_one_sentence(tmp_path, margin):
 def test_the_command_takes_a_margin_and_refuses_other_files(tmp_path):
     write_run(tmp_path / "b", val=2.0)
     options = {"runs": [tmp_path], "data": None, "live": False, "seconds": 30}
-    script().run(output=[tmp_path / "r.md"], margin=0.5, **options)
+    script().run(output=[str(tmp_path / "r.md")], margin=0.5, **options)
     assert "within 0.5 nats of 0" in (tmp_path / "r.md").read_text()
     with pytest.raises(UserError, match="r.pdf cannot be used: give a name that ends in .html or .md"):
         script().run(output=["r.pdf"], margin=0.5, **options)

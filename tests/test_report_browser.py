@@ -48,6 +48,7 @@ PROBE = """<script>
   };
   found.charts = Object.keys(charts);
   found.sizes = [...document.querySelectorAll(".chart svg")].map((svg) => svg.getBoundingClientRect().width);
+  found.background = [...document.querySelectorAll(".chart svg")].map((svg) => getComputedStyle(svg).backgroundColor);
   found.top = place.getBoundingClientRect().top;
   found.wide = [document.documentElement.scrollWidth, innerWidth];
   found.before = dots();
@@ -94,6 +95,7 @@ def test_the_page_works_in_a_browser(page, tmp_path, width):
     page_width, window = found["wide"]  # a window of Chromium is 500 wide at least
     assert len(found["sizes"]) == 4 and all(0.4 * min(window, 900) < size < window for size in found["sizes"])
     assert found["top"] < 400 and page_width <= window  # on the first screen, and nothing is too wide
+    assert set(found["background"]) <= {"rgba(0, 0, 0, 0)"}  # the page's own colour, light or dark
     # The first entry of the legend is "worse", two of three: a click leaves those, the next shows all.
     assert found["before"] == [1, 1, 1] == found["again"] and sorted(found["clicked"]) == [0.08, 1, 1]
     assert found["menus"] == [

@@ -1,7 +1,7 @@
 """One page from many run folders: how far each format is from BF16, and what each test says of it.
 
-Only run folders are read (manifest, record, diagnostics, losses of windows, verdict), never a checkpoint; jax is not
-imported.
+Only run folders are read (manifest, record, diagnostics, losses of windows, verdict), never a checkpoint, and jax is
+not imported.
 
     runs        finds, identifies and reads run folders, and refuses those that cannot be compared
     statistics  paired differences, their tests, corrections and classes

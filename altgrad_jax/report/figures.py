@@ -114,7 +114,7 @@ def gaps(c):
     if not rows:
         return None
     # One far outlier must not squeeze the others into a line: it is an arrow at the edge, with its number.
-    high = min(max(ends, default=0), max(4 * float(np.median(np.abs(ends or [0]))), 3 * c.margin, 0.05))
+    high = min(max(ends, default=0), max(6 * float(np.median(np.abs(ends or [0]))), 3 * c.margin, 0.05))
     low = min(max(min(ends, default=0), -high), -1.3 * c.margin)
     domain = [low - 0.04 * (high - low), max(high, 1.3 * c.margin) * 1.04]
     how = _choice("treatment", "treatment", (row["treatment"] for row in rows), treatment(*c.primary))

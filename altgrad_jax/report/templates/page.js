@@ -7,7 +7,7 @@ const unpack = async (name) => {
 const draw = async (place) => {
   const spec = JSON.parse(document.getElementById(place.dataset.chart + "-spec").textContent);
   spec.data.values = await unpack(place.dataset.chart + ".csv");
-  const { view } = await vegaEmbed(place, spec, { renderer: "svg", actions: false, logLevel: 1 });
+  const { view } = await vegaEmbed(place, spec, { renderer: "svg", actions: false, logLevel: 1, config: { background: "transparent" } });
   return view;
 };
 
