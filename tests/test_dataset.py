@@ -238,7 +238,7 @@ def test_nanogpt_files_without_meta(data_dir):
 def test_fingerprint_follows_the_data(data_dir):
     before = load(data_dir).fingerprint
     (data_dir / "meta.json").unlink()
-    np.arange(40, dtype="<u2").tofile(data_dir / "val.bin")
+    np.arange(40, 80, dtype="<u2").tofile(data_dir / "val.bin")
     assert load(data_dir, tokenizer="bytes").fingerprint != before
 
 
@@ -256,8 +256,7 @@ def test_host_stream_gives_the_same_batches():
             got = stream.get(first, n_steps)
             assert got.dtype == np.uint16
             np.testing.assert_array_equal(got, expected(first, n_steps))
-    assert not stream._thread.is_alive()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RuntimeError, match="shutdown"):
         stream.get(0, 1)
 
 

@@ -28,12 +28,11 @@ Axes: B windows, L = block_size + 1 tokens of a window, T tokens of a file.
 
 from __future__ import annotations
 
-import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import math
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -283,80 +282,37 @@ def choose_windows(tokens_T, block_size, eval_windows, eval_batch_size):
 
 
 class HostStream:
-    """The same batches from the file, read ahead by a thread: ``get(first_step, n_steps)`` -> uint16[n, B,
-    L].
+    """The same batches from the file, read ahead by a thread: `get(first_step, n_steps)` -> uint16 [n, B, L].
 
-    ``batch_size``: windows per step. The thread stays up to ``depth`` steps ahead; asking for a step out of
-    order is allowed and makes it start again there. ``close()`` (or leaving a ``with`` block) ends the
-    thread.
+    batch_size: windows per step. The thread stays up to `depth` steps ahead; asking for a step out of order is allowed.
+    `close()` (or leaving a `with` block) ends the thread.
     """
 
     def __init__(self, tokens_T: np.ndarray, *, batch_size: int, block_size: int, seed: int, depth: int = 16):
         self._tokens_T, self._block_size, self._seed = tokens_T, block_size, seed
         self._batch_size, self._depth = batch_size, depth
         self._n_windows = (len(tokens_T) - 1) // block_size
-        self._ready: collections.deque[np.ndarray] = collections.deque()  # batches of steps _next, _next + 1, ...
-        self._next = 0
-        self._error: BaseException | None = None
-        self._closed = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._read_ahead, name="token-stream", daemon=True)
-        self._thread.start()
+        self._ahead: dict[int, concurrent.futures.Future] = {}  # of step
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, "token-stream")
 
     def get(self, first_step: int, n_steps: int) -> np.ndarray:
         """The batches of steps first_step .. first_step + n_steps - 1. Raises what the reading raised."""
-        batches = []
-        with self._changed:
-            if self._closed:
-                raise RuntimeError("the token stream is closed")
-            while self._ready and self._next < first_step:
-                self._ready.popleft()
-                self._next += 1
-            if self._next != first_step:
-                self._ready.clear()
-                self._next = first_step
-            while len(batches) < n_steps:
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._ready or self._error or self._closed)
-                if self._error is not None:
-                    raise self._error
-                if self._closed:
-                    raise RuntimeError("the token stream was closed while a batch was waited for")
-                batches.append(self._ready.popleft())
-                self._next += 1
-            self._changed.notify_all()
-        return np.stack(batches)
+        soon = range(first_step, first_step + n_steps + self._depth)
+        for step in self._ahead.keys() - set(soon):
+            self._ahead.pop(step).cancel()
+        for step in soon:
+            if step not in self._ahead:
+                self._ahead[step] = self._reader.submit(self._batch, step)
+        return np.stack([self._ahead.pop(step).result() for step in soon[:n_steps]])
 
     def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join()
+        self._reader.shutdown(cancel_futures=True)
 
     def __enter__(self) -> HostStream:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def _read_ahead(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
-                    if self._closed:
-                        return
-                    step = self._next + len(self._ready)
-                batch = self._batch(step)  # outside the lock: this is what takes time
-                with self._changed:
-                    # A get() meanwhile may have moved on; then this batch is dropped.
-                    if step == self._next + len(self._ready):
-                        self._ready.append(batch)
-                        self._changed.notify_all()
-        except BaseException as e:  # whatever it is, it belongs to the caller of get()
-            with self._changed:
-                self._error = e
-                self._changed.notify_all()
 
     def _batch(self, step: int) -> np.ndarray:
         self._refuse_a_cut_file()

@@ -335,11 +335,9 @@ def _check_agrees(
         raise differs("tokenizer", meta["tokenizer"], tok.name)
     if data_source not in ("auto", "prepared", meta["source"]):
         raise differs("source", meta["source"], data_source)
-    if meta.get("split") == "seed":
-        if split_seed is not None and meta["split_seed"] != split_seed:
-            raise differs("split_seed", meta["split_seed"], split_seed)
-        if val_fraction is not None and meta["val_fraction"] != val_fraction:
-            raise differs("val_fraction", meta["val_fraction"], val_fraction)
+    for key, wanted in (("split_seed", split_seed), ("val_fraction", val_fraction)):
+        if wanted is not None and meta.get(key) not in (None, wanted):
+            raise differs(key, meta[key], wanted)
 
 
 def _check_replaceable(out: Path, force: bool) -> None:

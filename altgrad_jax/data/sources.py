@@ -21,6 +21,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from altgrad_jax.data import documents as reading
 from altgrad_jax.data.documents import TEST_SPLIT, Document, Source, document_text, first_line, local, optional
@@ -172,10 +173,12 @@ def download(
     pooch.get_logger().setLevel("ERROR")
     store = pooch.Pooch(target.parent, "", {target.name: sha256}, {target.name: url}, retry_if_failed=RETRIES)
     label, other = f"fetching {url}", "fetch the file by other means and give it with --input"
+    bar = progress_bar(label, n_bytes, "bytes", enabled=progress)
     try:
-        with writing(target), progress_bar(label, n_bytes, "bytes", enabled=progress) as advance:
+        with writing(target), bar as advance, contextlib.ExitStack() as responses:  # which pooch leaves open
+            keep = {"response": functools.partial(_close_with, responses)}
             limits = _Limits(url, n_bytes, time.monotonic() + total_seconds, advance)
-            fetch = pooch.HTTPDownloader(progressbar=limits, chunk_size=2**10, timeout=stall_seconds)
+            fetch = pooch.HTTPDownloader(progressbar=limits, chunk_size=2**10, timeout=stall_seconds, hooks=keep)
             return Path(store.fetch(target.name, downloader=fetch))
     except requests.RequestException as e:
         raise SourceUnavailable(
@@ -188,6 +191,10 @@ def download(
             f"{url} is not the file with the sha256 {sha256} that this project was checked with ({first_line(e)}), so it "
             f"is not used; {other}"
         ) from None
+
+
+def _close_with(stack: contextlib.ExitStack, response: Any, *_, **__) -> None:
+    stack.callback(response.close)
 
 
 class _Limits:
