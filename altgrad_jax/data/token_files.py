@@ -20,7 +20,8 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.files import require_file
 
 SAME = 0.97  # of the tokens of the median window
-_WINDOW, _WINDOWS = 512, 32
+_WINDOW, _WINDOWS = 512, 16
+CONTROLS = [chr(i) for i in range(32) if chr(i) not in "\t\n\v\f\r\x1b"]
 _HEADER = 1024  # bytes of llm.c's, 256 int32
 # The first two are read. A view of uint32 as pairs of uint16 has the tokens first.
 LAYOUTS = {"<u2": "uint16", "<u4": "uint32 or int32", "<i8": "int64", ">u2": "big-endian uint16",
@@ -114,20 +115,22 @@ def _layout(path: Path, tokens_T: np.ndarray, tokenizer: Tokenizer | None) -> st
     wide = _wide(tokens_T)
     if tokenizer is None:
         return wide or "<u2"
-    names = [name for name in LAYOUTS if name != "<u2" or not wide]
-    found = {}
-    for name in names:
-        size = np.dtype(name).itemsize
-        numbers_T = np.memmap(path, name, mode="r", shape=(tokens_T.nbytes // size,)) if tokens_T.nbytes >= size else []
-        found[name] = plausibility(numbers_T, tokenizer)
-        if found[name] >= SAME:
-            return name
-    seems = f"seems to hold {LAYOUTS[wide]}, and they" if wide else "holds numbers that"
+    seen = {}
+    for name in LAYOUTS:
+        if (size := np.dtype(name).itemsize) <= tokens_T.nbytes and not (wide and name == "<u2"):
+            numbers_T = np.memmap(path, name, mode="r", shape=(tokens_T.nbytes // size,))
+            seen[name] = plausibility(numbers_T, tokenizer)
+    sound = {name: median for name, (share, median) in seen.items() if share >= SAME}
+    if {"<u2", ">u2"} <= sound.keys():  # a text of few words, where frequent tokens, those of lower ids, tell the order
+        return min("<u2", ">u2", key=sound.__getitem__)
+    if sound:
+        return next(iter(sound))
+    holds = f"seems to hold {LAYOUTS[wide]}, which" if wide else "holds numbers that"
     raise UserError(
-        f"{path} {seems} are no text of the tokenizer {tokenizer.name!r}: encoded anew, {max(found.values()):.0%} of the "
-        "tokens of a window come back, where more than 97% should; they are of another tokenizer, of another type, or "
-        "random. Prepare the text with scripts/prepare_data.py, or say what the file is in a meta.json "
-        "(docs/your_data.md)"
+        f"{path} {holds} are no text of the tokenizer {tokenizer.name!r}: of the tokens of a window "
+        f"{max(share for share, _ in seen.values()):.1%} come back when they are decoded and encoded again, in place of "
+        f"{SAME:.0%} or more. They are of another tokenizer or type, or random: prepare the text with "
+        "scripts/prepare_data.py, or say in a meta.json what the file is (docs/your_data.md)"
     )
 
 
@@ -146,28 +149,32 @@ def _wide(tokens_T: np.ndarray) -> str | None:
     }.get(pattern)  # type: ignore[arg-type]
 
 
-def plausibility(numbers_T, tokenizer: Tokenizer) -> float:
-    """The share of tokens that come back when they are decoded and encoded again, in the median of windows spread over
-    the file. 0 for a window with a number that is no token, or with text that is mostly control characters."""
-    n = len(numbers_T)
-    starts = np.unique(np.linspace(0, max(0, n - _WINDOW), _WINDOWS).astype(np.int64))
-    shares = [_share(np.asarray(numbers_T[start : start + _WINDOW]), tokenizer) for start in starts]
-    return float(np.median(shares)) if n else 0.0
+def plausibility(numbers_T: np.ndarray, tokenizer: Tokenizer) -> tuple[float, float]:
+    """(The share of tokens that come back when they are decoded and encoded again, the median token): medians over
+    windows spread over the file. The share is 0 for a window with a number that is no token, with text that is largely
+    control characters, or where rare tokens, the upper half of a large vocabulary, are the rule."""
+    step = max(_WINDOW, len(numbers_T) // _WINDOWS)
+    seen = [_share(np.asarray(numbers_T[start : start + _WINDOW]), tokenizer) for start in range(0, len(numbers_T), step)]
+    shares, medians = zip(*seen)
+    return float(np.median(shares)), float(np.median(medians))
 
 
-def _share(numbers: np.ndarray, tokenizer: Tokenizer) -> float:
+def _share(numbers: np.ndarray, tokenizer: Tokenizer) -> tuple[float, float]:
     with np.errstate(invalid="ignore"):
         ids = numbers.astype(np.int64)
     if not np.array_equal(ids, numbers) or ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-        return 0.0
-    ends = np.flatnonzero(ids == tokenizer.eot)
+        return 0.0, 0.0
     same = most = n_controls = n_characters = 0
-    for document in np.split(ids, ends):
+    for document in np.split(ids, np.flatnonzero(ids == tokenizer.eot)):
         document = document[document != tokenizer.eot].tolist()
         text = tokenizer.decode(document)
         again = tokenizer.encode(text).tolist()
-        same += (collections.Counter(document) & collections.Counter(again)).total()
+        overlap = (collections.Counter(document) & collections.Counter(again)).total()
+        # Some tokenizers add or drop a blank at either end of a text.
+        same += min(len(document), overlap + 2 * (len(document) >= 16))
         most += max(len(document), len(again))
-        n_controls += sum(c < " " and c not in "\t\n\v\f\r\x1b" for c in text)
+        n_controls += sum(map(text.count, CONTROLS))
         n_characters += len(text)
-    return 0.0 if n_controls * 20 > n_characters else same / most if most else 1.0
+    median = float(np.median(ids))
+    rare = tokenizer.vocab_size > 1000 and median > tokenizer.vocab_size / 2
+    return 0.0 if rare or n_controls * 20 > n_characters else same / most if most else 1.0, median

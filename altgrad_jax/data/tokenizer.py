@@ -198,8 +198,15 @@ def _from_file(path: str) -> Tokenizer:
     own.no_truncation()
     own.no_padding()
 
+    separator = own.id_to_token(eot)
+
     def encode(text: str) -> np.ndarray:
-        return np.array(own.encode(text, add_special_tokens=False).ids, np.uint16)
+        ids = own.encode(text, add_special_tokens=False).ids
+        if eot in ids:  # some models have it as a word of their vocabulary: its letters then, one by one
+            parts = re.split(f"({re.escape(separator)})", text)
+            pieces = [piece for part in parts for piece in (part if part == separator else [part])]
+            ids = [i for piece in own.encode_batch(pieces, add_special_tokens=False) for i in piece.ids]
+        return np.array(ids, np.uint16)
 
     def decode(ids: list[int]) -> str:
         return own.decode(ids, skip_special_tokens=False)
