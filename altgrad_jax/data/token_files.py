@@ -153,8 +153,8 @@ def plausibility(numbers_T: np.ndarray, tokenizer: Tokenizer) -> tuple[float, fl
     """(The share of tokens that come back when they are decoded and encoded again, the median token): medians over
     windows spread over the file. The share is 0 for a window with a number that is no token, with text that is largely
     control characters, or where rare tokens, the upper half of a large vocabulary, are the rule."""
-    step = max(_WINDOW, len(numbers_T) // _WINDOWS)
-    seen = [_share(np.asarray(numbers_T[start : start + _WINDOW]), tokenizer) for start in range(0, len(numbers_T), step)]
+    starts = range(0, max(1, len(numbers_T) - _WINDOW + 1), max(_WINDOW, len(numbers_T) // _WINDOWS))
+    seen = [_share(np.asarray(numbers_T[start : start + _WINDOW]), tokenizer) for start in starts]
     shares, medians = zip(*seen)
     return float(np.median(shares)), float(np.median(medians))
 
