@@ -300,8 +300,8 @@ def _read_csv(stream: BinaryIO, name: str, text_field: str | None) -> Texts:
             where = f"{name}:{rows.line_num + 1}"
             if row and len(row) != len(names):
                 raise UserError(
-                    f"{where} has {len(row)} fields where the header has {len(names)}; put quotation marks around a "
-                    "text that holds the separator, and double those within it"
+                    f"{where} has {len(row)} fields where the header has {len(names)}; mend that row: a "
+                    "text that holds the separator or a line break stands in quotation marks"
                 )
             if row:
                 yield where, document_text(dict(zip(names, row)), where, text_field)
