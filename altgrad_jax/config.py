@@ -25,9 +25,9 @@ from typing import Any
 import ml_collections
 
 from altgrad_jax import conflicts
-from altgrad_jax.conflicts import INT32_MAX, VOCABULARY_OF, decay_steps
-from altgrad_jax.data.tokenizer import TOKENIZERS, is_file_name, vocabulary_size
+from altgrad_jax.conflicts import INT32_MAX, decay_steps
 from altgrad_jax.conflicts import for_operands as for_operands
+from altgrad_jax.data.tokenizer import TOKENIZERS, is_file_name, vocabulary_size
 from altgrad_jax.errors import LIST_ITEM, UserError
 from altgrad_jax.numerics.layers import MODELS
 from altgrad_jax.numerics.rules import AT_REST, MOMENTS, OPTIMIZERS, ROUNDINGS, SCALINGS, SCHEDULES

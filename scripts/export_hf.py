@@ -13,6 +13,7 @@ from absl import flags
 
 from altgrad_jax import cli
 from altgrad_jax import config as settings_table
+from altgrad_jax.data.tokenizer import TOKENIZERS
 from altgrad_jax.errors import UserError
 
 ARGUMENTS = ("source", "out")
@@ -82,7 +83,7 @@ def import_folder(source, out, tokenizer):
     if not (tokenizer or (tokenizer := hf.tokenizer_of(config_json))):
         raise UserError(
             f"config.json has vocab_size = {config_json['vocab_size']}, which does not tell the tokenizer: give "
-            f"--tokenizer {', '.join(settings_table.VOCABULARY_OF)} or the path of its tokenizer.json"
+            f"--tokenizer {', '.join(TOKENIZERS)} or the path of its tokenizer.json"
         )
     config.tokenizer = tokenizer
     # float32: the imported model then computes what transformers computes with these files.

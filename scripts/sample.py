@@ -15,7 +15,9 @@ from altgrad_jax import cli
 ARGUMENTS = ("checkpoint",)
 FLAGS = cli.new_flags(device=True)
 flags.DEFINE_integer("step", None, "checkpoint of the run folder (default: the newest)", flag_values=FLAGS)
-flags.DEFINE_string("prompt", "", "text to continue; empty = the start of a document; <|endoftext|> ends one", flag_values=FLAGS)
+flags.DEFINE_string(
+    "prompt", "", "text to continue; empty = the start of a document; <|endoftext|> ends one", flag_values=FLAGS
+)
 flags.DEFINE_integer("max_new_tokens", 200, "tokens to add", flag_values=FLAGS)
 flags.DEFINE_float(
     "temperature", 0.8, "0 = always the most likely token, 1 = the model's own distribution", flag_values=FLAGS

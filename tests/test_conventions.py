@@ -1,4 +1,4 @@
-"""Sound files of other people's tools: read as they are meant, or refused by name. Every test draws several instances."""
+"""Sound files of other people's tools: read as they are meant, or refused by name. Tests draw several instances."""
 
 import bz2
 import csv
@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from altgrad_jax.data import sources, tokenizer
@@ -27,7 +28,7 @@ from altgrad_jax.data.tokenizer import get_tokenizer, without_long_blanks
 from altgrad_jax.errors import UserError
 
 drawn = settings(max_examples=25, deadline=None, database=None, derandomize=True,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+                 phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 SENTENCES = st.lists(
     st.sampled_from(["The Council shall adopt the budget. ", "Ευρωπαϊκή Ένωση, ἄρθρον 5. ", "Règlement (UE) n° 12: ",
                      "欧州連合の規則 🇪🇺 ", "whereas 1,743 tonnes\n\twere landed; "]),
@@ -48,6 +49,7 @@ def put(path, data):
 
 # Token files
 
+RNG = np.random.default_rng
 TYPES = ("<u4", "<i4", "<i8", "<u8", ">u2", ">u4", ">i8", "<f4", "<f8")
 
 
@@ -71,7 +73,9 @@ WRITERS = {
     "np.save": numpy_file,
     "llm.c": llmc,
     "llm.c, llama": lambda ids: llmc(ids, 20240801),
-    "another vocabulary": lambda ids: np.random.default_rng(0).permutation(int(ids.max()) + 1)[ids].astype("<u2").tobytes(),
+    "another vocabulary": lambda ids: (
+        np.random.default_rng(0).permutation(int(ids.max()) + 1)[ids].astype("<u2").tobytes()
+    ),
     "random": lambda ids: np.random.default_rng(0).integers(0, int(ids.max()) + 1, len(ids)).astype("<u2").tobytes(),
     "gzip": lambda ids: gzip.compress(ids.astype("<u2").tobytes()),
     "pickle": lambda ids: pickle.dumps(ids.tolist()),
@@ -79,7 +83,11 @@ WRITERS = {
 
 
 @drawn
-@given(text=SENTENCES, name=st.sampled_from(["gpt2", "bytes"]), how=st.sampled_from(sorted(WRITERS) + ["characters", "text"]))
+@given(
+    text=SENTENCES,
+    name=st.sampled_from(["gpt2", "bytes"]),
+    how=st.sampled_from(sorted(WRITERS) + ["characters", "text"]),
+)
 def test_token_files_of_another_convention(folder, text, name, how):
     """Read as the same tokens, or refused; never believed. And nanoGPT's own convention is."""
     tok, where = get_tokenizer(name), folder()
@@ -102,7 +110,9 @@ def test_token_files_of_another_convention(folder, text, name, how):
         lambda: load_token_data(where, tokenizer=name, **sizes),
         lambda: open_token_file(where / "val.bin", tokenizer=name, **sizes),
     ):
-        with pytest.raises(UserError, match=r"(train|val)\.bin (seems to|holds numbers that are no text|has [\d,]+ bytes)"):
+        with pytest.raises(
+            UserError, match=r"(train|val)\.bin (seems to|holds numbers that are no text|has [\d,]+ bytes)"
+        ):
             read()
 
 
@@ -142,9 +152,9 @@ WORDS = {
     "validation": ["validation", "valid", "val", "dev", "VAL", "devset"],
     "test": ["test", "testing", "eval", "evaluation", "TEST", "testset", "devtest"],
 }
-PLACES = ["{}.jsonl", "{}-00000-of-00001.jsonl", "{}-00000-of-00002-0123456789abcdef.jsonl", "data/{}-00000-of-00001.jsonl",
-          "acts_{}.jsonl", "acts.{}.txt", "{}/part.jsonl", "en/{}/deep/0.txt", "{}_clean/a.jsonl", "v1.0/acts-{}.jsonl.gz",
-          "my {}.jsonl", "acts/{}/part-0.json"]  # fmt: skip
+PLACES = ["{}.jsonl", "{}-00000-of-00001.jsonl", "{}-00000-of-00002-0123456789abcdef.jsonl", "my {}.jsonl",
+          "data/{}-00000-of-00001.jsonl", "acts_{}.jsonl", "acts.{}.txt", "{}/part.jsonl", "en/{}/deep/0.txt",
+          "{}_clean/a.jsonl", "v1.0/acts-{}.jsonl.gz", "acts/{}/part-0.json"]  # fmt: skip
 
 
 @drawn
@@ -225,31 +235,25 @@ def separated(rows, delimiter):
     return file.getvalue()
 
 
-def lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def zst(data):
-    file = io.BytesIO()
-    with pa.CompressedOutputStream(file, "zstd") as stream:
-        stream.write(data)
-        stream.flush()
-        return stream.close() or file.getvalue() if not file.closed else b""
+def lines(rows, **how):
+    return "".join(json.dumps(row, **how) + "\n" for row in rows)
 
 
 READ = {
-    "a.jsonl": lines, "b.json.gz": lambda rows: gzip.compress(lines(rows).encode()), "c.JSONL": lines, "d.json": json.dumps,
+    "a.jsonl": lines, "b.json.gz": lambda rows: gzip.compress(lines(rows).encode()), "c.JSONL": lines,
+    "d.json": json.dumps,
     "e.json": lines, "f.ndjson": lines, "g.jsonlines": lines, "h.jl": lines, "i.csv": lambda rows: separated(rows, ","),
     "j.csv": lambda rows: separated(rows, ";"), "k.tsv": lambda rows: separated(rows, "\t"), "l.parquet": parquet,
     "m.arrow": lambda rows: arrow(rows, pa.ipc.new_stream), "n.arrow": lambda rows: arrow(rows, pa.ipc.new_file),
-    "o.jsonl.bz2": lambda rows: bz2.compress(lines(rows).encode()), "p.jsonl.xz": lambda rows: lzma.compress(lines(rows).encode()),
+    "o.jsonl.bz2": lambda rows: bz2.compress(lines(rows).encode()),
+    "p.jsonl.xz": lambda rows: lzma.compress(lines(rows).encode()),
     "q.CSV.GZ": lambda rows: gzip.compress(separated(rows, ",").encode()),
     "r.json.zst": lambda rows: pa.compress(lines(rows).encode(), "zstd", asbytes=True),
     "s.json.xz": lambda rows: lzma.compress(json.dumps(rows).encode()),
 }  # fmt: skip
 FIELDS = ["text", "content", "Text", "body", "document", "article", "raw_content", "passage"]
-SKIPPED = ["README.md", "dataset_info.json", "state.json", "a.pdf", "b.parquet.gz", "c.pkl", "notes.docx", ".hidden/a.jsonl",
-           ".DS_Store", "LICENSE"]  # fmt: skip
+SKIPPED = ["README.md", "dataset_info.json", "state.json", "a.pdf", "b.parquet.gz", "c.pkl", "notes.docx",
+           ".hidden/a.jsonl", ".DS_Store", "LICENSE"]  # fmt: skip
 
 
 @drawn
@@ -257,7 +261,7 @@ SKIPPED = ["README.md", "dataset_info.json", "state.json", "a.pdf", "b.parquet.g
     names=st.sets(st.sampled_from(sorted(READ)), min_size=1),
     skipped=st.sets(st.sampled_from(SKIPPED)),
     field=st.sampled_from(FIELDS),
-    texts=st.lists(st.sampled_from(["Act 1, \"x\"; y\tz", "two\nlines", "ü 欧"]), min_size=2, max_size=4),
+    texts=st.lists(st.sampled_from(['Act 1, "x"; y\tz', "two\nlines", "ü 欧"]), min_size=2, max_size=4),
 )
 def test_every_file_is_read_or_named(folder, names, skipped, field, texts):
     where = folder()
@@ -268,7 +272,9 @@ def test_every_file_is_read_or_named(folder, names, skipped, field, texts):
     source = local(where)
     assert [d.text for d in source.documents()] == [f"{name} {text}" for name in sorted(names) for text in texts]
     assert sorted(source.skipped) == sorted({name.split("/")[0] for name in skipped})
-    shown = summary("out", {"source": "x", "tokenizer": "x", "licence": "x", "n_tokens": {"train": 1, "val": 1}}, source.skipped)
+    shown = summary(
+        "out", {"source": "x", "tokenizer": "x", "licence": "x", "n_tokens": {"train": 1, "val": 1}}, source.skipped
+    )
     assert all(name in shown for name in source.skipped)
 
 
@@ -305,8 +311,8 @@ def test_links_are_followed_and_cycles_end(tmp_path):
 
 # Text
 
-ALPHABETS = ["The Council shall decide. ", "Совет принимает решение. ", "Το Συμβούλιο αποφασίζει. ", "परिषद निर्णय लेगी। ",
-             "Règlement délégué. "]  # fmt: skip
+ALPHABETS = ["The Council shall decide. ", "Совет принимает решение. ", "Το Συμβούλιο αποφασίζει. ",
+             "परिषद निर्णय लेगी। ", "Règlement délégué. "]  # fmt: skip
 
 
 @drawn
@@ -316,17 +322,14 @@ ALPHABETS = ["The Council shall decide. ", "Совет принимает реш
     kind=st.sampled_from(["txt", "csv", "jsonl", "json"]),
 )
 def test_text_in_another_encoding_is_refused(folder, text, encoding, kind):
-    write = {"txt": lambda t: t * 40, "csv": lambda t: separated([{"text": t}] * 40, ","), "json": lambda t: json.dumps([t] * 9),
-             "jsonl": lambda t: "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for _ in range(9))}  # fmt: skip
-    path = put(folder() / f"a.{kind}", write[kind](text).encode(encoding))
+    rows = [{"text": text}] * 40
+    written = {"txt": text * 40, "csv": separated(rows, ","), "json": json.dumps(rows, ensure_ascii=False),
+               "jsonl": lines(rows, ensure_ascii=False)}  # fmt: skip
+    path = put(folder() / f"a.{kind}", written[kind].encode(encoding))
     with pytest.raises(UserError, match="a.(txt|csv|json)") as e:
         list(local(path).documents())
-    plain = encoding.replace("-", "").upper().replace("UTF", "UTF-")
-    if encoding != "utf-16":
-        plain = plain[:-2] + plain[-2:]
-        assert "UTF-8" in str(e.value)
-    if text.isascii() and kind == "txt":
-        assert f"iconv -f {plain}{'' if encoding != 'utf-16' else 'LE'} -t UTF-8" in str(e.value)
+    name = {"utf-16": "UTF-16LE"}.get(encoding, encoding.upper().replace("-LE", "LE").replace("-BE", "BE"))
+    assert f"it seems to be {name}: convert it with iconv -f {name} -t UTF-8" in str(e.value)
 
 
 def test_nul_filled_text_of_a_record_is_refused_and_a_single_one_is_not(tmp_path):
@@ -339,8 +342,6 @@ def test_nul_filled_text_of_a_record_is_refused_and_a_single_one_is_not(tmp_path
 @settings(drawn, max_examples=200)
 @given(st.text(" \n\t\u00a0\u3000\x1c\x85ab1!'é欧", max_size=40))
 def test_pieces_between_blanks_encode_like_the_whole(text):
-    import re
-
     pattern = re.compile(tokenizer._LONG_BLANKS.pattern.replace("100000", "2"))
     tok = get_tokenizer("gpt2")
     pieces = without_long_blanks(text, pattern)
@@ -401,7 +402,9 @@ def own_tokenizer(kind, path, separator="<|endoftext|>", vocab_size=400):
     elif kind == "unigram":
         tok = tokenizers.Tokenizer(models.Unigram())
         tok.pre_tokenizer, tok.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=[*special, "<unk>"], unk_token="<unk>", show_progress=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=80, special_tokens=[*special, "<unk>"], unk_token="<unk>", show_progress=False
+        )
     else:
         tok = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]"))
         tok.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -412,7 +415,9 @@ def own_tokenizer(kind, path, separator="<|endoftext|>", vocab_size=400):
     return str(path)
 
 
-@pytest.mark.parametrize("kind, separator", [("bpe", "<|endoftext|>"), ("bpe", "</s>"), ("unigram", "</s>"), ("words", "[SEP]")])
+@pytest.mark.parametrize(
+    "kind, separator", [("bpe", "<|endoftext|>"), ("bpe", "</s>"), ("unigram", "</s>"), ("words", "[SEP]")]
+)
 def test_own_tokenizer_from_text_to_windows(tmp_path, kind, separator):
     name = own_tokenizer(kind, tmp_path / "tokenizer.json", separator)
     tok = get_tokenizer(name)

@@ -144,7 +144,11 @@ def test_text_field():
         ),
         ("a.jsonl.zst", JSONL, r"a\.jsonl\.zst is damaged or incomplete"),
         ("a.parquet", b"PAR1", r"parquet file .*a\.parquet cannot be read"),
-        ("a.parquet", b"PAR1" + b"\xff" * 100 + b"\x32\0\0\0PAR1", r"a\.parquet is damaged or incomplete \(Couldn't deserialize"),
+        (
+            "a.parquet",
+            b"PAR1" + b"\xff" * 100 + b"\x32\0\0\0PAR1",
+            r"a\.parquet is damaged or incomplete \(Couldn't deserialize",
+        ),
         ("a.zip", b"PK", r"a\.zip is damaged or incomplete"),
         ("a.docx", b"x", r"a\.docx' is of an unknown kind; it must end in \.jsonl"),
     ],

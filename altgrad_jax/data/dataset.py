@@ -71,16 +71,16 @@ def load_token_data(
     (nanoGPT's), whose source is "unknown", must hold its tokens, and are looked into (`token_files`).
 
     Raises:
-      UserError: a file is missing, empty, altered since it was prepared, of another tokenizer or type, holds a token the
-        model has no embedding for, or is shorter than one window.
+      UserError: a file is missing, empty, altered since it was prepared, of another tokenizer or type, holds a token
+        that the model has no embedding for, or is shorter than one window.
     """
     folder = Path(data_dir)
     meta = read_meta(folder)
     name = None if tokenizer is None else tokenizer_name(tokenizer)
     if name is not None and meta["tokenizer"] not in (None, name):
         raise UserError(
-            f"the data in {str(folder)!r} was made by the tokenizer {meta['tokenizer']!r} but {name!r} is asked for; set "
-            f"config.tokenizer to {meta['tokenizer']!r} or choose another --data_dir"
+            f"the data in {str(folder)!r} was made by the tokenizer {meta['tokenizer']!r} but {name!r} is asked for; "
+            f"set config.tokenizer to {meta['tokenizer']!r} or choose another --data_dir"
         )
     tokens, sha256, largest = {}, {}, {}
     for split in ("train", "val"):
@@ -127,7 +127,7 @@ def open_token_file(
     name = None if tokenizer is None else tokenizer_name(tokenizer)
     if name is not None and recorded.get("tokenizer", name) != name:
         raise UserError(
-            f"{path} was made by the tokenizer {recorded['tokenizer']!r}, and the model reads {name!r}; give tokens of that"
+            f"{path} was made by the tokenizer {recorded['tokenizer']!r}, but the model reads {name!r}; give its tokens"
         )
     return _checked(path, tokenizer, vocab_size, block_size, recorded.get("sha256"))[0]
 
@@ -150,8 +150,8 @@ def _checked(
         largest = max(largest, int(piece.max()))
     if recorded and digest.hexdigest() != recorded[path.name]:
         raise UserError(
-            f"{path} has changed since it was prepared (sha256 {digest.hexdigest()}, meta.json says {recorded[path.name]}); "
-            "prepare it again with scripts/prepare_data.py --force"
+            f"{path} has changed since it was prepared (sha256 {digest.hexdigest()}, meta.json says "
+            f"{recorded[path.name]}); prepare it again with scripts/prepare_data.py --force"
         )
     if largest >= vocab_size:
         raise UserError(

@@ -3,8 +3,8 @@
 - A folder is read in the order of its paths, links followed. What is not read is named in `Source.skipped`.
 - Splits follow the file and folder names that the library `datasets` knows (train, validation, dev, test, ...). The
   test split is left out. Names that look like splits and cannot be used end the preparation.
-- Documents are read one at a time, each of at most MAX_DOCUMENT_BYTES, so neither a corpus nor a small file that unpacks
-  without end has to fit into memory.
+- Documents are read one at a time, each of at most MAX_DOCUMENT_BYTES, so neither a corpus nor a small file that
+  unpacks without end has to fit into memory.
 - A record that cannot be read ends the preparation with its file and line. Archives are never unpacked to a disk.
 """
 
@@ -54,6 +54,8 @@ _SPLIT_OF = {
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip", b"PAR1": "parquet", b"ARROW1": "Arrow",
           b"\x93NUMPY": "a NumPy array", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"%PDF": "PDF"}  # fmt: skip
+
+_ENCODINGS = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
 
 Texts = Iterator[tuple[str, str]]  # (where the document stands, its text)
 
@@ -122,7 +124,7 @@ def local(path: str | os.PathLike, *, text_field: str | None = None, split_names
         parts = [(None, path)]
     else:
         raise UserError(
-            f"input {str(path)!r} is of an unknown kind; it must end in {KNOWN} or .zip, or be a directory of such files"
+            f"input {str(path)!r} is of an unknown kind; it must end in {KNOWN} or .zip, or be a folder of such files"
         )
 
     def documents() -> Iterator[Document]:
@@ -196,8 +198,8 @@ def _splits(root: Path, files: Collection[Path]) -> list[str | None]:
     fix = "rename it or move it elsewhere, or give --nosplit_names where such names mean no splits"
     if found and None in splits:
         raise UserError(
-            f"the directory {str(root)!r} has entries named after splits ({', '.join(sorted(found))}) and, beside them, "
-            f"{names[splits.index(None)].as_posix()!r}, whose split is not known; {fix}"
+            f"the directory {str(root)!r} has entries named after splits ({', '.join(sorted(found))}) and, beside "
+            f"them, {names[splits.index(None)].as_posix()!r}, whose split is not known; {fix}"
         )
     if found and "train" not in found:
         raise UserError(
@@ -417,8 +419,8 @@ def document_text(record: object, where: str, text_field: str | None = None) -> 
     if not fields:
         wanted = f"field {text_field!r}" if text_field else "field 'text', and not one with another usual name"
         raise UserError(
-            f"{where} has no {wanted}; its fields are {', '.join(map(repr, record)) or 'none'}: name the one that holds "
-            "the text with --text_field"
+            f"{where} has no {wanted}; its fields are {', '.join(map(repr, record)) or 'none'}: name the one that "
+            "holds the text with --text_field"
         )
     if text_field or "main_body" not in fields:
         return _field_text(record, fields[0], where)
@@ -488,15 +490,10 @@ def _seems(data: bytes) -> str:
     for magic, what in _MAGIC.items():
         if data.startswith(magic):
             return f"; it seems to be {what}, so give it the name of such a file, or convert it to UTF-8 text"
-    marked = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    # The high halves of letters are small, and those of UTF-32 zero.
-    low = [sum(byte < 9 for byte in data[start:4096:4]) for start in range(4)]
-    even, odd = low[0] + low[2], low[1] + low[3]
-    if 4 * min(low[1:3]) > 0.9 * len(data[:4096]):
-        name = f"UTF-32{'LE' if low[3] > low[0] else 'BE'}"
-    elif marked or max(even, odd) > max(4 * min(even, odd), len(data[:4096]) / 50):
-        name = f"UTF-16{'LE' if odd > even or data[:2] == bytes([255, 254]) else 'BE'}"
-    else:
+    # In the right encoding there are blanks and commas. UTF-32 comes first, because as UTF-16 it has as many.
+    usual = {name: sum(map(data[:4096].decode(name, "ignore").count, ' ,."\n')) for name in _ENCODINGS}
+    name = max(usual, key=usual.__getitem__)
+    if usual[name] * 200 < len(data[:4096]):
         return "; convert it to UTF-8"
     return f"; it seems to be {name}: convert it with iconv -f {name} -t UTF-8"
 
@@ -525,13 +522,12 @@ def _too_long(where: str) -> str:
 
 
 def optional(module: str, what: str):
-    """Imports a module of an extra; UserError says which where it is not installed."""
-    extra = "tokenizers" if module == "tokenizers" else "hub"
+    """Imports a module of the extra `hub`; UserError where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
         raise UserError(
-            f'{what} needs the package {module.split(".")[0]!r} ({first_line(e)}); run: pip install "altgrad-jax[{extra}]"'
+            f'{what} needs the package {module.split(".")[0]!r} ({first_line(e)}); run: pip install "altgrad-jax[hub]"'
         ) from None
 
 

@@ -28,8 +28,8 @@ _FIX = "download the folder again"
 def vocabulary(name: str) -> tuple[Any, list[str]]:
     """({token: id}, merges as "first second") of a tokenizer, each byte by its printable stand-in.
 
-    Of `bytes` every id is its byte, without merges; 255 occurs in no text and is the separator. Of a tokenizer.json they
-    are as its model has them.
+    Of `bytes` every id is its byte, without merges; 255 occurs in no text and is the separator. Of a tokenizer.json
+    they are as its model has them.
     """
     if is_file_name(name):
         return _of_file(Path(name))

@@ -7,7 +7,7 @@
   most all but one: those with the smallest sha256 of (seed, document number). Documents are never cut, with one
   exception: a single .txt, whose last `val_fraction` of tokens is the validation text.
 - Atomic. Everything is written to a hidden directory beside the output, which is renamed when it is complete: a killed
-  run leaves nothing that looks finished. The next preparation removes what it left. A lock keeps two preparations apart.
+  run leaves nothing that looks finished. The next preparation removes what it left. A lock keeps two of them apart.
 - Memory is bounded by a batch of documents: tokens go to the disk as they come. All documents are tokenized into one
   file first, for only then is their number known, and the split with it; the copy into two files costs little.
 
@@ -30,6 +30,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -75,14 +76,13 @@ def prepare(
     progress: bool = True,
     force: bool = False,
 ) -> dict:
-    """Tokenizes ``source`` into ``out_dir`` and returns the contents of its ``meta.json``.
+    """Tokenizes `source` into `out_dir` and returns the contents of its meta.json.
 
-    ``split_seed`` and ``val_fraction`` (of the documents, in (0, 1)) matter only where the source has no
-    split.
+    split_seed, val_fraction (in (0, 1)): of a source without a split.
 
     Raises:
-        UserError: a bad fraction, no usable documents, a directory that holds something else (or prepared
-            data, without ``force``), no room to write; and whatever the source raises.
+      UserError: a bad fraction, no usable documents, a directory that holds something else (or prepared data, without
+        `force`), no room to write; and whatever the source raises.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}; it must lie between 0 and 1, e.g. {VAL_FRACTION}")
@@ -107,18 +107,15 @@ def resolve(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> PreparedData:
-    """The data of a run: what ``data_dir`` (default ``data/<tokenizer>``) holds, or else prepared there now.
+    """The data of a run: what `data_dir` (default data/TOKENIZER) holds, or else prepared there now.
 
-    ``data_source``:
-        ``auto``: prepared data if there; else ``eurlex57k``; else, with a warning, ``sample``.
-        ``prepared``: it must be there.
-        ``eurlex57k``, ``lex_glue``, ``sample``: that corpus, prepared if not there.
-
-    Token files without ``meta.json`` (made by nanoGPT) count as prepared under ``auto`` and ``prepared``.
-    ``split_seed`` and ``val_fraction``: None takes what is there, and the defaults when preparing.
+    data_source: "auto", prepared data if there, else eurlex57k, else, with a warning, the sample; "prepared", it must
+      be there; or the name of a corpus, which is prepared if not there. Token files without meta.json (nanoGPT's) count
+      as prepared under the first two.
+    split_seed, val_fraction: None takes what is there, and the defaults when preparing.
 
     Raises:
-        UserError: unknown source; data there that contradicts the request; no data to be had.
+      UserError: unknown source; data there that contradicts the request; no data to be had.
     """
     tok = get_tokenizer(tokenizer)
     out = Path(data_dir if data_dir is not None else Path("data") / tok.name)
@@ -127,30 +124,23 @@ def resolve(
             f"data_source is {data_source!r}; it must be one of {', '.join(map(repr, DATA_SOURCES))} (local "
             "documents are prepared with scripts/prepare_data.py --input, then 'prepared')"
         )
+    source = None if data_source in ("auto", "prepared") else data_source
+    asked: Any = dict(tokenizer=tok.name, source=source, split_seed=split_seed, val_fraction=val_fraction)
     if has_tokens(out):
-        meta = read_meta(out)
-        _check_agrees(out, meta, data_source, tok, split_seed, val_fraction)
-        return _prepared(out, meta, ())
+        return _found(out, **asked)
     if data_source == "prepared":
         raise UserError(
             f"data_source is 'prepared' but {str(out)!r} holds no {' and '.join(BIN_FILES)}; run "
             "scripts/prepare_data.py, or let data_source=auto prepare them"
         )
 
+    seed = SPLIT_SEED if split_seed is None else split_seed
+    fraction = VAL_FRACTION if val_fraction is None else val_fraction
+    options: Any = dict(split_seed=seed, val_fraction=fraction, cache_dir=cache_dir, progress=progress)
     try:
-        return prepare_source(
-            data_source,
-            out,
-            tok,
-            split_seed=SPLIT_SEED if split_seed is None else split_seed,
-            val_fraction=VAL_FRACTION if val_fraction is None else val_fraction,
-            cache_dir=cache_dir,
-            progress=progress,
-        )
+        return prepare_source(data_source, out, tok, **options)
     except AlreadyPrepared:  # by another process, while this one waited for it
-        meta = read_meta(out)
-        _check_agrees(out, meta, data_source, tok, split_seed, val_fraction)
-        return _prepared(out, meta, ())
+        return _found(out, **asked)
 
 
 def prepare_source(
@@ -166,29 +156,18 @@ def prepare_source(
     progress: bool = True,
     force: bool = False,
 ) -> PreparedData:
-    """``prepare`` for a source given by its name (a string, ``auto`` included) or local documents (a Path).
+    """`prepare` for a source given by its name (a string, "auto" included) or local documents (a Path).
+
+    text_field, split_names: of local documents, as `documents.local` has them.
 
     Raises:
-        UserError: as ``prepare``; under ``auto``, neither eurlex57k nor the sample can be had; a text field
-            for a named source, whose field is known.
+      UserError: as `prepare`; under "auto", neither eurlex57k nor the sample can be had; an option of local documents
+        for a named source.
     """
-    if text_field is not None and not isinstance(what, Path):
-        raise UserError(
-            f"text_field is {text_field!r} but the source is {what!r}; leave it out, it is for --input only"
-        )
-    if not split_names and not isinstance(what, Path):
-        raise UserError(f"--nosplit_names is for folders given with --input, and the source is {what!r}; leave it out")
 
     def make(source: Source, *warnings: str) -> PreparedData:
-        meta = prepare(
-            source,
-            out_dir,
-            tokenizer,
-            split_seed=split_seed,
-            val_fraction=val_fraction,
-            progress=progress,
-            force=force,
-        )
+        options: Any = dict(split_seed=split_seed, val_fraction=val_fraction, progress=progress, force=force)
+        meta = prepare(source, out_dir, tokenizer, **options)
         return _prepared(Path(out_dir), meta, warnings, source.skipped)
 
     def get(source_name: str) -> Source:
@@ -196,6 +175,9 @@ def prepare_source(
 
     if isinstance(what, Path):
         return make(sources.local(what, text_field=text_field, split_names=split_names))
+    if text_field is not None or not split_names:
+        given = f"text_field is {text_field!r}" if text_field is not None else "split_names is False"
+        raise UserError(f"{given} but the source is {what!r}; leave it out, it is for --input only")
     if what != "auto":
         return make(get(what))
     try:
@@ -223,32 +205,31 @@ def read_meta(data_dir: str | os.PathLike) -> dict:
     """
     folder = Path(data_dir)
     missing = [name for name in BIN_FILES if not os.path.isfile(folder / name)]
-    if missing:
-        raise UserError(
-            f"the data directory {str(folder)!r} has no {' and no '.join(missing)}; prepare it again with "
-            "scripts/prepare_data.py --force"
-        )
-    path = folder / "meta.json"
     again = "prepare the data again with scripts/prepare_data.py --force"
+    if missing:
+        raise UserError(f"the data directory {str(folder)!r} has no {' and no '.join(missing)}; {again}")
+    path = folder / "meta.json"
     if not os.path.lexists(path):
         return {"schema_version": SCHEMA_VERSION, "source": "unknown", "licence": "unknown", "tokenizer": None}
     meta = files.read_json(path, again)
     version = meta.get("schema_version") if isinstance(meta, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(f"{path} has schema_version {version!r} where {SCHEMA_VERSION} is expected; {again}")
-    absent = [key for key in ("source", "licence", "tokenizer", "n_tokens", "sha256") if key not in meta]
-    if absent:
-        raise UserError(f"{path} has no {', '.join(map(repr, absent))}; {again}")
-    for key in ("source", "licence", "tokenizer"):
-        if not isinstance(meta[key], str):
-            raise UserError(f"{path} has {key} {meta[key]!r} where a name is expected; {again}")
-    for key, names, kind, what in (
-        ("n_tokens", ("train", "val"), int, "whole numbers for train and val"),
-        ("sha256", BIN_FILES, str, "texts for train.bin and val.bin"),
-    ):
-        if not isinstance(meta[key], dict) or not all(type(meta[key].get(name)) is kind for name in names):
-            raise UserError(f"{path} has {key} {meta[key]!r} where {what} are expected; {again}")
+    right = {
+        **{key: ("a name is", lambda value: isinstance(value, str)) for key in ("source", "licence", "tokenizer")},
+        "n_tokens": ("whole numbers for train and val are", lambda value: _holds(value, ("train", "val"), int)),
+        "sha256": ("texts for train.bin and val.bin are", lambda value: _holds(value, BIN_FILES, str)),
+    }
+    for key, (what, accepts) in right.items():
+        if key not in meta:
+            raise UserError(f"{path} has no {key!r}; {again}")
+        if not accepts(meta[key]):
+            raise UserError(f"{path} has {key} {meta[key]!r} where {what} expected; {again}")
     return meta
+
+
+def _holds(value: object, names: Sequence[str], kind: type) -> bool:
+    return isinstance(value, dict) and all(type(value.get(name)) is kind for name in names)
 
 
 def summary(out_dir: str | os.PathLike, meta: dict, skipped: Sequence[str] = ()) -> str:
@@ -304,40 +285,24 @@ def _prepared(out: Path, meta: dict, warnings: tuple[str, ...], skipped: tuple[s
     if is_sample:
         n = meta["n_tokens"]["train"]
         warnings += (
-            (
-                f"TRAINING ON THE SMALL SAMPLE: {n:,} tokens of {meta.get('title', 'EU acts')}. A model sees"
-                " each of them many times and will learn them by heart; loss and perplexity say nothing"
-                " about EU legislation. For the real corpus: scripts/prepare_data.py --source eurlex57k"
-                f" --tokenizer {meta['tokenizer']} --out {out} --force"
-            ),
+            f"TRAINING ON THE SMALL SAMPLE: {n:,} tokens of {meta.get('title', 'EU acts')}. A model sees each of them "
+            "many times and will learn them by heart; loss and perplexity say nothing about EU legislation. For the "
+            f"real corpus: scripts/prepare_data.py --source eurlex57k --tokenizer {meta['tokenizer']} --out {out} --force",
         )
     return PreparedData(out, meta, is_sample, warnings, skipped)
 
 
-def _check_agrees(
-    out: Path,
-    meta: dict,
-    data_source: str,
-    tok: Tokenizer,
-    split_seed: int | None,
-    val_fraction: float | None,
-) -> None:
-    """Data found under ``out`` must be what was asked for: a run never trains on another corpus than it
-    names."""
-
-    def differs(what: str, found: object, wanted: object) -> UserError:
-        return UserError(
-            f"the data in {str(out)!r} has {what} {found!r} but {wanted!r} is asked for; choose another "
-            "--data_dir, ask for what is there, or prepare it again with scripts/prepare_data.py --force"
-        )
-
-    if meta["tokenizer"] not in (None, tok.name):
-        raise differs("tokenizer", meta["tokenizer"], tok.name)
-    if data_source not in ("auto", "prepared", meta["source"]):
-        raise differs("source", meta["source"], data_source)
-    for key, wanted in (("split_seed", split_seed), ("val_fraction", val_fraction)):
+def _found(out: Path, **asked: object) -> PreparedData:
+    """The data in `out`, which must be what was asked for: a run never trains on another corpus than it names. asked:
+    what a key of meta.json should be, None for any."""
+    meta = read_meta(out)
+    for key, wanted in asked.items():
         if wanted is not None and meta.get(key) not in (None, wanted):
-            raise differs(key, meta[key], wanted)
+            raise UserError(
+                f"the data in {str(out)!r} has {key} {meta[key]!r} but {wanted!r} is asked for; choose another "
+                "--data_dir, ask for what is there, or prepare it again with scripts/prepare_data.py --force"
+            )
+    return _prepared(out, meta, ())
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
@@ -531,7 +496,8 @@ def _choose_split(
 
 
 def _copy_split(everything: Path, ends: list[int], in_val: list[bool], work: Path) -> dict[str, dict]:
-    """ends: 0, then where each document ends. Copies each document's tokens to train.bin or val.bin; count, largest token and sha256 of each."""
+    """Copies each document's tokens to train.bin or val.bin; count, largest token and sha256 of each. ends: 0, then
+    where each document ends."""
     tokens_T = np.memmap(everything, "<u2", mode="r")
     facts = {}
     for name, wanted in (("train", False), ("val", True)):

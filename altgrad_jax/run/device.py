@@ -50,7 +50,7 @@ os.register_at_fork(after_in_child=_note_fork)
 
 
 def require_no_fork():
-    """UserError in a process that was forked from one in which jax had started: its threads are missing, so it hangs."""
+    """UserError in a process that was forked from one in which jax had started: without its threads jax hangs."""
     if _forked_from_jax:
         raise UserError(
             "this process was forked from one in which jax had started, and jax would hang here: start it anew, with "
