@@ -415,9 +415,10 @@ def own_tokenizer(kind, path, separator="<|endoftext|>", vocab_size=400):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "kind, separator", [("bpe", "<|endoftext|>"), ("bpe", "</s>"), ("unigram", "</s>"), ("words", "[SEP]")]
-)
+OWN = [("bpe", "<|endoftext|>"), ("bpe", "</s>"), ("unigram", "</s>"), ("words", "[SEP]")]
+
+
+@pytest.mark.parametrize("kind, separator", OWN)
 def test_own_tokenizer_from_text_to_windows(tmp_path, kind, separator):
     name = own_tokenizer(kind, tmp_path / "tokenizer.json", separator)
     tok = get_tokenizer(name)

@@ -287,7 +287,8 @@ def _prepared(out: Path, meta: dict, warnings: tuple[str, ...], skipped: tuple[s
         warnings += (
             f"TRAINING ON THE SMALL SAMPLE: {n:,} tokens of {meta.get('title', 'EU acts')}. A model sees each of them "
             "many times and will learn them by heart; loss and perplexity say nothing about EU legislation. For the "
-            f"real corpus: scripts/prepare_data.py --source eurlex57k --tokenizer {meta['tokenizer']} --out {out} --force",
+            f"real corpus: scripts/prepare_data.py --source eurlex57k --tokenizer {meta['tokenizer']} --out {out} "
+            "--force",
         )
     return PreparedData(out, meta, is_sample, warnings, skipped)
 
