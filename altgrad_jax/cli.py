@@ -239,7 +239,7 @@ def parse(
         if value != value:  # absl's limits let NaN pass
             raise UserError(f"--{name}=nan cannot be used: give {_words(values[name].parser)}")
     if result is not None and "data_dir" in found:
-        found["data_dir"] = found["data_dir"] or f"data/{tokenizer_name(result.tokenizer)}"
+        found["data_dir"] = found["data_dir"] or f"data/{tokenizer_name(str(result.tokenizer))}"
     return result, found | _arguments(rest, arguments)
 
 

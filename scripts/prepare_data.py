@@ -42,10 +42,7 @@ flags.DEFINE_bool(
     flag_values=FLAGS,
 )
 flags.DEFINE_integer(
-    "split_seed",
-    prepare.SPLIT_SEED,
-    "chooses the validation documents of a source without a split",
-    flag_values=FLAGS,
+    "split_seed", prepare.SPLIT_SEED, "chooses the validation documents of a source without a split", flag_values=FLAGS
 )
 flags.DEFINE_float("val_fraction", prepare.VAL_FRACTION, "their share of the documents", flag_values=FLAGS)
 flags.DEFINE(

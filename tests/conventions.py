@@ -2,8 +2,8 @@
 
 python tests/conventions.py
 
-"read": as it is meant. "refused": one sentence that names the file. "wrong": anything else, such as other tokens or texts
-than those that were written.
+"read": as it is meant. "refused": one sentence that names the file. "wrong": anything else, such as other tokens or
+texts than those that were written.
 """
 
 import itertools

@@ -369,9 +369,10 @@ def test_a_document_that_cannot_be_tokenized_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("in_folder", [False, True])
-def test_one_txt_is_cut_by_position(tmp_path, in_folder):
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_one_txt_is_cut_by_position(tmp_path, in_folder, pack):
     text = "The Council shall decide. " * 100
-    path = put(tmp_path / "in" / "input.txt", text)
+    path = put(tmp_path / "in" / f"input.txt{'.gz' * (pack is not bytes)}", pack(text.encode()))
     data = prepare_source(path.parent if in_folder else path, tmp_path / "out", get_tokenizer("bytes"), progress=False)
     train, val = (np.fromfile(data.dir / f"{name}.bin", "<u2").astype(np.uint8).tobytes() for name in ("train", "val"))
     assert train + val == text.encode() + b"\xff" and len(val) == round(0.05 * (len(text) + 1))

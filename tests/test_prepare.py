@@ -92,12 +92,7 @@ def test_files_and_meta(tmp_path):
 
 def test_gpt2_files_are_nanogpts(tmp_path):
     """Exactly what nanoGPT's prepare.py writes: per document encode_ordinary(text) + [50256], as uint16."""
-    make(
-        tmp_path,
-        ["Hello world", "hello world<|endoftext|>"],
-        ["train", "validation"],
-        tok=get_tokenizer("gpt2"),
-    )
+    make(tmp_path, ["Hello world", "hello world<|endoftext|>"], ["train", "validation"], tok=get_tokenizer("gpt2"))
     assert np.fromfile(tmp_path / "data" / "train.bin", np.uint16).tolist() == [15496, 995, 50256]
     val = np.fromfile(tmp_path / "data" / "val.bin", np.uint16).tolist()
     assert val[:2] == [31373, 995] and val[-1] == 50256 and 50256 not in val[:-1]

@@ -76,18 +76,6 @@ def test_directory_in_the_order_of_its_paths(tmp_path):
     assert {d.split for d in local(tmp_path).documents()} == {None}
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", "-00000-of-00001.jsonl", "/part.jsonl"])
-def test_directory_with_its_own_split(tmp_path, suffix):
-    for split in ("train", "dev", "test"):
-        write(tmp_path / (split + suffix), json.dumps({"text": split}))
-    source = local(tmp_path)
-    assert [(d.split, d.text) for d in source.documents()] == [("validation", "dev"), ("train", "train")]
-    assert "test split" in source.left_out
-    write(tmp_path / "notes.txt", "which split?")
-    with pytest.raises(UserError, match="'notes.txt', whose split is not known"):
-        local(tmp_path)
-
-
 @pytest.mark.parametrize(
     "record, text",
     [
@@ -97,12 +85,7 @@ def test_directory_with_its_own_split(tmp_path, suffix):
         ({"text": None}, ""),
         # EURLEX57K: the header usually repeats the title, over several lines and in capitals.
         (
-            {
-                "title": "Regulation No 1",
-                "header": "REGULATION\nNo 1",
-                "recitals": "Whereas",
-                "main_body": ["A", "B"],
-            },
+            {"title": "Regulation No 1", "header": "REGULATION\nNo 1", "recitals": "Whereas", "main_body": ["A", "B"]},
             "REGULATION\nNo 1\nWhereas\nA\nB",
         ),
         ({"title": "Title", "header": "Header", "recitals": "", "main_body": ["A"]}, "Title\nHeader\nA"),
@@ -124,11 +107,7 @@ def test_text_field():
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2 is not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n["x"]\n', r"a\.jsonl:3 is not a JSON object .* but list"),
-        (
-            "a.jsonl",
-            b'{"words": "x"}\n',
-            r"a\.jsonl:1 has no field 'text', .* fields are 'words': .* --text_field",
-        ),
+        ("a.jsonl", b'{"words": "x"}\n', r"a\.jsonl:1 has no field 'text', .* fields are 'words': .* --text_field"),
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1: field 'text' must be a string .* not int"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl:2 is not valid UTF-8 \(byte 0xff"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is JSON nested too deeply"),

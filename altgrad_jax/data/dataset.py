@@ -122,8 +122,8 @@ def open_token_file(
       UserError: as `load_token_data`.
     """
     path = Path(path)
-    beside = path.with_name("meta.json")
-    recorded = read_meta(path.parent) if beside.is_file() and path.name in BIN_FILES else {}
+    complete = all(path.with_name(file).is_file() for file in (*BIN_FILES, "meta.json"))
+    recorded = read_meta(path.parent) if complete and path.name in BIN_FILES else {}
     name = None if tokenizer is None else tokenizer_name(tokenizer)
     if name is not None and recorded.get("tokenizer", name) != name:
         raise UserError(

@@ -146,7 +146,7 @@ def local(path: str | os.PathLike, *, text_field: str | None = None, split_names
         input_name=name,
         left_out=left_out,
         skipped=skipped,
-        plain_text=all(file.name.lower().endswith(".txt") for _, file in parts),
+        plain_text=all(re.search(r"\.txt(\.\w+)?$", file.name.lower()) for _, file in parts),
     )
 
 
@@ -194,16 +194,16 @@ def _splits(root: Path, files: Collection[Path]) -> list[str | None]:
     """
     names = [path.relative_to(root) for path in files]
     splits = [_split_of(name, root) for name in names]
-    found = set(splits) - {None}
+    found = sorted({split for split in splits if split})
     fix = "rename it or move it elsewhere, or give --nosplit_names where such names mean no splits"
     if found and None in splits:
         raise UserError(
-            f"the directory {str(root)!r} has entries named after splits ({', '.join(sorted(found))}) and, beside "
+            f"the directory {str(root)!r} has entries named after splits ({', '.join(found)}) and, beside "
             f"them, {names[splits.index(None)].as_posix()!r}, whose split is not known; {fix}"
         )
     if found and "train" not in found:
         raise UserError(
-            f"the directory {str(root)!r} has files of the split {' and '.join(sorted(found))}, such as "
+            f"the directory {str(root)!r} has files of the split {' and '.join(found)}, such as "
             f"{names[0].as_posix()!r}, and none of the training split; {fix}"
         )
     return splits

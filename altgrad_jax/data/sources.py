@@ -178,7 +178,8 @@ def download(
         with writing(target), bar as advance, contextlib.ExitStack() as responses:  # which pooch leaves open
             keep = {"response": functools.partial(_close_with, responses)}
             limits = _Limits(url, n_bytes, time.monotonic() + total_seconds, advance)
-            fetch = pooch.HTTPDownloader(progressbar=limits, chunk_size=2**10, timeout=stall_seconds, hooks=keep)
+            options: Any = dict(progressbar=limits, chunk_size=2**10, timeout=stall_seconds, hooks=keep)
+            fetch: Any = pooch.HTTPDownloader(**options)
             return Path(store.fetch(target.name, downloader=fetch))
     except requests.RequestException as e:
         raise SourceUnavailable(

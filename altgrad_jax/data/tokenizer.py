@@ -188,7 +188,8 @@ def _from_file(path: str) -> Tokenizer:
         raise UserError(
             f"{path} is no tokenizer that can be read ({str(error).splitlines()[0]}): {_FILE_FIX}"
         ) from None
-    eot = next((own.token_to_id(token) for token in SEPARATORS if own.token_to_id(token) is not None), None)
+    separator = next((token for token in SEPARATORS if own.token_to_id(token) is not None), "")
+    eot = own.token_to_id(separator)
     if eot is None:
         raise UserError(
             f"{path} has none of the tokens {' '.join(SEPARATORS)} to separate documents with: add one to it as a "
@@ -197,8 +198,6 @@ def _from_file(path: str) -> Tokenizer:
     own.encode_special_tokens = True  # as text, so that no document can hold a separator
     own.no_truncation()
     own.no_padding()
-
-    separator = own.id_to_token(eot)
 
     def encode(text: str) -> np.ndarray:
         ids = own.encode(text, add_special_tokens=False).ids
