@@ -27,6 +27,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from altgrad_jax import config as settings
+from altgrad_jax.data.tokenizer import tokenizer_name
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import require_file
 
@@ -238,7 +239,7 @@ def parse(
         if value != value:  # absl's limits let NaN pass
             raise UserError(f"--{name}=nan cannot be used: give {_words(values[name].parser)}")
     if result is not None and "data_dir" in found:
-        found["data_dir"] = found["data_dir"] or f"data/{result.tokenizer}"
+        found["data_dir"] = found["data_dir"] or f"data/{tokenizer_name(str(result.tokenizer))}"
     return result, found | _arguments(rest, arguments)
 
 

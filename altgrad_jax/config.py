@@ -25,8 +25,9 @@ from typing import Any
 import ml_collections
 
 from altgrad_jax import conflicts
-from altgrad_jax.conflicts import INT32_MAX, VOCABULARY_OF, decay_steps
+from altgrad_jax.conflicts import INT32_MAX, decay_steps
 from altgrad_jax.conflicts import for_operands as for_operands
+from altgrad_jax.data.tokenizer import TOKENIZERS, is_file_name, vocabulary_size
 from altgrad_jax.errors import LIST_ITEM, UserError
 from altgrad_jax.numerics.layers import MODELS
 from altgrad_jax.numerics.rules import AT_REST, MOMENTS, OPTIMIZERS, ROUNDINGS, SCALINGS, SCHEDULES
@@ -172,6 +173,11 @@ GROUPS_OF_METRICS = Text(
 ITEM = Text(without=",")
 RECIPE = Text(longest=4096, without=",")  # it may name many layers
 TAG = Text(longest=64, without=",")
+TOKENIZER = Text(
+    longest=4096,
+    check=lambda text: text in TOKENIZERS or is_file_name(text),
+    about=f"one of {', '.join(TOKENIZERS)}, or the path of a tokenizer.json",
+)
 XLA_OPTION = Text(
     without=",",
     check=lambda text: re.fullmatch(r"xla_[a-z0-9_]+=[^\s=]+", text) is not None,
@@ -249,7 +255,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               low=1, only_with=REFERENCE),
     )),
     ("Data", (
-        Field("tokenizer", "gpt2", "gpt2 (byte pairs) or bytes (one token a byte)", choices=("gpt2", "bytes")),
+        Field("tokenizer", "gpt2", "gpt2 (byte pairs), bytes (one token a byte), or the path of a tokenizer.json",
+              text=TOKENIZER),
         Field("data_source", "auto", "where text comes from; auto = prepared files if there, else eurlex57k, else "
               "the small sample", choices=("auto", "prepared", "eurlex57k", "lex_glue", "sample")),
         Field("data_seed", 1337, "decides the order of the training windows", low=0),
@@ -562,7 +569,7 @@ def fitted(config: ml_collections.ConfigDict, given: Collection[str] | None = No
             if rank[name] < max(rank[other] for other in others):
                 said.append(f"{name}={show(value)} is used, because {name}={show(values[name])} {why}")
                 values[name] = value
-    values["vocab_size"] = values["vocab_size"] or VOCABULARY_OF[values["tokenizer"]]
+    values["vocab_size"] = values["vocab_size"] or vocabulary_size(values["tokenizer"])
     return _build(values), said
 
 
@@ -583,7 +590,7 @@ def _fit_model(c: dict[str, Any]) -> _Fit:
     if c["n_embd"] % c["n_head"]:
         heads = _largest_divisor(c["n_embd"], c["n_head"])
         yield "n_head", ("n_embd",), heads, f"does not divide n_embd={c['n_embd']}"
-    own = VOCABULARY_OF[c["tokenizer"]]
+    own = vocabulary_size(c["tokenizer"])
     if 0 < c["vocab_size"] < own:
         yield "vocab_size", ("tokenizer",), own, f"is too small for tokenizer={c['tokenizer']!r}"
 

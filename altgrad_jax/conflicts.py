@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
 
+from altgrad_jax.data.tokenizer import vocabulary_size
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import recipes, rules
 from altgrad_jax.numerics.formats import get_format, require_overflow_code
@@ -15,7 +16,7 @@ from altgrad_jax.numerics.layers import ATTENTION, all_products, attention_sizes
 
 INT32_MAX = 2**31 - 1
 _AMAX_HISTORY = 16  # the default
-VOCABULARY_OF = MappingProxyType({"gpt2": 50257, "bytes": 256})  # token ids each tokenizer can produce
+VOCABULARY_OF = MappingProxyType({name: vocabulary_size(name) for name in ("gpt2", "bytes")})
 
 
 def decay_steps(decay_fraction: float, max_steps: int) -> int:
@@ -36,7 +37,7 @@ def _matrix_sizes(c: Any) -> dict[str, tuple[int, int]]:
         n_embd=c.n_embd,
         n_head=c.n_head,
         n_kv_head=c.n_kv_head,
-        vocab_size=c.vocab_size or VOCABULARY_OF[c.tokenizer],
+        vocab_size=c.vocab_size or vocabulary_size(c.tokenizer),
     )
 
 
@@ -62,7 +63,7 @@ def of_heads(c: Any) -> Iterator[str]:
 def of_sizes(c: Any) -> Iterator[str]:
     """What is wrong between the sizes of the model and of its batches."""
     yield from of_heads(c)
-    own = VOCABULARY_OF[c.tokenizer]
+    own = vocabulary_size(c.tokenizer)
     if c.vocab_size and c.vocab_size < own:
         yield (
             f"vocab_size={c.vocab_size} is too small for tokenizer={c.tokenizer!r}, whose token ids go up to "

@@ -16,7 +16,7 @@ ARGUMENTS = ("checkpoint",)
 FLAGS = cli.new_flags(device=True)
 flags.DEFINE_integer("step", None, "checkpoint of the run folder (default: the newest)", flag_values=FLAGS)
 flags.DEFINE_string("data_dir", None, "folder of token files; its val.bin is used", flag_values=FLAGS)
-flags.DEFINE_string("tokens", None, "a file of uint16 tokens, of the checkpoint's tokenizer", flag_values=FLAGS)
+flags.DEFINE_string("tokens", None, "a file of tokens, of the checkpoint's tokenizer", flag_values=FLAGS)
 flags.DEFINE_bool(
     "all", False, "the whole file, but for a last incomplete batch, not the run's fixed choice", flag_values=FLAGS
 )

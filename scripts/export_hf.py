@@ -13,16 +13,17 @@ from absl import flags
 
 from altgrad_jax import cli
 from altgrad_jax import config as settings_table
+from altgrad_jax.data.tokenizer import TOKENIZERS
 from altgrad_jax.errors import UserError
 
 ARGUMENTS = ("source", "out")
 FLAGS = cli.new_flags(device=True)
 flags.DEFINE_bool("import", False, "from Hugging Face instead of to it", flag_values=FLAGS)
 flags.DEFINE_integer("step", None, "checkpoint of the run folder to export (default: the newest)", flag_values=FLAGS)
-flags.DEFINE_enum(
+flags.DEFINE(
+    cli.Parser(str, "gpt2, bytes or the path of a tokenizer.json"),
     "tokenizer",
     None,
-    list(settings_table.VOCABULARY_OF),
     "with --import: tokenizer of the model (default: what config.json or vocab_size says)",
     flag_values=FLAGS,
 )
@@ -82,7 +83,7 @@ def import_folder(source, out, tokenizer):
     if not (tokenizer or (tokenizer := hf.tokenizer_of(config_json))):
         raise UserError(
             f"config.json has vocab_size = {config_json['vocab_size']}, which does not tell the tokenizer: give "
-            f"--tokenizer {' or '.join(settings_table.VOCABULARY_OF)}"
+            f"--tokenizer {', '.join(TOKENIZERS)} or the path of its tokenizer.json"
         )
     config.tokenizer = tokenizer
     # float32: the imported model then computes what transformers computes with these files.

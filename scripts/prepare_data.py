@@ -11,7 +11,7 @@ from absl import flags
 
 from altgrad_jax import cli
 from altgrad_jax.data import prepare, sources
-from altgrad_jax.data.tokenizer import TOKENIZERS, get_tokenizer
+from altgrad_jax.data.tokenizer import get_tokenizer, tokenizer_name
 from altgrad_jax.errors import UserError
 
 FLAGS = cli.new_flags()
@@ -27,17 +27,22 @@ flags.DEFINE(
     SOME_TEXT,
     "input",
     None,
-    "local documents instead: JSONL (.gz, .zst), JSON, TXT, parquet, EURLEX57K's zip, a folder",
+    "local documents instead: JSONL, JSON, CSV, TXT, parquet, Arrow, EURLEX57K's zip, a folder (docs/your_data.md)",
     flag_values=FLAGS,
 )
 flags.DEFINE(SOME_TEXT, "out", None, "folder where the token files go (default: data/TOKENIZER)", flag_values=FLAGS)
-flags.DEFINE_enum("tokenizer", "gpt2", list(TOKENIZERS), "which one", flag_values=FLAGS)
+flags.DEFINE(
+    SOME_TEXT, "tokenizer", "gpt2", "gpt2, bytes, or the path of a tokenizer.json of your own", flag_values=FLAGS
+)
 flags.DEFINE(SOME_TEXT, "text_field", None, "the field of --input's records that holds the text", flag_values=FLAGS)
-flags.DEFINE_integer(
-    "split_seed",
-    prepare.SPLIT_SEED,
-    "chooses the validation documents of a source without a split",
+flags.DEFINE_bool(
+    "split_names",
+    True,
+    "whether names such as train, dev and test in --input's folder tell the split",
     flag_values=FLAGS,
+)
+flags.DEFINE_integer(
+    "split_seed", prepare.SPLIT_SEED, "chooses the validation documents of a source without a split", flag_values=FLAGS
 )
 flags.DEFINE_float("val_fraction", prepare.VAL_FRACTION, "their share of the documents", flag_values=FLAGS)
 flags.DEFINE(
@@ -55,11 +60,11 @@ def run(*, source, input, out, tokenizer, **options):
         raise UserError(f"--source={source} and --input={input} name two sources of text: give one of them")
     data = prepare.prepare_source(
         Path(input) if input else source or "auto",
-        out or Path("data") / tokenizer,
+        out or Path("data") / tokenizer_name(tokenizer),
         get_tokenizer(tokenizer),
         **options,
     )
-    print(prepare.summary(data.dir, data.meta))
+    print(prepare.summary(data.dir, data.meta, data.skipped))
     if data.warnings:
         print(prepare.banner(data.warnings), file=sys.stderr)
 

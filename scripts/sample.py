@@ -15,7 +15,9 @@ from altgrad_jax import cli
 ARGUMENTS = ("checkpoint",)
 FLAGS = cli.new_flags(device=True)
 flags.DEFINE_integer("step", None, "checkpoint of the run folder (default: the newest)", flag_values=FLAGS)
-flags.DEFINE_string("prompt", "", "text to continue; empty = the start of a document", flag_values=FLAGS)
+flags.DEFINE_string(
+    "prompt", "", "text to continue; empty = the start of a document; <|endoftext|> ends one", flag_values=FLAGS
+)
 flags.DEFINE_integer("max_new_tokens", 200, "tokens to add", flag_values=FLAGS)
 flags.DEFINE_float(
     "temperature", 0.8, "0 = always the most likely token, 1 = the model's own distribution", flag_values=FLAGS
@@ -42,7 +44,7 @@ def run(*, checkpoint, device, step, prompt, max_new_tokens, temperature, top_k,
     if kv_cache is not None:
         config = dataclasses.replace(config, kv_cache=cache_spec(kv_cache, config.head_width))
     tokenizer = get_tokenizer(settings["tokenizer"])
-    prompt_ids = tokenizer.encode(prompt) if prompt else [tokenizer.eot]
+    prompt_ids = tokenizer.encode_prompt(prompt)
     if len(prompt_ids) + max_new_tokens > config.block_size + 1:
         print(
             f"note: {len(prompt_ids)} prompt tokens and {max_new_tokens} new ones exceed the context of "
@@ -59,9 +61,10 @@ def run(*, checkpoint, device, step, prompt, max_new_tokens, temperature, top_k,
             prompt_ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            top_k=min(200, config.vocab_size) if top_k is None else top_k,
+            top_k=min(200, tokenizer.vocab_size) if top_k is None else top_k,
             seed=seed + i,
             end_id=tokenizer.eot,
+            n_ids=tokenizer.vocab_size,
             operands=operands,
         )
         print(prompt + tokenizer.decode(new_ids[new_ids != tokenizer.eot]), flush=True)

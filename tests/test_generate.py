@@ -16,6 +16,7 @@ from altgrad_jax import cli
 from altgrad_jax.config import ADDED_IN_2, default_config, to_dict
 from altgrad_jax.errors import UserError
 from altgrad_jax.inference import generate as generate_module
+from altgrad_jax.inference.evaluate import evaluate_checkpoint
 from altgrad_jax.inference.generate import generate, load_model, sample_token
 from altgrad_jax.models.gpt2 import GPT, GPTConfig
 from altgrad_jax.models.linear import Quantized
@@ -114,6 +115,29 @@ def test_top_k_of_one_is_greedy_and_zero_is_off(params):
     np.testing.assert_array_equal(ids(temperature=1.0, top_k=0), ids(temperature=1.0, top_k=None))
     np.testing.assert_array_equal(ids(temperature=1e-46), ids(temperature=0.0))  # 0 in float32
     np.testing.assert_array_equal(ids(temperature=0.0, top_k=7), ids(temperature=0.0))
+
+
+def test_the_padding_of_a_vocabulary_is_never_drawn(params, logits_after):
+    """As of GPT-2's 50,257 ids in a table of 50,304 rows, none of whose logits training has lowered."""
+    prompt = [3, 0, 1]
+    likely = int(logits_after(prompt).argmax())
+    greedy = generate(params, TINY, prompt, max_new_tokens=1, temperature=0.0, n_ids=likely)
+    assert greedy == [logits_after(prompt)[:likely].argmax()]
+    drawn = generate(params, TINY, prompt, max_new_tokens=60, temperature=100.0, n_ids=likely)
+    assert drawn.max() < likely
+    with pytest.raises(UserError, match=f"the token {likely}, but the model knows 0 to {likely - 1}"):
+        generate(params, TINY, [likely], max_new_tokens=1, n_ids=likely)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(params, run_dir, tmp_path):
+    (tmp_path / "val.bin").write_bytes(np.frombuffer(b"The Council decides. " * 9, np.uint8).astype("<u2").tobytes())
+    table = params["embed"]["embedding"].at[ord("C"), 0].set(np.nan)
+    broken = params | {"embed": {"embedding": table}}
+    checkpoints = checkpoint.open_checkpoints(tmp_path / "run", max_checkpoints=2)
+    checkpoints.save(1, {"params": broken}, {"config": load_model(run_dir).settings})
+    checkpoints.close()
+    with pytest.raises(UserError, match="the loss of .*run on .*val.bin is nan"):
+        evaluate_checkpoint(tmp_path / "run", token_file=tmp_path / "val.bin")
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, None), (2.0, 3), (1.0, 2)])

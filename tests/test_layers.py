@@ -28,6 +28,8 @@ OWNERS = {
     "wandb": {"run.wandb"},
     "tensorboardX": {"run.tensorboard"},
     "tiktoken": {"data.tokenizer"},
+    "tokenizers": {"data.tokenizer"},
+    "pooch": {"data.sources"},
     "torch": {"bench.torch_peer"},
     "transformers": {"bench.torch_peer"},
 }

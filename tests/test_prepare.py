@@ -1,7 +1,6 @@
 """Text to token files: contents, split, repeatability, and what a killed or failed preparation leaves."""
 
 import concurrent.futures
-import fcntl
 import hashlib
 import json
 import os
@@ -93,12 +92,7 @@ def test_files_and_meta(tmp_path):
 
 def test_gpt2_files_are_nanogpts(tmp_path):
     """Exactly what nanoGPT's prepare.py writes: per document encode_ordinary(text) + [50256], as uint16."""
-    make(
-        tmp_path,
-        ["Hello world", "hello world<|endoftext|>"],
-        ["train", "validation"],
-        tok=get_tokenizer("gpt2"),
-    )
+    make(tmp_path, ["Hello world", "hello world<|endoftext|>"], ["train", "validation"], tok=get_tokenizer("gpt2"))
     assert np.fromfile(tmp_path / "data" / "train.bin", np.uint16).tolist() == [15496, 995, 50256]
     val = np.fromfile(tmp_path / "data" / "val.bin", np.uint16).tolist()
     assert val[:2] == [31373, 995] and val[-1] == 50256 and 50256 not in val[:-1]
@@ -199,9 +193,9 @@ def run_script(*args, cwd, **kwargs):
 
 
 def test_script(tmp_path):
-    lines = "".join(json.dumps({"body": t}) + "\n" for t in TEXTS)
+    lines = "".join(json.dumps({"words": t}) + "\n" for t in TEXTS)
     (tmp_path / "acts.jsonl").write_text(lines)
-    args = ("--input", "acts.jsonl", "--tokenizer", "bytes", "--text_field", "body")
+    args = ("--input", "acts.jsonl", "--tokenizer", "bytes", "--text_field", "words")
     done = run_script(*args, cwd=tmp_path)
     assert (done.returncode, done.stderr[:10]) == (0, "tokenizing")
     assert "200 documents" in done.stderr and "190 documents" in done.stdout
@@ -237,7 +231,7 @@ def test_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, how, co
     assert child.returncode == code
     assert not prep.has_tokens(tmp_path / "out" / "data")
     left = list((tmp_path / "out").iterdir())
-    assert len(left) == (how == signal.SIGKILL)
+    assert len(left) == 2 * (how == signal.SIGKILL)  # a hidden folder and a lock, which ended with its process
     make(tmp_path / "out", TEXTS)  # and the next one cleans up
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["data"]
 
@@ -314,21 +308,16 @@ def test_auto_does_not_hide_a_bad_checksum(tmp_path, corpora, monkeypatch):
 
 
 def test_a_second_run_waits_for_the_first_and_takes_its_data(tmp_path, corpora, monkeypatch):
-    waiting, flock = threading.Event(), fcntl.flock
-
-    def seen(fd, operation):
-        if not operation & fcntl.LOCK_NB:
-            waiting.set()
-        flock(fd, operation)
-
+    waiting = threading.Event()
     make(tmp_path, TEXTS, out="elsewhere/data")
-    monkeypatch.setattr(fcntl, "flock", seen)
+    monkeypatch.setattr(prep, "print", lambda *words, **how: waiting.set(), raising=False)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with prep._locked(tmp_path):
+        with prep._locked(tmp_path / "data"):
             second = pool.submit(find, tmp_path, "auto")
             assert waiting.wait(30) and not second.done()
             os.rename(tmp_path / "elsewhere" / "data", tmp_path / "data")  # the first one finishes
         assert second.result(30).meta["source"] == "local"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_explicit_source_is_never_replaced(tmp_path, corpora):
@@ -362,7 +351,7 @@ def test_nanogpt_files_count_as_prepared(tmp_path):
         np.arange(100, dtype="<u2").tofile(tmp_path / "data" / name)
     for data_source in ("auto", "prepared"):
         data = find(tmp_path, data_source, tokenizer="gpt2")
-        assert data.meta["source"] == "unknown" and data.meta["n_tokens"] == {"train": 100, "val": 100}
+        assert data.meta["source"] == "unknown" and data.meta["tokenizer"] is None
     with pytest.raises(UserError, match="has source 'unknown' but 'sample'"):
         find(tmp_path, "sample")
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from altgrad_jax.data import sources
+from altgrad_jax.data import documents, sources
 from altgrad_jax.data.sources import SourceUnavailable, document_text, download, local
 from altgrad_jax.errors import UserError
 
@@ -76,18 +76,6 @@ def test_directory_in_the_order_of_its_paths(tmp_path):
     assert {d.split for d in local(tmp_path).documents()} == {None}
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", "-00000-of-00001.jsonl", "/part.jsonl"])
-def test_directory_with_its_own_split(tmp_path, suffix):
-    for split in ("train", "dev", "test"):
-        write(tmp_path / (split + suffix), json.dumps({"text": split}))
-    source = local(tmp_path)
-    assert [(d.split, d.text) for d in source.documents()] == [("validation", "dev"), ("train", "train")]
-    assert "test split" in source.left_out
-    write(tmp_path / "notes.txt", "which split?")
-    with pytest.raises(UserError, match="'notes.txt', whose split is not known"):
-        local(tmp_path)
-
-
 @pytest.mark.parametrize(
     "record, text",
     [
@@ -97,12 +85,7 @@ def test_directory_with_its_own_split(tmp_path, suffix):
         ({"text": None}, ""),
         # EURLEX57K: the header usually repeats the title, over several lines and in capitals.
         (
-            {
-                "title": "Regulation No 1",
-                "header": "REGULATION\nNo 1",
-                "recitals": "Whereas",
-                "main_body": ["A", "B"],
-            },
+            {"title": "Regulation No 1", "header": "REGULATION\nNo 1", "recitals": "Whereas", "main_body": ["A", "B"]},
             "REGULATION\nNo 1\nWhereas\nA\nB",
         ),
         ({"title": "Title", "header": "Header", "recitals": "", "main_body": ["A"]}, "Title\nHeader\nA"),
@@ -124,11 +107,7 @@ def test_text_field():
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2 is not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n["x"]\n', r"a\.jsonl:3 is not a JSON object .* but list"),
-        (
-            "a.jsonl",
-            b'{"body": "x"}\n',
-            r"a\.jsonl:1 has no field 'text', .* fields are 'body': .* --text_field",
-        ),
+        ("a.jsonl", b'{"words": "x"}\n', r"a\.jsonl:1 has no field 'text', .* fields are 'words': .* --text_field"),
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1: field 'text' must be a string .* not int"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl:2 is not valid UTF-8 \(byte 0xff"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is JSON nested too deeply"),
@@ -140,13 +119,17 @@ def test_text_field():
         (
             "a.jsonl.zst",
             zstandard.compress(JSONL)[:-2],
-            r"a\.jsonl\.zst is damaged or incomplete \(it ends in the",
+            r"a\.jsonl\.zst is damaged or incomplete \(Truncated compressed",
         ),
         ("a.jsonl.zst", JSONL, r"a\.jsonl\.zst is damaged or incomplete"),
         ("a.parquet", b"PAR1", r"parquet file .*a\.parquet cannot be read"),
-        ("a.parquet", b"PAR1" + b"\xff" * 100 + b"\x32\0\0\0PAR1", r"cannot read .*a\.parquet \(Couldn't deserialize"),
+        (
+            "a.parquet",
+            b"PAR1" + b"\xff" * 100 + b"\x32\0\0\0PAR1",
+            r"a\.parquet is damaged or incomplete \(Couldn't deserialize",
+        ),
         ("a.zip", b"PK", r"a\.zip is damaged or incomplete"),
-        ("a.csv", b"x", r"a\.csv' is of an unknown kind; it must end in \.jsonl"),
+        ("a.docx", b"x", r"a\.docx' is of an unknown kind; it must end in \.jsonl"),
     ],
 )
 def test_one_sentence_for_what_cannot_be_read(tmp_path, name, data, message):
@@ -197,13 +180,13 @@ def test_missing_and_empty_input(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt"])
 def test_a_document_has_a_size_limit(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 2**20)
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 2**20)
     pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.split(".")[-1], bytes)
     with pytest.raises(UserError, match="longer than 1 MiB"):
         texts(write(tmp_path / name, pack(json.dumps({"text": "x" * 2**21}).encode())))
 
 
-@pytest.mark.parametrize("name, module", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
+@pytest.mark.parametrize("name, module", [("a.jsonl.zst", "pyarrow"), ("a.parquet", "pyarrow")])
 def test_a_missing_optional_package_is_named(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"needs the package '{module}' .*pip install \"altgrad-jax\[hub\]\""):
@@ -378,9 +361,10 @@ def server(monkeypatch):
             pass
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.release = release
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield types.SimpleNamespace(url=f"http://127.0.0.1:{httpd.server_port}/f.zip", replies=replies, release=release)
+    yield types.SimpleNamespace(url=f"http://127.0.0.1:{httpd.server_port}/f.zip", replies=replies)
     release.set()
     httpd.shutdown()
     thread.join()
@@ -417,56 +401,47 @@ def test_download_and_cache(server, tmp_path, capsys):
 @pytest.mark.parametrize(
     "first", [send(b"busy", 503), send(BODY[:5000], length=len(BODY))], ids=["server error", "cut off"]
 )
-def test_one_retry_starts_anew(server, tmp_path, first):
+def test_one_retry_starts_anew(server, tmp_path, monkeypatch, first):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # before pooch's second attempt
     server.replies += [first, send(BODY)]
     assert fetch(server, tmp_path / "f.zip").read_bytes() == BODY
     server.replies += [first, first]
     (tmp_path / "f.zip").unlink()
-    with pytest.raises(SourceUnavailable, match="HTTP status 503|of 10,000 bytes|IncompleteRead"):
+    with pytest.raises(SourceUnavailable, match="503|Connection broken"):
         fetch(server, tmp_path / "f.zip")
     assert list(tmp_path.iterdir()) == [] and server.replies == []
 
 
-def test_download_that_is_something_else(server, tmp_path):
-    for body, message in [
-        (BODY[::-1], "has sha256 .* where .* is expected"),
-        (BODY + b"x", "sends more than the expected 10,000 bytes"),
-    ]:
-        server.replies.append(send(body))
-        with pytest.raises(UserError, match=message) as e:
-            fetch(server, tmp_path / "f.zip")
-        assert not isinstance(e.value, SourceUnavailable)
-    assert list(tmp_path.iterdir()) == []
+def stall(handler):
+    send(BODY[:100], length=len(BODY))(handler)
+    handler.server.release.wait()
 
 
-def test_download_that_is_not_there(server, tmp_path):
-    server.replies.append(send(b"gone", 404))
-    with pytest.raises(SourceUnavailable, match="HTTP status 404"):
-        fetch(server, tmp_path / "f.zip")
+@pytest.mark.parametrize("reply, error, message", [
+    (send(BODY[::-1]), UserError, "is not the file with the sha256 .* expected .* but got"),
+    (send(BODY + b"x" * 2000), UserError, "sends more than the expected 10,000 bytes"),
+    (send(b"gone", 404), SourceUnavailable, "404"),
+    (lambda handler: handler.server.release.wait(), SourceUnavailable, "timed out"),
+    (stall, SourceUnavailable, "timed out"),
+], ids=["another file", "longer", "missing", "silent", "stalled"])  # fmt: skip
+def test_download_that_fails_leaves_nothing(server, tmp_path, monkeypatch, reply, error, message):
+    monkeypatch.setattr(sources, "RETRIES", 0)
+    server.replies.append(reply)
+    with pytest.raises(UserError, match=message) as e:
+        fetch(server, tmp_path / "f.zip", stall_seconds=0.2)
+    assert type(e.value) is error and list(tmp_path.iterdir()) == []
+
+
+def test_download_that_takes_too_long_or_finds_nobody(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "RETRIES", 0)
+    server.replies.append(send(BODY))
+    with pytest.raises(SourceUnavailable, match="not finished in time"):
+        fetch(server, tmp_path / "f.zip", total_seconds=0.0)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         closed = types.SimpleNamespace(url=f"http://127.0.0.1:{s.getsockname()[1]}/f.zip")
         with pytest.raises(SourceUnavailable, match="refused"):
             fetch(closed, tmp_path / "f.zip")
-
-
-def test_download_that_hangs(server, tmp_path):
-    def hang(handler):
-        send(BODY[:100], length=len(BODY))(handler)
-        server.release.wait()
-
-    server.replies += [lambda handler: server.release.wait()]
-    start = time.monotonic()
-    with pytest.raises(SourceUnavailable, match="timed out"):
-        fetch(server, tmp_path / "f.zip", stall_seconds=0.2)
-    server.replies += [hang, hang]
-    with pytest.raises(SourceUnavailable, match="timed out, 100 of 10,000 bytes"):
-        fetch(server, tmp_path / "f.zip", stall_seconds=0.2)
-    assert time.monotonic() - start < 4  # three stalls of 0.2 s
-    server.replies += [send(BODY)]
-    with pytest.raises(SourceUnavailable, match="not finished in time"):
-        fetch(server, tmp_path / "f.zip", total_seconds=0.0)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_not_the_networks_fault(server, tmp_path):

@@ -28,19 +28,20 @@ Axes: B windows, L = block_size + 1 tokens of a window, T tokens of a file.
 
 from __future__ import annotations
 
-import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import math
 import os
-import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from altgrad_jax.data.prepare import read_meta
+from altgrad_jax.data.prepare import BIN_FILES, read_meta
+from altgrad_jax.data.token_files import open_tokens
+from altgrad_jax.data.tokenizer import get_tokenizer, tokenizer_name
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import require_file
 
 ROUNDS = 8
 VALIDATION_SEED = 0x56414C  # fixed: every run on the same data is evaluated on the same windows
@@ -64,107 +65,100 @@ class TokenData:
 def load_token_data(
     data_dir: str | os.PathLike, *, vocab_size: int, block_size: int, tokenizer: str | None = None
 ) -> TokenData:
-    """Opens ``train.bin`` and ``val.bin`` and checks them: every byte is read once.
+    """Opens `train.bin` and `val.bin` and checks them: every byte is read once.
 
-    ``vocab_size``: the model's, which may exceed the tokenizer's. ``tokenizer``: the name the data must have;
-    also names the tokenizer of files without ``meta.json`` (nanoGPT's), whose source is "unknown".
+    vocab_size: the model's, which may exceed the tokenizer's. tokenizer: the setting; files without `meta.json`
+    (nanoGPT's), whose source is "unknown", must hold its tokens, and are looked into (`token_files`).
 
     Raises:
-        UserError: a file is missing, empty, of odd length, altered since it was prepared, of another
-            tokenizer, holds a token the model has no embedding for, or is shorter than one window.
+      UserError: a file is missing, empty, altered since it was prepared, of another tokenizer or type, holds a token
+        that the model has no embedding for, or is shorter than one window.
     """
     folder = Path(data_dir)
     meta = read_meta(folder)
-    if tokenizer is not None and meta["tokenizer"] not in (None, tokenizer):
+    name = None if tokenizer is None else tokenizer_name(tokenizer)
+    if name is not None and meta["tokenizer"] not in (None, name):
         raise UserError(
-            f"the data in {str(folder)!r} was made by the tokenizer {meta['tokenizer']!r} but "
-            f"{tokenizer!r} is asked for; set config.tokenizer to {meta['tokenizer']!r} or choose another "
-            "--data_dir"
+            f"the data in {str(folder)!r} was made by the tokenizer {meta['tokenizer']!r} but {name!r} is asked for; "
+            f"set config.tokenizer to {meta['tokenizer']!r} or choose another --data_dir"
         )
-    tokens, sha256, largest, n_windows = {}, {}, {}, {}
-    for name in ("train", "val"):
-        path = folder / f"{name}.bin"
-        tokens[name] = _open_tokens(path, block_size)
-        sha256[path.name], largest[name] = _scan(tokens[name])
-        recorded = meta.get("sha256", sha256).get(path.name)
-        if sha256[path.name] != recorded:
+    tokens, sha256, largest = {}, {}, {}
+    for split in ("train", "val"):
+        file = f"{split}.bin"
+        tokens[split], sha256[file], largest[split] = _checked(
+            folder / file, tokenizer, vocab_size, block_size, meta.get("sha256")
+        )
+        if meta.get("n_tokens", {}).get(split, len(tokens[split])) != len(tokens[split]):
             raise UserError(
-                f"{path} has changed since it was prepared (sha256 {sha256[path.name]}, meta.json says "
-                f"{recorded}); prepare it again with scripts/prepare_data.py --force"
+                f"{folder / 'meta.json'} has n_tokens {meta['n_tokens'][split]} for {file}, which holds "
+                f"{len(tokens[split])}; prepare the data again with scripts/prepare_data.py --force"
             )
-        _refuse_large_tokens(path, largest[name], vocab_size)
-        if meta["n_tokens"][name] != len(tokens[name]):
-            raise UserError(
-                f"{folder / 'meta.json'} has n_tokens {meta['n_tokens'][name]} for {path.name}, which holds "
-                f"{len(tokens[name])}; prepare the data again with scripts/prepare_data.py --force"
-            )
-        n_windows[name] = (len(tokens[name]) - 1) // block_size
     meta = {
         **meta,
-        "tokenizer": meta["tokenizer"] or tokenizer,
+        "n_tokens": {split: len(tokens[split]) for split in tokens},
+        "tokenizer": meta["tokenizer"] or name,
         "sha256": sha256,
         "largest_token": max(largest.values()),
     }
-    parts = "\n".join([str(meta["tokenizer"]), sha256["train.bin"], sha256["val.bin"]])
+    parts = "\n".join([str(meta["tokenizer"]), *sha256.values()])
     return TokenData(
         folder,
         tokens["train"],
         tokens["val"],
         meta,
         hashlib.sha256(parts.encode()).hexdigest(),
-        n_windows["train"],
-        n_windows["val"],
+        *((len(tokens[split]) - 1) // block_size for split in ("train", "val")),
     )
 
 
-def open_token_file(path: str | os.PathLike, *, vocab_size: int, block_size: int) -> np.ndarray:
-    """One file of uint16 tokens as a read-only memory map, checked as `load_token_data` checks its two.
+def open_token_file(
+    path: str | os.PathLike, *, vocab_size: int, block_size: int, tokenizer: str | None = None
+) -> np.ndarray:
+    """One file of tokens as a read-only memory map, checked as `load_token_data` checks its two.
+
+    A meta.json beside it that records the file's sha256 says what it is; without one it is looked into.
 
     Raises:
-        UserError: it is missing, of odd length, shorter than a window, or holds a token the model has no
-            embedding for.
+      UserError: as `load_token_data`.
     """
     path = Path(path)
-    require_file(path, "give a file of uint16 tokens such as val.bin")
-    tokens_T = _open_tokens(path, block_size)
-    _refuse_large_tokens(path, _scan(tokens_T)[1], vocab_size)
-    return tokens_T
-
-
-def _refuse_large_tokens(path: Path, largest: int, vocab_size: int) -> None:
-    if largest >= vocab_size:
+    complete = all(path.with_name(file).is_file() for file in (*BIN_FILES, "meta.json"))
+    recorded = read_meta(path.parent) if complete and path.name in BIN_FILES else {}
+    name = None if tokenizer is None else tokenizer_name(tokenizer)
+    if name is not None and recorded.get("tokenizer", name) != name:
         raise UserError(
-            f"{path} holds the token {largest} but vocab_size is {vocab_size}; set "
-            f"config.vocab_size to at least {largest + 1} or choose another --data_dir"
+            f"{path} was made by the tokenizer {recorded['tokenizer']!r}, but the model reads {name!r}; give its tokens"
         )
+    return _checked(path, tokenizer, vocab_size, block_size, recorded.get("sha256"))[0]
 
 
-def _open_tokens(path: Path, block_size: int) -> np.ndarray:
-    n_bytes = path.stat().st_size
-    if n_bytes % 2:
+def _checked(
+    path: Path, tokenizer: str | None, vocab_size: int, block_size: int, recorded: Mapping[str, str] | None
+) -> tuple[np.ndarray, str, int]:
+    """(tokens, their sha256 as uint16, the largest one) of a file. recorded: {file name: sha256} where it is known."""
+    known = None if recorded or tokenizer is None else get_tokenizer(tokenizer)
+    tokens_T = open_tokens(path, known, trusted=bool(recorded))
+    if len(tokens_T) < block_size + 1:
         raise UserError(
-            f"{path} has {n_bytes:,} bytes, an odd number, so it is no file of uint16 tokens or it was cut "
-            "off; prepare it again with scripts/prepare_data.py --force"
+            f"{path} holds {len(tokens_T):,} tokens, fewer than one window of block_size + 1 = {block_size + 1}; use a "
+            "smaller config.block_size or more text"
         )
-    if n_bytes // 2 < block_size + 1:
-        raise UserError(
-            f"{path} holds {n_bytes // 2:,} tokens, fewer than one window of block_size + 1 = "
-            f"{block_size + 1}; use a smaller config.block_size or more text"
-        )
-    try:
-        return np.memmap(path, "<u2", mode="r")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-
-
-def _scan(tokens_T: np.ndarray) -> tuple[str, int]:
-    """(sha256, largest token) in one pass."""
     digest, largest = hashlib.sha256(), 0
     for start in range(0, len(tokens_T), 2**22):
-        piece = tokens_T[start : start + 2**22]
+        piece = np.ascontiguousarray(tokens_T[start : start + 2**22])
         digest.update(piece.data)
         largest = max(largest, int(piece.max()))
-    return digest.hexdigest(), largest
+    if recorded and digest.hexdigest() != recorded[path.name]:
+        raise UserError(
+            f"{path} has changed since it was prepared (sha256 {digest.hexdigest()}, meta.json says "
+            f"{recorded[path.name]}); prepare it again with scripts/prepare_data.py --force"
+        )
+    if largest >= vocab_size:
+        raise UserError(
+            f"{path} holds the token {largest} but vocab_size is {vocab_size}; set config.vocab_size to at least "
+            f"{largest + 1} or choose another --data_dir"
+        )
+    return tokens_T, digest.hexdigest(), largest
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -288,80 +282,37 @@ def choose_windows(tokens_T, block_size, eval_windows, eval_batch_size):
 
 
 class HostStream:
-    """The same batches from the file, read ahead by a thread: ``get(first_step, n_steps)`` -> uint16[n, B,
-    L].
+    """The same batches from the file, read ahead by a thread: `get(first_step, n_steps)` -> uint16 [n, B, L].
 
-    ``batch_size``: windows per step. The thread stays up to ``depth`` steps ahead; asking for a step out of
-    order is allowed and makes it start again there. ``close()`` (or leaving a ``with`` block) ends the
-    thread.
+    batch_size: windows per step. The thread stays up to `depth` steps ahead; asking for a step out of order is allowed.
+    `close()` (or leaving a `with` block) ends the thread.
     """
 
     def __init__(self, tokens_T: np.ndarray, *, batch_size: int, block_size: int, seed: int, depth: int = 16):
         self._tokens_T, self._block_size, self._seed = tokens_T, block_size, seed
         self._batch_size, self._depth = batch_size, depth
         self._n_windows = (len(tokens_T) - 1) // block_size
-        self._ready: collections.deque[np.ndarray] = collections.deque()  # batches of steps _next, _next + 1, ...
-        self._next = 0
-        self._error: BaseException | None = None
-        self._closed = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._read_ahead, name="token-stream", daemon=True)
-        self._thread.start()
+        self._ahead: dict[int, concurrent.futures.Future] = {}  # of step
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, "token-stream")
 
     def get(self, first_step: int, n_steps: int) -> np.ndarray:
         """The batches of steps first_step .. first_step + n_steps - 1. Raises what the reading raised."""
-        batches = []
-        with self._changed:
-            if self._closed:
-                raise RuntimeError("the token stream is closed")
-            while self._ready and self._next < first_step:
-                self._ready.popleft()
-                self._next += 1
-            if self._next != first_step:
-                self._ready.clear()
-                self._next = first_step
-            while len(batches) < n_steps:
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._ready or self._error or self._closed)
-                if self._error is not None:
-                    raise self._error
-                if self._closed:
-                    raise RuntimeError("the token stream was closed while a batch was waited for")
-                batches.append(self._ready.popleft())
-                self._next += 1
-            self._changed.notify_all()
-        return np.stack(batches)
+        soon = range(first_step, first_step + n_steps + self._depth)
+        for step in self._ahead.keys() - set(soon):
+            self._ahead.pop(step).cancel()
+        for step in soon:
+            if step not in self._ahead:
+                self._ahead[step] = self._reader.submit(self._batch, step)
+        return np.stack([self._ahead.pop(step).result() for step in soon[:n_steps]])
 
     def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join()
+        self._reader.shutdown(cancel_futures=True)
 
     def __enter__(self) -> HostStream:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def _read_ahead(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
-                    if self._closed:
-                        return
-                    step = self._next + len(self._ready)
-                batch = self._batch(step)  # outside the lock: this is what takes time
-                with self._changed:
-                    # A get() meanwhile may have moved on; then this batch is dropped.
-                    if step == self._next + len(self._ready):
-                        self._ready.append(batch)
-                        self._changed.notify_all()
-        except BaseException as e:  # whatever it is, it belongs to the caller of get()
-            with self._changed:
-                self._error = e
-                self._changed.notify_all()
 
     def _batch(self, step: int) -> np.ndarray:
         self._refuse_a_cut_file()
@@ -371,7 +322,7 @@ class HostStream:
     def _refuse_a_cut_file(self) -> None:
         """To read a mapped file behind its end kills the process without a word."""
         if isinstance(self._tokens_T, np.memmap) and self._tokens_T.filename is not None:
-            path, n_bytes = self._tokens_T.filename, self._tokens_T.nbytes
+            path, n_bytes = self._tokens_T.filename, self._tokens_T.strides[0] * len(self._tokens_T)
             found = os.path.getsize(path) if os.path.exists(path) else n_bytes  # a deleted file stays mapped
             if found < n_bytes:
                 raise UserError(

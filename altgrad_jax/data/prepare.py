@@ -1,37 +1,38 @@
-"""Text to token files: ``train.bin``, ``val.bin`` (nanoGPT's layout) and ``meta.json``.
+"""Text to token files: `train.bin`, `val.bin` (nanoGPT's layout) and `meta.json`.
 
-- A ``.bin`` is the tokens and nothing else: uint16, little endian, every document followed by the tokenizer's
-  separator.
-- ``meta.json`` says what they are (source, licence, counts, tokenizer, split, sha256 of both). It holds no
-  time, path or version, so preparing the same text again gives the same three files to the byte, on any
-  machine.
-- Split. The source's own validation split where it has one. Else ``val_fraction`` of the *documents*, at
-  least one and at most all but one: those with the smallest sha256 of (seed, document number). Documents are
-  never cut, so no validation text stands in the training file.
-- Atomic. Everything is written to a hidden directory beside the output, which is renamed when it is complete:
-  a killed run leaves nothing that looks finished. The next preparation removes what it left. A lock on the
-  parent directory keeps two preparations apart.
-- Memory is bounded by a batch of documents: tokens go to the disk as they come. All documents are tokenized
-  into one file first, for only then is their number known, and the split with it; the copy into two files
-  costs little.
+- A `.bin` is the tokens and nothing else: uint16, little endian, every document followed by the tokenizer's separator.
+- `meta.json` says what they are (source, licence, counts, tokenizer, split, sha256 of both). It holds no time, path or
+  version, so preparing the same text again gives the same three files to the byte, on any machine.
+- Split. The source's own validation split where it has one. Else `val_fraction` of the *documents*, at least one and at
+  most all but one: those with the smallest sha256 of (seed, document number). Documents are never cut, with one
+  exception: a single .txt, whose last `val_fraction` of tokens is the validation text.
+- Atomic. Everything is written to a hidden directory beside the output, which is renamed when it is complete: a killed
+  run leaves nothing that looks finished. The next preparation removes what it left. A lock keeps two of them apart.
+- Memory is bounded by a batch of documents: tokens go to the disk as they come. All documents are tokenized into one
+  file first, for only then is their number known, and the split with it; the copy into two files costs little.
 
-``resolve`` is what a training run calls: it finds prepared data or prepares it.
+`resolve` is what a training run calls: it finds prepared data or prepares it.
 """
 
 from __future__ import annotations
 
+import array
 import contextlib
 import dataclasses
+import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import filelock
 import numpy as np
 
 from altgrad_jax import files
@@ -41,16 +42,13 @@ from altgrad_jax.data.sources import Source, SourceUnavailable
 from altgrad_jax.data.tokenizer import Tokenizer, get_tokenizer
 from altgrad_jax.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows: preparing twice at once is then the user's to avoid
-    fcntl = None
-
 SCHEMA_VERSION = 1
 DATA_SOURCES = ("auto", "prepared", *sources.SOURCES)
 SPLIT_SEED = 42
 VAL_FRACTION = 0.05
 BIN_FILES = ("train.bin", "val.bin")
+SHOWN = 12  # names of skipped files
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 # Characters tokenized in one go: enough documents to keep the threads busy, few enough to hold.
 _BATCH_CHARS = 2**22
@@ -58,13 +56,14 @@ _BATCH_CHARS = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-    """A directory of token files. ``warnings`` are sentences the user must see; ``is_sample``: it is the
-    small sample, not the corpus a result should be based on."""
+    """A directory of token files. warnings: sentences the user must see. is_sample: it is the small sample, not the
+    corpus a result should be based on. skipped: files of a local folder that were not read."""
 
     dir: Path
     meta: dict
     is_sample: bool
     warnings: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
 
 def prepare(
@@ -77,14 +76,13 @@ def prepare(
     progress: bool = True,
     force: bool = False,
 ) -> dict:
-    """Tokenizes ``source`` into ``out_dir`` and returns the contents of its ``meta.json``.
+    """Tokenizes `source` into `out_dir` and returns the contents of its meta.json.
 
-    ``split_seed`` and ``val_fraction`` (of the documents, in (0, 1)) matter only where the source has no
-    split.
+    split_seed, val_fraction (in (0, 1)): of a source without a split.
 
     Raises:
-        UserError: a bad fraction, no usable documents, a directory that holds something else (or prepared
-            data, without ``force``), no room to write; and whatever the source raises.
+      UserError: a bad fraction, no usable documents, a directory that holds something else (or prepared data, without
+        `force`), no room to write; and whatever the source raises.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}; it must lie between 0 and 1, e.g. {VAL_FRACTION}")
@@ -92,7 +90,8 @@ def prepare(
     _check_replaceable(out, force)
     # The first document is taken before anything is written, so that a source that cannot be had leaves no
     # trace.
-    documents = _chain_first(source.documents())
+    documents = source.documents()
+    documents = itertools.chain(list(itertools.islice(documents, 1)), documents)
     with _written_atomically(out, force) as work:
         meta = _write(source, documents, work, tokenizer, split_seed, val_fraction, progress)
     return meta
@@ -108,50 +107,40 @@ def resolve(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> PreparedData:
-    """The data of a run: what ``data_dir`` (default ``data/<tokenizer>``) holds, or else prepared there now.
+    """The data of a run: what `data_dir` (default data/TOKENIZER) holds, or else prepared there now.
 
-    ``data_source``:
-        ``auto``: prepared data if there; else ``eurlex57k``; else, with a warning, ``sample``.
-        ``prepared``: it must be there.
-        ``eurlex57k``, ``lex_glue``, ``sample``: that corpus, prepared if not there.
-
-    Token files without ``meta.json`` (made by nanoGPT) count as prepared under ``auto`` and ``prepared``.
-    ``split_seed`` and ``val_fraction``: None takes what is there, and the defaults when preparing.
+    data_source: "auto", prepared data if there, else eurlex57k, else, with a warning, the sample; "prepared", it must
+      be there; or the name of a corpus, which is prepared if not there. Token files without meta.json (nanoGPT's) count
+      as prepared under the first two.
+    split_seed, val_fraction: None takes what is there, and the defaults when preparing.
 
     Raises:
-        UserError: unknown source; data there that contradicts the request; no data to be had.
+      UserError: unknown source; data there that contradicts the request; no data to be had.
     """
     tok = get_tokenizer(tokenizer)
-    out = Path(data_dir if data_dir is not None else Path("data") / tokenizer)
+    out = Path(data_dir if data_dir is not None else Path("data") / tok.name)
     if data_source not in DATA_SOURCES:
         raise UserError(
             f"data_source is {data_source!r}; it must be one of {', '.join(map(repr, DATA_SOURCES))} (local "
             "documents are prepared with scripts/prepare_data.py --input, then 'prepared')"
         )
+    source = None if data_source in ("auto", "prepared") else data_source
+    asked: Any = dict(tokenizer=tok.name, source=source, split_seed=split_seed, val_fraction=val_fraction)
     if has_tokens(out):
-        meta = read_meta(out)
-        _check_agrees(out, meta, data_source, tok, split_seed, val_fraction)
-        return _prepared(out, meta, ())
+        return _found(out, **asked)
     if data_source == "prepared":
         raise UserError(
             f"data_source is 'prepared' but {str(out)!r} holds no {' and '.join(BIN_FILES)}; run "
             "scripts/prepare_data.py, or let data_source=auto prepare them"
         )
 
+    seed = SPLIT_SEED if split_seed is None else split_seed
+    fraction = VAL_FRACTION if val_fraction is None else val_fraction
+    options: Any = dict(split_seed=seed, val_fraction=fraction, cache_dir=cache_dir, progress=progress)
     try:
-        return prepare_source(
-            data_source,
-            out,
-            tok,
-            split_seed=SPLIT_SEED if split_seed is None else split_seed,
-            val_fraction=VAL_FRACTION if val_fraction is None else val_fraction,
-            cache_dir=cache_dir,
-            progress=progress,
-        )
+        return prepare_source(data_source, out, tok, **options)
     except AlreadyPrepared:  # by another process, while this one waited for it
-        meta = read_meta(out)
-        _check_agrees(out, meta, data_source, tok, split_seed, val_fraction)
-        return _prepared(out, meta, ())
+        return _found(out, **asked)
 
 
 def prepare_source(
@@ -160,40 +149,35 @@ def prepare_source(
     tokenizer: Tokenizer,
     *,
     text_field: str | None = None,
+    split_names: bool = True,
     split_seed: int = SPLIT_SEED,
     val_fraction: float = VAL_FRACTION,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
     force: bool = False,
 ) -> PreparedData:
-    """``prepare`` for a source given by its name (a string, ``auto`` included) or local documents (a Path).
+    """`prepare` for a source given by its name (a string, "auto" included) or local documents (a Path).
+
+    text_field, split_names: of local documents, as `documents.local` has them.
 
     Raises:
-        UserError: as ``prepare``; under ``auto``, neither eurlex57k nor the sample can be had; a text field
-            for a named source, whose field is known.
+      UserError: as `prepare`; under "auto", neither eurlex57k nor the sample can be had; an option of local documents
+        for a named source.
     """
-    if text_field is not None and not isinstance(what, Path):
-        raise UserError(
-            f"text_field is {text_field!r} but the source is {what!r}; leave it out, it is for --input only"
-        )
 
     def make(source: Source, *warnings: str) -> PreparedData:
-        meta = prepare(
-            source,
-            out_dir,
-            tokenizer,
-            split_seed=split_seed,
-            val_fraction=val_fraction,
-            progress=progress,
-            force=force,
-        )
-        return _prepared(Path(out_dir), meta, warnings)
+        options: Any = dict(split_seed=split_seed, val_fraction=val_fraction, progress=progress, force=force)
+        meta = prepare(source, out_dir, tokenizer, **options)
+        return _prepared(Path(out_dir), meta, warnings, source.skipped)
 
     def get(source_name: str) -> Source:
         return sources.get_source(source_name, cache_dir=cache_dir, progress=progress)
 
     if isinstance(what, Path):
-        return make(sources.local(what, text_field=text_field))
+        return make(sources.local(what, text_field=text_field, split_names=split_names))
+    if text_field is not None or not split_names:
+        given = f"text_field is {text_field!r}" if text_field is not None else "split_names is False"
+        raise UserError(f"{given} but the source is {what!r}; leave it out, it is for --input only")
     if what != "auto":
         return make(get(what))
     try:
@@ -214,51 +198,42 @@ def has_tokens(data_dir: str | os.PathLike) -> bool:
 
 
 def read_meta(data_dir: str | os.PathLike) -> dict:
-    """The ``meta.json`` of prepared data; for nanoGPT's token files, which have none, ``{"source": "unknown",
-    ...}`` with the counts alone.
+    """The `meta.json` of prepared data; for nanoGPT's token files, which have none, {"source": "unknown", ...}.
 
     Raises:
         UserError: a file is missing, or ``meta.json`` cannot be read or is of another schema.
     """
     folder = Path(data_dir)
     missing = [name for name in BIN_FILES if not os.path.isfile(folder / name)]
-    if missing:
-        raise UserError(
-            f"the data directory {str(folder)!r} has no {' and no '.join(missing)}; prepare it again with "
-            "scripts/prepare_data.py --force"
-        )
-    path = folder / "meta.json"
     again = "prepare the data again with scripts/prepare_data.py --force"
+    if missing:
+        raise UserError(f"the data directory {str(folder)!r} has no {' and no '.join(missing)}; {again}")
+    path = folder / "meta.json"
     if not os.path.lexists(path):
-        counts = {split: (folder / f"{split}.bin").stat().st_size // 2 for split in ("train", "val")}
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "source": "unknown",
-            "licence": "unknown",
-            "tokenizer": None,
-            "n_tokens": counts,
-        }
+        return {"schema_version": SCHEMA_VERSION, "source": "unknown", "licence": "unknown", "tokenizer": None}
     meta = files.read_json(path, again)
     version = meta.get("schema_version") if isinstance(meta, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(f"{path} has schema_version {version!r} where {SCHEMA_VERSION} is expected; {again}")
-    absent = [key for key in ("source", "licence", "tokenizer", "n_tokens", "sha256") if key not in meta]
-    if absent:
-        raise UserError(f"{path} has no {', '.join(map(repr, absent))}; {again}")
-    for key in ("source", "licence", "tokenizer"):
-        if not isinstance(meta[key], str):
-            raise UserError(f"{path} has {key} {meta[key]!r} where a name is expected; {again}")
-    for key, names, kind, what in (
-        ("n_tokens", ("train", "val"), int, "whole numbers for train and val"),
-        ("sha256", BIN_FILES, str, "texts for train.bin and val.bin"),
-    ):
-        if not isinstance(meta[key], dict) or not all(type(meta[key].get(name)) is kind for name in names):
-            raise UserError(f"{path} has {key} {meta[key]!r} where {what} are expected; {again}")
+    right = {
+        **{key: ("a name is", lambda value: isinstance(value, str)) for key in ("source", "licence", "tokenizer")},
+        "n_tokens": ("whole numbers for train and val are", lambda value: _holds(value, ("train", "val"), int)),
+        "sha256": ("texts for train.bin and val.bin are", lambda value: _holds(value, BIN_FILES, str)),
+    }
+    for key, (what, accepts) in right.items():
+        if key not in meta:
+            raise UserError(f"{path} has no {key!r}; {again}")
+        if not accepts(meta[key]):
+            raise UserError(f"{path} has {key} {meta[key]!r} where {what} expected; {again}")
     return meta
 
 
-def summary(out_dir: str | os.PathLike, meta: dict) -> str:
-    """What was prepared, in a few lines."""
+def _holds(value: object, names: Sequence[str], kind: type) -> bool:
+    return isinstance(value, dict) and all(type(value.get(name)) is kind for name in names)
+
+
+def summary(out_dir: str | os.PathLike, meta: dict, skipped: Sequence[str] = ()) -> str:
+    """What was prepared, in a few lines. skipped: files that were not read."""
     lines = [
         f"{out_dir}: {meta.get('title', meta['source'])}",
         f"  tokenizer {meta['tokenizer']}, licence {meta['licence']}",
@@ -272,12 +247,16 @@ def summary(out_dir: str | os.PathLike, meta: dict) -> str:
         lines.append(f"  not used: {meta['left_out']}")
     if meta.get("n_empty_documents"):
         lines.append(f"  {meta['n_empty_documents']:,} empty documents were skipped")
+    if skipped:
+        more = f" and {len(skipped) - SHOWN:,} more" if len(skipped) > SHOWN else ""
+        lines.append(f"  not read, {len(skipped):,} of other kinds or hidden: {', '.join(skipped[:SHOWN])}{more}")
     return "\n".join(lines)
 
 
 def describe_duplicates(facts: dict) -> str:
-    """The shares of `duplicates.duplicates` in a sentence without its full stop."""
-    return (
+    """The shares of `duplicates.duplicates`, and the texts in both splits, in a sentence without its full stop."""
+    both = facts.get("documents_in_both")
+    return (f"{both:,} validation documents are training documents too; " if both else "") + (
         f"{facts['verbatim']:.1%} of the {facts['windows']:,} validation windows of {facts['window']} tokens occur "
         f"verbatim in the training tokens, {facts['near']:.1%} nearly"
     )
@@ -296,47 +275,35 @@ class AlreadyPrepared(UserError):
     """The output directory holds prepared data, and ``force`` was not given."""
 
 
-def _prepared(out: Path, meta: dict, warnings: tuple[str, ...]) -> PreparedData:
+def _prepared(out: Path, meta: dict, warnings: tuple[str, ...], skipped: tuple[str, ...] = ()) -> PreparedData:
     is_sample = meta["source"] == "sample"
+    if both := meta.get("duplicates", {}).get("documents_in_both"):
+        warnings += (
+            f"{both:,} of the {meta['n_documents']['val']:,} validation documents have the same text as a training "
+            "document, so the validation loss is partly that of text the model was trained on: remove one of the two",
+        )
     if is_sample:
         n = meta["n_tokens"]["train"]
         warnings += (
-            (
-                f"TRAINING ON THE SMALL SAMPLE: {n:,} tokens of {meta.get('title', 'EU acts')}. A model sees"
-                " each of them many times and will learn them by heart; loss and perplexity say nothing"
-                " about EU legislation. For the real corpus: scripts/prepare_data.py --source eurlex57k"
-                f" --tokenizer {meta['tokenizer']} --out {out} --force"
-            ),
+            f"TRAINING ON THE SMALL SAMPLE: {n:,} tokens of {meta.get('title', 'EU acts')}. A model sees each of them "
+            "many times and will learn them by heart; loss and perplexity say nothing about EU legislation. For the "
+            f"real corpus: scripts/prepare_data.py --source eurlex57k --tokenizer {meta['tokenizer']} --out {out} "
+            "--force",
         )
-    return PreparedData(out, meta, is_sample, warnings)
+    return PreparedData(out, meta, is_sample, warnings, skipped)
 
 
-def _check_agrees(
-    out: Path,
-    meta: dict,
-    data_source: str,
-    tok: Tokenizer,
-    split_seed: int | None,
-    val_fraction: float | None,
-) -> None:
-    """Data found under ``out`` must be what was asked for: a run never trains on another corpus than it
-    names."""
-
-    def differs(what: str, found: object, wanted: object) -> UserError:
-        return UserError(
-            f"the data in {str(out)!r} has {what} {found!r} but {wanted!r} is asked for; choose another "
-            "--data_dir, ask for what is there, or prepare it again with scripts/prepare_data.py --force"
-        )
-
-    if meta["tokenizer"] is not None and meta["tokenizer"] != tok.name:
-        raise differs("tokenizer", meta["tokenizer"], tok.name)
-    if data_source not in ("auto", "prepared", meta["source"]):
-        raise differs("source", meta["source"], data_source)
-    if meta.get("split") == "seed":
-        if split_seed is not None and meta["split_seed"] != split_seed:
-            raise differs("split_seed", meta["split_seed"], split_seed)
-        if val_fraction is not None and meta["val_fraction"] != val_fraction:
-            raise differs("val_fraction", meta["val_fraction"], val_fraction)
+def _found(out: Path, **asked: object) -> PreparedData:
+    """The data in `out`, which must be what was asked for: a run never trains on another corpus than it names. asked:
+    what a key of meta.json should be, None for any."""
+    meta = read_meta(out)
+    for key, wanted in asked.items():
+        if wanted is not None and meta.get(key) not in (None, wanted):
+            raise UserError(
+                f"the data in {str(out)!r} has {key} {meta[key]!r} but {wanted!r} is asked for; choose another "
+                "--data_dir, ask for what is there, or prepare it again with scripts/prepare_data.py --force"
+            )
+    return _prepared(out, meta, ())
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
@@ -357,25 +324,13 @@ def _check_replaceable(out: Path, force: bool) -> None:
         )
 
 
-def _chain_first(documents: Iterator[sources.Document]) -> Iterator[sources.Document]:
-    """``documents``, its first element already fetched."""
-    first = next(documents, None)
-
-    def chained() -> Iterator[sources.Document]:
-        if first is not None:
-            yield first
-            yield from documents
-
-    return chained()
-
-
 @contextlib.contextmanager
 def _written_atomically(out: Path, force: bool) -> Iterator[Path]:
     """A hidden directory beside ``out`` that becomes ``out`` when the block ends well, and is gone when it
     does not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(out.parent):
+        with _locked(out):
             for leftover in out.parent.glob(f".{out.name}.*.tmp"):
                 shutil.rmtree(leftover)
             _check_replaceable(out, force)
@@ -399,21 +354,25 @@ def _written_atomically(out: Path, force: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds an advisory lock on the directory, which leaves no lock file and ends with the process. Where the
-    file system has no such locks (some network ones) it goes on without."""
-    fd = os.open(folder, os.O_RDONLY)
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps other preparations of `out` waiting. Where the file system has no locks (some network ones) it goes on."""
+    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"))
+    with contextlib.suppress(NotImplementedError):
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            print(f"waiting for another preparation of {out}", file=sys.stderr, flush=True)
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
     try:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    print(f"waiting for another preparation in {folder}", file=sys.stderr, flush=True)
-                    fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(fd)
+        # Before the lock is let go: whoever waits for it sees that the file is gone, and makes a new one.
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def _write(
@@ -425,32 +384,37 @@ def _write(
     val_fraction: float,
     progress: bool,
 ) -> dict:
-    """Tokenizes into ``work``: train.bin, val.bin, and meta.json last. Returns meta."""
+    """Tokenizes into `work`: train.bin, val.bin, and meta.json last. Returns meta."""
     everything = work / "all.bin"
-    ends, splits, n_empty, text_digest = [], [], 0, hashlib.sha256()
-    n_tokens = 0
-    with (
-        open(everything, "wb") as f,
-        sources.progress_bar(
-            f"tokenizing {source.title}", source.n_documents, "documents", enabled=progress
-        ) as advance,
-    ):
+    ends, splits, digests = [0], [], array.array("Q")
+    n_empty, text_digest = 0, hashlib.sha256()
+    bar = sources.progress_bar(f"tokenizing {source.title}", source.n_documents, "documents", enabled=progress)
+    with open(everything, "wb") as f, bar as advance:
         for batch in _batches(documents):
             kept = [d for d in batch if d.text.strip()]
             n_empty += len(batch) - len(kept)
-            for document, ids in zip(kept, tok.encode_batch([d.text for d in kept])):
-                n_tokens += len(ids) + 1
+            for document, ids in zip(kept, _encoded(tok, kept)):
                 f.write(np.append(ids, np.uint16(tok.eot)).astype("<u2", copy=False).tobytes())
-                ends.append(n_tokens)
+                ends.append(ends[-1] + len(ids) + 1)
                 splits.append(document.split)
-            for document in kept:
                 text = document.text.encode("utf-8", "replace")
                 text_digest.update(len(text).to_bytes(8, "little") + text)
-            advance(len(batch), f"{n_tokens:,} tokens")
-    in_val, own_split = _choose_split(splits, split_seed, val_fraction, source.title, n_empty)
+                digests.append(int.from_bytes(hashlib.blake2b(text.strip(), digest_size=8).digest(), "little"))
+            advance(len(batch), f"{ends[-1]:,} tokens")
+    if len(splits) == 1 and source.plain_text:
+        # nanoGPT's split of one text: its beginning and its end.
+        ends.insert(1, ends[1] - min(max(1, round(val_fraction * ends[1])), ends[1] - 1))
+        in_val, split = [False, True], "position"
+    else:
+        in_val, split = _choose_split(splits, split_seed, val_fraction, source.title, n_empty)
     counts = _copy_split(everything, ends, in_val, work)
     everything.unlink()
     train_T, val_T = (np.memmap(work / name, "<u2", mode="r") for name in BIN_FILES)
+    facts = duplicates(train_T, val_T)
+    if split != "position":
+        chosen = np.array(in_val)
+        if both := int(np.isin(np.array(digests)[chosen], np.array(digests)[~chosen]).sum()):
+            facts["documents_in_both"] = both
     meta = {
         "schema_version": SCHEMA_VERSION,
         "source": source.name,
@@ -460,7 +424,7 @@ def _write(
         "url": source.url,
         "document": source.unit,
         "left_out": source.left_out,
-        "n_documents": {"train": len(ends) - sum(in_val), "val": sum(in_val)},
+        "n_documents": {"train": len(in_val) - sum(in_val), "val": sum(in_val)},
         "n_empty_documents": n_empty,
         "n_tokens": {name: counts[name]["n_tokens"] for name in ("train", "val")},
         "tokenizer": tok.name,
@@ -468,13 +432,13 @@ def _write(
         "separator": tok.eot,
         "largest_token": max(c["largest"] for c in counts.values()),
         "dtype": "uint16, little endian",
-        "split": "source" if own_split else "seed",
-        "split_seed": None if own_split else split_seed,
-        "val_fraction": None if own_split else val_fraction,
+        "split": split,
+        "split_seed": split_seed if split == "seed" else None,
+        "val_fraction": None if split == "source" else val_fraction,
         "n_bytes": {f"{name}.bin": 2 * c["n_tokens"] for name, c in counts.items()},
         "sha256": {f"{name}.bin": c["sha256"] for name, c in counts.items()},
         "text_sha256": text_digest.hexdigest(),
-        "duplicates": duplicates(train_T, val_T),
+        "duplicates": facts,
     }
     meta = {key: value for key, value in meta.items() if value is not None or key in ("split_seed", "val_fraction")}
     (work / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -493,10 +457,25 @@ def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Doc
         yield batch
 
 
+def _encoded(tok: Tokenizer, documents: Sequence[sources.Document]) -> list[np.ndarray]:
+    try:
+        return tok.encode_batch([document.text for document in documents])
+    except Exception as error:  # the libraries have no class of their own, and do not say which text it was
+        for document in documents:
+            try:
+                tok.encode(document.text)
+            except Exception:
+                raise UserError(
+                    f"{document.where} cannot be tokenized with {tok.name!r} ({sources.first_line(error)}); mend that "
+                    "document, or take it out"
+                ) from error
+        raise
+
+
 def _choose_split(
     splits: list[str | None], seed: int, val_fraction: float, title: str, n_empty: int
-) -> tuple[list[bool], bool]:
-    """For each document whether it is validation, and whether the source decided it."""
+) -> tuple[list[bool], str]:
+    """For each document whether it is validation, and who decided it: "source" or "seed"."""
     skipped = f" ({n_empty:,} empty ones were skipped)" if n_empty else ""
     if len(splits) < 2:
         raise UserError(
@@ -510,21 +489,22 @@ def _choose_split(
                 f"{title} has no documents with text in its {'training' if all(in_val) else 'validation'} "
                 f"split{skipped}; give documents for both"
             )
-        return in_val, True
+        return in_val, "source"
     n_val = min(max(1, round(val_fraction * len(splits))), len(splits) - 1)
     by_hash = sorted(range(len(splits)), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
     chosen = set(by_hash[:n_val])
-    return [i in chosen for i in range(len(splits))], False
+    return [i in chosen for i in range(len(splits))], "seed"
 
 
 def _copy_split(everything: Path, ends: list[int], in_val: list[bool], work: Path) -> dict[str, dict]:
-    """Copies each document's tokens to train.bin or val.bin; count, largest token and sha256 of each."""
+    """Copies each document's tokens to train.bin or val.bin; count, largest token and sha256 of each. ends: 0, then
+    where each document ends."""
     tokens_T = np.memmap(everything, "<u2", mode="r")
     facts = {}
     for name, wanted in (("train", False), ("val", True)):
         digest, n_tokens, largest = hashlib.sha256(), 0, 0
         with open(work / f"{name}.bin", "wb") as f:
-            for start, end, val in zip([0, *ends[:-1]], ends, in_val):
+            for start, end, val in zip(ends, ends[1:], in_val):
                 if val == wanted:
                     piece = tokens_T[start:end]
                     data = piece.tobytes()

@@ -37,16 +37,21 @@ def evaluate_checkpoint(
     Args:
       path: run folder, or one checkpoint in it. step: which checkpoint of the folder; None: the newest.
       data_dir: folder of prepared token files, whose val.bin is used; None: the one in the run's manifest.
-      token_file: a file of uint16 tokens instead.
+      token_file: a file of uint16 or uint32 tokens of the model's tokenizer instead.
       all_windows: every window of the file instead of the run's fixed choice of eval_windows.
       kv_cache: the number format in which keys and values are read, as `numerics.kv_cache.cache_spec` has it.
+
+    Raises:
+      UserError: the checkpoint or the tokens cannot be used, or the loss is not finite.
     """
     params, config, settings, operands = load_model(path, step)
     if kv_cache is not None:
         config = dataclasses.replace(config, kv_cache=cache_spec(kv_cache, config.head_width))
     if token_file is not None:
         file = token_file
-        tokens_T = open_token_file(file, vocab_size=config.vocab_size, block_size=config.block_size)
+        tokens_T = open_token_file(
+            file, vocab_size=config.vocab_size, block_size=config.block_size, tokenizer=settings["tokenizer"]
+        )
     else:
         data = load_token_data(
             data_dir or data_dir_of(Path(path)),
@@ -59,6 +64,11 @@ def evaluate_checkpoint(
         tokens_T, config.block_size, None if all_windows else settings["eval_windows"], settings["eval_batch_size"]
     )
     loss = float(make_evaluate(config, batch_size, data_mesh(jax.devices()[:1]))(params, windows, operands))
+    if not np.isfinite(loss):
+        raise UserError(
+            f"the loss of {path} on {file} is {loss}, so its weights are of no use: give an "
+            "earlier checkpoint with --step"
+        )
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(np.float32(loss)))
     return Evaluation(loss, perplexity, len(windows), windows[:, 1:].size, Path(file))

@@ -115,8 +115,8 @@ def sample_token(logits_V, key, temperature, top_k: int | None) -> jax.Array:
     return candidates[jnp.where(temperature == 0, jnp.argmax(candidate_logits), drawn)].astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("config", "top_k"))
-def _continue(params, operands, context_T, n_context, n_new, first, key, temperature, end_id, *, config, top_k):
+@partial(jax.jit, static_argnames=("config", "top_k", "n_ids"))
+def _continue(params, operands, context_T, n_context, n_new, first, key, temperature, end_id, *, config, top_k, n_ids):
     """Continues the first `n_context` tokens of `context_T` by up to `n_new` tokens; `end_id` ends it early.
 
     The new tokens are number `first`, first + 1, ... of the whole text (for their random keys).
@@ -135,7 +135,7 @@ def _continue(params, operands, context_T, n_context, n_new, first, key, tempera
             config, params, token[None, None], cache=cache, position=n_context - 1 + n_done, quantized=quantized
         )
         assert out.logits is not None
-        logits_V = out.logits[0, 0]
+        logits_V = out.logits[0, 0, :n_ids]
         token = sample_token(logits_V, jax.random.fold_in(key, first + n_done), temperature, top_k)
         finite = jnp.all(jnp.isfinite(logits_V))
         return n_done + 1, token, out.cache, new_T.at[n_done].set(token), finite
@@ -158,6 +158,7 @@ def generate(
     seed: int = 0,
     end_id: int | None = None,
     operands: dict | None = None,
+    n_ids: int | None = None,
 ) -> np.ndarray:
     """Continues a prompt; a pure function of its arguments on one machine.
 
@@ -172,6 +173,7 @@ def generate(
       end_id: a token after which to stop, which is then the last one; None never stops early.
       operands: of the layers in config.rules, as `load_model` gives them. Scales from an operand's own amax see the
         tokens of one pass, a single one beside the cache.
+      n_ids: ids of the tokenizer; the rest of a padded vocabulary is never drawn. None: the whole vocabulary.
 
     Returns:
       int32 [up to max_new_tokens]: the new tokens, without the prompt.
@@ -180,7 +182,8 @@ def generate(
       UserError: an argument is out of its range, or the model's logits are not finite.
     """
     prompt_ids_L = np.asarray(prompt_ids_L)
-    _check(prompt_ids_L, config, max_new_tokens, temperature, top_k, seed)
+    n_ids = config.vocab_size if n_ids is None else min(n_ids, config.vocab_size)
+    _check(prompt_ids_L, n_ids, max_new_tokens, temperature, top_k, seed)
     # The cached attention has one kernel; saying so keeps one compile for every config that differs in it
     # alone.
     # In a loop over blocks their weights would be cut out of a stack again for every token.
@@ -207,6 +210,7 @@ def generate(
             -1 if end_id is None else end_id,
             config=config,
             top_k=top_k or None,
+            n_ids=n_ids,
         )
         if not finite:
             raise UserError("the model's logits are not finite, so no token can be chosen; use an earlier checkpoint.")
@@ -217,20 +221,20 @@ def generate(
     return new_ids
 
 
-def _check(prompt_ids_L, config, max_new_tokens, temperature, top_k, seed):
+def _check(prompt_ids_L, n_ids, max_new_tokens, temperature, top_k, seed):
     if prompt_ids_L.ndim != 1 or prompt_ids_L.size == 0:
         raise UserError("the prompt has no token; give at least one, such as the end-of-text token.")
-    outside = prompt_ids_L[(prompt_ids_L < 0) | (prompt_ids_L >= config.vocab_size)]
+    outside = prompt_ids_L[(prompt_ids_L < 0) | (prompt_ids_L >= n_ids)]
     if outside.size:
         raise UserError(
-            f"the prompt holds the token {outside[0]}, but the model knows 0 to {config.vocab_size - 1}; use "
+            f"the prompt holds the token {outside[0]}, but the model knows 0 to {n_ids - 1}; use "
             "the tokenizer that it was trained with."
         )
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens} cannot be used; give 1 or more.")
     if not 0 <= temperature < math.inf:
         raise UserError(f"temperature = {temperature} cannot be used; give 0 (the most likely token) or more.")
-    if top_k is not None and not 0 <= top_k <= config.vocab_size:
-        raise UserError(f"top_k = {top_k} cannot be used; give 0 (off) to {config.vocab_size}, the model's vocabulary.")
+    if top_k is not None and not 0 <= top_k <= n_ids:
+        raise UserError(f"top_k = {top_k} cannot be used; give 0 (off) to {n_ids}, the model's vocabulary.")
     if not 0 <= seed <= SEED_MAX:
         raise UserError(f"seed = {seed} cannot be used; give a whole number from 0 to {SEED_MAX}.")

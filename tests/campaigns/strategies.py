@@ -77,8 +77,8 @@ def inside(field: Field) -> st.SearchStrategy:
     if field.per_operand:
         three = st.tuples(*[st.sampled_from(field.choices)] * 3).map(",".join)
         return st.sampled_from(field.choices) | three
-    free = ("none", "update,grad") if field.text is config.GROUPS_OF_METRICS else (field.default, "x", "Lauf ä")
-    return st.sampled_from(field.choices or free)
+    special = {"metrics": ("none", "update,grad"), "tokenizer": ("gpt2", "bytes", "own/tokenizer.json")}
+    return st.sampled_from(field.choices or special.get(field.name, (field.default, "x", "Lauf ä")))
 
 
 def bad_values_of(field: Field) -> st.SearchStrategy[Bad]:
