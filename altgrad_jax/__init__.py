@@ -5,6 +5,8 @@ result = train(default_config())
 
 train            a run of the built-in model
 instrument       any JAX loss function under a recipe or in number formats
+measure          norms of gradients, parameters and updates for such a loop
+Recorder         the record of a training loop of one's own, which report.py reads
 quantize         one's own arrays onto the grid of a format
 Formats, Recipe  what `instrument` takes besides names
 """
@@ -16,17 +18,21 @@ from altgrad_jax.config import default_config
 
 if TYPE_CHECKING:
     from altgrad_jax.instrumentation.api import instrument
+    from altgrad_jax.instrumentation.measure import measure
     from altgrad_jax.instrumentation.numbers import Formats
     from altgrad_jax.numerics.quantize import quantize
     from altgrad_jax.numerics.recipes import Recipe
+    from altgrad_jax.run.recorder import Recorder
     from altgrad_jax.run.train import train
 
-__all__ = ["Formats", "Recipe", "default_config", "instrument", "quantize", "train"]
+__all__ = ["Formats", "Recipe", "Recorder", "default_config", "instrument", "measure", "quantize", "train"]
 
 _HOME = {
     "Formats": "altgrad_jax.instrumentation.numbers",
     "Recipe": "altgrad_jax.numerics.recipes",
+    "Recorder": "altgrad_jax.run.recorder",
     "instrument": "altgrad_jax.instrumentation.api",
+    "measure": "altgrad_jax.instrumentation.measure",
     "quantize": "altgrad_jax.numerics.quantize",
     "train": "altgrad_jax.run.train",
 }

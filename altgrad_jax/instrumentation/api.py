@@ -6,6 +6,7 @@ and the gradients are those of jax.value_and_grad to the bit.
 """
 
 import fnmatch
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,16 +18,19 @@ import numpy as np
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.instrumentation import numbers as of_numbers
-from altgrad_jax.instrumentation.numbers import Formats, Numbers
+from altgrad_jax.instrumentation.measure import by_name, name_of
+from altgrad_jax.instrumentation.numbers import Formats, InFormats, Numbers
 from altgrad_jax.instrumentation.origins import DATA, WEIGHT, Origin
 from altgrad_jax.instrumentation.plan import Plan, Product, find, layers_of, named
 from altgrad_jax.instrumentation.rewrite import evaluate
 from altgrad_jax.instrumentation.sites import Sites, sites_of
 from altgrad_jax.instrumentation.table import Layers, table_of
 from altgrad_jax.numerics.formats import FORMATS, get_format
-from altgrad_jax.numerics.products import push_amax
+from altgrad_jax.numerics.histograms import observed
+from altgrad_jax.numerics.products import named_statistics, push_amax
 from altgrad_jax.numerics.recipes import RECIPES, WITH_ATTENTION, Recipe, get_recipe
-from altgrad_jax.step.metrics import Columns, scalars
+from altgrad_jax.step.metrics import Columns, gradient_fidelity, scalars
+from altgrad_jax.step.program import Observed
 
 
 class State(NamedTuple):
@@ -57,6 +61,23 @@ class Instrument:
     _sites: Sites
     _params: Any  # structure of the parameters, with their shapes
 
+    @property
+    def choice(self) -> Recipe | Formats | None:
+        """The recipe or the formats."""
+        if self._numbers is None:
+            return None
+        return self._numbers.formats if isinstance(self._numbers, InFormats) else self._numbers.recipe
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of the layers that the recipe or the formats are used for."""
+        return tuple(name for name in self._sites.names if name not in self._kept)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(math.prod(shape) for shape, _ in jax.tree.leaves(self._params, is_leaf=_is_shape))
+
     def init(self, params) -> State:
         """The state of a first step. params: of the structure and shapes that `instrument` was given."""
         self._check_params(params)
@@ -84,32 +105,72 @@ class Instrument:
         Raises:
           UserError: parameters of another structure, no key, or blocks that do not divide an axis of this batch.
         """
+        value, aux, grads, statistics = self._pass(self._numbers, params, batch, state, args, key)
+        if self._numbers is None or statistics is None:
+            return (value, aux), grads, state, scalars({})
+        state = self._after(state, statistics, value, grads)
+        return (value, aux), grads, state, self._numbers.columns(self._sites.names, statistics)
+
+    def fidelity(self, params, batch, grads, *args) -> Columns:
+        """How close gradients are to those of the loss function itself, as the model has it; a second pass.
+
+        A pure function, for the inside of a jit, in every step or in some.
+
+        Args:
+          grads: from `value_and_grad` of the same parameters and batch.
+
+        Returns:
+          `grad_cosine/ARRAY`, `grad_sqnr_db/ARRAY`, `grad_flushed/ARRAY` for every array of the parameters, and over
+          all of them, as the built-in step's reference gradient gives them (metrics.gradient_fidelity).
+        """
+        reference = jax.grad(partial(_only_loss, self.loss_fn))(params, batch, *args)
+        return gradient_fidelity(by_name(grads), by_name(reference))
+
+    def histograms(self, params, batch, state: State, *args) -> Observed:
+        """How the operands use their formats: codes and magnitudes of every operand in one pass, rounded to nearest.
+
+        A pure function of its arguments, for `Recorder.diagnose`; arrays [layers, 3 operands, ...].
+
+        Raises:
+          UserError: the instrument has no number formats. (A recipe's scales are in its statistics.)
+        """
+        if not isinstance(self._numbers, InFormats):
+            raise UserError(
+                "histograms are of operands in number formats, and this instrument has none: give instrument a format, "
+                "such as recipe='E4M3'"
+            )
+        numbers = self._numbers.observing
+        vectors_Q3S = self._pass(numbers, params, batch, state, args, None)[3]
+        fields_Q3S, rest_Q3 = jnp.split(vectors_Q3S, [len(numbers.fields)], axis=-1)
+        named = named_statistics(fields_Q3S)
+        return Observed(*observed(rest_Q3), named["encode_scale"], named["amax"])
+
+    def _pass(self, numbers: Numbers | None, params, batch, state: State, args, key) -> tuple[Any, Any, Any, Any]:
+        """(loss, aux, gradients, statistics float32 [Q, O, S] or None)."""
         self._check_params(params)
         trace = _traced(self.loss_fn, params, batch, *args)
-        plan = trace.plan.map(partial(_unless_kept, self._kept, self._numbers))
+        plan = trace.plan.map(partial(_unless_kept, self._kept, numbers))
         sites = sites_of(plan.products())
         self._check_sites(sites)
-        extras, probes = self._given(sites, state, key)
-        loss = partial(_loss, trace._replace(plan=plan), self._numbers, extras, (batch, *args))
+        extras, probes = self._given(numbers, sites, state, key)
+        loss = partial(_loss, trace._replace(plan=plan), numbers, extras, (batch, *args))
         (value, (aux, forward)), (grads, of_g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, probes)
-        if self._numbers is None or not self._numbers.measured:
-            return (value, aux), grads, state, scalars({})
-        statistics = of_numbers.combined(self._numbers, sites, forward, of_g)
-        state = self._after(state, statistics, value, grads)
-        return (value, aux), grads, state, self._numbers.columns(sites.names, statistics)
+        if numbers is None or not numbers.measured:
+            return value, aux, grads, None
+        return value, aux, grads, of_numbers.combined(numbers, sites, forward, of_g)
 
-    def _given(self, sites: Sites, state: State, key) -> tuple[dict, dict]:
+    def _given(self, numbers: Numbers | None, sites: Sites, state: State, key) -> tuple[dict, dict]:
         """({product: Extra}, {product: probes [*axes, ...]})."""
-        if self._numbers is None:
+        if numbers is None:
             return {}, {}
         kept_Q = np.array([name in self._kept for name in sites.names], bool)
         words = None
-        if self._numbers.random:
+        if numbers.random:
             if key is None:
                 raise UserError("the recipe draws random numbers: give value_and_grad a key, another for every step")
             words = _words(key)
-        extras = self._numbers.extras(sites, state.amax_history, words, kept_Q)
-        probe, probes = self._numbers.probe(), {}
+        extras = numbers.extras(sites, state.amax_history, words, kept_Q)
+        probe, probes = numbers.probe(), {}
         if probe is not None:
             probes = {p.name: jnp.broadcast_to(probe, (*p.axes, *probe.shape)) for p in sites.products}
         return extras, probes
@@ -198,19 +259,25 @@ def instrument(
 def _traced(loss_fn, params, *args) -> _Trace:
     jaxpr, outputs = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    names = [_name(path) for path in paths]
+    names = [name_of(path) for path in paths]
     origins = [Origin(WEIGHT, frozenset([name])) for name in names]
     origins += [Origin(DATA)] * len(jax.tree.leaves(args))
     return _Trace(jaxpr, named(find(jaxpr.jaxpr, origins)[1]), jax.tree.structure(outputs))
 
 
-def _name(path) -> str:
-    """A parameter's path, `blocks/0/kernel`; flax.nnx's `/value` is left out."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value") or "params"
+class _Shape(NamedTuple):
+    """Of a parameter."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _is_shape(node) -> bool:
+    return isinstance(node, _Shape)
 
 
 def _shapes(params):
-    return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf).name), params)
+    return jax.tree.map(lambda leaf: _Shape(jnp.shape(leaf), jnp.result_type(leaf).name), params)
 
 
 def _loss(trace: _Trace, numbers: Numbers | None, extras, args, params, probes):
@@ -223,6 +290,11 @@ def _loss(trace: _Trace, numbers: Numbers | None, extras, args, params, probes):
     out = jax.tree.unflatten(trace.outputs, outs)
     value, aux = out if isinstance(out, tuple) else (out, None)
     return value, (aux, dict(zip(names, found)))
+
+
+def _only_loss(loss_fn, *args):
+    out = loss_fn(*args)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _words(key) -> jax.Array:

@@ -25,7 +25,7 @@ from altgrad_jax.instrumentation.matrices import as_matrices, as_result
 from altgrad_jax.instrumentation.plan import Product
 from altgrad_jax.instrumentation.rewrite import axes_of, varying
 from altgrad_jax.instrumentation.sites import Extra, Sites
-from altgrad_jax.numerics import products, slot_statistics, slots
+from altgrad_jax.numerics import histograms, products, slot_statistics, slots
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.products import Operand, Operands, Rule, quant_dot
 from altgrad_jax.numerics.recipes import SLOTS, Recipe, check_dimensions, get_recipe
@@ -104,6 +104,7 @@ class InFormats:
 
     formats: Formats
     measured: bool
+    observe: bool = False  # whether histograms stand behind the statistics
     operands = OPERANDS
     fields = products.FIELDS
 
@@ -120,13 +121,20 @@ class InFormats:
     @property
     def nothing(self) -> np.ndarray:
         """float32 [S] that changes nothing when combined."""
-        return products.empty_statistics()
+        counts = 2 * histograms.HISTOGRAMS if self.observe else 0
+        return np.pad(products.empty_statistics(), (0, counts))
+
+    @property
+    def observing(self) -> "InFormats":
+        """The same formats with histograms, rounded to nearest."""
+        return InFormats(dataclasses.replace(self.formats, rounding="nearest"), measured=True, observe=True)
 
     @property
     def rule(self) -> Rule:
         """The static choices of quant_dot."""
         wide = any(get_format(name).mantissa_bits > 7 for name in self.formats.wag if name)
-        return Rule(*self.formats.scalings, float32_operands=wide)
+        observe = histograms.observe if self.observe else None
+        return Rule(*self.formats.scalings, float32_operands=wide, observe=observe)
 
     @property
     def history(self) -> int:
@@ -156,7 +164,7 @@ class InFormats:
 
     def probe(self) -> np.ndarray | None:
         """float32 [S], of one site; None where nothing is measured of the backward pass."""
-        return products.empty_statistics() if self.measured and self.formats.g else None
+        return self.nothing if self.measured and self.formats.g else None
 
     def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype) -> tuple[jax.Array, Any]:
         """(Y float32 [M, N], statistics) of one site."""

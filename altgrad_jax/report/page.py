@@ -149,6 +149,13 @@ class Report:
             return f"{len(self.c.all_runs)} runs ({words})."
         model, config = one.manifest.get("model") or {}, one.config
         size = f"{model['parameters']:,} parameters, " if "parameters" in model else ""
+        if "recorder" in one.manifest:
+            own = one.manifest["recorder"]
+            given = ", ".join(f"{name}={config[name]}" for name in own["settings"] if name not in ("seed", "run_name"))
+            return (
+                f"{len(self.c.all_runs)} runs ({words}), recorded by a loop of their own. The model: {size}"
+                f"{len(own['products'])} products with weights, in {own['loss']}; {config['max_steps']} steps; {given}."
+            )
         return (
             f"{len(self.c.all_runs)} runs ({words}). The model: {size}{config['n_layer']} blocks, "
             f"width {config['n_embd']}; {config['max_steps']} steps of {config['batch_size']} x "

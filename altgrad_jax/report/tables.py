@@ -230,7 +230,9 @@ def variation(c):
     """What the intervals hold of what could have come out otherwise: one or two sentences."""
     draws = {draw for cell in c.cells.values() for draw in cell}
     orders = {order for _, order in draws}
-    windows = next((run.config["eval_windows"] for run in c.all_runs if run.arm), None)
+    windows = next((f"{run.config['eval_windows']} windows" for run in c.all_runs if run.arm), None)
+    if any("recorder" in run.manifest for run in c.all_runs):
+        windows = "validation data, by the loops that recorded them"
     if len(orders) < 2:
         held = "The intervals hold the seed of the weights, not the data order"
     elif len(orders) == len(draws) == len({seed for seed, _ in draws}):
@@ -246,7 +248,7 @@ def variation(c):
         held = "The intervals hold the seed of the weights and the data order" + (
             f"; of the variance of one gap: {shares}" if shares else "; their parts cannot be told"
         )
-    over = "every validation window there is" if c.over_all_windows else f"one set of {windows} windows"
+    over = "every validation window there is" if c.over_all_windows else f"one set of {windows}"
     return f"{held}. All runs are evaluated on {over}: what other text would show is not in them."
 
 

@@ -154,6 +154,11 @@ def _manifest_of(config: Config, run_dir: Path, resume: str | int) -> dict | Non
             )
     elif (run_dir / MANIFEST).exists():
         manifest = read_manifest(run_dir)
+        if "recorder" in manifest:
+            raise UserError(
+                f"{run_dir} holds the record of another training loop (Recorder), which this program cannot continue: "
+                "give another --workdir"
+            )
         refuse_other_config(run_dir, manifest, config)
     elif list_steps(run_dir) or (run_dir / METRICS).exists():
         raise UserError(
@@ -166,6 +171,21 @@ def _manifest_of(config: Config, run_dir: Path, resume: str | int) -> dict | Non
             f"{', '.join(map(str, list_steps(run_dir))) or 'none'}"
         )
     return manifest
+
+
+def start_of(started: float, step: int, device, count: int) -> dict[str, Any]:
+    """What the manifest keeps of a start: when, from which step, by which program, on `count` devices like this one."""
+    return {
+        "time": round(started, 3),
+        "step": step,
+        "schema_version": SCHEMA_VERSION,
+        "argv": sys.argv,
+        "versions": versions(),
+        "git": git_commit(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": count},
+        "processes": processes.n_processes(),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ a run's folder
@@ -305,22 +325,8 @@ class RunFolder:
         """Writes and returns what this run is. A resumed run keeps what was true at its start and adds how it was
         continued."""
         setup = self.setup
-        start: dict[str, Any] = {
-            "time": round(self.started, 3),
-            "step": self.step,
-            "schema_version": SCHEMA_VERSION,
-            "argv": sys.argv,
-            "versions": versions(),
-            "git": git_commit(),
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-            "device": {
-                "platform": setup.device.platform,
-                "kind": setup.device.device_kind,
-                "count": len(setup.devices),
-            },
-            "mesh": dict(setup.functions.step.mesh.shape),
-            "processes": processes.n_processes(),
-        }
+        start = start_of(self.started, self.step, setup.device, len(setup.devices))
+        start["mesh"] = dict(setup.functions.step.mesh.shape)
         if self.width is not None:
             # The times of this run's rows are its share of those of all.
             start["side_by_side"] = self.width
