@@ -21,7 +21,7 @@ from altgrad_jax.instrumentation import numbers as of_numbers
 from altgrad_jax.instrumentation.measure import by_name, name_of
 from altgrad_jax.instrumentation.numbers import Formats, InFormats, Numbers
 from altgrad_jax.instrumentation.origins import DATA, WEIGHT, Origin
-from altgrad_jax.instrumentation.plan import Plan, Product, find, layers_of, named
+from altgrad_jax.instrumentation.plan import Plan, Product, find, layers_of, named, without_pairs
 from altgrad_jax.instrumentation.rewrite import evaluate
 from altgrad_jax.instrumentation.sites import Sites, sites_of
 from altgrad_jax.instrumentation.table import Layers, table_of
@@ -148,7 +148,7 @@ class Instrument:
     def _pass(self, numbers: Numbers | None, params, batch, state: State, args, key) -> tuple[Any, Any, Any, Any]:
         """(loss, aux, gradients, statistics float32 [Q, O, S] or None)."""
         self._check_params(params)
-        trace = _traced(self.loss_fn, params, batch, *args)
+        trace = _traced(self.loss_fn, _pairs(self.choice), params, batch, *args)
         plan = trace.plan.map(partial(_unless_kept, self._kept, numbers))
         sites = sites_of(plan.products())
         self._check_sites(sites)
@@ -218,7 +218,8 @@ def instrument(
     Args:
       loss_fn: loss_fn(params, batch, *args) -> scalar loss, or (loss, aux).
       params, batch, args: arrays or jax.ShapeDtypeStruct, for their shapes.
-      recipe: a name of a recipe (`nvfp4`, also `nvfp4:wgrad`), a Recipe, a name of a number format (`E4M3`: all three
+      recipe: a name of a recipe (`nvfp4`, also `nvfp4:wgrad`; `nvfp4_attention`: in products of two activations, too),
+        a Recipe, a name of a number format (`E4M3`: all three
         operands, scaled per tensor), a Formats, or None to change nothing.
       keep: patterns (*, ?, [...]) of layers that stay as they are: whole names or whole parts of one, `lm_head` or
         `blocks/*/11`. They take the place of the layers that the recipe keeps in the built-in model, which has names
@@ -232,8 +233,8 @@ def instrument(
       UserError: no recipe or format of that name, a pattern that fits no layer, no layer left, a layer whose axes the
         recipe's blocks do not divide.
     """
-    trace = _traced(loss_fn, params, batch, *args)
     choice = _choice_of(recipe)
+    trace = _traced(loss_fn, _pairs(choice), params, batch, *args)
     products = trace.plan.products()
     kept = _kept(choice, products, keep)
     mixed = _mixed(products, kept)
@@ -256,13 +257,19 @@ def instrument(
     return Instrument(loss_fn, table_of(trace.plan, chosen), numbers, kept, sites, _shapes(params))
 
 
-def _traced(loss_fn, params, *args) -> _Trace:
+def _pairs(choice: Recipe | Formats | None) -> bool:
+    """Whether products of two activations have slots."""
+    return isinstance(choice, Recipe) and choice.attention
+
+
+def _traced(loss_fn, pairs: bool, params, *args) -> _Trace:
     jaxpr, outputs = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     names = [name_of(path) for path in paths]
     origins = [Origin(WEIGHT, frozenset([name])) for name in names]
     origins += [Origin(DATA)] * len(jax.tree.leaves(args))
-    return _Trace(jaxpr, named(find(jaxpr.jaxpr, origins)[1]), jax.tree.structure(outputs))
+    plan = find(jaxpr.jaxpr, origins)[1]
+    return _Trace(jaxpr, named(plan if pairs else without_pairs(plan)), jax.tree.structure(outputs))
 
 
 class _Shape(NamedTuple):
@@ -310,13 +317,7 @@ def _choice_of(recipe) -> Recipe | Formats | None:
         return recipe
     name = str(recipe)
     if isinstance(recipe, Recipe) or name.partition(":")[0].removesuffix(WITH_ATTENTION) in RECIPES:
-        found = recipe if isinstance(recipe, Recipe) else get_recipe(name)
-        if found.attention:
-            raise UserError(
-                f"recipe {found.name} quantizes the products of attention, and instrument reaches products with "
-                f"weights only: give {found.name.replace(WITH_ATTENTION, '')}"
-            )
-        return found
+        return recipe if isinstance(recipe, Recipe) else get_recipe(name)
     try:
         fmt = get_format(name).name
     except UserError:

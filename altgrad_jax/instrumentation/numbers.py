@@ -32,7 +32,7 @@ from altgrad_jax.numerics.recipes import SLOTS, Recipe, check_dimensions, get_re
 from altgrad_jax.numerics.rounding import FormatParams, format_params
 from altgrad_jax.numerics.rules import BLOCK_SIZES, OPERANDS, ROUNDINGS, LayerFormats
 from altgrad_jax.numerics.slot_quantization import Features, Slot
-from altgrad_jax.numerics.slots import slot_dot
+from altgrad_jax.numerics.slots import slot_dot, slot_dots
 from altgrad_jax.step import quantization, recipe
 from altgrad_jax.step.metrics import Columns
 
@@ -166,8 +166,9 @@ class InFormats:
         """float32 [S], of one site; None where nothing is measured of the backward pass."""
         return self.nothing if self.measured and self.formats.g else None
 
-    def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype) -> tuple[jax.Array, Any]:
+    def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype, is_pair: bool) -> tuple[jax.Array, Any]:
         """(Y float32 [M, N], statistics) of one site."""
+        assert not is_pair, "instrument gives products of two activations recipes only"
         operands = []
         for i, name in enumerate(self.formats.wag):
             if name is None:
@@ -282,13 +283,14 @@ class InRecipe:
         """float32 [3, S], of one site; None where nothing is measured."""
         return slots.empty_statistics() if self.measured else None
 
-    def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype) -> tuple[jax.Array, Any]:
-        """(Y float32 [M, N], statistics) of one site."""
+    def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype, is_pair: bool) -> tuple[jax.Array, Any]:
+        """(Y float32 [M, N], statistics) of one site; with `is_pair` [heads, M, N]."""
         own = {"seed": extra.seed, "signs": extra.signs, "given": extra.given}
         of_site = self.slots._replace(**{name: value for name, value in own.items() if value is not None})
         assert extra.kept is not None, "every site of a recipe is told whether it is kept"
         of_site = jax.tree.map(partial(jnp.where, extra.kept), self.high, of_site)
-        return slot_dot(x, w, of_site, self.features, extra.probe, w_is_NK, dtype)
+        dot = slot_dots if is_pair else slot_dot
+        return dot(x, w, of_site, self.features, extra.probe, w_is_NK, dtype)
 
     def gather(self, forward, backward) -> jax.Array:
         """float32 [..., O, S] of a product from what `dot` returned and its probe's gradient."""
@@ -302,10 +304,10 @@ class InRecipe:
 Numbers = InFormats | InRecipe
 
 
-@partial(jax.jit, static_argnames=("numbers", "n_batch", "w_is_NK", "dtype", "again"))
-def _dot(x, w, extra: Extra, *, numbers: Numbers, n_batch: int, w_is_NK: bool, dtype, again: bool):
+@partial(jax.jit, static_argnames=("numbers", "n_batch", "w_is_NK", "dtype", "again", "is_pair"))
+def _dot(x, w, extra: Extra, *, numbers: Numbers, n_batch: int, w_is_NK: bool, dtype, again: bool, is_pair: bool):
     """Numbers.dot over batch axes. Jitted, so that products that are alike are traced and lowered once."""
-    dot = partial(numbers.dot, w_is_NK=w_is_NK, dtype=dtype)
+    dot = partial(numbers.dot, w_is_NK=w_is_NK, dtype=dtype, is_pair=is_pair)
     if again:  # or every round of the loop would save a rounded copy of the same weight
         dot = jax.checkpoint(dot)
     for _ in range(n_batch):
@@ -337,6 +339,7 @@ def replace(numbers: Numbers, product: Product, eqn, operands, extra: Extra) -> 
         w_is_NK=found.w_is_NK,
         dtype=compute_dtype(product),
         again=bool(product.reused),
+        is_pair=product.is_pair,
     )
     return as_result(product, eqn, operands, y), statistics
 
