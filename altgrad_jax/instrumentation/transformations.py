@@ -137,7 +137,7 @@ class AwareState(NamedTuple):
     inner: Any  # of the optimizer of numerics.optimizers
 
 
-def _aware_update(inner, learning_rate, grids_of, seed, updates, state: AwareState, params=None, *, grids=None, **_):
+def _aware_update(inner, learning_rate, grids_of, seed, updates, state, params=None, *, grids=None, **_):
     params = _given(params)
     rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
     rate = jnp.asarray(rate, jnp.float32)
@@ -218,7 +218,7 @@ def _transformation(choices: _Weights) -> optax.GradientTransformation:
     return optax.GradientTransformation(partial(_init, choices), partial(_update, choices))
 
 
-def _init(choices: _Weights, params) -> WeightsState:
+def _init(choices: _Weights, params) -> Any:
     arrays, leaves = _arrays(choices.quantized, choices.stacked, params), jax.tree.leaves(params)
     stored = choices.rounding is not None
     sums = jnp.zeros((sum(array.n for array in arrays), len(of_update.FIELDS)), jnp.float32)
@@ -239,7 +239,7 @@ def _columns(arrays, sums_SF, stored: bool) -> Columns:
     return joined([over(names, named), scalars(of_all)])
 
 
-def _update(choices: _Weights, updates, state: WeightsState, params=None) -> tuple[Any, WeightsState]:
+def _update(choices: _Weights, updates, state, params=None) -> tuple[Any, Any]:
     params = _given(params)
     arrays = _arrays(choices.quantized, choices.stacked, params)
     weights, steps, structure = jax.tree.leaves(params), jax.tree.leaves(updates), jax.tree.structure(updates)
@@ -269,12 +269,12 @@ def _update(choices: _Weights, updates, state: WeightsState, params=None) -> tup
         rows = (w if choices.rounding else taken).reshape(array.n, 1, -1)
         flips = of_update.scale_flips(rows, after.grid, after.next)
         sums.append(of_update.with_scale_flips(own, flips))
-        age.append(new_age.reshape(array.shape))
+        age.append(jnp.reshape(jnp.asarray(new_age), array.shape))
         if choices.rounding:
             steps[array.index] = (taken - w).reshape(array.shape)
             scale.append(after.next.scale)
         if owed is not None:
-            residual.append(after.residual.reshape(array.shape))
+            residual.append(jnp.reshape(after.residual, array.shape))
     statistics = _columns(arrays, jnp.concatenate(sums), choices.rounding is not None)
     after = WeightsState(state.count + 1, tuple(scale), tuple(residual), tuple(age), statistics)
     return structure.unflatten(steps), after

@@ -133,7 +133,9 @@ class Recorder:
             _check_names(names)
             self._names = names
         if self.step >= self.config.max_steps:
-            raise UserError(f"the run has max_steps={self.config.max_steps}, and this is a row more: give Recorder more")
+            raise UserError(
+                f"the run has max_steps={self.config.max_steps}, and this is a row more: give Recorder more"
+            )
         self._submit()
         now = time.perf_counter()
         found = joined([scalars({"loss": loss, **metrics}), *columns])
@@ -160,7 +162,9 @@ class Recorder:
     def _look(self, found: dict[str, float], lines: list[dict], seconds: float = 0.0) -> None:
         """Adds what was looked at after the last row's update to that row; before the first it is row 0."""
         if self._held is None and self._submitted == self.step:
-            raise UserError("an evaluation belongs to the row before it, which a resumed run has not made: call row first")
+            raise UserError(
+                "an evaluation belongs to the row before it, which a resumed run has not made: call row first"
+            )
         held = self._held or DispatchRecord(first_step=0)
         self._held = dataclasses.replace(
             held,
@@ -228,7 +232,7 @@ def _clipped(names) -> list[str]:
 
 @partial(jax.jit, static_argnames=("thresholds", "own"))
 def _row(monitor, found: Columns, number, thresholds: stability.Thresholds, own: frozenset[str]):
-    """(monitor, all columns of the row of update `number`): metrics `own` as they are, the others left out where NaN."""
+    """(monitor, all columns of the row of update `number`): metrics `own` as they are, others left out where NaN."""
     loss, clipped = found["loss"], _clipped(found.names)
     bad = ~jnp.isfinite(loss)
     for name, value in zip(found.names, found.values):
