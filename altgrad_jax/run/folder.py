@@ -26,7 +26,7 @@ from altgrad_jax.data.dataset import permute_windows
 from altgrad_jax.data.prepare import describe_duplicates
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.parameters import count_params
-from altgrad_jax.numerics import recipes
+from altgrad_jax.numerics import formats, recipes, rules
 from altgrad_jax.run import processes, verdict
 from altgrad_jax.run.alerts import rules_of
 from altgrad_jax.run.checkpoint import list_steps, open_checkpoints, save_anomaly
@@ -186,6 +186,14 @@ def start_of(started: float, step: int, device, count: int) -> dict[str, Any]:
         "device": {"platform": device.platform, "kind": device.device_kind, "count": count},
         "processes": processes.n_processes(),
     }
+
+
+def own_formats(quant: quantization.QuantOptions | None) -> dict[str, Any]:
+    """{"registered": the facts of a run's own formats}, which readers of the record make known; {} without any."""
+    if quant is None:
+        return {}
+    found = formats.registered([*rules.names_used(quant.layers), *quant.emergency_formats])
+    return {"registered": found} if found else {}
 
 
 # ------------------------------------------------------------------------------------------------------ a run's folder
@@ -360,7 +368,7 @@ class RunFolder:
             manifest["init_from"] = self.source
         if self.quant is not None:
             layers = [dataclasses.asdict(layer) for layer in self.quant.layers]
-            manifest["formats"] = {"layers": layers, "certificates": self.certificates}
+            manifest["formats"] = {"layers": layers, "certificates": self.certificates} | own_formats(self.quant)
         if self.recipe is not None:
             manifest["recipes"] = {
                 recipe.name: recipes.facts(recipe) | {"certificate": self.recipe_certificates[recipe.name]}
@@ -463,7 +471,7 @@ class RunFolder:
             "data_fingerprint": self.setup.data.tokens.fingerprint,
             "run_id": self.manifest["run_id"] if self.manifest else None,
             "step": self.step,
-        }
+        } | own_formats(self.quant)
 
     def _report_saves(self) -> None:
         for outcome in self.checkpoints.check():

@@ -32,7 +32,7 @@ from altgrad_jax.numerics.recipes import Recipe
 from altgrad_jax.numerics.rules import LayerFormats
 from altgrad_jax.run import verdict
 from altgrad_jax.run.alerts import rules_of
-from altgrad_jax.run.folder import start_of
+from altgrad_jax.run.folder import own_formats, start_of
 from altgrad_jax.run.lock import locked
 from altgrad_jax.run.look import diagnosis, evaluation_of
 from altgrad_jax.run.record import Record, new_run_id, read_manifest, read_rows, write_manifest
@@ -311,7 +311,7 @@ def _certified(inst: Instrument) -> dict[str, Any]:
     if quant is None:
         return {}
     layers = [dataclasses.asdict(layer) for layer in quant.layers]
-    return {"formats": {"layers": layers, "certificates": certify(quant)}}
+    return {"formats": {"layers": layers, "certificates": certify(quant)} | own_formats(quant)}
 
 
 def _quant(inst: Instrument) -> QuantOptions | None:
