@@ -1,10 +1,12 @@
 """Which number format can a Flax model be trained in? Trains one multilayer perceptron in five and prints a table.
 
 Command: python examples/flax_mlp.py       Time: half a minute on two cores.
-Result:  the loss of each, and how far each operand is from what it was before it was rounded.
+Result:  the loss of each, and how far each operand is from what it was before it was rounded. With --record=runs/mlp
+         a folder for each, which `python scripts/report.py runs/mlp` compares.
 """
 
 import argparse
+import contextlib
 
 import flax.linen as nn
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from altgrad_jax import instrument
+from altgrad_jax import Recorder, instrument
 
 
 class Mlp(nn.Module):
@@ -40,7 +42,7 @@ def data(seed, n=256):
     return x, np.argmax(np.tanh(x @ np.random.default_rng(0).normal(size=(32, 8))), axis=1)
 
 
-def train(recipe, steps):
+def train(recipe, steps, folder):
     """(loss of the last step, its statistics) in a format."""
     params = Mlp().init(jax.random.key(0), data(0)[0])
     inst = instrument(loss_fn, params, data(0), recipe=recipe, keep=("Dense_2",))
@@ -53,8 +55,18 @@ def train(recipe, steps):
         return optax.apply_updates(params, updates), moments, state, loss, statistics
 
     moments, state, loss, statistics = optimizer.init(params), inst.init(params), jnp.nan, None
-    for i in range(steps):
-        params, moments, state, loss, statistics = step(params, moments, state, data(i), jax.random.key(i))
+    with contextlib.ExitStack() as resources:
+        recorder = None
+        if folder:
+            recorder = resources.enter_context(
+                Recorder(f"{folder}/{recipe}", inst, data="points", max_steps=steps, learning_rate=3e-3)
+            )
+        for i in range(steps):
+            params, moments, state, loss, statistics = step(params, moments, state, data(i), jax.random.key(i))
+            if recorder:
+                recorder.row(loss, statistics, learning_rate=3e-3)
+        if recorder:
+            recorder.evaluation(float(loss_fn(params, data(steps))))
     return inst, float(loss), statistics
 
 
@@ -62,10 +74,11 @@ if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--steps", type=int, default=200)
     flags.add_argument("--formats", nargs="+", default=["E4M3", "E5M2", "E2M3", "E2M1"])
+    flags.add_argument("--record", default="", help="folder for the records of all runs")
     given = flags.parse_args()
-    for number, recipe in enumerate((None, *given.formats)):
-        inst, loss, statistics = train(recipe, given.steps)
+    for number, recipe in enumerate(("BF16", *given.formats)):
+        inst, loss, statistics = train(recipe, given.steps, given.record)
         if number == 0:
             print(inst.layers, f"\n\n{'format':8}  {'loss':>7}  SQNR in dB of  W      A      G")
-        sqnr = [f"{float(statistics[f'sqnr_db/all/{operand}']):7.1f}" for operand in "WAG"] if recipe else []
-        print(f"{recipe or 'float32':8}  {loss:7.4f}              {''.join(sqnr)}")
+        sqnr = [f"{float(statistics[f'sqnr_db/all/{operand}']):7.1f}" for operand in "WAG"]
+        print(f"{recipe:8}  {loss:7.4f}              {''.join(sqnr)}")

@@ -130,3 +130,36 @@ MODELS = {
     "experts": Model(experts, EXPERTS, {"up": 0, "down": E}, keep=("router",)),
     "recurrent": Model(recurrent, RECURRENT, {"w": 0}, reused=("w",)),
 }
+
+
+B, H, C = 2, 2, 32  # sequences, heads, width of a head
+
+
+def attention(dot, pair, params, batch):
+    """A loop over blocks of attention alone. pair(i, x, w, transposed) computes x w, or x w^T, for every head."""
+
+    def block(x_BTD, item):
+        i, w = item
+        q, k, v = (t.reshape(B, M, H, C).swapaxes(1, 2) for t in jnp.split(dot("qkv", x_BTD, w["qkv"], i), 3, -1))
+        p_BHTS = jax.nn.softmax(pair(2 * i, q, k, True) / np.float32(C**0.5))
+        y_BTD = pair(2 * i + 1, p_BHTS, v, False).swapaxes(1, 2).reshape(x_BTD.shape)
+        return x_BTD + dot("out", y_BTD, w["out"], i), None
+
+    x, _ = lax.scan(block, batch["x"], (jnp.arange(L), params))
+    return jnp.mean(x**2)
+
+
+def plain_pair(row, x, w, transposed):
+    return jnp.einsum("bhmk,bhnk->bhmn" if transposed else "bhmk,bhkn->bhmn", x, w)
+
+
+def pair_by_hand(name, words, row, x, w, transposed):
+    own = slots.slots_of(get_recipe(name))
+    drawn = slots.redraw(own, stochastic_seed(words[0], words[1], row))
+    x_P, w_P = (v.reshape(-1, *v.shape[2:]) for v in (x, w))
+    y = slots.slot_dots(x_P, w_P, drawn, slots.features_of([own]), None, transposed, jnp.float32)[0]
+    return y.reshape(B, H, *y.shape[1:])
+
+
+ATTENTION = {"qkv": normal(10, L, H * C, 3 * H * C), "out": normal(11, L, H * C, H * C)}
+SEQUENCES = {"x": normal(12, B, M, H * C)}

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from altgrad_jax import report
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = {
-    "flax_mlp.py": (["--steps", "3", "--formats", "E2M1"], ["params/Dense_1/kernel", "SQNR in dB", "E2M1"]),
+    "flax_mlp.py": (
+        ["--steps", "3", "--formats", "E2M1", "--record", "RECORD"],
+        ["params/Dense_1/kernel", "SQNR in dB", "E2M1"],
+    ),
     "plain_scan_transformer.py": (
         ["--steps", "2", "--recipe", "mxfp8"],
         ["mxfp8 (3 of 4)", "product of two activations", "blocks/down/3"],
@@ -24,8 +29,9 @@ def test_all_examples_are_here():
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_runs(name):
+def test_runs(name, tmp_path):
     arguments, words = EXAMPLES[name]
+    arguments = [str(tmp_path) if argument == "RECORD" else argument for argument in arguments]
     source = (ROOT / "examples" / name).read_text()
     assert len(source.splitlines()) < 80
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -33,3 +39,6 @@ def test_runs(name):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in words), done.stdout
+    if "--record" in arguments:
+        comparison = report.build([tmp_path]).c
+        assert [arm.format for arm in comparison.arms] == ["BF16", "E2M1"] and comparison.gaps

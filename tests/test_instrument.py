@@ -196,7 +196,6 @@ PAIR = square("body", "head")
     [
         (dict(recipe="nvfp5"), "there is no recipe or number format 'nvfp5'"),
         (dict(recipe="nvfp4"), "keep=.'lm_head',."),
-        (dict(recipe="mxfp8_attention:fprop"), "products with weights only: give mxfp8:fprop"),
         (dict(recipe="E4M3", keep=("tail",)), "pattern 'tail' that fits no layer: the layers are body, head"),
         (dict(recipe="E4M3", keep="head"), "give patterns in brackets"),
         (dict(recipe="E4M3", keep=("*",)), "has no product"),

@@ -35,7 +35,8 @@ OWNERS = {
 }
 # `numerics.rounding` compiles the canary, and `numerics.recipe_certificate` slots: as the device at hand computes them.
 # `step.update`, `numerics.slot_quantization` and `instrumentation.numbers` use jax.jit so that what is met again is not
-# traced again; `instrumentation.rewrite` makes the calls of a user's program anew.
+# traced again; `instrumentation.rewrite` makes the calls of a user's program anew. `run.recorder` puts a row together
+# behind a step that is not ours.
 MAY_COMPILE = {
     "step.program",
     "step.update",
@@ -43,6 +44,7 @@ MAY_COMPILE = {
     "instrumentation.rewrite",
     "instrumentation.numbers",
     "inference.generate",
+    "run.recorder",
     "bench.programs",
     "numerics.rounding",
     "numerics.recipe_certificate",

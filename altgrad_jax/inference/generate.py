@@ -33,6 +33,7 @@ from altgrad_jax.models.attention import empty_cache
 from altgrad_jax.models.config import ModelConfig
 from altgrad_jax.models.linear import Quantized
 from altgrad_jax.models.model import forward, model_config, setting_names
+from altgrad_jax.numerics.formats import known_again
 from altgrad_jax.run.checkpoint import load_arrays
 from altgrad_jax.step import quantization, recipe, update
 
@@ -65,6 +66,7 @@ def load_model(path, step: int | None = None) -> Model:
     arrays, meta = load_arrays(path, step, _READ)
     if "params" not in arrays:
         raise UserError(f"the checkpoint {path} holds no parameters: give one that the training wrote")
+    known_again(meta.get("registered"))
     settings = meta.get("config", {})
     # All else is a choice of the machine it trained on; the defaults compute the same everywhere.
     missing = [name for name in (*setting_names("gpt2"), "tokenizer") if name not in settings]

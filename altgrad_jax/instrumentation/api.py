@@ -5,8 +5,8 @@ in their place (`rewrite`, `numbers`). The model is not touched, so it may be of
 and the gradients are those of jax.value_and_grad to the bit.
 """
 
-import dataclasses
 import fnmatch
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +18,20 @@ import numpy as np
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.instrumentation import numbers as of_numbers
-from altgrad_jax.instrumentation.numbers import Formats, Numbers
+from altgrad_jax.instrumentation.measure import by_name, name_of
+from altgrad_jax.instrumentation.numbers import Formats, InFormats, Numbers
 from altgrad_jax.instrumentation.origins import DATA, WEIGHT, Origin
-from altgrad_jax.instrumentation.plan import Plan, Product, find, layers_of, named
+from altgrad_jax.instrumentation.plan import Plan, Product, find, layers_of, named, without_pairs
 from altgrad_jax.instrumentation.rewrite import evaluate
 from altgrad_jax.instrumentation.sites import Sites, sites_of
 from altgrad_jax.instrumentation.table import Layers, table_of
 from altgrad_jax.numerics.bias import Bias, Sums, bias_of, unpacked
 from altgrad_jax.numerics.formats import FORMATS, get_format
-from altgrad_jax.numerics.products import push_amax
+from altgrad_jax.numerics.histograms import observed
+from altgrad_jax.numerics.products import named_statistics, push_amax
 from altgrad_jax.numerics.recipes import RECIPES, WITH_ATTENTION, Recipe, get_recipe
-from altgrad_jax.step.metrics import Columns, scalars
+from altgrad_jax.step.metrics import Columns, gradient_fidelity, scalars
+from altgrad_jax.step.program import Observed
 
 
 class State(NamedTuple):
@@ -59,6 +62,23 @@ class Instrument:
     _sites: Sites
     _params: Any  # structure of the parameters, with their shapes
 
+    @property
+    def choice(self) -> Recipe | Formats | None:
+        """The recipe or the formats."""
+        if self._numbers is None:
+            return None
+        return self._numbers.formats if isinstance(self._numbers, InFormats) else self._numbers.recipe
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of the layers that the recipe or the formats are used for."""
+        return tuple(name for name in self._sites.names if name not in self._kept)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(math.prod(shape) for shape, _ in jax.tree.leaves(self._params, is_leaf=_is_shape))
+
     def init(self, params) -> State:
         """The state of a first step. params: of the structure and shapes that `instrument` was given."""
         self._check_params(params)
@@ -86,19 +106,59 @@ class Instrument:
         Raises:
           UserError: parameters of another structure, no key, or blocks that do not divide an axis of this batch.
         """
+        value, aux, grads, statistics = self._pass(self._numbers, params, batch, state, args, key)
+        if self._numbers is None or statistics is None:
+            return (value, aux), grads, state, scalars({})
+        state = self._after(state, statistics, value, grads)
+        return (value, aux), grads, state, self._numbers.columns(self._sites.names, statistics)
+
+    def fidelity(self, params, batch, grads, *args) -> Columns:
+        """How close gradients are to those of the loss function itself, as the model has it; a second pass.
+
+        A pure function, for the inside of a jit, in every step or in some.
+
+        Args:
+          grads: from `value_and_grad` of the same parameters and batch.
+
+        Returns:
+          `grad_cosine/ARRAY`, `grad_sqnr_db/ARRAY`, `grad_flushed/ARRAY` for every array of the parameters, and over
+          all of them, as the built-in step's reference gradient gives them (metrics.gradient_fidelity).
+        """
+        reference = jax.grad(partial(_only_loss, self.loss_fn))(params, batch, *args)
+        return gradient_fidelity(by_name(grads), by_name(reference))
+
+    def histograms(self, params, batch, state: State, *args) -> Observed:
+        """How the operands use their formats: codes and magnitudes of every operand in one pass, rounded to nearest.
+
+        A pure function of its arguments, for `Recorder.diagnose`; arrays [layers, 3 operands, ...].
+
+        Raises:
+          UserError: the instrument has no number formats. (A recipe's scales are in its statistics.)
+        """
+        if not isinstance(self._numbers, InFormats):
+            raise UserError(
+                "histograms are of operands in number formats, and this instrument has none: give instrument a format, "
+                "such as recipe='E4M3'"
+            )
+        numbers = self._numbers.observing
+        vectors_Q3S = self._pass(numbers, params, batch, state, args, None)[3]
+        fields_Q3S, rest_Q3 = jnp.split(vectors_Q3S, [len(numbers.fields)], axis=-1)
+        named = named_statistics(fields_Q3S)
+        return Observed(*observed(rest_Q3), named["encode_scale"], named["amax"])
+
+    def _pass(self, numbers: Numbers | None, params, batch, state: State, args, key) -> tuple[Any, Any, Any, Any]:
+        """(loss, aux, gradients, statistics float32 [Q, O, S] or None)."""
         self._check_params(params)
-        trace = _traced(self.loss_fn, params, batch, *args)
-        plan = trace.plan.map(partial(_unless_kept, self._kept, self._numbers))
+        trace = _traced(self.loss_fn, _pairs(self.choice), params, batch, *args)
+        plan = trace.plan.map(partial(_unless_kept, self._kept, numbers))
         sites = sites_of(plan.products())
         self._check_sites(sites)
-        extras, probes = self._given(sites, state, key)
-        loss = partial(_loss, trace._replace(plan=plan), self._numbers, extras, (batch, *args))
+        extras, probes = self._given(numbers, sites, state, key)
+        loss = partial(_loss, trace._replace(plan=plan), numbers, extras, (batch, *args))
         (value, (aux, forward)), (grads, of_g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, probes)
-        if self._numbers is None or not self._numbers.measured:
-            return (value, aux), grads, state, scalars({})
-        statistics = of_numbers.combined(self._numbers, sites, forward, of_g)
-        state = self._after(state, statistics, value, grads)
-        return (value, aux), grads, state, self._numbers.columns(sites.names, statistics)
+        if numbers is None or not numbers.measured:
+            return value, aux, grads, None
+        return value, aux, grads, of_numbers.combined(numbers, sites, forward, of_g)
 
     def certify(self, params, batch, *args, key, state: State | None = None, draws: int = 16) -> dict[str, Bias]:
         """What of each product's error averages out and what stays (docs/bias.md): {layer: Bias}.
@@ -111,39 +171,42 @@ class Instrument:
           draws: of every product.
 
         Raises:
-          UserError: as `value_and_grad`; fewer than 2 draws; number formats in place of a recipe.
+          UserError: as `value_and_grad`; fewer than 2 draws; number formats, or a recipe of attention.
         """
         numbers = self._numbers
         if not isinstance(numbers, of_numbers.InRecipe):
             raise UserError("only a recipe has a certificate: give instrument one, such as recipe='nvfp4'")
+        if numbers.recipe.attention:
+            raise UserError(
+                f"a certificate is of products with weights, and {numbers.recipe.name} quantizes attention too: give "
+                f"instrument the recipe without {WITH_ATTENTION}"
+            )
         if draws < 2:
             raise UserError(f"draws={draws} cannot tell bias from variance: give 2 or more")
         self._check_params(params)
-        certified = dataclasses.replace(
-            self, _numbers=of_numbers.InCertificate(numbers.recipe, False, numbers.lazy, draws)
-        )
-        trace = _traced(self.loss_fn, params, batch, *args)
-        plan = trace.plan.map(partial(_unless_kept, self._kept, certified._numbers))
+        certified = of_numbers.InCertificate(numbers.recipe, False, numbers.lazy, draws)
+        trace = _traced(self.loss_fn, False, params, batch, *args)
+        plan = trace.plan.map(partial(_unless_kept, self._kept, certified))
         sites = sites_of(plan.products())
         self._check_sites(sites)
-        extras, probes = certified._given(sites, state or self.init(params), key)
-        loss = partial(_loss, trace._replace(plan=plan), certified._numbers, extras, (batch, *args), params)
+        extras, probes = self._given(certified, sites, state or self.init(params), key)
+        loss = partial(_loss, trace._replace(plan=plan), certified, extras, (batch, *args), params)
         of_g = jax.grad(lambda probes: loss(probes)[0])(probes)
-        sums_Q = unpacked(of_numbers.combined(certified._numbers, sites, {}, of_g)[:, 0], draws)
+        sums_Q = unpacked(of_numbers.combined(certified, sites, {}, of_g)[:, 0], draws)
         return {name: bias_of(Sums(*(leaf[q] for leaf in sums_Q)), draws) for q, name in enumerate(sites.names)}
 
-    def _given(self, sites: Sites, state: State, key) -> tuple[dict, dict]:
+    def _given(self, numbers: Numbers | None, sites: Sites, state: State, key) -> tuple[dict, dict]:
         """({product: Extra}, {product: probes [*axes, ...]})."""
-        if self._numbers is None:
+        if numbers is None:
             return {}, {}
         kept_Q = np.array([name in self._kept for name in sites.names], bool)
         words = None
-        if self._numbers.random:
+        if numbers.random:
             if key is None:
                 raise UserError("the recipe draws random numbers: give value_and_grad a key, another for every step")
             words = _words(key)
-        extras = self._numbers.extras(sites, state.amax_history, words, kept_Q)
-        probe, probes = self._numbers.probe(), {}
+        extras = numbers.extras(sites, state.amax_history, words, kept_Q)
+        probe, probes = numbers.probe(), {}
         if probe is not None:
             probes = {p.name: jnp.broadcast_to(probe, (*p.axes, *probe.shape)) for p in sites.products}
         return extras, probes
@@ -191,7 +254,8 @@ def instrument(
     Args:
       loss_fn: loss_fn(params, batch, *args) -> scalar loss, or (loss, aux).
       params, batch, args: arrays or jax.ShapeDtypeStruct, for their shapes.
-      recipe: a name of a recipe (`nvfp4`, also `nvfp4:wgrad`), a Recipe, a name of a number format (`E4M3`: all three
+      recipe: a name of a recipe (`nvfp4`, also `nvfp4:wgrad`; `nvfp4_attention`: in products of two activations, too),
+        a Recipe, a name of a number format (`E4M3`: all three
         operands, scaled per tensor), a Formats, or None to change nothing.
       keep: patterns (*, ?, [...]) of layers that stay as they are: whole names or whole parts of one, `lm_head` or
         `blocks/*/11`. They take the place of the layers that the recipe keeps in the built-in model, which has names
@@ -205,8 +269,8 @@ def instrument(
       UserError: no recipe or format of that name, a pattern that fits no layer, no layer left, a layer whose axes the
         recipe's blocks do not divide.
     """
-    trace = _traced(loss_fn, params, batch, *args)
     choice = _choice_of(recipe)
+    trace = _traced(loss_fn, _pairs(choice), params, batch, *args)
     products = trace.plan.products()
     kept = _kept(choice, products, keep)
     mixed = _mixed(products, kept)
@@ -229,22 +293,34 @@ def instrument(
     return Instrument(loss_fn, table_of(trace.plan, chosen), numbers, kept, sites, _shapes(params))
 
 
-def _traced(loss_fn, params, *args) -> _Trace:
+def _pairs(choice: Recipe | Formats | None) -> bool:
+    """Whether products of two activations have slots."""
+    return isinstance(choice, Recipe) and choice.attention
+
+
+def _traced(loss_fn, pairs: bool, params, *args) -> _Trace:
     jaxpr, outputs = jax.make_jaxpr(loss_fn, return_shape=True)(params, *args)
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    names = [_name(path) for path in paths]
+    names = [name_of(path) for path in paths]
     origins = [Origin(WEIGHT, frozenset([name])) for name in names]
     origins += [Origin(DATA)] * len(jax.tree.leaves(args))
-    return _Trace(jaxpr, named(find(jaxpr.jaxpr, origins)[1]), jax.tree.structure(outputs))
+    plan = find(jaxpr.jaxpr, origins)[1]
+    return _Trace(jaxpr, named(plan if pairs else without_pairs(plan)), jax.tree.structure(outputs))
 
 
-def _name(path) -> str:
-    """A parameter's path, `blocks/0/kernel`; flax.nnx's `/value` is left out."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value") or "params"
+class _Shape(NamedTuple):
+    """Of a parameter."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _is_shape(node) -> bool:
+    return isinstance(node, _Shape)
 
 
 def _shapes(params):
-    return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf).name), params)
+    return jax.tree.map(lambda leaf: _Shape(jnp.shape(leaf), jnp.result_type(leaf).name), params)
 
 
 def _loss(trace: _Trace, numbers: Numbers | None, extras, args, params, probes):
@@ -257,6 +333,11 @@ def _loss(trace: _Trace, numbers: Numbers | None, extras, args, params, probes):
     out = jax.tree.unflatten(trace.outputs, outs)
     value, aux = out if isinstance(out, tuple) else (out, None)
     return value, (aux, dict(zip(names, found)))
+
+
+def _only_loss(loss_fn, *args):
+    out = loss_fn(*args)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _words(key) -> jax.Array:
@@ -272,13 +353,7 @@ def _choice_of(recipe) -> Recipe | Formats | None:
         return recipe
     name = str(recipe)
     if isinstance(recipe, Recipe) or name.partition(":")[0].removesuffix(WITH_ATTENTION) in RECIPES:
-        found = recipe if isinstance(recipe, Recipe) else get_recipe(name)
-        if found.attention:
-            raise UserError(
-                f"recipe {found.name} quantizes the products of attention, and instrument reaches products with "
-                f"weights only: give {found.name.replace(WITH_ATTENTION, '')}"
-            )
-        return found
+        return recipe if isinstance(recipe, Recipe) else get_recipe(name)
     try:
         fmt = get_format(name).name
     except UserError:

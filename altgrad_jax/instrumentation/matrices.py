@@ -1,5 +1,6 @@
 """A dot_general of any layout as the products x w of matrices that the numerics know, and back."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from altgrad_jax.instrumentation.plan import Product
 
 
 class Matrices(NamedTuple):
-    """The operands of a product, B being its batch axes."""
+    """The operands of a product, B being its batch axes; of two activations a single one, of all heads."""
 
     x: jax.Array  # [*B, M, K]
     w: jax.Array  # [*B, K, N], or [*B, N, K]
@@ -32,14 +33,16 @@ def as_matrices(product: Product, eqn, operands: Sequence[Any]) -> Matrices:
     order = (free[side], contract[side]) if w_is_NK else (contract[side], free[side])
     w = lax.transpose(operands[side], (*batch[side], *order[0], *order[1]))
     sizes = (product.N, product.K) if w_is_NK else (product.K, product.N)
-    return Matrices(x.reshape(*product.batch, product.M, product.K), w.reshape(*product.batch, *sizes), w_is_NK)
+    outer = [*product.batch, math.prod(product.heads)] if product.is_pair else product.batch
+    return Matrices(x.reshape(*outer, product.M, product.K), w.reshape(*outer, *sizes), w_is_NK)
 
 
 def as_result(product: Product, eqn, operands: Sequence[Any], y) -> jax.Array:
     """Y [*B, M, N] in the shape and dtype that the equation has."""
     free = _free(operands, eqn.params["dimension_numbers"])
     rows, columns = ([operands[s].shape[d] for d in free[s]] for s in (1 - product.side, product.side))
-    y, b, r = y.reshape(*product.batch, *rows, *columns), len(product.batch), len(rows)
+    outer = *product.batch, *product.heads
+    y, b, r = y.reshape(*outer, *rows, *columns), len(outer), len(rows)
     if product.side == 0:
         y = lax.transpose(y, (*range(b), *range(b + r, y.ndim), *range(b, b + r)))
     return y.astype(eqn.outvars[0].aval.dtype)

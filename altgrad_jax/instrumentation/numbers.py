@@ -25,7 +25,7 @@ from altgrad_jax.instrumentation.matrices import as_matrices, as_result
 from altgrad_jax.instrumentation.plan import Product
 from altgrad_jax.instrumentation.rewrite import axes_of, varying
 from altgrad_jax.instrumentation.sites import Extra, Sites
-from altgrad_jax.numerics import bias, products, slot_statistics, slots
+from altgrad_jax.numerics import bias, histograms, products, slot_statistics, slots
 from altgrad_jax.numerics.certified_products import Certified, Draws, certified_dot
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.products import Operand, Operands, Rule, quant_dot
@@ -33,7 +33,7 @@ from altgrad_jax.numerics.recipes import SLOTS, Recipe, check_dimensions, get_re
 from altgrad_jax.numerics.rounding import FormatParams, format_params
 from altgrad_jax.numerics.rules import BLOCK_SIZES, OPERANDS, ROUNDINGS, LayerFormats
 from altgrad_jax.numerics.slot_quantization import Features, Slot
-from altgrad_jax.numerics.slots import slot_dot
+from altgrad_jax.numerics.slots import slot_dot, slot_dots
 from altgrad_jax.step import quantization, recipe
 from altgrad_jax.step.metrics import Columns
 
@@ -105,6 +105,7 @@ class InFormats:
 
     formats: Formats
     measured: bool
+    observe: bool = False  # whether histograms stand behind the statistics
     operands = OPERANDS
     fields = products.FIELDS
 
@@ -121,13 +122,20 @@ class InFormats:
     @property
     def nothing(self) -> np.ndarray:
         """float32 [S] that changes nothing when combined."""
-        return products.empty_statistics()
+        counts = 2 * histograms.HISTOGRAMS if self.observe else 0
+        return np.pad(products.empty_statistics(), (0, counts))
+
+    @property
+    def observing(self) -> "InFormats":
+        """The same formats with histograms, rounded to nearest."""
+        return InFormats(dataclasses.replace(self.formats, rounding="nearest"), measured=True, observe=True)
 
     @property
     def rule(self) -> Rule:
         """The static choices of quant_dot."""
         wide = any(get_format(name).mantissa_bits > 7 for name in self.formats.wag if name)
-        return Rule(*self.formats.scalings, float32_operands=wide)
+        observe = histograms.observe if self.observe else None
+        return Rule(*self.formats.scalings, float32_operands=wide, observe=observe)
 
     @property
     def history(self) -> int:
@@ -157,10 +165,11 @@ class InFormats:
 
     def probe(self) -> np.ndarray | None:
         """float32 [S], of one site; None where nothing is measured of the backward pass."""
-        return products.empty_statistics() if self.measured and self.formats.g else None
+        return self.nothing if self.measured and self.formats.g else None
 
-    def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype) -> tuple[jax.Array, Any]:
+    def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype, is_pair: bool) -> tuple[jax.Array, Any]:
         """(Y float32 [M, N], statistics) of one site."""
+        assert not is_pair, "instrument gives products of two activations recipes only"
         operands = []
         for i, name in enumerate(self.formats.wag):
             if name is None:
@@ -275,13 +284,14 @@ class InRecipe:
         """float32 [3, S], of one site; None where nothing is measured."""
         return slots.empty_statistics() if self.measured else None
 
-    def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype) -> tuple[jax.Array, Any]:
-        """(Y float32 [M, N], statistics) of one site."""
+    def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype, is_pair: bool) -> tuple[jax.Array, Any]:
+        """(Y float32 [M, N], statistics) of one site; with `is_pair` [heads, M, N]."""
         own = {"seed": extra.seed, "signs": extra.signs, "given": extra.given}
         of_site = self.slots._replace(**{name: value for name, value in own.items() if value is not None})
         assert extra.kept is not None, "every site of a recipe is told whether it is kept"
         of_site = jax.tree.map(partial(jnp.where, extra.kept), self.high, of_site)
-        return slot_dot(x, w, of_site, self.features, extra.probe, w_is_NK, dtype)
+        dot = slot_dots if is_pair else slot_dot
+        return dot(x, w, of_site, self.features, extra.probe, w_is_NK, dtype)
 
     def gather(self, forward, backward) -> jax.Array:
         """float32 [..., O, S] of a product from what `dot` returned and its probe's gradient."""
@@ -321,8 +331,9 @@ class InCertificate(InRecipe):
         """float32 [F], of one site."""
         return self.nothing
 
-    def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype) -> tuple[jax.Array, Any]:
+    def dot(self, x, w, extra: Extra, w_is_NK: bool, dtype, is_pair: bool) -> tuple[jax.Array, Any]:
         """(Y float32 [M, N], nothing) of one site. A batch that cannot be halved for its blocks is measured whole."""
+        assert not is_pair, "a certificate is of products with weights"
         own = self.slots if extra.given is None else self.slots._replace(given=extra.given)
         assert extra.kept is not None and extra.seed is not None, "every site of a certificate is given both"
         own = jax.tree.map(partial(jnp.where, extra.kept), self.high, own)
@@ -340,10 +351,10 @@ class InCertificate(InRecipe):
 Numbers = InFormats | InRecipe
 
 
-@partial(jax.jit, static_argnames=("numbers", "n_batch", "w_is_NK", "dtype", "again"))
-def _dot(x, w, extra: Extra, *, numbers: Numbers, n_batch: int, w_is_NK: bool, dtype, again: bool):
+@partial(jax.jit, static_argnames=("numbers", "n_batch", "w_is_NK", "dtype", "again", "is_pair"))
+def _dot(x, w, extra: Extra, *, numbers: Numbers, n_batch: int, w_is_NK: bool, dtype, again: bool, is_pair: bool):
     """Numbers.dot over batch axes. Jitted, so that products that are alike are traced and lowered once."""
-    dot = partial(numbers.dot, w_is_NK=w_is_NK, dtype=dtype)
+    dot = partial(numbers.dot, w_is_NK=w_is_NK, dtype=dtype, is_pair=is_pair)
     if again:  # or every round of the loop would save a rounded copy of the same weight
         dot = jax.checkpoint(dot)
     for _ in range(n_batch):
@@ -375,6 +386,7 @@ def replace(numbers: Numbers, product: Product, eqn, operands, extra: Extra) -> 
         w_is_NK=found.w_is_NK,
         dtype=compute_dtype(product),
         again=bool(product.reused),
+        is_pair=product.is_pair,
     )
     return as_result(product, eqn, operands, y), statistics
 

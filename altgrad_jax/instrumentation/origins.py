@@ -33,6 +33,9 @@ class Origin(NamedTuple):
     leaves: frozenset[str] = frozenset()  # names of the parameters that have a part in it
     loops: frozenset[int] = frozenset()  # depths of the loops in which it differs from round to round
     through: str = ""  # the primitive that made it more than one leaf
+    scores: bool = (
+        False  # whether a product of two activations, and no product with a weight after it, has a part in it
+    )
 
 
 def union(sets: Iterable[frozenset]) -> frozenset:
@@ -44,14 +47,15 @@ def joined(origins: Sequence[Origin], through: str) -> Origin:
     """The origin of what the primitive `through` computes from values of these origins."""
     leaves, loops = union(o.leaves for o in origins), union(o.loops for o in origins)
     if any(o.kind == DATA for o in origins):
-        return Origin(DATA, loops=loops)
+        return Origin(DATA, loops=loops, scores=any(o.scores for o in origins))
     through = next((o.through for o in origins if o.through), through)
     return Origin(DERIVED, leaves, loops, through) if leaves else Origin(loops=loops)
 
 
 def either(a: Origin, b: Origin) -> Origin:
     """The origin of a value that is one of two, as after a branch."""
-    return a._replace(loops=a.loops | b.loops) if a[:2] == b[:2] else joined([a, b], "a choice")
+    loops, scores = a.loops | b.loops, a.scores or b.scores
+    return a._replace(loops=loops, scores=scores) if a[:2] == b[:2] else joined([a, b], "a choice")
 
 
 def laid_out(eqn, origins: Sequence[Origin]) -> Origin:

@@ -2,7 +2,7 @@
 
 `find` walks a jaxpr once, carrying the origin of every value (`origins`), into jit, remat, scan, while, cond and
 shard_map. It makes a `Plan`: at which equation stands which product, and in which loops. A `Product` has one operand
-that is a weight. All other products are `Note`s with a reason.
+that is a weight, or is one of two activations, as in attention. All other products are `Note`s with a reason.
 
 A product inside loops is computed once per round, and a batched product once per batch index, each time with a scale of
 its own. Where the weight differs (loops over stacked layers, experts) each is a *layer* with a name of its own; where
@@ -13,6 +13,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from jax.extend import core, source_info_util
@@ -38,15 +39,19 @@ CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "remat": "jaxpr", "
 OTHER_PRODUCTS = ("conv_general_dilated", "ragged_dot", "ragged_dot_general", "scaled_dot")
 
 
+PAIR = "activations"  # the name of a product of two activations
+
+
 class Product(NamedTuple):
     """A product of data and one weight.
 
-    Y[M,N] = X[M,K] W[K,N] for each entry of `axes`.
+    Y[M,N] = X[M,K] W[K,N] for each entry of `axes`. In a product of two activations W is the second, and in that of
+    attention's weights with values the values; its batch axes are `heads`, which are one layer.
     """
 
     name: str  # of the leaf; of its second product with #2
-    leaf: str
-    side: int  # which operand is the weight
+    leaf: str  # PAIR where there is no weight
+    side: int  # which operand is W
     loops: tuple[tuple[int, bool], ...]  # (rounds, whether the weight differs between them), from the outermost
     batch: tuple[int, ...]  # sizes of the batch axes
     M: int
@@ -55,6 +60,12 @@ class Product(NamedTuple):
     dtypes: tuple[str, str, str]  # of weight, input and result
     order: tuple[int | None, ...]  # indices of equations on the way to it; None stands for the round of a loop
     where: str  # file and line
+    heads: tuple[int, ...] = ()  # sizes of the batch axes of a product of two activations
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is a product of two activations."""
+        return self.leaf == PAIR
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -79,7 +90,7 @@ class Product(NamedTuple):
     @property
     def flops(self) -> int:
         """Floating-point operations of a forward pass."""
-        return 2 * self.M * self.K * self.N * math.prod(self.axes)
+        return 2 * self.M * self.K * self.N * math.prod((*self.axes, *self.heads))
 
     def position(self, index: Sequence[int]) -> tuple[int, ...]:
         """Sorts layers by when they are first computed. index: along `layers`."""
@@ -189,8 +200,8 @@ def _flops(eqn, times: int) -> int:
 
 
 def _of_dot(eqn, ins, place):
-    outs = [joined(ins, "dot_general")]
     kinds = [o.kind for o in ins]
+    outs = [joined(ins, "dot_general")._replace(scores=kinds == [DATA, DATA])]
     names = ", ".join(sorted(union(o.leaves for o in ins)))
     note = Note("uncovered", names, "", where_of(eqn), _flops(eqn, place.times))
     if kinds.count(WEIGHT) == 1 and DERIVED not in kinds:
@@ -202,7 +213,8 @@ def _of_dot(eqn, ins, place):
     if kinds == [DATA, DATA]:
         if names and eqn.params["dimension_numbers"][1][0]:
             return outs, None, [note._replace(why="rows chosen by data")]
-        return outs, None, [note._replace(kind="activations", name="")]
+        values = int(not (ins[1].scores and not ins[0].scores))
+        return outs, _product(eqn, ins, values, place), []
     return outs, None, [note._replace(kind="constant")] if DATA in kinds else []
 
 
@@ -214,19 +226,22 @@ def _product(eqn, ins, side, place) -> Product:
         for s, shape in enumerate(shapes)
     ]
     dtypes = [v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)]
-    (leaf,) = ins[side].leaves
+    is_pair = ins[side].kind == DATA
+    leaf = PAIR if is_pair else next(iter(ins[side].leaves))
+    sizes = tuple(shapes[side][d] for d in batch[side])
     return Product(
         name=leaf,
         leaf=leaf,
         side=side,
-        loops=tuple((rounds, depth in ins[side].loops) for depth, rounds in enumerate(place.loops)),
-        batch=tuple(shapes[side][d] for d in batch[side]),
+        loops=tuple((rounds, not is_pair and depth in ins[side].loops) for depth, rounds in enumerate(place.loops)),
+        batch=() if is_pair else sizes,
         M=free[1 - side],
         K=math.prod(shapes[side][d] for d in contract[side]),
         N=free[side],
         dtypes=(dtypes[side], dtypes[1 - side], dtypes[2]),
         order=place.order,
         where=where_of(eqn),
+        heads=sizes if is_pair else (),
     )
 
 
@@ -246,7 +261,16 @@ def _of_scan(eqn, ins, place):
     xs = [in_loop(o, depth) for o in ins[n + k :]]
     body, place = eqn.params["jaxpr"].jaxpr, place.looped(eqn.params["length"])
     outs, plan = _loop(body, ins[:n], ins[n : n + k], xs, place, depth)
+    if any(p.loops[depth][1] for p in plan.products()):  # a loop over layers, so each has an attention of its own
+        plan = plan.map(partial(_of_layers, depth))
     return [out_of_loop(o, depth) for o in outs], (plan,), plan.notes
+
+
+def _of_layers(depth: int, product: Product) -> Product:
+    if not product.is_pair:
+        return product
+    rounds = [(n, differs or i == depth) for i, (n, differs) in enumerate(product.loops)]
+    return product._replace(loops=tuple(rounds))
 
 
 def _of_while(eqn, ins, place):
@@ -328,7 +352,19 @@ def _jaxprs(params) -> Iterator[Any]:
 
 def _unreached(plan, name) -> list[Note]:
     """The notes of a plan whose products are out of reach."""
-    return [*plan.notes, *(Note("uncovered", p.leaf, f"inside {name}", p.where, p.flops) for p in plan.products())]
+    return [*plan.notes, *(_note(p, f"inside {name}") for p in plan.products())]
+
+
+def _note(product: Product, why: str) -> Note:
+    kind, name = ("activations", "") if product.is_pair else ("uncovered", product.leaf)
+    return Note(kind, name, why, product.where, product.flops)
+
+
+def without_pairs(plan: Plan) -> Plan:
+    """The plan whose products of two activations stay as they are."""
+    notes = [_note(product, "") for product in plan.products() if product.is_pair]
+    plan = plan.map(lambda product: None if product.is_pair else product)
+    return plan._replace(notes=(*plan.notes, *notes))
 
 
 _OF_PRIMITIVE = (

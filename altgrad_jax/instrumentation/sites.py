@@ -107,6 +107,12 @@ def combined(sites: Sites, fields: Fields, nothing, found: Mapping[str, jax.Arra
         v = jnp.where(v[..., count, None] > 0, v, nothing)
         again = tuple(product.axes[i] for i in product.reused)
         v = jnp.moveaxis(v, product.reused, tuple(range(len(again)))).reshape(-1, *product.layers, *v.shape[-2:])
-        parts.append(combine_all(fields, v).reshape(-1, *v.shape[-2:]))
+        parts.append(_as_one(fields, v).reshape(-1, *v.shape[-2:]))
         rows += [q for q, layer in enumerate(sites.layers) if layer.product.name == product.name]
     return jnp.concatenate(parts)[np.argsort(rows)]
+
+
+def _as_one(fields: Fields, vectors) -> jax.Array:
+    """combine_all of vectors that may have counts behind their fields, which are added."""
+    rest = jnp.sum(vectors[..., len(fields) :], axis=0)
+    return jnp.concatenate([combine_all(fields, vectors), rest], axis=-1)

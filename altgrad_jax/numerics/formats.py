@@ -315,6 +315,18 @@ def register_format(fmt: FloatFormat) -> FloatFormat:
     return fmt
 
 
+def registered(names) -> dict[str, dict]:
+    """{name: facts} of those among these formats that are a user's own; what a record keeps, so that `known_again` can
+    make them known to another process."""
+    return {name: facts(_REGISTERED[name]) for name in dict.fromkeys(names) if name in _REGISTERED}
+
+
+def known_again(kept) -> None:
+    """Registers the formats of a record; UserError where a name stands for other facts in this process."""
+    for of_format in (kept or {}).values():
+        register_format(from_facts(of_format))
+
+
 def facts(fmt: FloatFormat) -> dict:
     """What a format is, as plain values that JSON holds; `from_facts` makes the format of them again."""
     return dataclasses.asdict(fmt)

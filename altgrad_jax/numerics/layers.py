@@ -49,10 +49,12 @@ def attention_sizes(part: str, head_width: int, block_size: int) -> tuple[int, i
 
 
 def model_order(layer: str) -> tuple[int, int, int]:
-    """Sorts layers by name (`embed`, `block_0/ln_1`, ...) in the order in which the model applies them."""
+    """Sorts layers by name (`embed`, `block_0/ln_1`, ...) in the order in which the model applies them; names of other
+    models come last, and stay in their order."""
     match = re.fullmatch(r"([a-z_]+?)(?:_(\d+)/(\w+))?", layer)
-    assert match, layer
-    stage, index, part = match.groups()
+    stage, index, part = match.groups() if match else (None, None, None)
+    if stage not in STAGES or part not in (None, *BLOCK_LAYERS):
+        return len(STAGES), 0, 0
     return STAGES.index(stage), int(index or 0), BLOCK_LAYERS.index(part) if part else 0
 
 

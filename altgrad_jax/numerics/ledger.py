@@ -41,7 +41,7 @@ from altgrad_jax.numerics.products import scale_for
 from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format, to_codes, to_grid, ulp
 from altgrad_jax.numerics.scales import LARGEST_SCALED
 
-_FIELDS = ("elements", "updates", "flips", "unmoved", "lost", "dot", "energy", "missed", "codes", "scale_flips", "age")
+FIELDS = ("elements", "updates", "flips", "unmoved", "lost", "dot", "energy", "missed", "codes", "scale_flips", "age")
 MAX_AGE = 65535
 
 
@@ -114,7 +114,7 @@ def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None) -> tuple[jax
         "scale_flips": jnp.float32(0),
         "age": jnp.float32(0) if new_age is None else jnp.sum(new_age.astype(jnp.float32)),
     }
-    return jnp.stack([sums[field] for field in _FIELDS]), new_age
+    return jnp.stack([sums[field] for field in FIELDS]), new_age
 
 
 def expected_to_move(w, update, grid: Grid) -> jax.Array:
@@ -154,7 +154,7 @@ def scale_flips(w, before: Grid, after: Grid) -> jax.Array:
 
 def with_scale_flips(sums, flips) -> jax.Array:
     """Sums of `entries` with the number of scale flips filled in."""
-    return sums.at[..., _FIELDS.index("scale_flips")].set(flips)
+    return sums.at[..., FIELDS.index("scale_flips")].set(flips)
 
 
 def lost_share(sums) -> jax.Array:
@@ -164,7 +164,7 @@ def lost_share(sums) -> jax.Array:
 
 def lost_weights(sums) -> jax.Array:
     """Number of weights of each layer whose update is lost."""
-    return sums[..., _FIELDS.index("lost")]
+    return sums[..., FIELDS.index("lost")]
 
 
 def ledger_metrics(sums_SF, *, stored: bool, ages: bool) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -178,7 +178,7 @@ def ledger_metrics(sums_SF, *, stored: bool, ages: bool) -> tuple[dict[str, jax.
 
 
 def _named(sums, stored, ages):
-    f = {name: sums[..., i] for i, name in enumerate(_FIELDS)}
+    f = {name: sums[..., i] for i, name in enumerate(FIELDS)}
     energy = jnp.where(f["energy"] > 0, f["energy"], jnp.nan)
     out = {
         "flip": f["flips"] / f["elements"],

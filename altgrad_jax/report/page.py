@@ -86,6 +86,7 @@ class Report:
             "states": ", ".join(f"{n} {state}" for state, n in sorted(states.items())),
             "config": one.config if one else None,
             "parameters": one and (one.manifest.get("model") or {}).get("parameters"),
+            "recorder": one and one.manifest.get("recorder"),
             "notes": notes(self.c),
         }
 

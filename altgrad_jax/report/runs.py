@@ -458,6 +458,8 @@ def check_comparable(runs):
         meta = run.manifest["data"].get("meta") or {}
         yield "the data's fingerprint", run.manifest["data"]["fingerprint"]
         yield "the data's tokenizer", meta.get("tokenizer", run.config.get("tokenizer"))
+        if "recorder" in run.manifest:
+            yield "the model's products (name, layers, K, N, kept)", run.manifest["recorder"]["products"]
         for name, value in run.config.items():
             free = name in FREE or name.endswith("_interval") or name.startswith("wandb_")
             if not free and name not in IDENTITY and name not in VARIANTS:

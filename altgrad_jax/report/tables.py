@@ -306,6 +306,8 @@ def variation(c):
     else:
         held = "The t intervals hold the seed of the weights and the data order together; their parts cannot be told"
     if not c.over_all_windows:
+        if any("recorder" in run.manifest for run in c.all_runs):
+            return f"{held}. What other validation data would show is in no interval."
         windows = next((run.config["eval_windows"] for run in c.all_runs if run.arm), None)
         return (
             f"{held}. All runs are evaluated on one set of {windows} windows: what other text would show is in no "

@@ -26,7 +26,7 @@ from altgrad_jax.data.dataset import permute_windows
 from altgrad_jax.data.prepare import describe_duplicates
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.parameters import count_params
-from altgrad_jax.numerics import recipes
+from altgrad_jax.numerics import formats, recipes, rules
 from altgrad_jax.run import processes, verdict
 from altgrad_jax.run.alerts import rules_of
 from altgrad_jax.run.checkpoint import list_steps, open_checkpoints, save_anomaly
@@ -154,6 +154,11 @@ def _manifest_of(config: Config, run_dir: Path, resume: str | int) -> dict | Non
             )
     elif (run_dir / MANIFEST).exists():
         manifest = read_manifest(run_dir)
+        if "recorder" in manifest:
+            raise UserError(
+                f"{run_dir} holds the record of another training loop (Recorder), which this program cannot continue: "
+                "give another --workdir"
+            )
         refuse_other_config(run_dir, manifest, config)
     elif list_steps(run_dir) or (run_dir / METRICS).exists():
         raise UserError(
@@ -166,6 +171,29 @@ def _manifest_of(config: Config, run_dir: Path, resume: str | int) -> dict | Non
             f"{', '.join(map(str, list_steps(run_dir))) or 'none'}"
         )
     return manifest
+
+
+def start_of(started: float, step: int, device, count: int) -> dict[str, Any]:
+    """What the manifest keeps of a start: when, from which step, by which program, on `count` devices like this one."""
+    return {
+        "time": round(started, 3),
+        "step": step,
+        "schema_version": SCHEMA_VERSION,
+        "argv": sys.argv,
+        "versions": versions(),
+        "git": git_commit(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": count},
+        "processes": processes.n_processes(),
+    }
+
+
+def own_formats(quant: quantization.QuantOptions | None) -> dict[str, Any]:
+    """{"registered": the facts of a run's own formats}, which readers of the record make known; {} without any."""
+    if quant is None:
+        return {}
+    found = formats.registered([*rules.names_used(quant.layers), *quant.emergency_formats])
+    return {"registered": found} if found else {}
 
 
 # ------------------------------------------------------------------------------------------------------ a run's folder
@@ -305,22 +333,8 @@ class RunFolder:
         """Writes and returns what this run is. A resumed run keeps what was true at its start and adds how it was
         continued."""
         setup = self.setup
-        start: dict[str, Any] = {
-            "time": round(self.started, 3),
-            "step": self.step,
-            "schema_version": SCHEMA_VERSION,
-            "argv": sys.argv,
-            "versions": versions(),
-            "git": git_commit(),
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-            "device": {
-                "platform": setup.device.platform,
-                "kind": setup.device.device_kind,
-                "count": len(setup.devices),
-            },
-            "mesh": dict(setup.functions.step.mesh.shape),
-            "processes": processes.n_processes(),
-        }
+        start = start_of(self.started, self.step, setup.device, len(setup.devices))
+        start["mesh"] = dict(setup.functions.step.mesh.shape)
         if self.width is not None:
             # The times of this run's rows are its share of those of all.
             start["side_by_side"] = self.width
@@ -354,7 +368,7 @@ class RunFolder:
             manifest["init_from"] = self.source
         if self.quant is not None:
             layers = [dataclasses.asdict(layer) for layer in self.quant.layers]
-            manifest["formats"] = {"layers": layers, "certificates": self.certificates}
+            manifest["formats"] = {"layers": layers, "certificates": self.certificates} | own_formats(self.quant)
         if self.recipe is not None:
             manifest["recipes"] = {
                 recipe.name: recipes.facts(recipe) | {"certificate": self.recipe_certificates[recipe.name]}
@@ -457,7 +471,7 @@ class RunFolder:
             "data_fingerprint": self.setup.data.tokens.fingerprint,
             "run_id": self.manifest["run_id"] if self.manifest else None,
             "step": self.step,
-        }
+        } | own_formats(self.quant)
 
     def _report_saves(self) -> None:
         for outcome in self.checkpoints.check():

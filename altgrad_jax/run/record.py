@@ -31,6 +31,7 @@ import numpy as np
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import open_file, read_json, require_file, write_atomically
+from altgrad_jax.numerics.formats import known_again
 from altgrad_jax.numerics.whatif import N_BINS, dense
 from altgrad_jax.run.names import Names
 
@@ -545,7 +546,7 @@ def write_manifest(run_dir: str | Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:
-    """The manifest of a run folder.
+    """The manifest of a run folder. A user's own number formats that it holds are registered.
 
     Raises:
       UserError: it is missing, broken, of another schema version, or lacks what every reader takes for granted.
@@ -567,4 +568,6 @@ def read_manifest(run_dir: str | Path) -> dict[str, Any]:
     for value, name, what in ((manifest["data"], "fingerprint", "the data"), (manifest, "run_id", "the run")):
         if not isinstance(value.get(name), str):
             raise UserError(f"{path} does not have the {name} of {what}: {_FROM_A_COPY}")
+    if isinstance(manifest.get("formats"), dict):
+        known_again(manifest["formats"].get("registered"))
     return manifest

@@ -62,7 +62,7 @@ class RunFacts:
 
     Attributes:
       max_steps: of the run; the row of the last step is always recorded.
-      tokens_per_step: tokens of one update.
+      tokens_per_step: tokens of one update; None: tokens per second are not recorded.
       log_interval: every how many steps a row is recorded.
       layer_interval: rows 1, 1 + layer_interval, ... and the last carry the statistics of layers, the others not.
       alert_interval: fewest steps between two console messages of one kind of alert.
@@ -70,7 +70,7 @@ class RunFacts:
     """
 
     max_steps: int
-    tokens_per_step: int
+    tokens_per_step: int | None
     log_interval: int = 1
     layer_interval: int = 1
     alert_interval: int = 100
@@ -225,7 +225,7 @@ class Writer:
 
     def _timing(self, step_time):
         timing = {"time": round(time.time(), 3), "step_time_s": _round(step_time)}
-        if step_time > 0:
+        if step_time > 0 and self._facts.tokens_per_step:
             timing["tokens_per_s"] = _round(self._facts.tokens_per_step / step_time)
             if self._facts.flops_per_step and self._facts.peak_flops:
                 timing["mfu"] = _round(self._facts.flops_per_step / step_time / self._facts.peak_flops)

@@ -56,7 +56,7 @@ from altgrad_jax.step.recipe import RecipeOptions
 
 SPARSE, _ALERT = "sparse/", "alert/"
 # Streams of random bits beside those of the operands, which are numbered from 0.
-_AT_REST_STREAM, _OPTIMIZER_STREAM, _MOMENTS_STREAM = 2**24, 2**25, 2**26
+AT_REST_STREAM, OPTIMIZER_STREAM, _MOMENTS_STREAM = 2**24, 2**25, 2**26
 
 
 class TrainState(NamedTuple):
@@ -629,7 +629,7 @@ def propose_update(
         extra = {
             "grids": _with_weights(none, grids),
             "learning_rate": lr,
-            "seed": formats.noise(_OPTIMIZER_STREAM),
+            "seed": formats.noise(OPTIMIZER_STREAM),
         }
     directions, opt_state = step.update_rule.update(clipped, state.opt_state, state.params, **extra)
     # Dividing by the root of an infinite second moment gives 0, which would look like a sound update.
@@ -744,7 +744,7 @@ def store_weights(
         name, key = group.name, group.key
         noise, owed = None, formats.state.residual.get(key)
         if options.weights_at_rest == "stochastic":
-            streams = [_AT_REST_STREAM + position[layer] for layer in stacking.layers_of(name)]
+            streams = [AT_REST_STREAM + position[layer] for layer in stacking.layers_of(name)]
             noise = quantization.noise_of((formats.seed, formats.number), streams)
         after = jax.vmap(partial(ledger.store, force=rises))(
             change.old[name], change.update[name], grids[name], next_formats[name], residual=owed, seed=noise
