@@ -52,7 +52,7 @@ def outside(field: Field) -> st.SearchStrategy:
     if field.kind is bool:
         return st.integers()
     if field.kind is tuple:
-        return st.sampled_from((("a,b",), ("x" * 129,), *(("ok", text) for text in WRONG_TEXTS)))
+        return st.sampled_from((("a,b",), ("x" * (field.text.longest + 1),), *(("ok", text) for text in WRONG_TEXTS)))
     if field.choices:
         near = [field.choices[0].upper(), f"{field.choices[0]} ", f"{field.choices[0]},", "", *WRONG_TEXTS]
         return (st.sampled_from(near) | st.text(max_size=12)).filter(lambda text: not field.accepts(text))
