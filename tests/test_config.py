@@ -182,7 +182,8 @@ OUT_OF_RANGE = [
     *[
         (name, 0)
         for name in WHOLE
-        if name not in ("warmup_steps", "seed", "data_seed", "steps_per_dispatch", "vocab_size", "n_kv_head")
+        if name
+        not in ("warmup_steps", "seed", "data_seed", "steps_per_dispatch", "vocab_size", "n_kv_head", "certify_draws")
     ],
     ("vocab_size", 1),
     ("vocab_size", 65537),
