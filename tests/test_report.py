@@ -1024,6 +1024,8 @@ def test_what_a_report_will_lack_is_said_before_the_runs():
         "1 of 31 members in a format, such as alone, have no bfloat16 member of the same learning_rate"
     )
     one = base | {"recipe": ("mxfp8",)}
+    seeds = [config | {"seed": seed} for config in (base, one) for seed in SEEDS]
+    assert any("give data_seed several values too" in sentence for sentence in lacking(seeds))
     said = lacking([base, one])
     assert [sentence.partition(": ")[2] for sentence in said] == [
         "give seed 5 values or more",
