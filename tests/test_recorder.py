@@ -77,7 +77,7 @@ def test_the_report_compares_such_folders(folders, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Gap to BF16 in nats per token" in done.stdout and "E4M3" in done.stdout
     page = (tmp_path / "page.md").read_text()
-    assert "4 runs (4 finished), recorded by a loop of their own. The model: 1,056 parameters" in page
+    assert "4 runs (4 finished). Recorded by a loop of their own. The model: 1,056 parameters, " in page
     comparison = report.build([folders]).c
     last = {seed: list(read_rows(folders / f"E4M3-{seed}"))[-1]["val_loss"] for seed in (0, 1)}
     assert comparison.losses(Arm("E4M3"), RATE) == {(seed, 1337): np.float32(loss) for seed, loss in last.items()}
