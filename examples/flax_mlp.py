@@ -1,8 +1,7 @@
 """Which number format can a Flax model be trained in? Trains one multilayer perceptron in five and prints a table.
 
 Command: python examples/flax_mlp.py       Time: half a minute on two cores.
-Result:  the loss of each, and how far each operand is from what it was before it was rounded. With --record=runs/mlp
-         a folder for each, which `python scripts/report.py runs/mlp` compares.
+Result:  the loss of each, and the error of each operand; with --record=runs/mlp folders for `scripts/report.py runs/mlp`.
 """
 
 import argparse
@@ -55,12 +54,8 @@ def train(recipe, steps, folder):
         return optax.apply_updates(params, updates), moments, state, loss, statistics
 
     moments, state, loss, statistics = optimizer.init(params), inst.init(params), jnp.nan, None
-    with contextlib.ExitStack() as resources:
-        recorder = None
-        if folder:
-            recorder = resources.enter_context(
-                Recorder(f"{folder}/{recipe}", inst, data="points", max_steps=steps, learning_rate=3e-3)
-            )
+    kept = {"data": "points", "max_steps": steps, "learning_rate": 3e-3}
+    with Recorder(f"{folder}/{recipe}", inst, **kept) if folder else contextlib.nullcontext() as recorder:
         for i in range(steps):
             params, moments, state, loss, statistics = step(params, moments, state, data(i), jax.random.key(i))
             if recorder:
