@@ -12,10 +12,12 @@ keeps its traceback. No jax here, so help comes at once.
 import contextlib
 import copy
 import inspect
+import io
 import os
 import re
 import signal
 import sys
+import traceback
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -141,11 +143,12 @@ def main(
 
 def run_script(function: Callable[[], int | None]) -> NoReturn:
     """Calls `function` and exits with its code. The one place where exceptions become exit codes and sentences."""
+    _open_standard_streams()
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)  # so that half-made files are removed; a training has its own way
     try:
         code = function() or 0
-        sys.stdout.flush()
+        _flush_output()
         if code > 128:  # a training was interrupted; threads may still be compiling, and Python would wait for them
             os._exit(code)
     except UserError as error:
@@ -160,10 +163,43 @@ def run_script(function: Callable[[], int | None]) -> NoReturn:
         what = f"{error.filename} cannot be used ({error.strerror})" if error.filename else str(error)
         code = _say(f"{what}: put that right, then give the same command again", 1)
     except RuntimeError as error:
-        if not str(error).startswith("Unable to initialize backend"):
+        if not re.match("Unable to initialize backend|Unknown backend", str(error)):
             raise
         code = _say(f"{' '.join(str(error).split())}: give --device=cpu, or another JAX_PLATFORMS", 2)
+    except ValueError as error:
+        if not _is_from_options_of_jax(error):
+            raise
+        code = _say(f"{error}: give that variable another value, or unset it", 2)
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Gives the process the three streams where it was started without (`>&-`), or the next file that is opened would
+    take their place; what the terminal's encoding lacks is written as escapes."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_output() -> None:
+    """Writes what is left of the output. The work is done: a reader who left, or a full disk, changes no exit code."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes once more at exit
+
+
+def _is_from_options_of_jax(error: BaseException) -> bool:
+    """Whether jax refused a variable of the environment, which it does as it is imported."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return "jax" in str(error).lower() and frames[-1][0].f_globals.get("__name__") == "jax._src.config"
 
 
 class _Terminated(BaseException):

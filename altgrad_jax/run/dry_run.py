@@ -14,6 +14,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.run.checkpoint import SAVES_AT_ONCE, DamagedCheckpoint, list_steps, restore_path
 from altgrad_jax.run.console import make_console
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
+from altgrad_jax.run.environment import fixed_options
 from altgrad_jax.run.folder import Claim, claim, is_finished, require_resume
 from altgrad_jax.run.goodput import Goodput
 from altgrad_jax.run.initial import initial_for
@@ -38,6 +39,7 @@ _GROUPS = (
 )
 
 
+@fixed_options()
 def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     """Says what training.train would do with the same arguments: compiles everything, trains nothing, and writes
     nothing into the run folder. Settings and files that train would refuse are refused alike. Returns exit code 0."""
