@@ -78,7 +78,7 @@ HARMLESS = re.compile(
             "jax_(cross_host|force_dcn_cross_host)_.*|jax_check_proxy_envs|mock_num_gpu_processes",
             "jax_(coordinator|coordination|heartbeat|initialization|mtls|distributed)_.*|jax_(num_processes|process_id)",
             "jax_(local_device_ids|slice_index|partition_index|force_tpu_init)",
-            # Parts of jax that this package does not use: Pallas, MAGMA, cuSPARSE, ragged products, the profile of a GPU.
+            # Parts of jax that this package does not use: Pallas, MAGMA, cuSPARSE, ragged products, GPU profiles.
             "jax_(pallas|mosaic|bcoo|ragged_dot)_.*|jax_use_(magma|emit_pipeline_primitive)|jax_pgle_.*",
         )
     )
@@ -131,7 +131,7 @@ def recorded() -> dict[str, str]:
 
 
 def difference(start: Mapping[str, Any]) -> list[str]:
-    """A line for each thing that was otherwise at `start`, an item of a manifest's `starts`, so that numbers may differ.
+    """A line for each thing that was otherwise at `start` (of a manifest's `starts`), so that numbers may differ.
 
     A record of before there was `environment` says nothing of it. Options of another version of jax are not compared,
     because defaults change with versions.
