@@ -291,7 +291,7 @@ def test_refused(arguments, words):
     "spec, words",
     [
         ("configs/smok.py", ["configs/smok.py does not exist", "did you mean configs/smoke.py?"]),
-        ("smoke", ["does not exist", BASELINE]),
+        ("smok", ["does not exist", "did you mean smoke?"]),
         ("configs", ["not a file", BASELINE]),
         ("", ["does not exist"]),
         ("a\0b.py", ["a\\x00b.py does not exist"]),

@@ -53,7 +53,7 @@ class Slice:
 
 
 def parse_options(text: str) -> dict[str, str | bool]:
-    """{option: value} of `partition=gpu,gpus-per-node=1,exclusive`: sbatch's long options, True for one without value."""
+    """{option: value} of sbatch's long options, as in `partition=gpu,exclusive`; True for one without a value."""
     options: dict[str, str | bool] = {}
     for item in filter(None, text.split(",")):
         name, equals, value = item.strip().lstrip("-").partition("=")
