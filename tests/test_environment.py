@@ -301,7 +301,8 @@ def test_a_script_without_standard_streams_ends_as_it_would_with_them(tmp_path):
     for ends in (">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"):
         command = f'exec "$0" -c "$1" "$2" {ends}'
         words = ["sh", "-c", command, sys.executable, script, tmp_path / "file"]
-        done = subprocess.run(words, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(words, capture_output=True, env=environ)
         assert done.returncode == 7, (ends, done.stderr)
 
 

@@ -75,7 +75,7 @@ def train(
 
     Args:
       config: ConfigDict from config.default_config(), with any field changed.
-      data_dir: folder of the token files; default data/<tokenizer>. Prepared there first where it is empty.
+      data_dir: folder of the token files; default data/TOKENIZER. Prepared there first where it is empty.
       workdir: the run's folder; default config.checkpoint_dir.
       resume: "auto" continues from the newest checkpoint that restores, if there is one; "never" demands an empty
         folder; a number continues from that step, and sets later checkpoints aside.
