@@ -2,6 +2,7 @@
 # make test    sets everything up and passes the tests
 # make lint    style and types
 # make oracle  the tests against torch, transformers and torchao (large downloads)
+# make docs    the documentation as a site, in build/site
 # make gpu-program  the tests of the programs that a GPU would run, compiled without one
 #
 # ARGS goes to the training script:  make train ARGS="--config.max_steps=300"
@@ -24,7 +25,7 @@ ifneq ($(shell nvidia-smi -L 2>/dev/null),)
   CUDA_EXTRA := [cuda$(CUDA_MAJOR)]
 endif
 
-.PHONY: train test oracle gpu-program lint clean
+.PHONY: train test oracle gpu-program docs lint clean
 
 train: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config configs/bf16_baseline.py $(ARGS)
@@ -43,6 +44,9 @@ oracle: $(VENV)/.oracle
 gpu-program: $(GPU_PROGRAM)/.installed
 	$(GPU_PROGRAM)/bin/python -m pytest -m gpu_program tests/test_gpu_program.py
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "altgrad_jax needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11 ..." % v[:2])'
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +57,10 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(INSTALL) -e ".[dev]"
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(INSTALL) -e ".[docs]"
 	touch $@
 
 # torch is pinned to the version these tests were written with.

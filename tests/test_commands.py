@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import submitit  # noqa: F401  # it sets logging up anew, which closes what pytest captures into if a test does it
 
 from altgrad_jax import cli, commands
 from altgrad_jax.errors import UserError
@@ -91,7 +92,8 @@ def test_outside_its_environment_a_script_is_one_sentence(tmp_path, has_environm
 def commands_of(page: Path) -> list[list[str]]:
     """The words of every command of this package in the page's blocks of code, the script's name first."""
     text = page.read_text().replace("\\\n", " ")
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.M | re.S) + re.findall(r"(?:^    .*\n)+", text, re.M)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    blocks = [block for language, block in fenced if language in ("", "bash")] + re.findall(r"^    .*\n", text, re.M)
     found = []
     for line in "\n".join(blocks).splitlines():
         match = re.search(r"(?:python scripts/(\w+)\.py|\baltgrad-([a-z-]+))(?= |$)(.*)", line)
@@ -119,7 +121,7 @@ def test_the_pages_were_read():
     counts = {
         page: sum(item[0] == page for item in DOCUMENTED) for page in ("quickstart.md", "cluster.md", "README.md")
     }
-    assert counts["quickstart.md"] == 7 and counts["cluster.md"] >= 6 and counts["README.md"] > 20, counts
+    assert counts["quickstart.md"] == 7 and counts["cluster.md"] >= 6 and counts["README.md"] >= 20, counts
 
 
 def python_of(page: str) -> str:
@@ -139,7 +141,8 @@ def test_the_python_of_reading_a_run_runs(tmp_path, monkeypatch, capsys):
     rows = ['{"step": 1, "loss": 2, "val_loss": 3, "grad_norm": "NaN", "grad_norm/block_0/mlp_up": 4}\n']
     (run / "metrics.jsonl").write_text("".join(rows))
     (run / "manifest.json").write_text(
-        '{"schema_version": 6, "run_id": "a", "config": {"formats": ["E4M3"]}, "data": {}, "starts": []}'
+        '{"schema_version": 6, "run_id": "a", "config": {"formats": ["E4M3"]}, "starts": [],'
+        ' "data": {"fingerprint": "b"}}'
     )
     (run / "verdict.json").write_text('{"sound": true, "best_val_loss": 3, "validation": []}')
     exec(python_of("reading_a_run.md"), {})
@@ -167,7 +170,6 @@ sys.exit(4 if shard == "2of2" else 0)
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_preempted_job_saves_and_goes_on_with_its_slice(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("submitit")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     (tmp_path / "job.py").write_text(JOB)
     tell = launch.tell

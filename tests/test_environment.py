@@ -1,9 +1,11 @@
 """What a run takes from its surroundings: jax's options, the environment, matplotlib's settings, its streams. No GPU
 here: what XLA's flags for one do is not tested."""
 
+import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,27 +207,52 @@ HOSTILE = {
 }
 
 
-def test_a_run_in_a_hostile_environment_has_the_bytes_of_one_in_a_plain_one(tmp_path):
-    data_dir = make_data(tmp_path)
-    settings_ = dict(max_steps=2, warmup_steps=1, dropout=0.1, metrics="none", run_name="a$\\frac{$b \u00e9")
-    train(tiny(**settings_), data_dir=data_dir, workdir=tmp_path / "plain")
+NAME = "a$\\frac{$b \u00e9"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(folder of the tokens, folder of a run whose plot could not be drawn, what it said)."""
+
+    def fails(*_, **__):
+        raise RuntimeError("no fonts")
+
+    folder, said = tmp_path_factory.mktemp("plain"), io.StringIO()
+    data_dir = make_data(folder)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(verdict, "plot_loss", fails)
+        result = train(tiny(run_name=NAME), data_dir=data_dir, workdir=folder / "run")
+    assert result.exit_code == 0 and result.verdict is not None and result.verdict["sound"]
+    return data_dir, folder / "run", said.getvalue()
+
+
+def test_a_plot_that_cannot_be_drawn_is_told_and_fails_no_run(plain):
+    _, run_dir, said = plain
+    assert "warning: loss.png was not drawn (RuntimeError: no fonts); the run and its record are complete" in said
+    assert said.splitlines()[-1].startswith("sound: 40 steps") and not (run_dir / "loss.png").exists()
+
+
+def test_a_run_in_a_hostile_environment_has_the_bytes_of_one_in_a_plain_one(plain, tmp_path):
+    data_dir, plain_dir, _ = plain
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
     config = tmp_path / "mine.py"
     config.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        f"from test_training import tiny\ndef get_config(): return tiny(**{settings_!r})\n"
+        f"from test_training import tiny\ndef get_config(): return tiny(run_name={NAME!r})\n"
     )
     done = subprocess.run(
         [sys.executable, "-OO", ROOT / "scripts/train.py", f"--config={config}", f"--data_dir={data_dir}"]
-        + [f"--workdir={tmp_path / 'hostile'}"],
+        + [f"--workdir={tmp_path / 'run'}"],
         capture_output=True,
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | HOSTILE,
     )
     assert done.returncode == 0 and b"a$\\frac{$b \\xe9: " in done.stdout, done.stderr.decode()
-    assert done.stdout.splitlines()[-1].startswith((b"sound", b"not sound")) and b"not drawn" not in done.stdout
-    for name in ("metrics.jsonl", "loss.png"):
-        assert (tmp_path / "hostile" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
+    assert done.stdout.splitlines()[-1].startswith(b"sound: 40 steps") and b"not drawn" not in done.stdout
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (plain_dir / "metrics.jsonl").read_bytes()
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    again = verdict.plot_loss(tmp_path / "again", title=NAME)
+    assert again.read_bytes() == (tmp_path / "run" / "loss.png").read_bytes()
 
 
 @pytest.mark.parametrize("variable", ["JAX_ENABLE_X64=maybe", "JAX_DEFAULT_PRNG_IMPL=dice", "JAX_PLATFORMS=cuda"])
@@ -317,14 +344,3 @@ def record(tmp_path_factory):
 @given(title=st.text(st.sampled_from("$\\{}_^%#&a \u00e9"), min_size=1, max_size=12))
 def test_a_plot_is_drawn_under_any_title(record, title):
     assert verdict.plot_loss(record, title=title).stat().st_size > 1000
-
-
-def test_a_plot_that_cannot_be_drawn_is_told_and_fails_no_run(tmp_path, monkeypatch, capsys):
-    def fails(*_, **__):
-        raise RuntimeError("no fonts")
-
-    monkeypatch.setattr(verdict, "plot_loss", fails)
-    result = train(tiny(max_steps=2, warmup_steps=1), data_dir=make_data(tmp_path), workdir=tmp_path / "run")
-    said = capsys.readouterr().out
-    assert result.exit_code == 0 and result.verdict["finished"] and "steps" in said.splitlines()[-1]
-    assert "warning: loss.png was not drawn (RuntimeError: no fonts); the run and its record are complete" in said
