@@ -1,13 +1,13 @@
 """What a run takes from its surroundings: jax's options, the environment, matplotlib's settings, its streams. No GPU
 here: what XLA's flags for one do is not tested."""
 
-import contextlib
+import inspect
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -18,7 +18,9 @@ from test_training import make_data, tiny
 
 from altgrad_jax import train
 from altgrad_jax.errors import UserError
-from altgrad_jax.run import device, environment, verdict
+from altgrad_jax.inference.evaluate import evaluate_checkpoint
+from altgrad_jax.inference.generate import generate
+from altgrad_jax.run import device, dry_run, environment, sweep, verdict
 from altgrad_jax.run.console import make_console
 from altgrad_jax.run.folder import RunFolder
 from altgrad_jax.step.program import Program
@@ -208,51 +210,59 @@ HOSTILE = {
 
 
 NAME = "a$\\frac{$b \u00e9"
+# What a run does with numbers before its step, and with matplotlib and its streams after it.
+ENDS = """
+import hashlib, json, sys
+import jax
+import jax.numpy as jnp
+from altgrad_jax import cli
+from altgrad_jax.run import environment, verdict
+from altgrad_jax.run.console import make_console
+
+@environment.fixed_options()
+def numbers():
+    draws = jax.random.normal(jax.random.key(42), (3, 2)) * jnp.arange(3)[:, None] + jnp.ones(2)
+    return str(draws.dtype), hashlib.sha256((draws @ draws.T - jnp.inf * 0).tobytes()).hexdigest()
+
+def end(folder, name):
+    print(numbers())
+    print(hashlib.sha256(verdict.plot_loss(folder, title=name).read_bytes()).hexdigest())
+    make_console("auto", 2).message(name)
+"""
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """(folder of the tokens, folder of a run whose plot could not be drawn, what it said)."""
-
-    def fails(*_, **__):
-        raise RuntimeError("no fonts")
-
-    folder, said = tmp_path_factory.mktemp("plain"), io.StringIO()
-    data_dir = make_data(folder)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(verdict, "plot_loss", fails)
-        result = train(tiny(run_name=NAME), data_dir=data_dir, workdir=folder / "run")
-    assert result.exit_code == 0 and result.verdict is not None and result.verdict["sound"]
-    return data_dir, folder / "run", said.getvalue()
-
-
-def test_a_plot_that_cannot_be_drawn_is_told_and_fails_no_run(plain):
-    _, run_dir, said = plain
-    assert "warning: loss.png was not drawn (RuntimeError: no fonts); the run and its record are complete" in said
-    assert said.splitlines()[-1].startswith("sound: 40 steps") and not (run_dir / "loss.png").exists()
-
-
-def test_a_run_in_a_hostile_environment_has_the_bytes_of_one_in_a_plain_one(plain, tmp_path):
-    data_dir, plain_dir, _ = plain
+def test_numbers_plot_and_console_are_the_same_in_a_hostile_environment(record, tmp_path, capsys):
+    here: dict = {}
+    exec(ENDS, here)
+    here["end"](record, NAME)
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
-    config = tmp_path / "mine.py"
-    config.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        f"from test_training import tiny\ndef get_config(): return tiny(run_name={NAME!r})\n"
-    )
+    code = f"{ENDS}\ncli.run_script(lambda: end({str(record)!r}, {NAME!r}))"
     done = subprocess.run(
-        [sys.executable, "-OO", ROOT / "scripts/train.py", f"--config={config}", f"--data_dir={data_dir}"]
-        + [f"--workdir={tmp_path / 'run'}"],
+        [sys.executable, "-OO", "-c", code],
         capture_output=True,
+        text=True,
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | HOSTILE,
     )
-    assert done.returncode == 0 and b"a$\\frac{$b \\xe9: " in done.stdout, done.stderr.decode()
-    assert done.stdout.splitlines()[-1].startswith(b"sound: 40 steps") and b"not drawn" not in done.stdout
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (plain_dir / "metrics.jsonl").read_bytes()
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
-    again = verdict.plot_loss(tmp_path / "again", title=NAME)
-    assert again.read_bytes() == (tmp_path / "run" / "loss.png").read_bytes()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == capsys.readouterr().out.replace("\u00e9", "\\xe9")
+    assert all(f"{name.lower()}=" in done.stderr for name in HOSTILE if name.startswith("JAX_")), done.stderr
+
+
+def test_all_that_computes_has_fixed_options(options, capsys, tmp_path):
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    for function, argument in (
+        (train, {}),
+        (sweep.sweep, []),
+        (dry_run.dry_run, {}),
+        (evaluate_checkpoint, tmp_path),
+        (generate, None),
+    ):
+        with pytest.raises(Exception):  # noqa: B017  # of any kind: the arguments are wrong
+            function(argument)
+        if function is not generate:  # its arguments are refused by Python itself
+            assert "jax_numpy_rank_promotion=raise is not followed" in capsys.readouterr().err, function
+    assert "fixed_options" in inspect.getclosurevars(generate).nonlocals["self"].func.__name__
 
 
 @pytest.mark.parametrize("variable", ["JAX_ENABLE_X64=maybe", "JAX_DEFAULT_PRNG_IMPL=dice", "JAX_PLATFORMS=cuda"])
@@ -340,7 +350,16 @@ def record(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(title=st.text(st.sampled_from("$\\{}_^%#&a \u00e9"), min_size=1, max_size=12))
 def test_a_plot_is_drawn_under_any_title(record, title):
     assert verdict.plot_loss(record, title=title).stat().st_size > 1000
+
+
+def test_a_plot_that_cannot_be_drawn_is_told_and_raises_nothing(tmp_path):
+    said = []
+    run = types.SimpleNamespace(
+        run_dir=tmp_path / "no_record", config=tiny(), console=types.SimpleNamespace(message=said.append)
+    )
+    RunFolder._plot(run)  # pyright: ignore[reportArgumentType]
+    assert said[0].startswith("warning: loss.png was not drawn (UserError: ") and "its record are complete" in said[0]
