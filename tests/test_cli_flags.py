@@ -482,6 +482,7 @@ def test_as_a_process(tmp_path):
 
 EVERY_SCRIPT = """
 import contextlib, io, pathlib, runpy, sys
+sys.path.insert(0, "scripts")
 for path in sorted(pathlib.Path("scripts").glob("*.py")):
     for word in ("--help", "--no_such_flag"):
         sys.argv, said = [str(path), word], io.StringIO()
