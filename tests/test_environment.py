@@ -204,7 +204,7 @@ HOSTILE = {
     "JAX_DEBUG_NANS": "1",
     "JAX_DISABLE_JIT": "1",
     "JAX_TRANSFER_GUARD": "disallow",
-    "MPLBACKEND": "module://a_notebook.backend",
+    "MPLBACKEND": "no_such_backend",
     "PYTHONIOENCODING": "ascii",
 }
 
