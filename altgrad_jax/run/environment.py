@@ -74,7 +74,7 @@ HARMLESS = re.compile(
             # Which devices and processes; the manifest has them (`device`, `mesh`, `processes`).
             "jax_(platforms|platform_name|xla_backend|backend_target|default_device|num_cpu_devices)",
             "jax_(cuda|rocm|oneapi)_visible_devices|jax_pjrt_client_create_options|jax_mock_gpu_topology",
-            "jax_(cpu_get_.*_timeout_minutes|cpu_enable_async_dispatch|sort_devices_by_process_index)",
+            "jax_(cpu_get_.*_timeout_minutes|cpu_enable_async_dispatch|cpu_collectives_implementation|sort_devices_by_process_index)",
             "jax_(cross_host|force_dcn_cross_host)_.*|jax_check_proxy_envs|mock_num_gpu_processes",
             "jax_(coordinator|coordination|heartbeat|initialization|mtls|distributed)_.*|jax_(num_processes|process_id)",
             "jax_(local_device_ids|slice_index|partition_index|force_tpu_init)",
