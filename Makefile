@@ -3,6 +3,7 @@
 # make lint    style and types
 # make oracle  the tests against torch, transformers and torchao (large downloads)
 # make browser  the tests of the report's page in headless Chromium (Debian: apt-get install chromium; or CHROMIUM=PATH)
+# make docs    the documentation as a site, in build/site
 # make gpu-program  the tests of the programs that a GPU would run, compiled without one
 #
 # ARGS goes to the training script:  make train ARGS="--config.max_steps=300"
@@ -25,7 +26,7 @@ ifneq ($(shell nvidia-smi -L 2>/dev/null),)
   CUDA_EXTRA := [cuda$(CUDA_MAJOR)]
 endif
 
-.PHONY: train test oracle browser gpu-program lint clean
+.PHONY: train test oracle browser gpu-program docs lint clean
 
 train: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config configs/bf16_baseline.py $(ARGS)
@@ -47,6 +48,9 @@ browser: $(VENV)/.test
 gpu-program: $(GPU_PROGRAM)/.installed
 	$(GPU_PROGRAM)/bin/python -m pytest -m gpu_program tests/test_gpu_program.py
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "altgrad_jax needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11 ..." % v[:2])'
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +61,10 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(INSTALL) -e ".[dev]"
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(INSTALL) -e ".[docs]"
 	touch $@
 
 # torch is pinned to the version these tests were written with.

@@ -2,8 +2,9 @@
 
 A script defines its flags on an `absl.flags.FlagValues` of its own and calls `main`. With `config=True` it also takes
 `--config=FILE.py` or `--config=FILE.py:ARGUMENT`, and `--config.SETTING=VALUE` as config_flags reads it. Two things are
-added: the order of flags is free, and `--config.tags=a,b` is two tags. The config file is loaded here, because
-config_flags makes a ValueError with a traceback for text of every mistake in it.
+added: the order of flags is free, `--config.tags=a,b` is two tags, and `--config=NAME` finds NAME.py in ./configs or
+among the configs of this package. The config file is loaded here, because config_flags makes a ValueError with a
+traceback for text of every mistake in it.
 
 A mistake is one `error: ...` on stderr and exit code 2, before jax starts. An exception in the user's own config file
 keeps its traceback. No jax here, so help comes at once.
@@ -12,10 +13,12 @@ keeps its traceback. No jax here, so help comes at once.
 import contextlib
 import copy
 import inspect
+import io
 import os
 import re
 import signal
 import sys
+import traceback
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,10 +32,12 @@ from ml_collections.config_flags import tuple_parser
 from altgrad_jax import config as settings
 from altgrad_jax.data.tokenizer import tokenizer_name
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import require_file
+from altgrad_jax.files import require_file, shipped
 
 _BASELINE = "configs/bf16_baseline.py"
 _MODULE = "altgrad_jax_config_file"
+# The console command that was given; None where a script was started by its path.
+command: str | None = None
 
 
 class Parser(flags.ArgumentParser):
@@ -132,7 +137,7 @@ def main(
 
     def parse_and_run() -> int | None:
         if {"--help", "-h", "-help"} & set(words):
-            print(help_text(usage or "", own, config))
+            print(help_text(_as_command(usage or ""), own, config))
             return 0
         parsed, values = parse(words, own, config=config, arguments=arguments)
         return run(parsed, **values) if config else run(**values)
@@ -142,11 +147,12 @@ def main(
 
 def run_script(function: Callable[[], int | None]) -> NoReturn:
     """Calls `function` and exits with its code. The one place where exceptions become exit codes and sentences."""
+    _open_standard_streams()
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)  # so that half-made files are removed; a training has its own way
     try:
         code = function() or 0
-        sys.stdout.flush()
+        _flush_output()
         if code > 128:  # a training was interrupted; threads may still be compiling, and Python would wait for them
             os._exit(code)
     except UserError as error:
@@ -161,10 +167,43 @@ def run_script(function: Callable[[], int | None]) -> NoReturn:
         what = f"{error.filename} cannot be used ({error.strerror})" if error.filename else str(error)
         code = _say(f"{what}: put that right, then give the same command again", 1)
     except RuntimeError as error:
-        if not str(error).startswith("Unable to initialize backend"):
+        if not re.match("Unable to initialize backend|Unknown backend", str(error)):
             raise
         code = _say(f"{' '.join(str(error).split())}: give --device=cpu, or another JAX_PLATFORMS", 2)
+    except ValueError as error:
+        if not _is_from_options_of_jax(error):
+            raise
+        code = _say(f"{error}: give that variable another value, or unset it", 2)
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Gives the process the three streams where it was started without (`>&-`), or the next file that is opened would
+    take their place; what the terminal's encoding lacks is written as escapes."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_output() -> None:
+    """Writes what is left of the output. The work is done: a reader who left, or a full disk, changes no exit code."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes once more at exit
+
+
+def _is_from_options_of_jax(error: BaseException) -> bool:
+    """Whether jax refused a variable of the environment, which it does as it is imported."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return "jax" in str(error).lower() and frames[-1][0].f_globals.get("__name__") == "jax._src.config"
 
 
 class _Terminated(BaseException):
@@ -180,11 +219,21 @@ def _say(sentence: str, code: int) -> int:
     return code
 
 
+def _as_command(usage: str) -> str:
+    """The usage of a script with the console command in place of its path, where it was started by that."""
+    if command is None:
+        return usage
+    script = command.removeprefix("altgrad-").replace("-", "_")
+    return re.sub(r"configs/(\w+)\.py", r"\1", usage.replace(f"python scripts/{script}.py", command))
+
+
 def help_text(usage: str, own: flags.FlagValues, config: bool) -> str:
     """What --help prints: the usage, the script's flags and, with `config`, every setting."""
     lines = [usage.strip(), "", "Flags"]
     if config:
-        lines += settings.entry("--config=FILE.py", f"its get_config() returns the settings, such as {_BASELINE}")
+        lines += settings.entry(
+            "--config=FILE.py or NAME", f"its get_config() returns the settings, such as {_baseline()}"
+        )
     for name in _names(own):
         flag = own[name]
         default = "" if flag.value is None or flag.boolean else f" [default {_as_text(flag.value)}]"
@@ -198,6 +247,11 @@ def help_text(usage: str, own: flags.FlagValues, config: bool) -> str:
             settings.describe(),
         ]
     return "\n".join(lines)
+
+
+def _baseline() -> str:
+    """The baseline's config as --config takes it here: by path in a checkout, else by name."""
+    return _BASELINE if os.path.exists(_BASELINE) else Path(_BASELINE).stem
 
 
 def _names(own: flags.FlagValues) -> list[str]:
@@ -231,7 +285,7 @@ def parse(
         spec = values["config"].value
         if spec is None:
             _refuse_arguments([word for word in rest if not word.startswith("-")])
-            raise UserError(f"no config is given: add --config={_BASELINE}, or the path of your own config file")
+            raise UserError(f"no config is given: add --config={_baseline()}, or the path of your own config file")
         result, given, rest = overridden(load_config(spec), rest, known=list(values))
         result = _finished(result, given)
     found = {name: values[name].value for name in _names(own)}
@@ -383,19 +437,22 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     """What get_config() of a config file returns, neither fitted nor validated.
 
     Args:
-      spec: `PATH` or `PATH:ARGUMENT`; get_config is called with the argument, a string, where there is one.
+      spec: `PATH` or `PATH:ARGUMENT`; get_config is called with the argument, a string, where there is one. A name
+        such as `fp8` is the file of that name in ./configs, else that of this package.
 
     Raises:
       UserError: there is no such file, it has no get_config, or that takes or returns something else.
     """
-    path, colon, argument = spec.partition(":")
+    name, colon, argument = spec.partition(":")
+    path = _config_file(name)
     if not os.path.exists(path):
         folders = (os.path.dirname(path), "configs")
         files = [str(file) for place in folders if os.path.isdir(place) for file in sorted(Path(place).glob("*.py"))]
-        guess = settings.nearest(path, files)
-        hint = f"did you mean {guess}?" if guess else f"give one, such as the baseline {_BASELINE}"
+        names = [file.stem for file in shipped("configs").glob("*.py")]
+        guess = settings.nearest(path, files) or settings.nearest(path, names)
+        hint = f"did you mean {guess}?" if guess else f"give one, such as the baseline {_baseline()}"
         raise UserError(f"--config={path} does not exist in {Path.cwd()}; {hint}")
-    require_file(path, f"give a config file, such as --config={_BASELINE}")
+    require_file(path, f"give a config file, such as --config={_baseline()}")
     # Compiled from the source each time: Python's cache goes by the second and the size of a file.
     module = types.ModuleType(_MODULE)
     module.__file__ = path
@@ -403,7 +460,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise UserError(f"{path} has no function get_config(), so it is no config file; see {_BASELINE} for one")
+        raise UserError(f"{path} has no function get_config(), so it is no config file; see {_baseline()} for one")
     try:
         inspect.signature(get_config).bind(*[argument] if colon else [])
     except TypeError:
@@ -418,6 +475,15 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
             "altgrad_jax.config.default_config(), changed as you like"
         )
     return config
+
+
+def _config_file(name: str) -> str:
+    """The path of the config that --config names."""
+    if re.fullmatch(r"\w+", name) and not os.path.isfile(name):
+        for folder in (Path("configs"), shipped("configs")):
+            if (file := folder / f"{name}.py").is_file():
+                return str(file)
+    return name
 
 
 def sweep_of(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:

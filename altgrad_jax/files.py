@@ -21,6 +21,12 @@ _KINDS = {
 }
 
 
+def shipped(folder: str) -> Path:
+    """The folder `scripts` or `configs` of this package: inside it in a wheel, else beside it, in a checkout."""
+    inside = Path(__file__).parent / f"_{folder}"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / folder
+
+
 def require_file(path, fix):
     """UserError unless `path` is a file, or a link to one. fix: what to do, the end of the sentence."""
     try:

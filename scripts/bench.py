@@ -15,6 +15,7 @@ the training as it is without formats. How to read the tables: docs/benchmark.md
 import contextlib
 import os
 
+import installed  # noqa: F401
 from absl import flags
 
 from altgrad_jax import cli

@@ -7,6 +7,7 @@ Without --data_dir or --tokens it is the validation data of the run; on a CPU th
 record, to the bit.
 """
 
+import installed  # noqa: F401
 from absl import flags
 
 from altgrad_jax import cli

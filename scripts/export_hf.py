@@ -9,6 +9,7 @@ scripts/sample.py and scripts/evaluate.py need. To train from a folder, give it 
 scripts/train.py.
 """
 
+import installed  # noqa: F401
 from absl import flags
 
 from altgrad_jax import cli

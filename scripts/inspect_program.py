@@ -9,6 +9,7 @@ It needs jax's CUDA plugin, and no driver: pip install -e ".[gpu-program]". A pr
 
 import os
 
+import installed  # noqa: F401
 from absl import flags
 
 from altgrad_jax import cli

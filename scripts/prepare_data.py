@@ -7,6 +7,7 @@ python scripts/prepare_data.py --input acts.jsonl.gz --out data/acts
 import sys
 from pathlib import Path
 
+import installed  # noqa: F401
 from absl import flags
 
 from altgrad_jax import cli

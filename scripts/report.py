@@ -11,6 +11,7 @@ Choose --margin, the difference in loss that matters to you, before you look (do
 
 from pathlib import Path
 
+import installed  # noqa: F401
 from absl import flags
 
 from altgrad_jax import cli, report

@@ -8,6 +8,7 @@ The text goes to standard output, notes and errors to standard error.
 import dataclasses
 import sys
 
+import installed  # noqa: F401
 from absl import flags
 
 from altgrad_jax import cli

@@ -11,6 +11,7 @@ stopped by non-finite steps, 130, 143 or 129 interrupted and saved (the same com
 
 import re
 
+import installed  # noqa: F401
 from absl import flags
 
 from altgrad_jax import cli

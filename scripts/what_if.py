@@ -7,6 +7,7 @@ A share is that of all elements, in percent, at the scale that maps the operand'
 range. A run in any format has the histograms; formats=BF16 trains exactly as the baseline does and has them too.
 """
 
+import installed  # noqa: F401
 from absl import flags
 
 from altgrad_jax import cli

@@ -136,3 +136,10 @@ def test_the_script_takes_the_bare_flag(data_dir, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: n_embd=15 cannot be split")
     done = subprocess.run([*command(data_dir, tmp_path / "x"), "--dry_run=perhaps"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "error: --dry_run=perhaps cannot be used: give true or false\n"
+
+
+def test_token_files_that_it_had_to_write_are_told(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("altgrad_jax.run.dry_run.has_tokens", lambda folder: False)
+    dry_run(tiny(), data_dir=data_dir, workdir=tmp_path / "x")
+    said = capsys.readouterr().out
+    assert f"token files were written to {data_dir}" in said and "nothing was trained; leave" in said

@@ -18,7 +18,7 @@ FLOORS = [
     {"models", "step", "cli"},
     {"instrumentation"},
     {"run"},
-    {"inference", "report", "bench"},
+    {"inference", "report", "bench", "commands"},
 ]
 # `step` traces the models, and the models know nothing of it.
 WITHIN_A_FLOOR = {("step", "models")}
@@ -27,6 +27,7 @@ OWNERS = {
     "orbax": {"run.checkpoint"},
     "wandb": {"run.wandb"},
     "tensorboardX": {"run.tensorboard"},
+    "submitit": {"run.launch"},
     "tiktoken": {"data.tokenizer"},
     "tokenizers": {"data.tokenizer"},
     "pooch": {"data.sources"},
@@ -56,6 +57,7 @@ WITHOUT_JAX = {
     "conflicts",
     "config",
     "cli",
+    "commands",
     "numerics.formats",
     "numerics.layers",
     "numerics.recipe_reference",

@@ -10,6 +10,7 @@ from altgrad_jax.data.dataset import choose_windows, load_token_data, open_token
 from altgrad_jax.errors import UserError
 from altgrad_jax.inference.generate import load_model
 from altgrad_jax.numerics.kv_cache import cache_spec
+from altgrad_jax.run.environment import fixed_options
 from altgrad_jax.run.record import MANIFEST, read_manifest
 from altgrad_jax.step.mesh import data_mesh
 from altgrad_jax.step.program import make_evaluate
@@ -26,6 +27,7 @@ class Evaluation:
     file: Path
 
 
+@fixed_options()
 def evaluate_checkpoint(
     path, *, step=None, data_dir=None, token_file=None, all_windows=False, kv_cache=None
 ) -> Evaluation:

@@ -35,6 +35,7 @@ from altgrad_jax.models.linear import Quantized
 from altgrad_jax.models.model import forward, model_config, setting_names
 from altgrad_jax.numerics.formats import known_again
 from altgrad_jax.run.checkpoint import load_arrays
+from altgrad_jax.run.environment import fixed_options
 from altgrad_jax.step import quantization, recipe, update
 
 SEED_MAX = 2**31 - 1
@@ -149,6 +150,7 @@ def _continue(params, operands, context_T, n_context, n_new, first, key, tempera
     return new_T, n_done, finite
 
 
+@fixed_options()
 def generate(
     params,
     config: ModelConfig,

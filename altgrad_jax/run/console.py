@@ -8,6 +8,7 @@ never ends the run, as rich by itself would.
 """
 
 import contextlib
+import io
 import math
 import sys
 import threading
@@ -53,26 +54,38 @@ def make_console(mode: str, max_steps: int, stream: Any = None, clock: Callable[
 
 
 class Lasting:
-    """A text stream that takes writes in silence once the one behind it is broken or closed."""
+    """A text stream that takes writes in silence once the one behind it is broken or closed, or where there is none.
+
+    What the stream's encoding lacks is written as escapes. The stream needs no method but `write`.
+    """
 
     def __init__(self, stream):
-        self._stream = stream
+        self._stream = io.StringIO() if stream is None else stream  # None: Python found descriptor 1 closed
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
 
     def write(self, text):
-        try:
-            self._stream.write(text)
-        except (OSError, ValueError):  # ValueError: closed
-            pass
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as error:
+                self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)
 
     def flush(self):
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             self._stream.flush()
-        except (OSError, ValueError):
-            pass
+
+    def isatty(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return self._stream.isatty()
+        return False
+
+
+def tell(text: str) -> None:
+    """Prints a line on standard output, if there is one that takes it."""
+    print(text, file=Lasting(sys.stdout), flush=True)
 
 
 def show_rate(tokens_per_s):

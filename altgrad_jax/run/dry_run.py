@@ -10,10 +10,12 @@ from pathlib import Path
 import jax
 
 from altgrad_jax import config as settings
+from altgrad_jax.data.prepare import has_tokens
 from altgrad_jax.errors import UserError
 from altgrad_jax.run.checkpoint import SAVES_AT_ONCE, DamagedCheckpoint, list_steps, restore_path
 from altgrad_jax.run.console import make_console
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
+from altgrad_jax.run.environment import fixed_options
 from altgrad_jax.run.folder import Claim, claim, is_finished, require_resume
 from altgrad_jax.run.goodput import Goodput
 from altgrad_jax.run.initial import initial_for
@@ -45,9 +47,11 @@ _GROUPS = (
 )
 
 
+@fixed_options()
 def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     """Says what training.train would do with the same arguments: compiles everything, trains nothing, and writes
-    nothing into the run folder. Settings and files that train would refuse are refused alike. Returns exit code 0."""
+    nothing but the token files, where there are none yet. Settings and files that train would refuse are refused
+    alike. Returns exit code 0."""
     config, notes = settings.fitted(config)
     settings.validate(config)
     require_sinks(config)
@@ -65,6 +69,7 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     if config.deterministic:
         use_deterministic_operations()
     use_compilation_cache()
+    had_tokens = has_tokens(data_dir or Path("data") / config.tokenizer)
     setup = set_up(config, open_data(config, data_dir, say), say)
     require_wandb_keys(config.wandb_keys, setup)
     if config.init_from and claimed.manifest is None:
@@ -82,7 +87,9 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
         f"next: {_next(setup, claimed, say)}",
     ):
         say(line)
-    say("nothing was trained or written; leave --dry_run out to begin")
+    if not had_tokens:
+        say(f"token files were written to {setup.data.tokens.dir}, and the run will use them")
+    say(f"nothing was trained{' or written' if had_tokens else ''}; leave --dry_run out to begin")
     return 0
 
 

@@ -30,7 +30,9 @@ from altgrad_jax.numerics import formats, recipes, rules
 from altgrad_jax.run import processes, verdict
 from altgrad_jax.run.alerts import rules_of
 from altgrad_jax.run.checkpoint import list_steps, open_checkpoints, save_anomaly
+from altgrad_jax.run.console import tell
 from altgrad_jax.run.device import git_commit, versions
+from altgrad_jax.run.environment import recorded, refuse_other
 from altgrad_jax.run.goodput import Goodput, describe, total
 from altgrad_jax.run.initial import initial_for
 from altgrad_jax.run.lock import is_empty
@@ -48,7 +50,7 @@ from altgrad_jax.run.record import (
     write_window_losses,
 )
 from altgrad_jax.run.setup import Setup, certify, certify_recipes
-from altgrad_jax.run.sinks import Sinks, open_sinks
+from altgrad_jax.run.sinks import Sinks, brief, open_sinks
 from altgrad_jax.run.writer import DispatchRecord, RunFacts, Writer
 from altgrad_jax.step import quantization, stability
 from altgrad_jax.step.from_config import inputs_of
@@ -160,6 +162,7 @@ def _manifest_of(config: Config, run_dir: Path, resume: str | int) -> dict | Non
                 "give another --workdir"
             )
         refuse_other_config(run_dir, manifest, config)
+        refuse_other(run_dir, manifest)
     elif list_steps(run_dir) or (run_dir / METRICS).exists():
         raise UserError(
             f"{run_dir} holds a run without its {MANIFEST}: bring that file back, or give another "
@@ -183,6 +186,7 @@ def start_of(started: float, step: int, device, count: int) -> dict[str, Any]:
         "versions": versions(),
         "git": git_commit(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "environment": recorded(),
         "device": {"platform": device.platform, "kind": device.device_kind, "count": count},
         "processes": processes.n_processes(),
     }
@@ -530,7 +534,7 @@ class RunFolder:
         if not interrupted:
             self.verdict = found = verdict.make_verdict(self.run_dir, stopped=self._why_it_stopped())
             if plot:
-                verdict.plot_loss(self.run_dir, title=self.config.run_name)
+                self._plot()
             verdict.write_verdict(self.run_dir, found)
         if self.sinks is not None:
             # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
@@ -543,6 +547,15 @@ class RunFolder:
             self.verdict["goodput"] = total(read_timing(self.run_dir)[1])
             verdict.write_verdict(self.run_dir, self.verdict)
         return self.exit_code
+
+    def _plot(self) -> None:
+        """Draws loss.png. A picture decides nothing about the run, so that it is missing is told and no more."""
+        try:
+            verdict.plot_loss(self.run_dir, title=self.config.run_name)
+        except Exception as error:
+            self.console.message(
+                f"warning: {verdict.LOSS_PLOT} was not drawn ({brief(error)}); the run and its record are complete"
+            )
 
     def _exit_code(self, signal_number: int | None) -> int:
         if self.frozen:
@@ -570,7 +583,7 @@ class RunFolder:
         self.console.message(describe(self.account))
         self.console.close()
         if self.exit_code > 128:
-            print(
+            tell(
                 f"{signal.Signals(self.exit_code - 128).name}: stopped after step {self.step} of "
                 f"{self.config.max_steps}; {how_it_goes_on(self.run_dir, self.resume)}"
             )

@@ -32,9 +32,10 @@ from altgrad_jax.files import write_atomically, writing
 from altgrad_jax.numerics import rules
 from altgrad_jax.numerics.formats import get_format
 from altgrad_jax.numerics.recipes import get_recipe
-from altgrad_jax.run.console import make_console, show_duration
+from altgrad_jax.run.console import make_console, show_duration, tell
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
 from altgrad_jax.run.dry_run import program_bytes
+from altgrad_jax.run.environment import fixed_options
 from altgrad_jax.run.folder import NOT_SAVED, claim, has_ended, open_run
 from altgrad_jax.run.goodput import Goodput, describe
 from altgrad_jax.run.lock import locked
@@ -425,6 +426,7 @@ def resolve_member_loop(member_loop):
     return member_loop
 
 
+@fixed_options()
 def sweep(
     members,
     out,
@@ -500,8 +502,8 @@ def sweep(
     finally:
         console.close()
     if not dry_run:
-        print(describe(goodput.account()), flush=True)
-        print(_summary(mine, time.monotonic() - started, watch.alerts, interrupted=code > 128), flush=True)
+        tell(describe(goodput.account()))
+        tell(_summary(mine, time.monotonic() - started, watch.alerts, interrupted=code > 128))
     return code
 
 

@@ -19,7 +19,8 @@ from altgrad_jax.config import Config
 from altgrad_jax.errors import MachineError
 from altgrad_jax.run import device, processes, verdict
 from altgrad_jax.run.checkpoint import list_steps
-from altgrad_jax.run.console import SilentConsole, make_console
+from altgrad_jax.run.console import SilentConsole, make_console, tell
+from altgrad_jax.run.environment import fixed_options
 from altgrad_jax.run.folder import (
     FINISHED,
     claim,
@@ -61,6 +62,7 @@ class Result:
     history: dict[str, np.ndarray]
 
 
+@fixed_options()
 def train(
     config: Config,
     *,
@@ -73,7 +75,7 @@ def train(
 
     Args:
       config: ConfigDict from config.default_config(), with any field changed.
-      data_dir: folder of the token files; default data/<tokenizer>. Prepared there first where it is empty.
+      data_dir: folder of the token files; default data/TOKENIZER. Prepared there first where it is empty.
       workdir: the run's folder; default config.checkpoint_dir.
       resume: "auto" continues from the newest checkpoint that restores, if there is one; "never" demands an empty
         folder; a number continues from that step, and sets later checkpoints aside.
@@ -94,11 +96,12 @@ def train(
     settings.validate(config)
     require_sinks(config)
     require_resume(resume)
+    device.use_device("auto")
     try:
         with disk_failures_as_one_sentence(lambda: how_it_goes_on(run_dir, resume)):
             exit_code = _train(config, data_dir, run_dir, resume, goodput)
     except Interrupted as interruption:
-        print(f"\n{interruption}: stopped while no step was under way; {how_it_goes_on(run_dir, resume)}", flush=True)
+        tell(f"\n{interruption}: stopped while no step was under way; {how_it_goes_on(run_dir, resume)}")
         if processes.n_processes() > 1:
             raise  # the others wait for this process, and its end ends them
         exit_code = 128 + interruption.number
@@ -171,7 +174,7 @@ def _report_finished(run_dir: Path, config: Config) -> bool:
     if not is_finished(run_dir, config):
         return False
     made = max(list_steps(run_dir))
-    print(
+    tell(
         f"{run_dir} is finished: it has made {made} of max_steps={config.max_steps} steps; raise max_steps to go on, "
         "or give another --workdir to start a new run"
     )

@@ -6,11 +6,14 @@ A run is sound when it made all its steps, its loss fell, no step was non-finite
 that took them and still learned is sound.
 """
 
+import contextlib
 import json
 import math
+import os
 import re
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -344,11 +347,36 @@ def plot_loss(run_dir, title=None):
     Red ticks at the foot of the loss mark steps with alerts, red lines non-finite steps, grey dotted lines
     resumes.
     """
-    # Imported here: it takes half a second, and a training that is resumed a hundred times never draws.
+    with _matplotlib_as_delivered():
+        return _plot_loss(Path(run_dir), title)
+
+
+@contextlib.contextmanager
+def _matplotlib_as_delivered() -> Iterator[None]:
+    """A context in which matplotlib draws by its own defaults, whatever MPLBACKEND and a matplotlibrc say.
+
+    It is imported here, because that takes half a second, and a training that is resumed a hundred times never draws.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)  # one that is not installed fails the import
+    is_new = "matplotlib" not in sys.modules
+    try:
+        import matplotlib
+
+        if backend and is_new:
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend  # for the plots of the caller
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+
+def _plot_loss(run_dir: Path, title: str | None) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    run_dir = Path(run_dir)
     wanted = ("loss", "val_loss", "learning_rate", "grad_norm", "grad_norm_clipped")
     columns = {key: [] for key in wanted}
     steps, alerts, bad = [], [], []
@@ -381,7 +409,7 @@ def plot_loss(run_dir, title=None):
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8, loc="upper right")
-    top.set_title(title or run_dir.resolve().name, loc="left", fontsize=11)
+    top.set_title(title or run_dir.resolve().name, loc="left", fontsize=11, parse_math=False)
     path = run_dir / LOSS_PLOT
     beside = run_dir / f".{LOSS_PLOT}.tmp"
     figure.savefig(beside, format="png")
