@@ -1,8 +1,7 @@
 """Which number format can a Flax model be trained in? Trains one multilayer perceptron in five and prints a table.
 
 Command: python examples/flax_mlp.py       Time: half a minute on two cores.
-Result:  the loss of each, and the error of each operand; with --record=runs/mlp folders for
-         `scripts/report.py runs/mlp`.
+Result:  the loss of each, and the error of each operand; with --record=runs/mlp folders for scripts/report.py.
 """
 
 import argparse
