@@ -671,11 +671,12 @@ ADDED_IN_2 = frozenset(
     "emergency_formats emergency_patience optimizer reference_interval diagnostic_interval rank_threshold "
     "rank_threshold_strict layer_interval wandb_group wandb_keys fsdp".split()
 )
-# And those that records of all versions before 3, 4, 5 and 6 lack.
+# And those that records of all versions before 3, 4, 5, 6 and 7 lack.
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
 ADDED_IN_4 = frozenset({"loggers"})
 ADDED_IN_5 = frozenset({"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
-ADDED_IN_6 = frozenset({"evaluate_all", "model", "n_kv_head", "tied_head", "qk_norm", "init_from", "certify_draws"})
+ADDED_IN_6 = frozenset({"evaluate_all", "model", "n_kv_head", "tied_head", "qk_norm", "init_from"})
+ADDED_IN_7 = frozenset({"certify_draws"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -684,7 +685,7 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
 
     A record of before version 6 is known by its names; its optimizer ulp_adamw is ulp_adamw_mean today.
     """
-    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4 | ADDED_IN_5 | ADDED_IN_6)
+    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4 | ADDED_IN_5 | ADDED_IN_6 | ADDED_IN_7)
     values = dict(values)
     if values.keys() & RENAMED_IN_6.keys():
         values = {RENAMED_IN_6.get(name, name): value for name, value in values.items()}

@@ -960,9 +960,9 @@ def test_a_page_that_cannot_be_written_leaves_no_other(tmp_path):
     assert not (tmp_path / "a.md").exists()
 
 
-@pytest.mark.parametrize("version", range(1, 7))
+@pytest.mark.parametrize("version", range(1, 8))
 def test_runs_of_every_version_are_read(tmp_path, version):
-    added = set().union(*(getattr(settings, f"ADDED_IN_{later}") for later in range(version + 1, 7)))
+    added = set().union(*(getattr(settings, f"ADDED_IN_{later}") for later in range(version + 1, 8)))
     run = write_run(tmp_path / "old", val=3.0)
     path = run / "manifest.json"
     manifest = json.loads(path.read_text())

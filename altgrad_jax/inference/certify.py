@@ -52,7 +52,7 @@ def load(path, *, checkpoint=None, data_dir=None, recipe_item: str | None = None
         values |= {"recipe": [recipe_item], "recipe_program": [], "amax_history": 16}
     if not values["recipe"]:
         raise UserError(f"the run of {path} has no recipe: give one with --recipe, such as nvfp4")
-    config = settings.from_dict(values | {"certify_draws": draws, "fsdp": 1, "attention": "xla"})
+    config: settings.Config = settings.from_dict(values | {"certify_draws": draws, "fsdp": 1, "attention": "xla"})
     device = jax.devices()[0]
     options = dataclasses.replace(step_options(config, steps_per_dispatch=1), grad_accum_steps=1)
     if options.recipe is not None:

@@ -26,9 +26,9 @@ def _recipe_of(run, name: str | None) -> tuple[str, dict]:
     values = settings.upgraded(read_manifest(run)["config"])
     if name is None and not values["recipe"]:
         raise UserError(f"the run {run} has no recipe: give one with --recipe, such as nvfp4")
-    name = (name or values["recipe"][0]).partition("~")[0]
-    get_recipe(name)
-    return name, values
+    own = str(name or values["recipe"][0]).partition("~")[0]
+    get_recipe(own)
+    return own, values
 
 
 def show(run, name, share, draws, **choices) -> None:

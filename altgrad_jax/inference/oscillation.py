@@ -39,7 +39,8 @@ def oscillation_of(path, n_updates: int, *, checkpoint=None, data_dir=None) -> d
     values = settings.upgraded(read_document(folder)["meta"]["config"])
     if not values["recipe"]:
         raise UserError(f"the run of {path} has no recipe, so that no weight of it is rounded by one: give another")
-    config, device = settings.from_dict(values | {"fsdp": 1, "data_placement": "auto"}), jax.devices()[0]
+    config: settings.Config = settings.from_dict(values | {"fsdp": 1, "data_placement": "auto"})
+    device = jax.devices()[0]
     data = load_token_data(
         data_dir or data_dir_of(Path(path)),
         vocab_size=config.vocab_size,
@@ -63,7 +64,7 @@ def oscillation_of(path, n_updates: int, *, checkpoint=None, data_dir=None) -> d
 def observe(step: Step, state: update.TrainState, tokens_T, n_updates, inputs: update.Inputs) -> dict:
     """{layer: {name: float32}} over n updates from a state that is not stacked; see StepFunctions.run."""
     assert step.recipe is not None, "made for a step with a recipe"
-    B, layers = step.options.batch_size, certified_layers(step.recipe)
+    own, B, layers = step.recipe, step.options.batch_size, certified_layers(step.recipe)
 
     def weights(state):
         params = stacking.unstack(state.params)
@@ -75,7 +76,7 @@ def observe(step: Step, state: update.TrainState, tokens_T, n_updates, inputs: u
         index_B = permute_windows(numbers, step.n_train_windows, inputs.data_seed, xp=jnp)
         windows = gather_windows(tokens_T, index_B, step.plain.block_size, xp=jnp)
         state, _ = update.train_step(step, state, windows, inputs)
-        of_layer = _rounded(step.recipe, state.quant, inputs.formats)
+        of_layer = _rounded(own, state.quant, inputs.formats)
         new = weights(state)
         watched = {layer: oscillation.watch(watched[layer], new[layer], of_layer[layer]) for layer in layers}
         return state, watched

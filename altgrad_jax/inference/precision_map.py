@@ -89,6 +89,7 @@ def scores_of(path, name: str, *, draws: int = 16, **choices) -> Scores:
     # One program for all: what differs is the table.
     items = [item_of(name, ()), *(item_of(name, [cell]) for cell in forward)]
     own = recipe.options_of(settings | {"recipe_program": items, "certify_draws": 0, "metrics": "none"})
+    assert own is not None and step.recipe is not None, "made for a recipe"
     own = recipe.for_platform(own, jax.devices()[0].platform)
     model = recipe.quantized_model(step.plain, own)
     operands_of = partial(update.operands_at, step.plain, None, own)

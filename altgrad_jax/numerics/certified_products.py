@@ -80,12 +80,14 @@ def _exact(x_MK, w, g_MN, w_is_NK) -> _Products:
 def _forward_half(static: _Static, w, given: Certified, half):
     """float32: (y, x and w as fprop multiplies them). half: (x_MK, its number)."""
     x_MK, number = half
-    slots, copies = _drawn(given, _OF_PASSES + given.number, number), []
-    for i, (v, axis) in enumerate(((x_MK, 1), (w, 1 if static.w_is_NK else 0))):
+    slots, axis_K = _drawn(given, _OF_PASSES + given.number, number), 1 if static.w_is_NK else 0
+    copies = []
+    for i, (v, axis) in enumerate(((x_MK, 1), (w, axis_K))):
         slot, features = at(slots, i), static.draws.features[i]
         quantized, _ = quantize_slot(v, slot, axis, features, static.dtype)
         copies.append(in_tensor_basis(quantized, slot, axis, features))
-    return product(*copies, 1, 1 if static.w_is_NK else 0), *copies
+    x_copy, w_copy = copies
+    return product(x_copy, w_copy, 1, axis_K), x_copy, w_copy
 
 
 def _one_draw(static: _Static, x_MK, w, g_MN, slots) -> _Products:

@@ -185,7 +185,7 @@ def is_exhausted(found: dict[str, float]) -> bool:
     return found.get("grad_signal_to_error", np.inf) < bias.EXHAUSTED
 
 
-def _named(certificate: Certificate, step: Step) -> dict[str, float]:
+def _named(certificate: Certificate, step: Step) -> dict[str, Any]:
     assert step.recipe is not None, "made for a step with a recipe"
     found = {}
     for layer, of in biases(certificate, step.recipe, step.options.certify_draws).items():
