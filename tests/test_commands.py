@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import submitit  # noqa: F401  # it sets logging up anew, which closes what pytest captures into if a test does it
+from test_conventions import own_tokenizer
 
 from altgrad_jax import cli, commands
 from altgrad_jax.errors import UserError
@@ -106,8 +107,20 @@ def commands_of(page: Path) -> list[list[str]]:
 DOCUMENTED = [(page.name, *words) for page in PAGES for words in commands_of(page)]
 
 
+@pytest.fixture
+def what_the_pages_name(tmp_path, monkeypatch):
+    """The folder in which a reader types: configs, the files whose text a page shows, and a tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for page in PAGES:
+        for name, text in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page.read_text(), re.M | re.S):
+            (tmp_path / name).write_text(text)
+    (tmp_path / "mine").mkdir()
+    own_tokenizer("bpe", tmp_path / "mine" / "tokenizer.json")
+
+
 @pytest.mark.parametrize("words", DOCUMENTED, ids=" ".join)
-def test_a_documented_command_has_flags_and_settings_that_exist(words):
+def test_a_documented_command_has_flags_and_settings_that_exist(words, what_the_pages_name):
     _, name, *rest = words
     path = ROOT / "scripts" / f"{name}.py"
     script = runpy.run_path(str(path))
