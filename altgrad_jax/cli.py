@@ -481,7 +481,7 @@ def _config_file(name: str) -> str:
     """The path of the config that --config names."""
     if re.fullmatch(r"\w+", name) and not os.path.isfile(name):
         for folder in (Path("configs"), shipped("configs")):
-            if (file := folder / f"{name}.py").is_file():
+            if os.path.isfile(file := folder / f"{name}.py"):  # false for a name too long, where pathlib raises
                 return str(file)
     return name
 

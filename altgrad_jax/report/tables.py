@@ -43,8 +43,8 @@ class Table:
     @property
     def headings(self):
         """The names of the columns as shown."""
-        judged = _judged(self.rows)
-        return [name for key in self.rows[0] for name in ((key, "class") if key in judged else (key,))]
+        judged, first = _judged(self.rows), self.rows[0] if self.rows else {}
+        return [name for key in first for name in ((key, "class") if key in judged else (key,))]
 
     @property
     def cells(self):
