@@ -39,7 +39,7 @@ def oscillation_of(path, n_updates: int, *, checkpoint=None, data_dir=None) -> d
     values = settings.upgraded(read_document(folder)["meta"]["config"])
     if not values["recipe"]:
         raise UserError(f"the run of {path} has no recipe, so that no weight of it is rounded by one: give another")
-    config: settings.Config = settings.from_dict(values | {"fsdp": 1, "data_placement": "auto", "certify_draws": 0})
+    config: settings.Config = settings.from_dict(values | {"fsdp": 1, "data_placement": "auto"})
     device = jax.devices()[0]
     data = load_token_data(
         data_dir or data_dir_of(Path(path)),
@@ -52,7 +52,7 @@ def oscillation_of(path, n_updates: int, *, checkpoint=None, data_dir=None) -> d
         step_options(config, steps_per_dispatch=1),
         data_mesh([device]),
         n_train_windows=data.n_train_windows,
-        eval_batch_size=1,
+        eval_batch_size=config.eval_batch_size,
         seed=config.seed,
     )
     state, _ = restore_path(folder, functions.abstract_state)
