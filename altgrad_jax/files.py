@@ -4,9 +4,11 @@ What is no regular file is never opened: a pipe would be waited for without end,
 """
 
 import contextlib
+import errno
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 
 from altgrad_jax.errors import UserError
@@ -19,6 +21,14 @@ _KINDS = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
+# What the system says where a file system, such as some network ones, has no locks. Where it has no such call at all
+# (ENOSYS), filelock keeps a marker file by itself.
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
+
+
+def note_no_locks(path: Path) -> None:
+    """Says that nothing keeps a second process away from `path`."""
+    print(f"note: the file system of {path} has no locks: keep other processes away from it", file=sys.stderr)
 
 
 def shipped(folder: str) -> Path:

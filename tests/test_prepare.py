@@ -1,6 +1,7 @@
 """Text to token files: contents, split, repeatability, and what a killed or failed preparation leaves."""
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 
@@ -20,6 +22,8 @@ from altgrad_jax.data.prepare import prepare, prepare_source, resolve
 from altgrad_jax.data.sources import Document, Source, SourceUnavailable
 from altgrad_jax.data.tokenizer import get_tokenizer
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import NO_LOCKS
+from altgrad_jax.run.lock import locked
 
 REPO = Path(__file__).parents[1]
 BYTES = get_tokenizer("bytes")
@@ -318,6 +322,30 @@ def test_a_second_run_waits_for_the_first_and_takes_its_data(tmp_path, corpora, 
             os.rename(tmp_path / "elsewhere" / "data", tmp_path / "data")  # the first one finishes
         assert second.result(30).meta["source"] == "local"
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("number", sorted(NO_LOCKS))
+def test_without_locks_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys, number):
+    def acquire(lock, **how):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    make(tmp_path, TEXTS)
+    with locked(tmp_path / "run"):
+        pass
+    notes = capsys.readouterr().err.splitlines()
+    assert [line.partition(" has no locks: keep other processes away")[0] for line in notes] == [
+        f"note: the file system of {tmp_path / name}" for name in ("data", "run")
+    ]
+
+
+def test_a_lock_that_fails_otherwise_ends_it(tmp_path, monkeypatch):
+    def acquire(lock, **how):
+        raise OSError(errno.EIO, "Input/output error", lock.lock_file)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.raises(UserError, match="cannot write the prepared data"):
+        make(tmp_path, TEXTS)
 
 
 def test_explicit_source_is_never_replaced(tmp_path, corpora):

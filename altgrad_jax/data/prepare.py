@@ -19,7 +19,6 @@ from __future__ import annotations
 import array
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import itertools
 import json
@@ -48,7 +47,6 @@ SPLIT_SEED = 42
 VAL_FRACTION = 0.05
 BIN_FILES = ("train.bin", "val.bin")
 SHOWN = 12  # names of skipped files
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 # Characters tokenized in one go: enough documents to keep the threads busy, few enough to hold.
 _BATCH_CHARS = 2**22
@@ -355,17 +353,17 @@ def _written_atomically(out: Path, force: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Keeps other preparations of `out` waiting. Where the file system has no locks (some network ones) it goes on."""
+    """Keeps other preparations of `out` waiting. Where the file system has no locks it says so and goes on."""
     lock = filelock.FileLock(out.with_name(f".{out.name}.lock"))
-    with contextlib.suppress(NotImplementedError):
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            print(f"waiting for another preparation of {out}", file=sys.stderr, flush=True)
-            lock.acquire()
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        print(f"waiting for another preparation of {out}", file=sys.stderr, flush=True)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in files.NO_LOCKS:
+            raise
+        files.note_no_locks(out)
     try:
         yield
     finally:

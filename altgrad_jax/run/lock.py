@@ -9,6 +9,7 @@ from pathlib import Path
 import filelock
 
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import NO_LOCKS, note_no_locks
 
 LOCK = ".lock"
 
@@ -34,8 +35,9 @@ def locked(run_dir: Path) -> Iterator[None]:
             "--workdir"
         ) from None
     except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
-            yield  # a file system without locks
+        if error.errno in NO_LOCKS:
+            note_no_locks(run_dir)
+            yield
             return
         raise UserError(
             f"{run_dir} cannot be written to ({error.strerror}): give another folder with --workdir"
