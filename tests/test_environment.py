@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -358,8 +357,5 @@ def test_a_plot_is_drawn_under_any_title(record, title):
 
 def test_a_plot_that_cannot_be_drawn_is_told_and_raises_nothing(tmp_path):
     said = []
-    run = types.SimpleNamespace(
-        run_dir=tmp_path / "no_record", config=tiny(), console=types.SimpleNamespace(message=said.append)
-    )
-    RunFolder._plot(run)  # pyright: ignore[reportArgumentType]
+    verdict.try_to_plot(tmp_path / "no_record", "run", said.append)
     assert said[0].startswith("warning: loss.png was not drawn (UserError: ") and "its record are complete" in said[0]

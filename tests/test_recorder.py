@@ -19,6 +19,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.models import linear, stacking
 from altgrad_jax.models.model import init_params
 from altgrad_jax.report.runs import Arm
+from altgrad_jax.run import verdict
 from altgrad_jax.run.record import read_diagnostics, read_manifest, read_rows
 from altgrad_jax.step import quantization
 from altgrad_jax.step.from_config import model_config, step_options
@@ -103,6 +104,25 @@ def test_a_resumed_loop_leaves_the_same_bytes(folders, made, tmp_path):
         assert (tmp_path / "run" / name).read_bytes() == (folders / "E4M3-0" / name).read_bytes()
     assert [start["step"] for start in read_manifest(tmp_path / "run")["starts"]] == [0, 21]
     assert list(read_rows(tmp_path / "run"))[-1]["loss_zscore"] != 0  # of more losses than those since the resume
+
+
+def test_a_plot_that_fails_does_not_take_the_verdict(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verdict, "plot_loss", lambda *args, **how: 1 / 0)
+    recorder = Recorder(tmp_path / "run", made["BF16"][0], data="normal", max_steps=1)
+    recorder.row(1.0)
+    assert recorder.close()["steps"] == 1 and (tmp_path / "run" / "verdict.json").exists()
+    assert "loss.png was not drawn (ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_what_jax_was_told_is_recorded_and_may_not_differ_on_resume(made, tmp_path):
+    inst = made["E4M3"][0]
+    with jax.default_matmul_precision("highest"):
+        with Recorder(tmp_path / "run", inst, data="normal", max_steps=2) as recorder:
+            recorder.row(1.0)
+    environment = read_manifest(tmp_path / "run")["starts"][0]["environment"]
+    assert environment["jax_default_matmul_precision"] == "highest"
+    with pytest.raises(UserError, match="jax_default_matmul_precision: highest in the run, not set now"):
+        Recorder(tmp_path / "run", inst, data="normal", max_steps=2, resume_step=1)
 
 
 def test_has_the_columns_of_a_built_in_run(tmp_path, monkeypatch):

@@ -123,8 +123,9 @@ def results(plan: Mapping, losses: Mapping[str, Mapping[int, float]], costs: Map
         own = losses[item]
         gaps = [own[seed] - baseline[seed] for seed in own.keys() & baseline.keys()]
         of: Closed = maps.closed(full, own, baseline)
+        gap = sum(gaps) / len(gaps) if gaps else math.nan  # all of its runs may have diverged
         row = {"what": what, "item": item, "cost": sum(costs[cell] for cell in kept), "closed": of.share}
-        rows.append(row | {"low": of.low, "high": of.high, "pairs": of.n, "gap": sum(gaps) / len(gaps)})
+        rows.append(row | {"low": of.low, "high": of.high, "pairs": of.n, "gap": gap})
     return rows
 
 

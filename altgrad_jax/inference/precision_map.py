@@ -6,7 +6,7 @@ holds for all others. Its cost is its share of the multiplications of all cells.
 Scores, from one checkpoint and no training:
 
 fprop          harm: loss by the recipe minus loss with this cell in bfloat16, on the run's evaluation windows
-dgrad, wgrad   relative error that an update sees: bias^2 + variance x (windows looked at / windows of an update)
+dgrad, wgrad   relative squared error that an update sees: bias + variance x (windows looked at / windows of an update)
 
 Both kinds are scaled to a sum of 1 and weighted, for no pass over one checkpoint tells what an error of the gradient
 costs in loss. Trainings do: those of the recipe in one part only give the weights.
@@ -228,7 +228,11 @@ def settings_lines(name: str, kept: Sequence[Cell]) -> list[str]:
 
     Names of layers are those of TransformerLayer and of torchtitan's Llama; torchtitan keeps layers as a whole.
     """
-    lines = [f"--config.recipe='{item_of(name, kept)}'", "", "# Transformer Engine, nvdlfw_inspect config (YAML):"]
+    lines = [
+        f"--config.recipe='{item_of(name, kept)}'",
+        "",
+        "# Transformer Engine, nvdlfw_inspect config (YAML), not tried there:",
+    ]
     products: dict[str, list[str]] = {}
     for layer, product in kept:
         products.setdefault(layer, []).append(product)
@@ -247,5 +251,5 @@ def settings_lines(name: str, kept: Sequence[Cell]) -> list[str]:
         for layer in whole
         for part in TORCHTITAN[layer.partition("/")[2]]
     ]
-    lines += ["", "# torchtitan, whole layers only:", f"filter_fqns = {['output', *names]!r}"]
+    lines += ["", "# torchtitan, whole layers only, not tried there:", f"filter_fqns = {['output', *names]!r}"]
     return lines

@@ -33,9 +33,7 @@ class Origin(NamedTuple):
     leaves: frozenset[str] = frozenset()  # names of the parameters that have a part in it
     loops: frozenset[int] = frozenset()  # depths of the loops in which it differs from round to round
     through: str = ""  # the primitive that made it more than one leaf
-    scores: bool = (
-        False  # whether a product of two activations, and no product with a weight after it, has a part in it
-    )
+    scores: bool = False  # whether a product of two activations has a part in it, and no product with a weight after it
 
 
 def union(sets: Iterable[frozenset]) -> frozenset:

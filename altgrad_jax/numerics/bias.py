@@ -154,8 +154,9 @@ def whole_of(sums: WholeSums, share: float = 1.0) -> dict[str, np.ndarray]:
     """What quantization does to the gradient that the optimizer sees, by name; float64.
 
     Args:
-      share: windows measured over windows of an update. Both noises are those of an update: they fall as 1 / windows,
-        while bias stays.
+      share: windows measured over windows of an update. Both noises fall as 1 / windows. Bias is taken as it is on the
+        windows measured: what of it is not persistent falls in a larger batch too, so `grad_signal_to_error` is low
+        rather than high.
 
     Returns:
       `grad_noise_ratio`; `grad_signal_to_error`, 0 where the estimate of s^2 is not above 0; `grad_total_bias` and

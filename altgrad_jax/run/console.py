@@ -83,6 +83,12 @@ class Lasting:
         return False
 
 
+def brief(error: BaseException) -> str:
+    """An error in one line of at most 200 characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
 def tell(text: str) -> None:
     """Prints a line on standard output, if there is one that takes it."""
     print(text, file=Lasting(sys.stdout), flush=True)

@@ -124,9 +124,12 @@ def fixed_options() -> Iterator[None]:
 
 
 def recorded() -> dict[str, str]:
-    """{name: value} of the options and variables that are neither fixed nor harmless: what `starts` holds of them."""
-    options = {name: _plain(value) for name, value in _options().items()}
-    rest = {name: value for name, value in options.items() if name not in FIXED and not HARMLESS.fullmatch(name)}
+    """{name: value} of the options and variables that may decide numbers: what `starts` holds of them.
+
+    FIXED options are among them where they do not have their value, as in a loop that is not of this package.
+    """
+    options = {name: value for name, value in _options().items() if not HARMLESS.fullmatch(name)}
+    rest = {name: _plain(value) for name, value in options.items() if name not in FIXED or _differs(name, value)}
     return dict(sorted(rest.items())) | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
@@ -155,7 +158,7 @@ def refuse_other(run_dir: Any, manifest: Mapping[str, Any]) -> None:
     if lines := difference(next(iter(manifest["starts"]), {})):
         raise UserError(
             f"{run_dir} was begun in another environment, so its {_REFUSED}: {'; '.join(lines)}. Set that back, or "
-            "give another --workdir to start a new run"
+            "give another folder (--workdir) to start a new run"
         )
 
 

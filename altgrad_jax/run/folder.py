@@ -50,7 +50,7 @@ from altgrad_jax.run.record import (
     write_window_losses,
 )
 from altgrad_jax.run.setup import Setup, certify, certify_recipes
-from altgrad_jax.run.sinks import Sinks, brief, open_sinks
+from altgrad_jax.run.sinks import Sinks, open_sinks
 from altgrad_jax.run.writer import DispatchRecord, RunFacts, Writer
 from altgrad_jax.step import quantization, stability
 from altgrad_jax.step.from_config import inputs_of
@@ -534,7 +534,7 @@ class RunFolder:
         if not interrupted:
             self.verdict = found = verdict.make_verdict(self.run_dir, stopped=self._why_it_stopped())
             if plot:
-                self._plot()
+                verdict.try_to_plot(self.run_dir, self.config.run_name, self.console.message)
             verdict.write_verdict(self.run_dir, found)
         if self.sinks is not None:
             # A signal wants an answer within seconds; what W&B then lacks is sent when the run is resumed.
@@ -547,15 +547,6 @@ class RunFolder:
             self.verdict["goodput"] = total(read_timing(self.run_dir)[1])
             verdict.write_verdict(self.run_dir, self.verdict)
         return self.exit_code
-
-    def _plot(self) -> None:
-        """Draws loss.png. A picture decides nothing about the run, so that it is missing is told and no more."""
-        try:
-            verdict.plot_loss(self.run_dir, title=self.config.run_name)
-        except Exception as error:
-            self.console.message(
-                f"warning: {verdict.LOSS_PLOT} was not drawn ({brief(error)}); the run and its record are complete"
-            )
 
     def _exit_code(self, signal_number: int | None) -> int:
         if self.frozen:

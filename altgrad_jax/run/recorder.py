@@ -32,6 +32,8 @@ from altgrad_jax.numerics.recipes import Recipe
 from altgrad_jax.numerics.rules import LayerFormats
 from altgrad_jax.run import verdict
 from altgrad_jax.run.alerts import rules_of
+from altgrad_jax.run.console import tell
+from altgrad_jax.run.environment import refuse_other
 from altgrad_jax.run.folder import own_formats, start_of
 from altgrad_jax.run.lock import locked
 from altgrad_jax.run.look import diagnosis, evaluation_of
@@ -112,7 +114,7 @@ class Recorder:
             self._writer = Writer(record, facts, rules=rules_of(c))
             resources.callback(self._writer.close)
             self._sinks = open_sinks(
-                c, self.run_dir, manifest, resume_step=resume_step, say=print, event=self._writer.event
+                c, self.run_dir, manifest, resume_step=resume_step, say=tell, event=self._writer.event
             )
             resources.callback(self._sinks.close, drain_timeout=5.0)
             self._resources = resources.pop_all()
@@ -183,7 +185,7 @@ class Recorder:
             self._submit()
             self._writer.flush()
             found = verdict.make_verdict(self.run_dir, stopped=stopped)
-            verdict.plot_loss(self.run_dir, title=self.config.run_name)
+            verdict.try_to_plot(self.run_dir, self.config.run_name, tell)
             verdict.write_verdict(self.run_dir, found)
             self._sinks.close(drain_timeout=300.0, summary=found)
         return found
@@ -336,6 +338,7 @@ def _manifest(run_dir, config, inst: Instrument, data: str, given, step, resume_
     if resume_step is None:
         return {"run_id": new_run_id(), "tags": list(config.tags), "starts": [start]} | fixed
     before = read_manifest(run_dir)
+    refuse_other(run_dir, before)
     now = {key: fixed[key] for key in ("data", "model", "recorder")}
     differs = [key for key, value in now.items() if before.get(key) != value]
     lines = settings.config_difference(before["config"], fixed["config"])

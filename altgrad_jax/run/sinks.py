@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from altgrad_jax import config as settings
 from altgrad_jax.run.alerts import AlertGate
+from altgrad_jax.run.console import brief
 from altgrad_jax.run.record import METRICS, TIMING_KEYS, Tail, count_rows
 from altgrad_jax.run.tensorboard import TensorBoardSink, require_tensorboard
 from altgrad_jax.run.wandb import WandbSink, matching, resolve_wandb_mode
@@ -257,9 +258,3 @@ class Follower:
                     self._warn(f"sending failed ({brief(error)})")
                 self._abandoned.wait(pause)
         self.last_sent = step
-
-
-def brief(error: BaseException) -> str:
-    """An error in one line of at most 200 characters."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -13,7 +13,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from rich.text import Text
 
 from altgrad_jax.files import write_atomically
 from altgrad_jax.run import goodput
-from altgrad_jax.run.console import Lasting, show_duration, show_rate
+from altgrad_jax.run.console import Lasting, brief, show_duration, show_rate
 from altgrad_jax.run.record import MANIFEST, METRICS, read_rows, read_timing, read_window_losses
 
 SHARE = 0.05  # of the steps, at either end
@@ -349,6 +349,14 @@ def plot_loss(run_dir, title=None):
     """
     with _matplotlib_as_delivered():
         return _plot_loss(Path(run_dir), title)
+
+
+def try_to_plot(run_dir: Path, title: str, say: Callable[[str], None]) -> None:
+    """`plot_loss` at the end of a run. A picture decides nothing about it: that it is missing is told, and no more."""
+    try:
+        plot_loss(run_dir, title=title)
+    except Exception as error:
+        say(f"warning: {LOSS_PLOT} was not drawn ({brief(error)}); the run and its record are complete")
 
 
 @contextlib.contextmanager

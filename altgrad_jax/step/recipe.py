@@ -77,9 +77,7 @@ class RecipeTable(NamedTuple):
     delayed_PQ6: Any  # bool
     start_P: Any  # int32: the update from which a phase holds
     bad_P: Any = None  # int32: bad updates in a row after which it does, 0 for none; None where no phase waits
-    exhausted_P: Any = (
-        None  # int32: the same of certificates of an exhausted format; None where no phase waits for them
-    )
+    exhausted_P: Any = None  # int32: the same of certificates of an exhausted format
 
 
 class RecipeState(NamedTuple):
