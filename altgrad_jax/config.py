@@ -314,7 +314,7 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("overflow_threshold", 0.01, "alert when a larger share of a quantized operand's values is clipped; "
               "with use_fp8=False no layer is quantized and there is none to watch", low=FLOAT32_TINY, high=1),
         Field("diagnostic_interval", 100, "updates between two diagnoses: rank of the weights; with formats, use of "
-              "codes, histograms", low=1, zero="never", resumable=True),
+              "codes, histograms; 0 = never", low=1, zero="never", resumable=True),
         Field("rank_threshold", 0.1, "alert when a layer's stable rank falls below this share of its first value "
               "after the warm-up; 0 = off", low=0, high=1, resumable=True),
         Field("rank_threshold_strict", 0.3, "the same for the head and the projections into the residual stream",
