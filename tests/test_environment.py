@@ -166,9 +166,13 @@ def test_an_option_set_by_a_context_around_a_run_is_refused(options):
 
 def test_what_is_neither_fixed_nor_harmless_is_recorded_and_not_continued_under_another_value(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_dump_to=/tmp/x --xla_a=2 --xla_force_host_platform_device_count=2")
-    values = {"jax_of_a_newer_version": "x", "jax_log_compiles": True, "jax_enable_x64": True, "jax_platforms": "cpu"}
+    values = {"jax_of_a_newer_version": "x", "jax_log_compiles": True, "jax_enable_x64": False, "jax_platforms": "cpu"}
     monkeypatch.setattr(environment, "_options", lambda: values)
     assert environment.recorded() == {"jax_of_a_newer_version": "x"}
+    fixed_otherwise = values | {"jax_enable_x64": True}  # as a loop of a user's own may have it
+    monkeypatch.setattr(environment, "_options", lambda: fixed_otherwise)
+    assert environment.recorded() == {"jax_of_a_newer_version": "x", "jax_enable_x64": "true"}
+    monkeypatch.setattr(environment, "_options", lambda: values)
     start = {
         "environment": environment.recorded(),
         "versions": {"jax": jax.__version__},
