@@ -10,7 +10,7 @@ import numpy as np
 from altgrad_jax.numerics.layers import BLOCK_LAYERS, HEAD
 from altgrad_jax.report.analysis import ADAMW, layers_of
 from altgrad_jax.report.runs import LOST, OPERANDS, REFERENCE, Arm
-from altgrad_jax.report.statistics import BETTER, EQUIVALENT, INCONCLUSIVE, WORSE
+from altgrad_jax.report.statistics import BETTER, CONFIDENCE, EQUIVALENT, INCONCLUSIVE, WORSE
 from altgrad_jax.report.tables import flat, format_name, show_class, show_difference, to_csv, treatment
 
 POINTS = 100  # of a curve, at most; columns of a heat map
@@ -147,8 +147,8 @@ def gaps(c):
     return Figure(
         "gap-intervals",
         f"Gap to {REFERENCE} at the end",
-        "A dot is the mean over pairs of runs, the thick line its 95% t interval (none with one pair), uncorrected, "
-        "the thin line the interval over validation windows too. Left of 0 is better than BF16; the grey band is the "
+        f"A dot is the mean over pairs of runs, the thick line its {CONFIDENCE:.0%} t interval (none with one pair), "
+        "uncorrected, the thin line the interval over validation windows too. Left of 0 is better than BF16; the grey band is the "
         f"margin of {c.margin:g}. Click a class in the legend to see it alone; drag to move, Alt + wheel to zoom.",
         rows,
         _page(layers, how, at, height=alt.Step(22)),

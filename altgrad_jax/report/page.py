@@ -8,7 +8,7 @@ from functools import cache
 
 import jinja2
 
-from altgrad_jax.report import tables
+from altgrad_jax.report import statistics, tables
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("altgrad_jax.report"),
@@ -46,7 +46,7 @@ ENVIRONMENT.filters |= {"in_script": in_script, "packed": packed, "bars": _bars}
 
 def notes(c):
     """What to know before believing the page: lines."""
-    return ENVIRONMENT.get_template("notes.txt").render(c=c, tables=tables).splitlines()
+    return ENVIRONMENT.get_template("notes.txt").render(c=c, tables=tables, statistics=statistics).splitlines()
 
 
 class Report:
