@@ -149,7 +149,8 @@ def gaps(c):
         f"Gap to {REFERENCE} at the end",
         f"A dot is the mean over pairs of runs, the thick line its {CONFIDENCE:.0%} t interval (none with one pair), "
         "uncorrected, the thin line the interval over validation windows too. Left of 0 is better than BF16; the grey "
-        f"band is the margin of {c.margin:g}. Click a class in the legend to see it alone; drag to move, Alt + wheel to zoom.",
+        f"band is the margin of {c.margin:g}. Click a class in the legend to see it alone; drag to move, "
+        "Alt + wheel to zoom.",
         rows,
         _page(layers, how, at, height=alt.Step(22)),
     )
