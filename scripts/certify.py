@@ -3,6 +3,7 @@
     python scripts/certify.py checkpoints/nvfp4 --draws 256
     python scripts/certify.py checkpoints/nvfp4 --reference float32 --json
     python scripts/certify.py checkpoints/bf16_baseline --recipe nvfp4
+    python scripts/certify.py checkpoints/bf16_baseline --recipe mxfp8 --recipe mxfp4 --recipe nvfp4     # side by side
     python scripts/certify.py checkpoints/nvfp4 --oscillation 50
 
 Bias is what no averaging removes. BIASED stands where it is shown: beyond 1e-5 and five standard errors.
@@ -21,7 +22,9 @@ ARGUMENTS = ("checkpoint",)
 FLAGS = cli.new_flags(device=True)
 flags.DEFINE_integer("draws", 256, "draws of every product, 2 to 4096", flag_values=FLAGS)
 flags.DEFINE_integer("step", None, "checkpoint of the run folder (default: the newest)", flag_values=FLAGS)
-flags.DEFINE_string("recipe", None, "recipe to look at the weights by (default: the run's own)", flag_values=FLAGS)
+flags.DEFINE_multi_string(
+    "recipe", [], "recipe to look at the weights by (default: the run's own); may be repeated", flag_values=FLAGS
+)
 flags.DEFINE_string("data_dir", None, "folder of token files; its val.bin is used", flag_values=FLAGS)
 flags.DEFINE_enum(
     "reference", "straight_through", REFERENCES, "exact products of the forward pass's own operands, or of the "
@@ -35,12 +38,18 @@ def run(*, checkpoint, device, draws, step, recipe, data_dir, reference, oscilla
     if not 2 <= draws <= 4096:
         raise UserError(f"--draws={draws} cannot be used: give a whole number from 2 to 4096")
     # Here, so that --help does not wait for jax.
-    from altgrad_jax.inference.certify import as_json, certify_checkpoint, table_lines
+    from altgrad_jax.inference.certify import (
+        as_json,
+        certify_checkpoint,
+        certify_recipes,
+        comparison_lines,
+        table_lines,
+    )
     from altgrad_jax.run.device import use_device
 
     use_device(device)
     if oscillation is not None:
-        if oscillation < 1 or recipe is not None:
+        if oscillation < 1 or recipe:
             raise UserError(
                 f"--oscillation={oscillation} watches weights of the run's own recipe: give 1 or more, without --recipe"
             )
@@ -50,7 +59,12 @@ def run(*, checkpoint, device, draws, step, recipe, data_dir, reference, oscilla
         lines = [f"{layer:<22}" + "  ".join(f"{k} {v:.3g}" for k, v in of.items()) for layer, of in layers.items()]
         print(_json(layers) if json else "\n".join(lines))
         return
-    found = certify_checkpoint(checkpoint, draws, checkpoint=step, data_dir=data_dir, recipe_item=recipe)
+    if len(recipe) > 1:
+        several = certify_recipes(checkpoint, recipe, draws, checkpoint=step, data_dir=data_dir)
+        lines = comparison_lines(several, REFERENCES.index(reference))
+        print(_json({name: as_json(found) for name, found in several.items()}) if json else "\n".join(lines))
+        return
+    found = certify_checkpoint(checkpoint, draws, checkpoint=step, data_dir=data_dir, items=recipe)
     if json:
         print(_json(as_json(found)))
         return

@@ -14,7 +14,8 @@ from altgrad_jax.numerics.recipes import RECIPES, SLOTS, Recipe, SlotSpec, check
 
 NAMES = (
     "bf16 te_delayed te_current rowwise rowwise_gw_hp deepseek_v3 deepseek_pow2 mxfp8 mxfp8_floor mxfp8_e5m2g mxfp6 "
-    "mxfp4 mxfp4_tseng nvfp4 nvfp4_redrawn tetrajet_v2 quartet_2 fp4_all_the_way ufp4"
+    "mxfp4 mxfp4_tseng nvfp4 nvfp4_redrawn tetrajet_v2 quartet_2 fp4_all_the_way ufp4 "
+    "nvfp4_headroom nvfp4_w1x16 ufp4_no_rht ufp4_e2m1 ufp4_e2m1_no_rht quartet_2_sr"
 ).split()
 ROW = RECIPES["rowwise"].fprop_x
 NV = RECIPES["nvfp4"].fprop_x
@@ -35,6 +36,29 @@ def test_nvfp4_is_the_table_of_the_paper():
     assert [name for name, spec in slots.items() if spec.rotation] == ["wgrad.x", "wgrad.g"]
     assert [name for name, spec in slots.items() if spec.source == "shared"] == ["dgrad.w"]
     assert slots["wgrad.g"].target == 6 and get_recipe("nvfp4_redrawn").wgrad_g.target == pytest.approx(6 * 16 / 17)
+
+
+@pytest.mark.parametrize(
+    ("control", "base", "changed"),
+    [
+        ("nvfp4_headroom", "nvfp4", {"dgrad.g": {"headroom"}, "wgrad.g": {"headroom"}}),
+        ("nvfp4_redrawn", "nvfp4_headroom", {"wgrad.x": {"transform"}, "wgrad.g": {"transform"}}),
+        ("nvfp4_w1x16", "nvfp4", {"fprop.w": {"block"}, "dgrad.w": {"block", "source"}}),
+        ("ufp4_no_rht", "ufp4", dict.fromkeys(SLOTS, {"transform"})),
+        ("ufp4_e2m1", "ufp4", dict.fromkeys(SLOTS, {"element"})),
+        ("ufp4_e2m1_no_rht", "ufp4_e2m1", dict.fromkeys(SLOTS, {"transform"})),
+        ("mxfp8_floor", "mxfp8", dict.fromkeys(SLOTS, {"rule"})),
+        ("quartet_2_sr", "quartet_2", dict.fromkeys(SLOTS[2:], {"rounding", "headroom", "bound", "correction"})),
+    ],
+)
+def test_a_control_differs_from_its_base_in_what_it_says(control, base, changed):
+    """Claims of the report rest on such pairs: nothing else may differ."""
+    mine, its = RECIPES[control], RECIPES[base]
+    found = {}
+    for name, one, other in zip(SLOTS, mine.slots, its.slots, strict=True):
+        fields = {field for field, value in vars(one).items() if value != vars(other)[field]}
+        found |= {name: fields} if fields else {}
+    assert found == changed and mine.keep_high == its.keep_high and mine.attention == its.attention
 
 
 def test_targets_and_bounds():

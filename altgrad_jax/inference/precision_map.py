@@ -12,7 +12,6 @@ Both kinds are scaled to a sum of 1 and weighted, for no pass over one checkpoin
 costs in loss. Trainings do: those of the recipe in one part only give the weights.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,9 +20,9 @@ import jax
 import numpy as np
 from scipy import stats
 
-from altgrad_jax.inference.certify import load
+from altgrad_jax.inference.certify import load, table_with
 from altgrad_jax.numerics.layers import HEAD, linear_layers, matrix_sizes
-from altgrad_jax.numerics.recipes import PRODUCTS, Phase
+from altgrad_jax.numerics.recipes import PRODUCTS
 from altgrad_jax.step import program, recipe, update
 from altgrad_jax.step.certify import biases, certify, windows_of
 
@@ -82,7 +81,7 @@ def scores_of(path, name: str, *, draws: int = 16, **choices) -> Scores:
     Args:
       choices: `checkpoint`, `data_dir` of certify.load.
     """
-    loaded = load(path, recipe_item=item_of(name, ()), draws=draws, **choices)
+    loaded = load(path, items=[item_of(name, ())], draws=draws, **choices)
     step, settings = loaded.step, loaded.settings
     cells = cells_of(settings["n_layer"], settings["model"])
     forward = [cell for cell in cells if cell[1] == PRODUCTS[0]]
@@ -113,11 +112,6 @@ def scores_of(path, name: str, *, draws: int = 16, **choices) -> Scores:
             of = of_layers[layer]
             error[layer, product] = float(max(of.bias[1, p], 0) + share * max(of.variance[1, p], 0))
     return Scores(harm, error)
-
-
-def table_with(options: recipe.RecipeOptions, item: str) -> recipe.RecipeTable:
-    """The table of a run that follows one recipe for ever."""
-    return recipe.table_of(dataclasses.replace(options, schedule=(Phase(item, 0),)))
 
 
 def _mean_and_se(values):

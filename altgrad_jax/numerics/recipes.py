@@ -226,6 +226,7 @@ _EDEN = _nv(correction="ms_eden", headroom=1 / (17 / 16 * 0.93), bound=255.99, t
 _TETRA = _nv(rounding=_SR, headroom=_ROOM, transform="rht16_redrawn")
 _U4 = _nv(element="E1M2", transform="rht16_fixed")
 _U4_G = replace(_U4, rounding=_SR)
+_QUARTET_SR = _nv(rounding=_SR, headroom=_ROOM, transform="rht128_redrawn")
 
 # Name: (fprop.x, fprop.w, dgrad.g, dgrad.w, wgrad.x, wgrad.g), what is kept in the compute dtype, source.
 _TABLE = {
@@ -285,9 +286,46 @@ _TABLE = {
 }
 
 
+def _each(slots, **changes):
+    """These slots with some fields changed, where they are not in the compute dtype."""
+    return tuple(replace(slot, **changes) for slot in slots)
+
+
+def _controls():
+    """Recipes that differ from a published one in one thing, which its name says: {name: a row as in _TABLE}."""
+    nvfp4, kept, _ = _TABLE["nvfp4"]
+    ufp4 = _TABLE["ufp4"][0]
+    rounded = [replace(slot, headroom=_ROOM) if slot.rounding == _SR else slot for slot in nvfp4]
+    plain = {"transform": "none"}
+    return {
+        "nvfp4_headroom": (tuple(rounded), kept, "control: nvfp4 with headroom 16/17 where it rounds stochastically"),
+        "nvfp4_w1x16": (
+            (nvfp4[0], _nv(), nvfp4[2], _nv(), *nvfp4[4:]),
+            kept,
+            "control: nvfp4 with weights in blocks of 1x16, quantized for each product",
+        ),
+        "ufp4_no_rht": (_each(ufp4, **plain), ("head",), "control: ufp4 without Hadamard transforms"),
+        "ufp4_e2m1": (_each(ufp4, element="E2M1"), ("head",), "control: ufp4 with elements in E2M1"),
+        "ufp4_e2m1_no_rht": (
+            _each(ufp4, element="E2M1", **plain),
+            ("head",),
+            "control: ufp4 with elements in E2M1 and without Hadamard transforms",
+        ),
+        "quartet_2_sr": (
+            (
+                _FOUR_SIX,
+                _FOUR_SIX,
+                *(replace(_QUARTET_SR, source=s) for s in ("original", "fprop", "fprop", "original")),
+            ),
+            ("head",),
+            "control: quartet_2 with stochastic rounding and headroom in place of MS-EDEN",
+        ),
+    }
+
+
 RECIPES = {
     name: Recipe(name, *slots, keep_high=keep_high, source=source)
-    for name, (slots, keep_high, source) in _TABLE.items()
+    for name, (slots, keep_high, source) in (_TABLE | _controls()).items()
 }
 
 

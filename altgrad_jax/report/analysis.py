@@ -11,6 +11,7 @@ Comparisons that answer one question are one family, and are corrected together 
     pairs      every two of the ranked arms, but for those with BF16, which are gaps
     costs      ablations: only W, only A, only G in the format against BF16, and weights stored in it against a master
     effects    another optimizer, or another setting of the formats, against the same arm without it
+    findings   published claims about recipes (`claims.CLAIMS`), of which both arms were run
 
 What a part costs is a causal claim and comes from ablations alone. Which statistic crossed a threshold first is an
 early warning beside it, not the cause.
@@ -24,7 +25,7 @@ from functools import cached_property
 import numpy as np
 
 from altgrad_jax.numerics.formats import DEFAULT_8BIT
-from altgrad_jax.report import statistics
+from altgrad_jax.report import claims, statistics
 from altgrad_jax.report.needs import MIN_RATES
 from altgrad_jax.report.runs import FINISHED, LOST, OPERANDS, REFERENCE, Arm, check_comparable, name_variants
 from altgrad_jax.run.alerts import is_bottleneck
@@ -437,6 +438,11 @@ class Comparison:
             if self.cell(base_of(arm), rate)
         }
         return statistics.judge_all(found, self.margin)
+
+    @cached_property
+    def findings(self):
+        """[claims.Finding]: what these runs say of published claims."""
+        return claims.findings(self)
 
     # ------------------------------------------------------------------------------------------------ checks
 

@@ -56,7 +56,7 @@ class Report:
         self.c, self.reader, self.seconds = c, reader, seconds
         first, every = tables.early_warnings(c, reader)
         self.ranking = tables.ranking_table(c, first)
-        shown = tables.gaps_table, tables.spread_table, tables.costs_table, tables.effects_table
+        shown = tables.claims_table, tables.gaps_table, tables.spread_table, tables.costs_table, tables.effects_table
         self.tables = [table for make in shown if (table := make(c)).rows]
         last = tables.rates_table(c), tables.pairwise_table(c), tables.warnings_table(c, every)
         self.details = [table for table in (*last, tables.runs_table(c)) if table.rows]

@@ -47,6 +47,7 @@ from altgrad_jax.run.verdict import UNSOUND_ALERTS, VERDICT
 FINISHED, LOST, UNFINISHED, DAMAGED = "finished", "lost", "unfinished", "damaged"
 OPERANDS = ("W", "A", "G")
 REFERENCE = "BF16"
+RECIPE = "recipe "  # in front of the name of a recipe as a format
 
 # Settings that may differ between runs that are compared, as may every interval and those of W&B: they name, watch,
 # save or place a run, and change no loss.
@@ -395,7 +396,7 @@ def _arm_of(run):
     rest = {"at_rest": config.get("weights_at_rest", "float32"), "optimizer": config.get("optimizer", "adamw")}
     recipe = config.get("recipe") or ["bf16"]
     if recipe != ["bf16"]:  # that one quantizes nothing
-        return Arm("recipe " + ", ".join(recipe), **rest)
+        return Arm(RECIPE + ", ".join(recipe), **rest)
     if not config.get("use_fp8", False):
         return Arm(REFERENCE if config["compute_dtype"] == "bfloat16" else config["compute_dtype"], **rest)
     formats, operands = _operands((run.manifest.get("formats") or {}).get("layers") or [])

@@ -247,7 +247,16 @@ def answer(c):
     for (change, at_rest), found in by_change.items():
         heading = f"{change} against the same without it ({treatment(at_rest)}; same format, learning rate and seed)"
         parts.append((heading, _by_class(found, c.margin)))
-    return [*parts, ("Noise", _noise(c))]
+    return [*parts, *_claims(c), ("Noise", _noise(c))]
+
+
+def _claims(c):
+    """[(heading, sentence)] of the published claims, by verdict; [] without any."""
+    by_verdict = {}
+    for one in c.findings:
+        by_verdict.setdefault(one.verdict, []).append(f"{one.claim.words} ({signed(one.judged.d.mean)})")
+    words = "; ".join(f"{verdict}: {', '.join(found)}" for verdict, found in by_verdict.items())
+    return [("Published claims, at this size", f"{words}.")] if words else []
 
 
 def _by_class(judged, margin):
@@ -326,7 +335,7 @@ def families(c):
     pairs = [both for both in itertools.combinations(c.ranked, 2) if both in c.pairs and c.reference not in both]
     costs = [cost for _, found in c.costs.values() for cost in found]
     found = {"gaps": c.gaps, "gaps at one rate": c.rate_gaps, "pairs of formats": pairs, "costs": costs}
-    found |= {"effects of one setting": c.effects}
+    found |= {"effects of one setting": c.effects, "published claims": c.findings}
     return ", ".join(f"{name} ({len(family)})" for name, family in found.items() if family)
 
 
@@ -452,6 +461,24 @@ def effects_table(c):
         "What one setting changes: the loss with it minus the loss without",
         "Below 0 it helps. Same format, storage, learning rate and seeds. Own rate: that of the arm without it.",
         "format|setting|against|learning rate|own rate|effect",
+        rows,
+    )
+
+
+def claims_table(c):
+    """Published claims, and what these runs say of each."""
+    rows = []
+    for one in c.findings:
+        arms = (format_name(c, arm.format) for arm in (one.higher, one.lower))
+        ps = show_p(one.judged.p, one.judged.holm_p)
+        rows.append((one.claim.words, one.claim.source, *arms, one.verdict, one.judged, ps))
+    return table(
+        "claims",
+        "Published claims about recipes, at this size",
+        "Each is one paired comparison of two arms that differ in one thing; above 0 is what the claim says. Supported "
+        "and contradicted: separated from 0, after correction over the claims of this table. Numbers of sources are "
+        "arXiv's. A claim is about its authors' models: what holds at this size need not hold for theirs.",
+        "claim|source|arm|other|verdict|arm minus other|p of no difference",
         rows,
     )
 

@@ -1,0 +1,146 @@
+"""What goes with the loss gaps of a sweep over recipes, and whether its members equal runs alone.
+
+    python tests/campaigns/court.py explain RUNS DATA OUT [--seeds=3] [--draws=16]
+    python tests/campaigns/court.py alone RUNS DATA OUT [--members=5]
+
+explain   certificates of every recipe at the weights of the bfloat16 runs, the same for all; Spearman's rank
+          correlation of each number with the gap, over the recipes, with a bootstrap interval over recipes
+alone     trains members, drawn at random, each in a process of its own; compares losses and last arrays to the bit
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from altgrad_jax.errors import UserError  # noqa: E402
+from altgrad_jax.report.analysis import Comparison  # noqa: E402
+from altgrad_jax.report.runs import RECIPE, Reader  # noqa: E402
+
+RESAMPLES = 10_000
+
+
+def predictors(found):
+    """{name: number} of one certificate; errors are relative energies, against the unquantized operands."""
+    of, whole = found.biases["all"], found.metrics
+    numbers = {}
+    for p, product in enumerate(("fprop", "dgrad", "wgrad")):
+        bias, variance = of.bias[1, p], of.variance[1, p]
+        numbers |= {f"bias, {product}": bias, f"variance, {product}": variance, f"error, {product}": bias + variance}
+    bias, variance = whole["grad_total_bias"], whole["grad_total_variance"]
+    numbers |= {"persistent bias, wgrad": of.persistent[1, 2], "shrinkage, wgrad": of.shrinkage[1, 2]}
+    return numbers | {"bias, gradient": bias, "variance, gradient": variance, "error, gradient": bias + variance}
+
+
+def explain(runs, data, out, seeds, draws):
+    from altgrad_jax.inference.certify import certify_recipes
+
+    c = Comparison(Reader().runs([runs]))
+    arms = [arm for arm in c.gaps if arm.format.startswith(RECIPE)]
+    items = [arm.format.removeprefix(RECIPE) for arm in arms]
+    cell = c.cell(c.reference, c.choice(c.reference).rate)
+    looks = []
+    for run in list(cell.values())[:seeds]:
+        found = certify_recipes(run.path, items, draws, data_dir=data)
+        looks.append({item: predictors(one) for item, one in found.items()})
+        print(f"certified at the weights of {run.name}", flush=True)
+    gap = np.array([c.gaps[arm].d.mean for arm in arms])
+    names = list(looks[0][items[0]])
+    table = {name: np.array([np.mean([look[item][name] for look in looks]) for item in items]) for name in names}
+    with open(out / "explain.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["recipe", "gap", *names])
+        writer.writerows([item, gap[i], *(table[name][i] for name in names)] for i, item in enumerate(items))
+    rng = np.random.default_rng(0)
+    resamples = rng.integers(len(gap), size=(RESAMPLES, len(gap)))
+    lines = [f"| over {len(gap)} recipes | Spearman | 95% interval |", "|---|---|---|"]
+    for name, values in table.items():
+        rho = stats.spearmanr(values, gap).statistic
+        drawn = [
+            stats.spearmanr(values[d], gap[d]).statistic for d in resamples if np.ptp(values[d]) and np.ptp(gap[d])
+        ]
+        low, high = np.nanquantile(drawn, [0.025, 0.975])
+        lines.append(f"| {name} | {rho:+.2f} | {low:+.2f} to {high:+.2f} |")
+    (out / "explain.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def alone(runs, data, out, members):
+    chosen = np.random.default_rng(0).choice(sorted(path.parent for path in Path(runs).glob("*/verdict.json")), members)
+    for folder in map(Path, dict.fromkeys(chosen)):
+        made = subprocess.run([sys.executable, __file__, "one", str(folder), data, str(out / folder.name)], check=False)
+        if made.returncode:
+            raise UserError(f"{folder.name} could not be trained alone: exit code {made.returncode}")
+        same, differ = compared(folder, out / folder.name)
+        print(
+            f"{folder.name}: {same} arrays and the losses equal to the bit"
+            if not differ
+            else f"{folder.name}: {differ}"
+        )
+
+
+def one(folder, data, out):
+    """Trains the run of a folder again, alone, on a CPU divided as the sweep's."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 2)
+    from altgrad_jax.config import from_dict
+    from altgrad_jax.run.record import read_manifest
+    from altgrad_jax.run.train import train
+
+    config = from_dict(read_manifest(folder)["config"])
+    with config.unlocked():
+        config.checkpoint_dir, config.console = str(out), "quiet"
+    train(config, data_dir=data, workdir=out)
+
+
+def compared(folder, other):
+    """(equal arrays, what differs) of the last checkpoints and the losses of two run folders."""
+    from altgrad_jax.run.checkpoint import load_arrays
+    from altgrad_jax.run.record import read_rows
+
+    def losses(path):
+        return [(row["step"], row.get("loss"), row.get("val_loss")) for row in read_rows(path, ("loss", "val_loss"))]
+
+    differ = [] if losses(folder) == losses(other) else ["losses"]
+    (first, _), (second, _) = (load_arrays(path, None, ("",)) for path in (folder, other))
+    first, second = flat(first), flat(second)
+    differ += [name for name in first if first[name].tobytes() != second[name].tobytes()]
+    return len(first) - len(differ), differ
+
+
+def flat(tree, path=""):
+    """{path: array} of nested dicts."""
+    if not isinstance(tree, dict):
+        return {path: np.asarray(tree)}
+    return {name: array for key, value in tree.items() for name, array in flat(value, f"{path}/{key}").items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("explain", "alone", "one"))
+    parser.add_argument("runs")
+    parser.add_argument("data")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument("--members", type=int, default=5)
+    args = parser.parse_args()
+    if args.what == "one":
+        return one(Path(args.runs), args.data, args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.what == "explain":
+        explain(args.runs, args.data, args.out, args.seeds, args.draws)
+    else:
+        alone(args.runs, args.data, args.out, args.members)
+
+
+if __name__ == "__main__":
+    main()
