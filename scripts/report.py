@@ -24,7 +24,7 @@ FLAGS = cli.new_flags()
 flags.DEFINE_multi_string(
     "output",
     ["report.html"],
-    "a name that ends in .html or .md; may be repeated",
+    "a name that ends in .html or .md, or in .svg or .png for the forest plot alone; may be repeated",
     short_name="o",
     flag_values=FLAGS,
 )
@@ -38,8 +38,9 @@ flags.DEFINE_integer("seconds", 30, "between two pages of --live", 1, flag_value
 
 def run(*, runs, output, data, margin, live, seconds):
     for path in output:
-        if Path(path).suffix not in (".html", ".md"):
-            raise UserError(f"--output={path} cannot be used: give a name that ends in .html or .md")
+        if Path(path).suffix not in (*report.PAGES, *report.PICTURES):
+            allowed = ", ".join((*report.PAGES, *report.PICTURES))
+            raise UserError(f"--output={path} cannot be used: give a name that ends in one of {allowed}")
     if live:
         report.live(runs, output, data, seconds=seconds, margin=margin, say=lambda text: print(text, flush=True))
     else:

@@ -822,6 +822,41 @@ def test_names_from_a_run_cannot_break_the_page(tmp_path):
     assert "<img src=x>" not in report.build([tmp_path]).html()
 
 
+def test_the_forest_plot_alone_is_a_picture_with_every_gap_at_its_own_rate(page, compared, tmp_path):
+    report.write(page, [tmp_path / "gaps.svg", tmp_path / "gaps.png"])
+    svg = (tmp_path / "gaps.svg").read_text()
+    primary = [arm for arm in compared.gaps if (arm.at_rest, arm.optimizer) == compared.primary]
+    shown = {tables.format_name(compared, arm.format) for arm in primary}
+    assert shown and all(f">{name}<" in svg for name in shown)
+    assert svg.count('aria-roledescription="circle"') == len(shown)  # one rate and one treatment
+    assert (tmp_path / "gaps.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_no_picture_without_a_gap(tmp_path):
+    write_run(tmp_path / "runs" / "alone", val=2.0, **rules("E4M3"))
+    with pytest.raises(UserError, match="no gap to draw"):
+        report.write(report.build([tmp_path / "runs"]), [tmp_path / "gaps.svg"])
+    assert not (tmp_path / "gaps.svg").exists()
+
+
+def test_published_claims_stand_where_both_arms_were_run(tmp_path, compared, page):
+    assert not compared.findings and "claims" not in [table.name for table in page.tables]
+    for seed in SEEDS:
+        for name, cost in {"bf16": 0.0, "mxfp8": 0.001, "mxfp8_floor": 0.05, "nvfp4": 0.2}.items():
+            value = bf16(seed, 0.002) + cost + jitter(name, seed, size=0.002)
+            write_run(tmp_path / f"{name}-{seed}", val=value, recipe=(name,), seed=seed)
+    made = report.build([tmp_path])
+    (table,) = [table for table in made.tables if table.name == "claims"]
+    ((claim, source, arm, other, verdict, difference, kind, p),) = table.cells
+    assert (arm, other, verdict, kind) == ("recipe mxfp8_floor", "recipe mxfp8", "supported", "worse")
+    assert claim == "MXFP8 scales rounded down cost more than rounded up" and source == "2506.08027" and "Holm" in p
+    assert difference.startswith("+0.049")
+    assert (
+        "supported: MXFP8 scales rounded down cost more" in made.markdown()
+        and "published claims (1)" in made.markdown()
+    )
+
+
 def test_bins_are_means_and_one_step_each_where_few():
     steps = np.arange(1, 251)
     values = np.vstack([np.where(steps % 7, steps, np.nan), steps * 2.0])
@@ -873,7 +908,7 @@ def test_the_command_takes_a_margin_and_refuses_other_files(tmp_path):
     options = {"runs": [tmp_path], "data": None, "live": False, "seconds": 30}
     script().run(output=[str(tmp_path / "r.md")], margin=0.5, **options)
     assert "within 0.5 nats of 0" in (tmp_path / "r.md").read_text()
-    with pytest.raises(UserError, match="r.pdf cannot be used: give a name that ends in .html or .md"):
+    with pytest.raises(UserError, match="r.pdf cannot be used: give a name that ends in one of .html, .md, .svg, .png"):
         script().run(output=["r.pdf"], margin=0.5, **options)
 
 

@@ -22,6 +22,8 @@ from altgrad_jax.report.page import Report
 from altgrad_jax.report.runs import UNFINISHED, Reader
 from altgrad_jax.report.statistics import MARGIN
 
+PAGES, PICTURES = (".html", ".md"), (".svg", ".png")
+
 
 def build(paths, reader=None, seconds=None, margin=MARGIN):
     """The Report of the runs at or below `paths`. UserError where there is none, or they cannot be compared.
@@ -43,21 +45,30 @@ def build(paths, reader=None, seconds=None, margin=MARGIN):
 
 
 def write(report, outputs, data_dir=None):
-    """Writes the page to each of `outputs` (.html or .md), each whole or not at all, and its CSV files to data_dir."""
+    """Writes the page to each of `outputs`, each whole or not at all, and its CSV files to data_dir.
+
+    outputs: names that end in .html or .md, or in .svg or .png for the forest plot alone; UserError without a gap.
+    """
     files = report.data() if data_dir else ()
+    contents = {Path(path): _content(report, Path(path).suffix) for path in outputs}
     # The folders come first: a place that cannot be written leaves no other half-done.
     if data_dir:
         with writing(data_dir, "give another folder with --data"):
             Path(data_dir).mkdir(parents=True, exist_ok=True)
-    for path in map(Path, outputs):
-        text = report.markdown() if path.suffix == ".md" else report.html()
+    for path, content in contents.items():
         with writing(path, "give another place with --output"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, text.encode())
+            write_atomically(path, content)
     if data_dir:
         with writing(data_dir, "give another folder with --data"):
             for name, content in files:
                 write_atomically(Path(data_dir) / name, content)
+
+
+def _content(report, suffix):
+    if suffix in PICTURES:
+        return report.picture(suffix)
+    return (report.markdown() if suffix == ".md" else report.html()).encode()
 
 
 def live(paths, outputs, data_dir=None, *, seconds, margin=MARGIN, say=print, sleep=time.sleep):

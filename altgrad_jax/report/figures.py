@@ -13,6 +13,7 @@ from altgrad_jax.report.runs import LOST, OPERANDS, REFERENCE, Arm
 from altgrad_jax.report.statistics import BETTER, CONFIDENCE, EQUIVALENT, INCONCLUSIVE, WORSE
 from altgrad_jax.report.tables import flat, format_name, show_class, show_difference, to_csv, treatment
 
+PICTURE_WIDTH = 560  # of a figure outside of the page, in CSS pixels without its labels
 POINTS = 100  # of a curve, at most; columns of a heat map
 OWN = "its own best"
 NUMBER = int | float | np.number
@@ -58,6 +59,16 @@ class Figure:
         numbers = {name for row in flat(self.rows) for name, value in row.items() if isinstance(value, NUMBER)}
         parse = dict.fromkeys(sorted(numbers), "number")
         return self.chart.to_dict() | {"data": {"format": {"type": "csv", "parse": parse}}}
+
+    def picture(self, suffix):
+        """The chart as bytes of a file, ".svg" or ".png", on white, with every menu as it is at first."""
+        import vl_convert
+
+        rows = [{name: value for name, value in row.items() if value is not None} for row in flat(self.rows)]
+        spec = self.chart.to_dict() | {"data": {"values": rows}, "width": PICTURE_WIDTH, "background": "white"}
+        if suffix == ".svg":
+            return vl_convert.vegalite_to_svg(spec).encode()
+        return vl_convert.vegalite_to_png(spec, scale=2)
 
 
 # ------------------------------------------------------------------------------------------------ parts of charts

@@ -8,6 +8,7 @@ from functools import cache
 
 import jinja2
 
+from altgrad_jax.errors import UserError
 from altgrad_jax.report import statistics, tables
 
 ENVIRONMENT = jinja2.Environment(
@@ -69,6 +70,17 @@ class Report:
         over_steps = figures.gaps_over_steps(c, True), figures.gaps_over_steps(c, False), figures.losses(c)
         of_layers = (make(c, self.reader) for make in (figures.heat, figures.code_use, figures.rank_health))
         return [figure for figure in (figures.gaps(c), *over_steps, *of_layers) if figure]
+
+    def picture(self, suffix):
+        """The forest plot as bytes of a file, ".svg" or ".png"; UserError where there is no gap."""
+        from altgrad_jax.report import figures
+
+        forest = figures.gaps(self.c)
+        if forest is None:
+            raise UserError(
+                "these runs have no gap to draw: leave .svg and .png out until a bfloat16 run is among them"
+            )
+        return forest.picture(suffix)
 
     def data(self):
         """[(file name, bytes)] of every table's and figure's numbers."""
