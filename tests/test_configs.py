@@ -254,3 +254,30 @@ def test_the_matrix_is_whole():
         else:
             assert n_seeds == own[name]
     assert len(cells) == 2 + 7 * 6 + 1 + 3 * len(ablated) and ablated == {"E0M7", "E2M5", "E6M1", "E7M0"}
+
+
+@pytest.mark.parametrize("argument, n_arms", [("gpt2", 22), ("llama", 19)])
+def test_the_court_is_whole(argument, n_arms):
+    """Every recipe with every pair of seeds, whole seeds one after the other, in one program; float32 in another."""
+    from altgrad_jax.run.sweep import make_groups, make_members
+
+    config = cli.load_config(f"configs/court.py:{argument}")
+    made = make_members(config, cli.sweep_of(config), "runs/court")
+    members = [member.config for member in made]
+    by_recipe, exact = make_groups(made)
+    assert {member.config.compute_dtype for member in exact} == {"float32"} and len(exact) == 8
+    assert len({member.config.recipe_program for member in by_recipe}) == 1
+    assert all(member.data_seed == member.seed for member in members)
+    own = [member for member in members if member.learning_rate == config.learning_rate and member.recipe]
+    assert len({member.recipe for member in own}) == n_arms and len(own) == 8 * n_arms
+    late = [member.seed for member in own if member.seed > 2]
+    assert late == sorted(late) and {late.count(seed) for seed in set(late)} == {n_arms}
+    rates = {member.learning_rate for member in members}
+    assert min(rates) < config.learning_rate < max(rates)
+
+
+def test_a_small_court_has_three_recipes_and_three_pairs():
+    config = cli.load_config("configs/court.py:small")
+    points = cli.sweep_of(config)
+    assert len(points) == 9 and {point["seed"] for point in points} == {1, 2, 3} and config.max_steps == 500
+    assert {point["recipe"] for point in points} == {("bf16",), ("mxfp8",), ("nvfp4~head",)}
