@@ -151,7 +151,7 @@ def test_codes_without_saturation(name):
 def test_counts_beyond_the_whole_numbers_of_float32():
     """2^24 + 3 equal elements in one counter: a float32 counter that adds ones stops at 2^24."""
     v = jnp.ones(2**24 + 3, jnp.float32)
-    assert int(jax.jit(histograms.exponent_histogram)(v)[127]) == 2**24 + 3
+    assert int(jnp.max(jax.jit(histograms.magnitude_histogram)(v))) == 2**24 + 3
 
 
 def test_code_use():
@@ -164,13 +164,6 @@ def test_code_use():
     assert floats(histograms.code_use(counts, 255))["code_entropy"] == pytest.approx(-(p * np.log2(p)).sum(), rel=1e-6)
     assert set(floats(histograms.code_use(np.zeros(256, np.int32), 255)).values()) == {0.0}
     assert floats(histograms.code_use(np.eye(256, dtype=np.int32)[3], 255))["code_entropy"] == 0
-
-
-def test_exponents():
-    v = np.concatenate([values(), np.float32([1e-42, -1e-42, 2.0**-126, 3e38])])
-    size = np.abs(v.astype(np.float64))
-    fields = np.where(size < 2.0**-126, 0, np.where(np.isfinite(size), np.frexp(size)[1] + 126, 255))
-    np.testing.assert_array_equal(jax.jit(histograms.exponent_histogram)(v), np.bincount(fields, minlength=256))
 
 
 def test_magnitudes():

@@ -174,8 +174,3 @@ def _memory(stats: Any) -> dict[str, int]:
     names = ("argument", "output", "temp", "alias")
     sizes = {name: getattr(stats, f"{name}_size_in_bytes") for name in names}
     return sizes | {"together": sum(sizes.values()) - 2 * sizes["alias"]}
-
-
-def jax_versions() -> dict[str, str]:
-    """{package: version} of what compiled."""
-    return {"jax": jax.__version__} | {name: importlib.metadata.version(name) for name in PLUGIN}

@@ -3,7 +3,6 @@
 Stacked parameters (models.stacking) have groups in place of layers, with arrays [n, ...].
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,11 +13,6 @@ from altgrad_jax.numerics.layers import HEAD
 def count_params(params) -> int:
     """Number of scalars in a parameter tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def layer_of(path: Sequence[str]) -> str:
-    """Metric name of the layer a parameter path belongs to: ("block_0", "ln_1", "scale") -> "block_0/ln_1"."""
-    return "/".join(path[:-1])
 
 
 def weights_of(params, layer: str) -> Any:

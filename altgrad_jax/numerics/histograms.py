@@ -124,14 +124,6 @@ def code_use(counts_C, n_finite: int) -> dict[str, jax.Array]:
     return {"codes_used": used, "codes_used_share": used / n_finite, "code_entropy": entropy}
 
 
-def exponent_histogram(v) -> jax.Array:
-    """int32 [256]: how often each exponent field of float32 occurs among the elements of v.
-
-    Bin x counts 2^(x - 127) <= |v| < 2^(x - 126); bin 0 zeros and float32 subnormals; bin 255 infinities and NaN.
-    """
-    return _count(_size(v) >> 23, 256)
-
-
 def magnitude_histogram(v) -> jax.Array:
     """int32 [whatif.N_BINS]: the magnitudes of v, fine enough to tell what any 8-bit format would do at any scale.
 
