@@ -5,10 +5,11 @@ Command:   python scripts/prepare_data.py --input ACTS --tokenizer bytes --val_f
            python scripts/report.py runs/court -o court.html
            python scripts/sweep.py --config configs/court.py:small --out runs/small    # three recipes, three pairs
 Argument:  gpt2 (the default); llama, the same on the Llama block, without the recipes whose transforms of 64 or 128 do
-           not divide the width of its MLP, 352; small, a first look in minutes.
-Members:   the pilot (PILOT arms at RATES, with the first seeds), then every arm at its rate, seed by seed, so that a
-           court that is stopped has whole seeds. Arms with a part or a suffix in their names are controls: they differ
-           from another arm in one thing. `~head` keeps the head alone in bfloat16, so that arms compare.
+           not divide the width of its MLP, 352; pilot, some arms at several rates, by which RATE was chosen; small, a
+           first look in minutes.
+Members:   every arm at RATE, seed by seed, so that a court that is stopped has whole seeds. Arms with a part or a suffix
+           in their names are controls: they differ from another arm in one thing. `~head` keeps the head alone in
+           bfloat16, so that arms compare.
 Time:      docs/results/court.md.
 Expected:  bfloat16 ends near 2.03 nats per byte, far below the 2.4 of pairs of bytes; the rest is the question.
 
@@ -21,9 +22,8 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.run.sweep import axis, grid
 
 SEEDS = tuple(range(1, 9))
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-PILOT_SEEDS = 2
-OWN_RATE = 2e-3
+RATE = 2e-3
+PILOT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 PILOT = ("bf16", "nvfp4~head", "mxfp4")
 EIGHT_BITS = ("mxfp8", "mxfp8_floor", "rowwise", "mxfp6")
 FOUR_BITS = ("mxfp4", "mxfp4_tseng", "nvfp4", "fp4_all_the_way", "tetrajet_v2", "quartet_2", "ufp4")
@@ -37,12 +37,12 @@ NOT_LLAMA = ("mxfp4_tseng", "quartet_2", "quartet_2_sr")
 
 
 def get_config(argument: str = "gpt2") -> Config:
-    if argument not in ("gpt2", "llama", "small"):
-        raise UserError(f"configs/court.py:{argument} is no court: give gpt2, llama or small")
+    if argument not in ("gpt2", "llama", "pilot", "small"):
+        raise UserError(f"configs/court.py:{argument} is no court: give gpt2, llama, pilot or small")
     config = default_config()
     config.model, config.tokenizer = "llama" if argument == "llama" else "gpt2", "bytes"
     config.n_layer, config.n_head, config.n_embd, config.block_size = 2, 4, 128, 64
-    config.batch_size, config.learning_rate = 4, OWN_RATE
+    config.batch_size, config.learning_rate = 4, RATE
     config.max_steps, config.warmup_steps = (500, 50) if argument == "small" else (1000, 100)
     config.checkpoint_interval, config.eval_interval, config.eval_windows = 1000, 500, 512
     config.max_checkpoints = 1
@@ -69,8 +69,8 @@ def by(recipes):
 def get_sweep(config: Config):
     if "small" in config.tags:
         return grid(by(SMALL), pairs(SEEDS[:3]))
+    if "pilot" in config.tags:
+        return grid(by(PILOT), at(PILOT_RATES), pairs(SEEDS[:2]))
     arms = [name for name in ARMS if config.model == "gpt2" or name not in NOT_LLAMA]
-    pilot = grid(by(PILOT), at(RATES), pairs(SEEDS[:PILOT_SEEDS]))
-    main = [point for pair in pairs(SEEDS) for point in grid(by(arms), at([OWN_RATE]), [pair])]
-    exact = grid(axis("compute_dtype", ["float32"], lambda value: value), at([OWN_RATE]), pairs(SEEDS))
-    return list({point["run_name"]: point for point in (*pilot, *main, *exact)}.values())
+    exact = grid(axis("compute_dtype", ["float32"], lambda value: value), at([RATE]), pairs(SEEDS))
+    return [point for pair in pairs(SEEDS) for point in grid(by(arms), at([RATE]), [pair])] + exact

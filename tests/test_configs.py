@@ -270,10 +270,11 @@ def test_the_court_is_whole(argument, n_arms):
     assert all(member.data_seed == member.seed for member in members)
     own = [member for member in members if member.learning_rate == config.learning_rate and member.recipe]
     assert len({member.recipe for member in own}) == n_arms and len(own) == 8 * n_arms
-    late = [member.seed for member in own if member.seed > 2]
-    assert late == sorted(late) and {late.count(seed) for seed in set(late)} == {n_arms}
-    rates = {member.learning_rate for member in members}
-    assert min(rates) < config.learning_rate < max(rates)
+    seeds = [member.seed for member in own]
+    assert seeds == sorted(seeds) and {seeds.count(seed) for seed in range(1, 9)} == {n_arms}
+    pilot = cli.sweep_of(cli.load_config("configs/court.py:pilot"))
+    rates = {point["learning_rate"] for point in pilot}
+    assert len(pilot) == 24 and min(rates) < config.learning_rate < max(rates)
 
 
 def test_a_small_court_has_three_recipes_and_three_pairs():
