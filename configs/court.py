@@ -7,7 +7,7 @@ Command:   python scripts/prepare_data.py --input ACTS --tokenizer bytes --val_f
 Argument:  gpt2 (the default); llama, the same on the Llama block, without the recipes whose transforms of 64 or 128 do
            not divide the width of its MLP, 352; pilot, some arms at several rates, by which RATE was chosen; small, a
            first look in minutes.
-Members:   every arm at RATE, seed by seed, so that a court that is stopped has whole seeds. Arms with a part or a suffix
+Members:   every arm at RATE, seed by seed, so that a stopped court has whole seeds. Arms with a part or a suffix
            in their names are controls: they differ from another arm in one thing. `~head` keeps the head alone in
            bfloat16, so that arms compare.
 Time:      docs/results/court.md.
