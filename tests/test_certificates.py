@@ -10,11 +10,13 @@ from test_training import make_data, rows_of, tiny
 from altgrad_jax import instrument, train
 from altgrad_jax.config import problems, values_of
 from altgrad_jax.errors import UserError
-from altgrad_jax.inference.certify import as_json, certify_checkpoint, table_lines
+from altgrad_jax.inference import certify as certificates
+from altgrad_jax.inference.certify import as_json, certify_checkpoint, certify_recipes, comparison_lines, table_lines
 from altgrad_jax.inference.oscillation import oscillation_of
 from altgrad_jax.inference.precision_map import cells_of, scores_of
 from altgrad_jax.numerics import bias
 from altgrad_jax.run.alerts import FormatExhausted
+from altgrad_jax.run.checkpoint import load_arrays
 from altgrad_jax.step import recipe
 
 # --------------------------------------------------------------------------------------------- an exhausted format
@@ -75,6 +77,11 @@ def test_any_loss_function_has_a_certificate():
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
+def without_diagnoses(*args):
+    arrays, meta = load_arrays(*args)
+    return arrays, meta | {"config": meta["config"] | {"diagnostic_interval": 0, "certify_draws": 0}}
+
+
 def test_certificates_of_a_run_are_in_its_record_and_may_end_its_recipe(tmp_path):
     """At every diagnosis; here all gradients are less than their error, so that the second phase begins with the
     second certificate. What looks at a checkpoint follows the recipe that its next update would."""
@@ -94,6 +101,15 @@ def test_certificates_of_a_run_are_in_its_record_and_may_end_its_recipe(tmp_path
     assert again.metrics["grad_total_variance"] < 1e-8  # bfloat16 holds from there on
     assert len(table_lines(again)) == 2 + 3 * 5 and "BIASED" not in table_lines(again)[-1]
     assert as_json(again)["layers"]["all"]["dgrad"]["float32"]["persistent"] is None
+    items = "nvfp4_redrawn:wgrad~head", "mxfp4~head"
+    with pytest.MonkeyPatch.context() as patch:  # a run without diagnoses can be certified too
+        patch.setattr(certificates, "load_arrays", without_diagnoses)
+        several = certify_recipes(run_dir, items, 4, checkpoint=2)
+    drawn, rounded = (several[item].biases["all"] for item in items)
+    assert drawn.variance[FLOAT32, 2] > 1e-3 > 1e-7 > rounded.variance[FLOAT32].max()
+    assert abs(drawn.bias[FLOAT32, 0]) < 1e-5 < 1e-3 < rounded.bias[FLOAT32].min()
+    heading, titles, *lines = comparison_lines(several)
+    assert [line.split()[0] for line in lines] == list(items) and len(lines[0].split()) == 1 + 6 + 4
     scores = scores_of(run_dir, "mxfp4:fprop", draws=2)
     assert set(scores.harm) | set(scores.error) == set(cells_of(1))
     assert max(scores.error.values()) < 1e-4 and any(mean for mean, _ in scores.harm.values())

@@ -24,6 +24,8 @@ from altgrad_jax.step.from_config import model_config, step_options
 from altgrad_jax.step.mesh import data_mesh
 from altgrad_jax.step.update import Step
 
+# What a certificate does otherwise than the run: on one device, whatever the run was diagnosed at.
+_OTHERWISE = {"fsdp": 1, "attention": "xla", "diagnostic_interval": 1}
 _READ = ("params/", "quant/amax_history_Q6H", "quant/number", "quant/begun")
 
 
@@ -56,7 +58,7 @@ def load(path, *, checkpoint=None, data_dir=None, items: Sequence[str] = (), dra
         values |= {"recipe": [items[0]], "recipe_program": list(items[1:]), "amax_history": 16}
     if not values["recipe"]:
         raise UserError(f"the run of {path} has no recipe: give one with --recipe, such as nvfp4")
-    config: settings.Config = settings.from_dict(values | {"certify_draws": draws, "fsdp": 1, "attention": "xla"})
+    config: settings.Config = settings.from_dict(values | _OTHERWISE | {"certify_draws": draws})
     device = jax.devices()[0]
     options = dataclasses.replace(step_options(config, steps_per_dispatch=1), grad_accum_steps=1)
     if options.recipe is not None:
