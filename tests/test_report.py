@@ -848,7 +848,7 @@ def test_published_claims_stand_where_both_arms_were_run(tmp_path, compared, pag
     made = report.build([tmp_path])
     (table,) = [table for table in made.tables if table.name == "claims"]
     ((claim, source, arm, other, verdict, difference, kind, p),) = table.cells
-    assert (arm, other, verdict, kind) == ("recipe mxfp8_floor", "recipe mxfp8", "supported", "worse")
+    assert (arm, other, verdict, kind) == ("mxfp8_floor", "mxfp8", "supported", "worse")
     assert claim == "MXFP8 scales rounded down cost more than rounded up" and source == "2506.08027" and "Holm" in p
     assert difference.startswith("+0.049")
     assert (

@@ -279,7 +279,7 @@ _TABLE = {
     "quartet_2": (
         (_FOUR_SIX, _FOUR_SIX, _EDEN, replace(_EDEN, source="fprop"), replace(_EDEN, source="fprop"), _EDEN),
         ("head",),
-        "Quartet II (IST-DASLab), 4/6 of arXiv 2512.02010",
+        "arXiv 2601.22813 (Quartet II), 4/6 of arXiv 2512.02010",
     ),
     "fp4_all_the_way": ((_nv(), _nv(), *(_nv(rounding=_SR),) * 4), ("head",), "arXiv 2505.19115"),
     "ufp4": ((_U4, _U4, _U4_G, _U4, _U4, _U4_G), ("head",), "arXiv 2606.20381 (uniform 4-bit)"),

@@ -21,17 +21,19 @@ class Claim:
     lower: str
 
 
+# Sources are arXiv numbers.
 CLAIMS = (
     Claim("the forward pass costs more than the backward pass", "2509.25149, appendix D", "nvfp4:fprop",
           "nvfp4:backward"),
-    Claim("wgrad costs more than dgrad", "2605.09825", "nvfp4:wgrad", "nvfp4:dgrad"),
+    Claim("wgrad in MXFP4 costs more than fprop", "2605.09825", "mxfp4:wgrad", "mxfp4:fprop"),
+    Claim("wgrad in MXFP4 costs more than dgrad", "2605.09825", "mxfp4:wgrad", "mxfp4:dgrad"),
     Claim("all blocks in NVFP4 cost more than all but the last", "2509.25149", "nvfp4~head", "nvfp4"),
-    Claim("weights in blocks of 16x16 cost more than of 1x16", "2509.25149", "nvfp4", "nvfp4_w1x16"),
-    Claim("fixed Hadamard signs cost more than redrawn ones", "a bias of wgrad, docs/bias.md", "nvfp4_headroom",
-          "nvfp4_redrawn"),
-    Claim("stochastic rounding without headroom costs more than with it", "2510.27527", "nvfp4", "nvfp4_headroom"),
-    Claim("stochastic rounding costs more than MS-EDEN in the backward pass", "Quartet II", "quartet_2_sr",
-          "quartet_2"),
+    Claim("weights in blocks of 16x16 cost more than of 1x16", "2601.22813", "nvfp4", "nvfp4_w1x16"),
+    Claim("fixed Hadamard signs cost more than redrawn ones", "a bias of wgrad; 2605.09825 reports the opposite in MXFP4",
+          "nvfp4_headroom", "nvfp4_redrawn"),
+    Claim("stochastic rounding that clips costs more than with headroom", "2510.27527, an unbiased backward pass",
+          "nvfp4", "nvfp4_headroom"),
+    Claim("stochastic rounding costs more than MS-EDEN in the backward pass", "2601.22813", "quartet_2_sr", "quartet_2"),
     Claim("a Hadamard transform helps a uniform grid", "2606.20381", "ufp4_no_rht", "ufp4"),
     Claim("a Hadamard transform hurts E2M1", "2606.20381", "ufp4_e2m1", "ufp4_e2m1_no_rht"),
     Claim("with Hadamard transforms E2M1 costs more than a uniform grid", "2606.20381", "ufp4_e2m1", "ufp4"),

@@ -133,7 +133,7 @@ def gaps(c):
     chosen, opacity = _toggle("class")
     order = list(dict.fromkeys(format_name(c, arm.format) for arm in [*c.ranked, *c.gaps]))
     x_axis = alt.X("gap_mean:Q").scale(domain=domain, nice=False).title("gap to BF16, nats per token")
-    y_axis = alt.Y("format:N").sort(order).title(None).axis(labelLimit=120)
+    y_axis = alt.Y("format:N").sort(order).title(None).axis(labelLimit=150)
     colour = alt.Color("class:N").scale(domain=list(CLASSES), range=list(CLASSES.values()))
     colour = colour.legend(orient="top", title=None, columns=4, symbolOpacity=1)
     tips = [("format:N", "format"), ("treatment:N", "treatment"), ("learning_rate:Q", "learning rate")]

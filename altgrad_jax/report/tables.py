@@ -11,7 +11,7 @@ import numpy as np
 from altgrad_jax.report import analysis, statistics
 from altgrad_jax.report.analysis import ADAMW, MASTER, SAME_GRID, THRESHOLDS, base_of, changed
 from altgrad_jax.report.needs import MIN_RATES
-from altgrad_jax.report.runs import AT_REST_LABELS, DAMAGED, FINISHED, LOST, REFERENCE, UNFINISHED, Arm
+from altgrad_jax.report.runs import AT_REST_LABELS, DAMAGED, FINISHED, LOST, RECIPE, REFERENCE, UNFINISHED, Arm
 from altgrad_jax.report.statistics import (
     BETTER,
     EQUIVALENT,
@@ -282,8 +282,8 @@ def _noise(c):
 
 
 def format_name(c, name):
-    """A format, and its other name where that stands with it."""
-    return f"{name} = {c.twin}" if c.twin and name == SAME_GRID[0] else name
+    """A format with its other name where that stands with it, or a recipe."""
+    return f"{name} = {c.twin}" if c.twin and name == SAME_GRID[0] else name.removeprefix(RECIPE)
 
 
 def short(arm, c):
@@ -476,8 +476,8 @@ def claims_table(c):
         "claims",
         "Published claims about recipes, at this size",
         "Each is one paired comparison of two arms that differ in one thing; above 0 is what the claim says. Supported "
-        "and contradicted: separated from 0, after correction over the claims of this table. Numbers of sources are "
-        "arXiv's. A claim is about its authors' models: what holds at this size need not hold for theirs.",
+        "and contradicted: separated from 0, after correction over the claims of this table. Sources are arXiv "
+        "numbers. A claim is about its authors' models: what holds at this size need not hold for theirs.",
         "claim|source|arm|other|verdict|arm minus other|p of no difference",
         rows,
     )
