@@ -357,18 +357,6 @@ class _Watch:
     def __init__(self, console):
         self.console, self.alerts, self.before, self._steps, self._told = console, 0, 0, {}, 0
 
-    def of(self, name):
-        watch = self
-
-        class Of:
-            def update(self, step, loss=None, val_loss=None, tokens_per_s=None):
-                watch.update(name, step, loss, tokens_per_s)
-
-            def alert(self, text):
-                watch.alerts += 1
-
-        return Of()
-
     def begin(self, runs):
         self.before += sum(self._steps.values())
         self._steps = {run.config.run_name: run.step for run in runs}
@@ -381,6 +369,20 @@ class _Watch:
             self._told = slowest
             # A run's rate is over its share of the time, which is the rate of all of them together.
             self.console.update(self.before + sum(self._steps.values()), loss, None, tokens_per_s)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lane:
+    """What the writer of one member tells, passed on with its name."""
+
+    watch: _Watch
+    name: str
+
+    def update(self, step, loss=None, val_loss=None, tokens_per_s=None):
+        self.watch.update(self.name, step, loss, tokens_per_s)
+
+    def alert(self, text):
+        self.watch.alerts += 1
 
 
 class _Quiet:
@@ -608,7 +610,7 @@ def _train_group(program, planned, console, watch, stop, goodput, compile_second
                         _Quiet(member.name, console),
                         goodput,
                         program.width,
-                        watch.of(member.name),
+                        _Lane(watch, member.name),
                     )
                 )
                 if number == 0:
