@@ -857,6 +857,29 @@ def test_published_claims_stand_where_both_arms_were_run(tmp_path, compared, pag
     )
 
 
+def test_what_goes_with_the_gaps_is_correlated_over_the_arms(tmp_path):
+    """Bias rises with the gap; SQNR falls with it; a number that four arms have says nothing."""
+    arms = ("mxfp8", "mxfp6", "nvfp4", "ufp4", "mxfp4", "tetrajet_v2")
+    for i, name in enumerate(("bf16", *arms)):
+        bias = {f"{key}/all/wgrad": {5: 0.0, 10: 2e-3 * i} for key in ("grad_bias_float32", "grad_variance") if i > 2}
+        layer = {f"grad_bias_float32/{LAYERS[0]}/wgrad": {5: 0.0, 10: 2e-3 * i}}
+        columns = {"grad_total_bias": {10: 1e-3 * i**2}, "sqnr_db/all/fprop.x": 40.0 - i, **bias, **layer}
+        for seed in SEEDS:
+            value = bf16(seed, 0.002) + 0.03 * i + jitter(name, seed, size=0.002)
+            write_run(
+                tmp_path / f"{name}-{seed}", val=value, recipe=(name,), seed=seed, statistics=columns if i else {}
+            )
+    page = report.build([tmp_path])
+    (table,) = [table for table in page.tables if table.name == "predictors"]
+    found = {row["column of the record"]: row for row in table.rows}
+    assert set(found) == {"grad_total_bias", "sqnr_db/all/fprop.x"}
+    assert found["grad_total_bias"]["rank correlation"] == pytest.approx(1) and found["grad_total_bias"]["arms"] == 6
+    assert found["sqnr_db/all/fprop.x"]["rank correlation"] == pytest.approx(-1)
+    (heat,) = [figure for figure in page.figures() if figure.name == "heat"]
+    (row,) = [row for row in heat.rows if row["what"] == "bias, wgrad" and row["mean"] and "mxfp8" in row["arm"]]
+    assert (row["layer"], row["first_step"]) == (LAYERS[0], 10) and row["mean"] == pytest.approx(2e-3)
+
+
 def test_bins_are_means_and_one_step_each_where_few():
     steps = np.arange(1, 251)
     values = np.vstack([np.where(steps % 7, steps, np.nan), steps * 2.0])

@@ -399,3 +399,25 @@ def test_variance_of_a_gap_is_split_into_its_sources():
 def test_a_judged_comparison_is_a_value():
     (judged,) = judge([of(0.1)])
     assert isinstance(judged, Judged) and judged.reversed.reversed == judged and statistics.judge([]) == []
+
+
+def test_rank_correlation_and_its_interval_are_those_of_scipy():
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=21)
+    y = np.exp(x) + rng.normal(size=21)
+    found = statistics.rank_correlation(x, y)
+    assert found.rho == pytest.approx(stats.spearmanr(x, y).statistic) and found.n == 21
+    bootstrap = stats.bootstrap(
+        (x, y), lambda x, y: stats.spearmanr(x, y).statistic, paired=True, n_resamples=2000, method="percentile",
+        vectorized=False, rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    assert (found.low, found.high) == pytest.approx((bootstrap.low, bootstrap.high), abs=0.04)
+    assert found.low < found.rho < found.high <= 1
+    assert statistics.rank_correlation(x, 3 - x**3).rho == -1
+
+
+def test_rank_correlation_needs_things_that_differ():
+    assert statistics.rank_correlation([1, 2, 3, 4], [1, 2, 3, 4]) is None
+    assert statistics.rank_correlation([1] * 6, range(6)) is None
+    ties = statistics.rank_correlation([1, 1, 1, 1, 1, 2], [0, 1, 2, 3, 4, 5])  # most resamples are constant in x
+    assert -1 <= ties.low <= ties.high <= 1

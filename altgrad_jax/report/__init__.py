@@ -5,7 +5,8 @@ not imported.
 
     runs        finds, identifies and reads run folders, and refuses those that cannot be compared
     statistics  paired differences, their tests, corrections and classes
-    analysis    gaps, learning rates, costs of parts, early warnings
+    analysis    gaps, learning rates, costs of parts, early warnings;  claims: published ones, held against them
+    predictors  what of the record goes with the gaps
     tables      the words and tables;  figures: the charts and their numbers
     page        HTML and Markdown, by the templates beside it
     needs       what a report will lack, said before the runs are made

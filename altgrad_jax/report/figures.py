@@ -8,6 +8,7 @@ import altair as alt
 import numpy as np
 
 from altgrad_jax.numerics.layers import BLOCK_LAYERS, HEAD
+from altgrad_jax.numerics.recipes import PRODUCTS, SLOTS
 from altgrad_jax.report.analysis import ADAMW, layers_of
 from altgrad_jax.report.runs import LOST, OPERANDS, REFERENCE, Arm
 from altgrad_jax.report.statistics import BETTER, CONFIDENCE, EQUIVALENT, INCONCLUSIVE, WORSE
@@ -35,7 +36,11 @@ HEAT = {
     "update_gain": ("update gain", lambda v: 1 - v, "1 or more", "0"),
     "lost_update": ("lost updates", lambda v: v, "none", "all"),
     "not_flipped": ("codes not flipped by one update", lambda v: v, "none", "all"),
+    "grad_bias_float32": ("bias", lambda v: (np.log10(np.maximum(v, 1e-6)) + 6) / 6, "1e-6 or less", "1"),
+    "grad_variance": ("variance", lambda v: (np.log10(np.maximum(v, 1e-6)) + 6) / 6, "1e-6 or less", "1"),
 }
+# What a statistic of a layer may be of: an operand, a slot or a product.
+PLACES = frozenset((*OPERANDS, *SLOTS, *PRODUCTS))
 
 
 @dataclass(frozen=True)
@@ -329,9 +334,11 @@ def _heat_rows(history, arm):
         with np.errstate(invalid="ignore"):
             shares = np.clip(share(means), 0, 1)
         for key, values, badness in zip(columns, means, shares):
-            operand = key[-1] if key.endswith(tuple(f"/{operand}" for operand in OPERANDS)) else ""
+            layer, _, operand = key.rpartition("/")
+            if operand not in PLACES:
+                layer, operand = key, ""
             row = {"arm": arm.label, "what": f"{words}, {operand}" if operand else words}
-            row |= {"statistic": statistic, "layer": key.removesuffix(f"/{operand}") if operand else key}
+            row |= {"statistic": statistic, "layer": layer}
             for first, last, end, value, bad in zip(firsts, lasts, ends, values, badness):
                 if math.isfinite(value):
                     mean = np.float32(value) if first == last else float(f"{value:.5g}")

@@ -10,6 +10,7 @@ import jinja2
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.report import statistics, tables
+from altgrad_jax.report.predictors import predictors
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("altgrad_jax.report"),
@@ -57,8 +58,9 @@ class Report:
         self.c, self.reader, self.seconds = c, reader, seconds
         first, every = tables.early_warnings(c, reader)
         self.ranking = tables.ranking_table(c, first)
+        related = tables.predictors_table(predictors(c, reader))
         shown = tables.claims_table, tables.gaps_table, tables.spread_table, tables.costs_table, tables.effects_table
-        self.tables = [table for make in shown if (table := make(c)).rows]
+        self.tables = [table for table in (*(make(c) for make in shown), related) if table.rows]
         last = tables.rates_table(c), tables.pairwise_table(c), tables.warnings_table(c, every)
         self.details = [table for table in (*last, tables.runs_table(c)) if table.rows]
 

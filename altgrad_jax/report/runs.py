@@ -81,7 +81,8 @@ VARIANTS = ("grad_clip", "moments", "moments_rounding", *FORMAT_VARIANTS)
 # First elements of the names of the metrics that the report shows or watches.
 STATISTICS = frozenset(
     "overflow underflow sqnr_db grad_cosine update_gain lost_update not_flipped stable_rank "
-    "participation_ratio nonfinite_loss nonfinite_grads nonfinite_params nonfinite_moments nonfinite_amax "
+    "participation_ratio grad_total_bias grad_total_variance grad_bias_float32 grad_variance "
+    "grad_persistent_bias_float32 nonfinite_loss nonfinite_grads nonfinite_params nonfinite_moments nonfinite_amax "
     "nonfinite_scale nonfinite_residual nonfinite_updates".split()
 )
 

@@ -8,6 +8,7 @@ ALPHA, every interval at CONFIDENCE. With the mean d of n differences, its stand
     difference      two-sided t test of d = 0
     equivalence     two one-sided t tests of |d| >= margin, the larger p       (Schuirmann 1987)
     lost runs       Fisher's exact test of the runs without a loss             (Fisher 1935)
+    ranks           Spearman's correlation, bootstrap over the arms             (Spearman 1904)
     text            block bootstrap over the validation windows                (Politis & Romano 1992)
 
 A run without a loss (it diverged, or did not end) is never dropped in silence: its pair is counted apart, and the
@@ -26,6 +27,7 @@ ALPHA = 0.05
 POWER = 0.8
 MARGIN = 0.02  # nats per token: the default of the difference that matters
 FEW = 5  # pairs; an interval of fewer is marked
+RESAMPLES = 2000  # of a bootstrap over arms
 MOST_PAIRS = 1000  # more than that are not worth a number
 EQUIVALENT, WORSE, BETTER, INCONCLUSIVE = "equivalent", "worse", "better", "inconclusive"
 # Largest share of a normal sample's range that lies between two neighbours, exceeded in 1% of samples of each size
@@ -444,3 +446,30 @@ def onset(differences: dict, margin: float = MARGIN) -> int | None:
             since = step if judged.sign else None
         last = judged.sign
     return since
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's rank correlation over n things, with a CONFIDENCE interval by a bootstrap over the things."""
+
+    rho: float
+    low: float
+    high: float
+    n: int
+
+
+def rank_correlation(x_N, y_N) -> RankCorrelation | None:
+    """The RankCorrelation (Spearman 1904) of two float64 series; None below FEW things, or where one is constant.
+
+    Percentiles of RESAMPLES resamples with fixed random numbers; those in which a series is constant say nothing.
+    """
+    x_N, y_N = np.asarray(x_N, np.float64), np.asarray(y_N, np.float64)
+    if len(x_N) < FEW or not (np.ptp(x_N) > 0 and np.ptp(y_N) > 0):
+        return None
+    chosen_RN = np.random.default_rng(0).integers(len(x_N), size=(RESAMPLES, len(x_N)))
+    ranks = [stats.rankdata(series[chosen_RN], axis=1) for series in (x_N, y_N)]
+    x_RN, y_RN = (rank - rank.mean(1, keepdims=True) for rank in ranks)
+    power_R = (x_RN**2).sum(1) * (y_RN**2).sum(1)
+    drawn_R = (x_RN * y_RN).sum(1)[power_R > 0] / np.sqrt(power_R[power_R > 0])
+    low, high = np.quantile(drawn_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return RankCorrelation(float(stats.spearmanr(x_N, y_N).statistic), float(low), float(high), len(x_N))

@@ -483,6 +483,23 @@ def claims_table(c):
     )
 
 
+def predictors_table(found):
+    """found: [predictors.Predictor]."""
+    rows = []
+    for one in found:
+        of = one.correlation
+        rows.append((one.words, one.column, of.rho, show_interval(of.low, of.high), of.n))
+    return table(
+        "predictors",
+        "What goes with the gaps, over the arms",
+        "Spearman's rank correlation of a number of the record, its mean over an arm's rows and runs, and the gap. "
+        f"The interval is a {statistics.CONFIDENCE:.0%} bootstrap over the arms, uncorrected. What is correlated need "
+        "not be a cause.",
+        "number|column of the record|rank correlation|interval|arms",
+        rows,
+    )
+
+
 def rates_table(c):
     rows = []
     for arm, rate in [(each, rate) for each in c.arms for rate in c.rates(each)]:

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -23,8 +22,7 @@ sys.path.insert(0, str(ROOT))
 from altgrad_jax.errors import UserError  # noqa: E402
 from altgrad_jax.report.analysis import Comparison  # noqa: E402
 from altgrad_jax.report.runs import RECIPE, Reader  # noqa: E402
-
-RESAMPLES = 10_000
+from altgrad_jax.report.statistics import rank_correlation  # noqa: E402
 
 
 def predictors(found):
@@ -58,16 +56,10 @@ def explain(runs, data, out, seeds, draws):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["recipe", "gap", *names])
         writer.writerows([item, gap[i], *(table[name][i] for name in names)] for i, item in enumerate(items))
-    rng = np.random.default_rng(0)
-    resamples = rng.integers(len(gap), size=(RESAMPLES, len(gap)))
     lines = [f"| over {len(gap)} recipes | Spearman | 95% interval |", "|---|---|---|"]
     for name, values in table.items():
-        rho = stats.spearmanr(values, gap).statistic
-        drawn = [
-            stats.spearmanr(values[d], gap[d]).statistic for d in resamples if np.ptp(values[d]) and np.ptp(gap[d])
-        ]
-        low, high = np.nanquantile(drawn, [0.025, 0.975])
-        lines.append(f"| {name} | {rho:+.2f} | {low:+.2f} to {high:+.2f} |")
+        if of := rank_correlation(values, gap):
+            lines.append(f"| {name} | {of.rho:+.2f} | {of.low:+.2f} to {of.high:+.2f} |")
     (out / "explain.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
