@@ -256,7 +256,7 @@ def test_the_matrix_is_whole():
     assert len(cells) == 2 + 7 * 6 + 1 + 3 * len(ablated) and ablated == {"E0M7", "E2M5", "E6M1", "E7M0"}
 
 
-@pytest.mark.parametrize("argument, n_arms", [("gpt2", 22), ("llama", 19)])
+@pytest.mark.parametrize("argument, n_arms", [("gpt2", 20), ("llama", 17)])
 def test_the_court_is_whole(argument, n_arms):
     """Every recipe with every pair of seeds, whole seeds one after the other, in one program; float32 in another."""
     from altgrad_jax.run.sweep import make_groups, make_members
@@ -274,11 +274,11 @@ def test_the_court_is_whole(argument, n_arms):
     assert seeds == sorted(seeds) and {seeds.count(seed) for seed in range(1, 9)} == {n_arms}
     pilot = cli.sweep_of(cli.load_config("configs/court.py:pilot"))
     rates = {point["learning_rate"] for point in pilot}
-    assert len(pilot) == 24 and min(rates) < config.learning_rate < max(rates)
+    assert len(pilot) == 6 and min(rates) <= config.learning_rate < max(rates)
 
 
 def test_a_small_court_has_three_recipes_and_three_pairs():
     config = cli.load_config("configs/court.py:small")
     points = cli.sweep_of(config)
-    assert len(points) == 9 and {point["seed"] for point in points} == {1, 2, 3} and config.max_steps == 500
+    assert len(points) == 9 and {point["seed"] for point in points} == {1, 2, 3} and config.max_steps == 400
     assert {point["recipe"] for point in points} == {("bf16",), ("mxfp8",), ("nvfp4~head",)}
