@@ -21,6 +21,7 @@ from altgrad_jax.inference.generate import load_model
 from altgrad_jax.run import sweep
 from altgrad_jax.run.checkpoint import list_steps
 from altgrad_jax.run.folder import RunFolder
+from altgrad_jax.run.loop import dispatch_length
 from altgrad_jax.run.record import read_timing, read_window_losses
 from altgrad_jax.run.setup import open_data, set_up
 from altgrad_jax.run.sweep import axis, grid, make_members, only, program_key
@@ -531,3 +532,16 @@ def test_the_config_file_s_sweep_is_found(tmp_path):
     file.write_text(file.read_text().split("def get_sweep")[0])
     with pytest.raises(UserError, match="has no function get_sweep"):
         cli.sweep_of(cli.load_config(str(file)))
+
+
+@pytest.mark.parametrize(
+    "n_runs, seconds_per_step, steps",
+    [(1, None, 1), (1, 0.05, 20), (1, 3.0, 1), (4, 0.2, 20), (34, 1.0, 8), (34, 0.01, 100), (34, 9.0, 1)],
+)
+def test_a_dispatch_is_longer_with_runs_side_by_side(n_runs, seconds_per_step, steps):
+    config = tiny(max_steps=1000, eval_interval=1000, checkpoint_interval=1000, diagnostic_interval=0)
+    found = dispatch_length(config, 0, seconds_per_step, longest=100, n_runs=n_runs)
+    assert found == steps
+    assert dispatch_length(config, 995, seconds_per_step, longest=100, n_runs=n_runs) == min(steps, 5)
+    fixed = tiny(max_steps=1000, eval_interval=1000, checkpoint_interval=1000, steps_per_dispatch=7)
+    assert dispatch_length(fixed, 0, seconds_per_step, longest=7, n_runs=n_runs) == 7

@@ -1,5 +1,5 @@
 """The host loop around the compiled step: dispatch after dispatch, each ending at the next evaluation or checkpoint or
-after about a second. No numerics here.
+after about a second, or several with many runs side by side. No numerics here.
 
 The loop owns the states of the runs it trains, one or many side by side. It waits for one small array a dispatch, which
 is what lets it look at the state it may have to save. A dispatch of about a second makes that wait rare; rows are
@@ -32,8 +32,9 @@ from altgrad_jax.step.update import Inputs, TrainState
 
 # An interim checkpoint is due when half of a start's time is unsaved, from this on, up to config.checkpoint_seconds.
 FIRST_INTERIM_SECONDS = 5.0
-# With steps_per_dispatch=0: the time a dispatch is steered to.
-AUTO_DISPATCH_SECONDS = 1.0
+# With steps_per_dispatch=0: the time that a dispatch is steered to, for each run side by side, and at most. What the host
+# does between two dispatches it does for each of them; and a signal is heard between two dispatches.
+AUTO_DISPATCH_SECONDS, LONGEST_DISPATCH_SECONDS = 1.0, 8.0
 
 
 class InterimSaves:
@@ -168,7 +169,7 @@ def agree_on_a_dispatch(training: Training, stop: StopRequest, behind: Sequence[
     """(updates of the next dispatch, whether an interim save comes after it), the same in all processes; 0 updates
     where one of them was told to stop."""
     longest = training.program.functions.step.options.steps_per_dispatch
-    n = dispatch_length(training.config, step, training.seconds_per_step, longest=longest)
+    n = dispatch_length(training.config, step, training.seconds_per_step, longest=longest, n_runs=len(behind))
     is_saving = any(training.runs[lane].checkpoints.is_saving() for lane in behind)
     save_interim = training.interim.are_due() and not is_saving
     if processes.n_processes() > 1:
@@ -179,11 +180,15 @@ def agree_on_a_dispatch(training: Training, stop: StopRequest, behind: Sequence[
     return (0, False) if stop.number else (n, save_interim)
 
 
-def dispatch_length(config: Config, step: int, seconds_per_step: float | None, *, longest: int) -> int:
-    """Steps of the next dispatch: as many as take about a second, up to the next evaluation or checkpoint."""
+def dispatch_length(config: Config, step: int, seconds_per_step: float | None, *, longest: int, n_runs: int = 1) -> int:
+    """Steps of the next dispatch: as many as take about a second, up to the next evaluation or checkpoint.
+
+    With runs side by side a second for each, up to LONGEST_DISPATCH_SECONDS. seconds_per_step: of all of them together.
+    """
     if not config.steps_per_dispatch:
+        seconds = min(n_runs * AUTO_DISPATCH_SECONDS, LONGEST_DISPATCH_SECONDS)
         # The first dispatch is a single step, which shows how long one takes.
-        longest = min(longest, max(1, int(AUTO_DISPATCH_SECONDS / seconds_per_step)) if seconds_per_step else 1)
+        longest = min(longest, max(1, int(seconds / seconds_per_step)) if seconds_per_step else 1)
     intervals = config.eval_interval, config.checkpoint_interval, config.diagnostic_interval
     to_next = [interval - step % interval for interval in intervals if interval]
     return min(longest, *to_next, config.max_steps - step)

@@ -5,7 +5,7 @@
 
 explain   certificates of every recipe at the weights of the bfloat16 runs, the same for all; Spearman's rank
           correlation of each number with the gap, over the recipes, with a bootstrap interval over recipes
-alone     trains members, drawn at random, each in a process of its own; compares losses and last arrays to the bit
+alone     trains members, drawn at random, each as the only one of a process; compares losses and last arrays to the bit
 """
 
 import argparse
@@ -79,18 +79,13 @@ def alone(runs, data, out, members):
 
 
 def one(folder, data, out):
-    """Trains the run of a folder again, alone, on a CPU divided as the sweep's."""
-    import jax
-
-    jax.config.update("jax_num_cpu_devices", 2)
+    """Trains the member of a folder again, as the only one, with the program that its settings name."""
     from altgrad_jax.config import from_dict
     from altgrad_jax.run.record import read_manifest
-    from altgrad_jax.run.train import train
+    from altgrad_jax.run.sweep import Member, sweep
 
-    config = from_dict(read_manifest(folder)["config"])
-    with config.unlocked():
-        config.checkpoint_dir, config.console = str(out), "quiet"
-    train(config, data_dir=data, workdir=out)
+    config = from_dict(read_manifest(folder)["config"] | {"checkpoint_dir": str(out), "console": "quiet"})
+    raise SystemExit(sweep([Member(config)], out.parent, data_dir=data, cpu_devices=2))
 
 
 def compared(folder, other):
