@@ -32,7 +32,7 @@ from altgrad_jax.step.update import Inputs, TrainState
 
 # An interim checkpoint is due when half of a start's time is unsaved, from this on, up to config.checkpoint_seconds.
 FIRST_INTERIM_SECONDS = 5.0
-# With steps_per_dispatch=0: the time that a dispatch is steered to, for each run side by side, and at most. What the host
+# With steps_per_dispatch=0: the time a dispatch is steered to, for each run side by side, and at most. What the host
 # does between two dispatches it does for each of them; and a signal is heard between two dispatches.
 AUTO_DISPATCH_SECONDS, LONGEST_DISPATCH_SECONDS = 1.0, 8.0
 
