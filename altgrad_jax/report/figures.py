@@ -140,7 +140,7 @@ def gaps(c):
     x_axis = alt.X("gap_mean:Q").scale(domain=domain, nice=False).title("gap to BF16, nats per token")
     y_axis = alt.Y("format:N").sort(order).title(None).axis(labelLimit=150)
     colour = alt.Color("class:N").scale(domain=list(CLASSES), range=list(CLASSES.values()))
-    colour = colour.legend(orient="top", title=None, columns=4, symbolOpacity=1)
+    colour = colour.legend(orient="top", title=None, columns=2, symbolOpacity=1)
     tips = [("format:N", "format"), ("treatment:N", "treatment"), ("learning_rate:Q", "learning rate")]
     tips += [("words:N", "gap"), ("verdict:N", "it is")]
     tips = [alt.Tooltip(field, title=title) for field, title in tips]
