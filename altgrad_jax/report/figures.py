@@ -65,15 +65,11 @@ class Figure:
         parse = dict.fromkeys(sorted(numbers), "number")
         return self.chart.to_dict() | {"data": {"format": {"type": "csv", "parse": parse}}}
 
-    def picture(self, suffix):
-        """The chart as bytes of a file, ".svg" or ".png", on white, with every menu as it is at first."""
-        import vl_convert
-
+    @property
+    def standalone(self):
+        """The Vega-Lite specification with its data, on white and as wide as a picture."""
         rows = [{name: value for name, value in row.items() if value is not None} for row in flat(self.rows)]
-        spec = self.chart.to_dict() | {"data": {"values": rows}, "width": PICTURE_WIDTH, "background": "white"}
-        if suffix == ".svg":
-            return vl_convert.vegalite_to_svg(spec).encode()
-        return vl_convert.vegalite_to_png(spec, scale=2)
+        return self.chart.to_dict() | {"data": {"values": rows}, "width": PICTURE_WIDTH, "background": "white"}
 
 
 # ------------------------------------------------------------------------------------------------ parts of charts

@@ -82,7 +82,11 @@ class Report:
             raise UserError(
                 "these runs have no gap to draw: leave .svg and .png out until a bfloat16 run is among them"
             )
-        return forest.picture(suffix)
+        import vl_convert
+
+        if suffix == ".svg":
+            return vl_convert.vegalite_to_svg(forest.standalone).encode()
+        return vl_convert.vegalite_to_png(forest.standalone, scale=2)
 
     def data(self):
         """[(file name, bytes)] of every table's and figure's numbers."""

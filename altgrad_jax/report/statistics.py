@@ -472,4 +472,5 @@ def rank_correlation(x_N, y_N) -> RankCorrelation | None:
     power_R = (x_RN**2).sum(1) * (y_RN**2).sum(1)
     drawn_R = (x_RN * y_RN).sum(1)[power_R > 0] / np.sqrt(power_R[power_R > 0])
     low, high = np.quantile(drawn_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return RankCorrelation(float(stats.spearmanr(x_N, y_N).statistic), float(low), float(high), len(x_N))
+    rho = float(np.asarray(stats.spearmanr(x_N, y_N))[0])
+    return RankCorrelation(rho, float(low), float(high), len(x_N))
