@@ -364,7 +364,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               "messages", choices=("auto", "plain", "quiet"), resumable=True),
     )),
     ("Execution", (
-        Field("steps_per_dispatch", 0, "most updates in one call of the device; 0 = as many as take about one second",
+        Field("steps_per_dispatch", 0, "most updates in one call of the device; 0 = as many as take about one second, "
+              "in a sweep up to eight",
               low=0, high=2**16, resumable=True),
         Field("fsdp", 1, "devices that parameters and optimizer state are split over; must divide the visible "
               "devices, which all share the batch", low=1, high=2**16, resumable=True),

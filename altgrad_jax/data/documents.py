@@ -454,7 +454,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile) as e:
         raise UserError(f"the file {path} is damaged or incomplete ({first_line(e)}); fetch it again") from None
-    except NotImplementedError as e:  # zipfile's, of a compression or version that it does not know
+    except NotImplementedError as e:  # zipfile's and Arrow's, of a compression or version that they do not know
         raise UserError(
             f"the file {path} is packed in a way that cannot be read here ({first_line(e)}); unpack it and give the "
             "folder, or fetch it again if it is damaged"

@@ -39,7 +39,9 @@ def predictors(found):
 
 def explain(runs, data, out, seeds, draws):
     from altgrad_jax.inference.certify import certify_recipes
+    from altgrad_jax.run.device import use_compilation_cache
 
+    use_compilation_cache()  # one program for all the runs
     c = Comparison(Reader().runs([runs]))
     arms = [arm for arm in c.gaps if arm.format.startswith(RECIPE)]
     items = [arm.format.removeprefix(RECIPE) for arm in arms]
