@@ -189,7 +189,8 @@ def test_unusable_moments_are_counted_in_their_layer(arrange):
     mu["block_3"]["mlp_up"]["kernel"] = mu["block_3"]["mlp_up"]["kernel"].at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf)
     nu["block_3"]["mlp_up"]["kernel"] = nu["block_3"]["mlp_up"]["kernel"].at[0, 0].set(jnp.inf).at[2, 2].set(-1.0)
     nu["ln_f"]["bias"] = nu["ln_f"]["bias"].at[3].set(-1e-30)
-    counts = metrics.nonfinite_moments(optax.ScaleByAdamState(jnp.int32(1), arrange(mu), arrange(nu)))
+    state, tree = optax.ScaleByAdamState(jnp.int32(1), arrange(mu), arrange(nu)), arrange(make_tree(2))
+    counts = metrics.change_norms(tree, tree, tree, state).nonfinite_moments
     expected = {"block_3/mlp_up": 3, "ln_f": 1}
     np.testing.assert_array_equal(counts, [expected.get(layer, 0) for layer in by_layer(mu)])
 
@@ -198,7 +199,14 @@ def test_update_and_parameter_metrics(arrange):
     params, updates = make_tree(0), make_tree(5, 1e-3)
     updates["block_0"]["mlp_up"]["kernel"] = updates["block_0"]["mlp_up"]["kernel"].at[0].set(0.0)
     params["block_7"]["mlp_up"]["bias"] = params["block_7"]["mlp_up"]["bias"].at[2].set(jnp.nan)
-    of_params, of_updates = (metrics.tree_norms(arrange(tree)) for tree in (params, updates))
+    raw, state = jax.tree.map(jnp.array, updates), moments_after(arrange, [make_tree(7)])
+    raw["ln_f"]["bias"] = raw["ln_f"]["bias"].at[1].set(jnp.inf)
+    of_params, of_updates, _ = metrics.change_norms(arrange(params), arrange(raw), arrange(updates), state)
+    for tree, norms in ((params, of_params), (updates, of_updates)):
+        alone = metrics.tree_norms(arrange(tree))
+        for field in ("norm", "zeros", "size"):
+            np.testing.assert_array_equal(getattr(norms, field), getattr(alone, field))
+    np.testing.assert_array_equal(of_updates.nonfinite, [layer == "ln_f" for layer in by_layer(params)])
     got = named(metrics.joined([metrics.update_metrics(of_updates, of_params), metrics.parameter_metrics(of_params)]))
     statistics = ("update_norm", "update_ratio", "zero_update", "param_norm", "nonfinite_params")
     assert set(got) == {f"{name}/{layer}" for name in statistics for layer in by_layer(params)}

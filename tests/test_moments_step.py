@@ -1,5 +1,6 @@
 """Adam's moments as a step keeps them, and what it says of them."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from conftest import cpu_devices
 from test_moments import KEPT, keep, kept_by_numpy
 from test_stacking import APART
 from test_stacking import step_of as stacking_step
-from test_step import TOKENS_T, column, make, train
+from test_step import MODEL, TOKENS_T, column, make, train
 from test_training import TINY
 from test_update import state_and_inputs
 from test_update import step_of as update_step
@@ -132,7 +133,7 @@ def test_a_run_trains_with_moments_in_e4m3(rounding):
 
 
 def test_dispatches_of_any_length_give_the_same_bits():
-    functions = make(moments="dynamic8", moments_rounding="stochastic")
+    functions = make(moments="E4M3:128", moments_rounding="stochastic")
     whole, rows = train(functions, [5])
     first, head = train(functions, [2])
     restored = jax.tree.map(jnp.asarray, jax.device_get(first))  # as from a checkpoint
@@ -211,8 +212,9 @@ def test_a_damaged_moment_stays_and_is_counted():
 
 
 def test_a_format_aware_optimizer_keeps_its_moments_too():
-    quant = QuantOptions(resolve_rules(("E4M3",), 2), weights_at_rest="nearest")
-    functions = make(moments="bfloat16", quant=quant, optimizer="ulp_adamw")
+    quant = QuantOptions(resolve_rules(("E4M3",), 1), weights_at_rest="nearest")
+    one_block = dataclasses.replace(MODEL, n_layer=1)
+    functions = make(one_block, moments="bfloat16", quant=quant, optimizer="ulp_adamw", metric_groups=())
     state = functions.init(42, functions.inputs.formats)
     state, _ = functions.run(state, jnp.asarray(TOKENS_T), 2, functions.inputs)
     for leaf in jax.tree.leaves(adam_of(state)[1:]):

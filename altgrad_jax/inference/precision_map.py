@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from altgrad_jax.inference.certify import load, table_with
 from altgrad_jax.numerics.layers import HEAD, linear_layers, matrix_sizes
@@ -194,7 +194,7 @@ def closed(full: Mapping[int, float], mapped: Mapping[int, float], baseline: Map
     ratio = float(a.mean() / b.mean())
     if n < 2:
         return Closed(ratio, np.nan, np.nan, n)
-    t2 = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) ** 2 / n
+    t2 = stdtrit(n - 1, (1 + CONFIDENCE) / 2) ** 2 / n
     (aa, ab), (_, bb) = np.cov(a, b)
     # The ratios r for which mean(a - r b) cannot be told from 0.
     p, q, c = b.mean() ** 2 - t2 * bb, a.mean() * b.mean() - t2 * ab, a.mean() ** 2 - t2 * aa

@@ -28,7 +28,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from altgrad_jax.numerics.recipes import PRODUCTS
 
@@ -67,7 +67,7 @@ class Bias(NamedTuple):
     @property
     def half_width(self) -> np.ndarray:
         """Of the interval of `bias` at CONFIDENCE."""
-        return stats.t.ppf((1 + CONFIDENCE) / 2, self.n_groups - 1) * self.bias_se
+        return stdtrit(self.n_groups - 1, (1 + CONFIDENCE) / 2) * self.bias_se
 
     @property
     def biased(self) -> np.ndarray:

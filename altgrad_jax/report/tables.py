@@ -578,12 +578,19 @@ def runs_table(c):
 
 
 def troubles(c):
-    """[(run name, state, reason)] of what a reader must know: damaged, unfinished and lost runs, duplicates."""
-    order = (DAMAGED, UNFINISHED, LOST, FINISHED)
-    said = [run for state in order for run in c.all_runs if run.state == state and (run.reason or state != FINISHED)]
-    return [(run.name, run.state, run.reason) for run in said] + [
+    """[(names of runs, state, reason)] of what a reader must know: damaged, unfinished and lost runs, duplicates."""
+    order, alike = (DAMAGED, UNFINISHED, LOST, FINISHED), {}
+    for run in sorted(c.all_runs, key=lambda run: order.index(run.state)):
+        if run.reason or run.state != FINISHED:
+            alike.setdefault((run.state, run.reason), []).append(run.name)
+    return [(_some(names), *what) for what, names in alike.items()] + [
         (run.name, "left out", f"the same arm, learning rate and seed as {other.name}") for run, other in c.duplicates
     ]
+
+
+def _some(names, most=5):
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def early_warnings(c, reader):

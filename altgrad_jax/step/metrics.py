@@ -14,7 +14,7 @@ vector over the layers, float32 [S] in the order in which the model applies them
 `split` says that arrays lie in parts on several devices (sums.sums).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -128,9 +128,20 @@ def _max_abs(arrays: Iterable[jax.Array]) -> jax.Array:
     return largest[0] if len(largest) == 1 else jnp.max(jnp.stack(largest), axis=0)
 
 
-def _sizes(arrays: dict) -> int:
-    """Elements of one layer."""
-    return sum(a[0].size for a in arrays.values())
+def _layer_sums(terms: Callable[..., dict[str, jax.Array]], *trees, split: bool) -> dict[str, jax.Array]:
+    """{name: float32 [S]}: sums over the elements of every layer, and its "size", in one pass over each array.
+
+    Args:
+      terms: of an array of each tree, {name: what is summed}. trees: shaped like the parameters, all alike.
+    """
+    first, *others = map(by_group, trees)
+    found = {}
+    for group, arrays in first.items():
+        of_arrays = [terms(a, *(other[group][name] for other in others)) for name, a in arrays.items()]
+        totals = _sums((tuple(named.values()) for named in of_arrays), split)
+        size = sum(a[0].size for a in arrays.values())
+        found[group] = dict(zip(of_arrays[0], totals)) | {"size": jnp.full(len(layers_of(group)), size, jnp.float32)}
+    return _vectors(found)
 
 
 def gradient_stats(grads, split: bool = False) -> LayerStats:
@@ -171,24 +182,12 @@ def gradient_snr(moments: optax.ScaleByAdamState, *, beta1: float, beta2: float,
     """
     t = jnp.maximum(moments.count, 1).astype(jnp.float32)
     correction = jnp.where(t > 1, jnp.sqrt(1 - beta2**t) / (1 - beta1**t), jnp.nan)
-    first, second = by_group(moments.mu), by_group(moments.nu)
-    found = {}
-    for group, mu in first.items():
-        pairs = ((m, second[group][k]) for k, m in mu.items())
-        ratios = ((jnp.where(nu > 0, jnp.abs(m) * jax.lax.rsqrt(nu), 0.0),) for m, nu in pairs)
-        found[group] = {"grad_snr": _sums(ratios, split)[0] / _sizes(mu)}
-    return over(layer_names(moments.mu), {"grad_snr": correction * _vectors(found)["grad_snr"]})
+    found = _layer_sums(_snr_terms, moments.mu, moments.nu, split=split)
+    return over(layer_names(moments.mu), {"grad_snr": correction * (found["ratio"] / found["size"])})
 
 
-def nonfinite_moments(moments: optax.ScaleByAdamState, split: bool = False) -> jax.Array:
-    """float32 [S]: elements whose first or second moment is not finite, or whose second one is negative."""
-    first, second = by_group(moments.mu), by_group(moments.nu)
-    found = {}
-    for group, mu in first.items():
-        pairs = ((m, second[group][k]) for k, m in mu.items())
-        unusable = ((~jnp.isfinite(m) | ~jnp.isfinite(nu) | (nu < 0),) for m, nu in pairs)
-        found[group] = {"count": _sums(unusable, split)[0]}
-    return _vectors(found)["count"]
+def _snr_terms(mu, nu):
+    return {"ratio": jnp.where(nu > 0, jnp.abs(mu) * jax.lax.rsqrt(nu), 0.0)}
 
 
 def moment_metrics(
@@ -211,19 +210,15 @@ def moment_metrics(
       exact, kept: before and after rounding; of the parameters' structure.
     """
     direction = partial(adam_direction, count=jnp.maximum(exact.count, 1), beta1=beta1, beta2=beta2, eps=eps)
-    parts = [by_group(tree) for tree in (exact.mu, exact.nu, kept.mu, kept.nu)]
-    found = {}
-    for group, arrays in parts[0].items():
-        terms = (_moment_terms(direction, *(part[group][name] for part in parts)) for name in arrays)
-        found[group] = dict(zip(("dot", "own", "other", "flushed", "nonzero"), _sums(terms, split)))
-    of_layers = _vectors(found)
+    of_layers = _layer_sums(partial(_moment_terms, direction), exact.mu, exact.nu, kept.mu, kept.nu, split=split)
     total = {name: vector.sum() for name, vector in of_layers.items()}
     return joined([over(layer_names(exact.mu), _moment_losses(of_layers)), scalars(_moment_losses(total))])
 
 
 def _moment_terms(direction, mu, nu, kept_mu, kept_nu):
     d, k = direction(mu, nu), direction(kept_mu, kept_nu)
-    return d * k, d * d, k * k, (nu != 0) & (kept_nu == 0), nu != 0
+    flushed, nonzero = (nu != 0) & (kept_nu == 0), nu != 0
+    return {"dot": d * k, "own": d * d, "other": k * k, "flushed": flushed, "nonzero": nonzero}
 
 
 def _moment_losses(f) -> dict[str, jax.Array]:
@@ -246,15 +241,43 @@ class TreeNorms(NamedTuple):
 
 def tree_norms(tree, split: bool = False) -> TreeNorms:
     """L2 norm, elements that are not finite, and share of zeros, of every layer."""
-    found = {}
-    for group, arrays in by_group(tree).items():
-        square_sum, nonfinite, zeros = _sums(
-            ((jnp.square(a), ~jnp.isfinite(a), a == 0) for a in arrays.values()), split
-        )
-        size = jnp.full(len(layers_of(group)), _sizes(arrays), jnp.float32)
-        found[group] = {"square_sum": square_sum, "nonfinite": nonfinite, "zeros": zeros / size, "size": size}
-    v = _vectors(found)
-    return TreeNorms(layer_names(tree), jnp.sqrt(v["square_sum"]), v["nonfinite"], v["zeros"], v["size"])
+    return _tree_norms(tree, _layer_sums(_norm_terms, tree, split=split))
+
+
+def _norm_terms(a):
+    return {"square": jnp.square(a), "nonfinite": ~jnp.isfinite(a), "zeros": a == 0}
+
+
+def _tree_norms(tree, f, prefix="") -> TreeNorms:
+    square, nonfinite, zeros = (f[prefix + name] for name in ("square", "nonfinite", "zeros"))
+    return TreeNorms(layer_names(tree), jnp.sqrt(square), nonfinite, zeros / f["size"], f["size"])
+
+
+class ChangeNorms(NamedTuple):
+    """What `change_norms` returns."""
+
+    params: TreeNorms
+    updates: TreeNorms
+    nonfinite_moments: jax.Array  # float32 [S], elements
+
+
+def change_norms(params, raw, applied, moments: optax.ScaleByAdamState, split: bool = False) -> ChangeNorms:
+    """The parameters before an update, the update and the moments after it, in one pass over all of them.
+
+    `updates` has the norm and the zeros of what is applied, and counts what is not finite in what the optimizer made.
+    A moment cannot be used where the first or the second is not finite, or the second is negative.
+
+    Args:
+      raw, applied: the update, and the same with 0 for elements that cannot be used.
+    """
+    f = _layer_sums(_change_terms, params, raw, applied, moments.mu, moments.nu, split=split)
+    return ChangeNorms(_tree_norms(params, f), _tree_norms(params, f, "update_"), f["moments"])
+
+
+def _change_terms(p, raw, applied, mu, nu):
+    terms = {f"update_{name}": value for name, value in _norm_terms(applied).items()}
+    terms["update_nonfinite"] = ~jnp.isfinite(raw)
+    return _norm_terms(p) | terms | {"moments": ~jnp.isfinite(mu) | ~jnp.isfinite(nu) | (nu < 0)}
 
 
 def parameter_metrics(params: TreeNorms) -> Columns:
@@ -294,13 +317,7 @@ def gradient_fidelity(grads, reference, suffix: str = "", split: bool = False) -
     Args:
       grads, reference: trees like the parameters. suffix: is appended to each name.
     """
-    found, others = {}, by_group(reference)
-    for group, arrays in by_group(grads).items():
-        pairs = [(g, others[group][name]) for name, g in arrays.items()]
-        terms = ((g * r, g * g, r * r, jnp.square(g - r), (g == 0) & (r != 0)) for g, r in pairs)
-        found[group] = dict(zip(("dot", "own", "other", "error", "flushed"), _sums(terms, split)))
-        found[group]["size"] = jnp.full(len(layers_of(group)), _sizes(arrays), jnp.float32)
-    of_layers = _vectors(found)
+    of_layers = _layer_sums(_fidelity_terms, grads, reference, split=split)
     total = {name: vector.sum() for name, vector in of_layers.items()}
     by_size = {
         f"grad_cosine{BY_SIZE}{suffix}": mean_by_size(
@@ -309,6 +326,11 @@ def gradient_fidelity(grads, reference, suffix: str = "", split: bool = False) -
         f"grad_sqnr_db{BY_SIZE}{suffix}": sqnr_db_by_size(of_layers["other"], of_layers["error"], of_layers["size"]),
     }
     return joined([over(layer_names(grads), _fidelity(of_layers, suffix)), scalars(_fidelity(total, suffix) | by_size)])
+
+
+def _fidelity_terms(g, r):
+    flushed = (g == 0) & (r != 0)
+    return {"dot": g * r, "own": g * g, "other": r * r, "error": jnp.square(g - r), "flushed": flushed}
 
 
 def mean_by_size(values, energies, sizes) -> jax.Array:

@@ -680,13 +680,13 @@ def keep_moments(options: StepOptions, opt_state, seed) -> Any:
 
 def count_nonfinite(step: Step, state: TrainState, update: Update, health: Health) -> Counts:
     """What is not finite of the update, the moments after it and the parameters before it, with their statistics."""
-    nonfinite_updates_S = metrics.tree_norms(update.raw, step.split).nonfinite
     # A damaged moment makes its update non-finite.
-    nonfinite_moments_S = metrics.nonfinite_moments(optimizers.adam_moments(update.opt_state), step.split)
-    nonfinite_updates_S = jnp.where(health.finite, nonfinite_updates_S, 0.0)
-    params, updates = (metrics.tree_norms(tree, step.split) for tree in (state.params, update.applied))
-    bad = ~health.finite | (nonfinite_updates_S.sum() + params.nonfinite.sum() > 0)
-    return Counts(nonfinite_updates_S, nonfinite_moments_S, params, updates, bad)
+    found = metrics.change_norms(
+        state.params, update.raw, update.applied, optimizers.adam_moments(update.opt_state), step.split
+    )
+    nonfinite_updates_S = jnp.where(health.finite, found.updates.nonfinite, 0.0)
+    bad = ~health.finite | (nonfinite_updates_S.sum() + found.params.nonfinite.sum() > 0)
+    return Counts(nonfinite_updates_S, found.nonfinite_moments, found.params, found.updates, bad)
 
 
 def counts_towards_shift(step: Step, monitor: stability.Monitor, mean_loss, counts: Counts) -> jax.Array:
