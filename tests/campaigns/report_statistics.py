@@ -14,7 +14,7 @@ from altgrad_jax.report.page import markdown_table, notes
 from altgrad_jax.report.runs import AT_REST_LABELS, FINISHED, Arm, Run
 
 DRAWS, SD = 20_000, 0.02  # experiments a line; nats
-PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "matrix" / "report.md"
+PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "matrix-first" / "report.md"
 STEPS, COMMON = 400, {"data_seed": 1337, "eval_windows": 128}
 
 
