@@ -248,9 +248,8 @@ def _norm_terms(a):
     return {"square": jnp.square(a), "nonfinite": ~jnp.isfinite(a), "zeros": a == 0}
 
 
-def _tree_norms(tree, f, prefix="") -> TreeNorms:
-    square, nonfinite, zeros = (f[prefix + name] for name in ("square", "nonfinite", "zeros"))
-    return TreeNorms(layer_names(tree), jnp.sqrt(square), nonfinite, zeros / f["size"], f["size"])
+def _tree_norms(tree, f) -> TreeNorms:
+    return TreeNorms(layer_names(tree), jnp.sqrt(f["square"]), f["nonfinite"], f["zeros"] / f["size"], f["size"])
 
 
 class ChangeNorms(NamedTuple):
@@ -262,7 +261,7 @@ class ChangeNorms(NamedTuple):
 
 
 def change_norms(params, raw, applied, moments: optax.ScaleByAdamState, split: bool = False) -> ChangeNorms:
-    """The parameters before an update, the update and the moments after it, in one pass over all of them.
+    """The parameters before an update, the update and the moments after it.
 
     `updates` has the norm and the zeros of what is applied, and counts what is not finite in what the optimizer made.
     A moment cannot be used where the first or the second is not finite, or the second is negative.
@@ -270,14 +269,14 @@ def change_norms(params, raw, applied, moments: optax.ScaleByAdamState, split: b
     Args:
       raw, applied: the update, and the same with 0 for elements that cannot be used.
     """
-    f = _layer_sums(_change_terms, params, raw, applied, moments.mu, moments.nu, split=split)
-    return ChangeNorms(_tree_norms(params, f), _tree_norms(params, f, "update_"), f["moments"])
+    # Not one pass over all: seven sums in one reduction take more shared memory than a GPU's kernel may have.
+    f = _layer_sums(_update_terms, raw, applied, moments.mu, moments.nu, split=split)
+    return ChangeNorms(tree_norms(params, split), _tree_norms(applied, f), f["moments"])
 
 
-def _change_terms(p, raw, applied, mu, nu):
-    terms = {f"update_{name}": value for name, value in _norm_terms(applied).items()}
-    terms["update_nonfinite"] = ~jnp.isfinite(raw)
-    return _norm_terms(p) | terms | {"moments": ~jnp.isfinite(mu) | ~jnp.isfinite(nu) | (nu < 0)}
+def _update_terms(raw, applied, mu, nu):
+    unusable = ~jnp.isfinite(mu) | ~jnp.isfinite(nu) | (nu < 0)
+    return _norm_terms(applied) | {"nonfinite": ~jnp.isfinite(raw), "moments": unusable}
 
 
 def parameter_metrics(params: TreeNorms) -> Columns:
