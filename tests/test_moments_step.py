@@ -133,7 +133,7 @@ def test_a_run_trains_with_moments_in_e4m3(rounding):
 
 
 def test_dispatches_of_any_length_give_the_same_bits():
-    functions = make(moments="E4M3:128", moments_rounding="stochastic")
+    functions = make(moments="dynamic8", moments_rounding="stochastic")
     whole, rows = train(functions, [5])
     first, head = train(functions, [2])
     restored = jax.tree.map(jnp.asarray, jax.device_get(first))  # as from a checkpoint

@@ -245,6 +245,9 @@ def test_the_largest_cost_comes_from_ablations_and_names_its_treatment(compared)
     assert causes["update"].d.mean == pytest.approx(0.012, abs=0.001)
     assert compared.largest_cost("E2M5")[0].cause == "update"
     words = tables.show_cost(compared, "E2M5")
+    assert words.endswith("; no other part was measured") and "no other" not in tables.show_cost(compared, "E4M3")
+    (said,) = [words for heading, words in tables.answer(compared) if heading.startswith("Largest cost")]
+    assert "update, the only part measured, in E2M5" in said
     assert words.startswith("update +0.300 [") and "stored, nearest against float32 master, at 0.002" in words
     assert "E5M2" not in compared.costs and tables.show_cost(compared, "E5M2") == "not measured"
 

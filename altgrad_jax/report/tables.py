@@ -192,6 +192,7 @@ def show_cost(c, name):
     (arm, rate), (base, _) = worst.first, worst.second
     against = treatment(base.at_rest) if base.format == name else base.label
     among = f"; not shown to cost less: {names(rivals)}" if rivals else ""
+    among += "; no other part was measured" if len(c.costs[name][1]) == 1 else ""
     compared = {c.choice(Arm(name)).rate, c.reference_rate(Arm(name))} if Arm(name) in c.arms else {rate}
     elsewhere = "" if compared == {rate} else ", not the rates of the gap"
     parts = "; ".join(arm.treatment_parts) or "float32 master"
@@ -236,6 +237,7 @@ def answer(c):
     for name in c.costs:
         worst, rivals = c.largest_cost(name)
         words = " or ".join([worst.cause, *rivals]) if worst else "none separated"
+        words += ", the only part measured," if worst and len(c.costs[name][1]) == 1 else ""
         by_cause.setdefault(words, []).append(format_name(c, name))
     if by_cause:
         words = "; ".join(f"{cause} in {names(found)}" for cause, found in by_cause.items())
@@ -437,7 +439,8 @@ def costs_table(c):
     for name, (rate, causes) in c.costs.items():
         worst, rivals = c.largest_cost(name)
         for cause, one in causes.items():
-            rank = "largest" if one is worst else "not shown to be less" if cause in rivals else ""
+            first = "largest" if len(causes) > 1 else "only one measured"
+            rank = first if one is worst else "not shown to be less" if cause in rivals else ""
             compared = one.first[0].label, one.second[0].label
             rows.append((format_name(c, name), cause, rate, one.judged, rank, *compared))
     return table(
