@@ -22,27 +22,25 @@ def tokens(tmp_path_factory):
     return runs.make_tokens(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def short_runs():
+@pytest.fixture
+def short_runs(monkeypatch):
     """The campaign's runs, with steps that take less time and fewer of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in dict(block_size=16, batch_size=4, max_steps=120).items():
-            patch.setitem(runs.SMALL, name, value)
-        yield
+    for name, value in dict(block_size=16, batch_size=4, max_steps=120).items():
+        monkeypatch.setitem(runs.SMALL, name, value)
 
 
 def quiet(text):
     pass
 
 
-def test_killed_runs_end_equal_to_the_bit(tokens, tmp_path, monkeypatch):
+def test_killed_runs_end_equal_to_the_bit(short_runs, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(kills, "PHASES", ("step", "save"))
     part = kills.run(tmp_path, tokens, kills=2, seed=0, deadline=ENDLESS, say=quiet)
     assert part.failures == [] and part.done == 2
     assert any("1 equal the uninterrupted run" in line for line in part.lines), part.lines
 
 
-def test_damage_is_found_and_recovered_from(tokens, tmp_path, monkeypatch):
+def test_damage_is_found_and_recovered_from(short_runs, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(corruption, "WHOLE_EVERY", 15)
     part = corruption.run(tmp_path, tokens, trials=15, seed=0, deadline=ENDLESS, say=quiet, kinds=("bf16",))
     assert part.failures == [] and part.done == 15
@@ -55,7 +53,7 @@ def test_damage_is_found_and_recovered_from(tokens, tmp_path, monkeypatch):
     assert any(problem and problem.startswith("not detected") for problem in wrong)
 
 
-def test_what_the_machine_does_is_answered(tokens, tmp_path):
+def test_what_the_machine_does_is_answered(short_runs, tokens, tmp_path):
     part = environment.run(
         tmp_path,
         tokens,
