@@ -4,9 +4,10 @@ Command:   python scripts/prepare_data.py --input ACTS --tokenizer bytes --val_f
            python scripts/sweep.py --config configs/court.py --out runs/court --data_dir=data/court --cpu_devices=2
            python scripts/report.py runs/court -o court.html
            python scripts/sweep.py --config configs/court.py:small --out runs/small    # three recipes, three pairs
-Argument:  gpt2 (the default); llama, the same on the Llama block, without the recipes whose transforms of 64 or 128 do
-           not divide the width of its MLP, 352; pilot, three arms at four rates, by which RATE was chosen; small, a
-           first look in minutes.
+Argument:  gpt2 (the default); again, the arms of one program with six fresh pairs of seeds, to see which conclusions
+           hold; llama, the same on the Llama block, without the recipes whose transforms of 64 or 128 do not divide the
+           width of its MLP, 352; pilot, three arms at four rates, by which RATE was chosen; small, a first look in
+           minutes.
 Members:   every arm at RATE, seed by seed, so that a stopped court has whole seeds. Arms with a part or a suffix
            in their names are controls: they differ from another arm in one thing. `~head` keeps the head alone in
            bfloat16, so that arms compare.
@@ -21,7 +22,7 @@ from altgrad_jax.config import Config, default_config
 from altgrad_jax.errors import UserError
 from altgrad_jax.run.sweep import axis, grid
 
-SEEDS = tuple(range(1, 9))
+SEEDS, FRESH_SEEDS = tuple(range(1, 9)), tuple(range(9, 15))
 RATE = 2e-3
 PILOT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 PILOT = ("bf16", "nvfp4~head", "mxfp4")
@@ -36,8 +37,8 @@ SMALL = ("bf16", "mxfp8", "nvfp4~head")
 
 
 def get_config(argument: str = "gpt2") -> Config:
-    if argument not in ("gpt2", "llama", "pilot", "small"):
-        raise UserError(f"configs/court.py:{argument} is no court: give gpt2, llama, pilot or small")
+    if argument not in ("gpt2", "again", "llama", "pilot", "small"):
+        raise UserError(f"configs/court.py:{argument} is no court: give gpt2, again, llama, pilot or small")
     config = default_config()
     config.model, config.tokenizer = "llama" if argument == "llama" else "gpt2", "bytes"
     config.n_layer, config.n_head, config.n_embd, config.block_size = 2, 4, 128, 64
@@ -67,9 +68,9 @@ def by(recipes):
     return axis("recipe", [(name,) for name in recipes], lambda value: value[0].replace(":", "-"))
 
 
-def seed_by_seed(recipes):
+def seed_by_seed(recipes, seeds):
     """Points of recipes over all pairs of seeds, whole seeds one after the other."""
-    return [point for pair in pairs(SEEDS) for point in grid(by(recipes), [pair])]
+    return [point for pair in pairs(seeds) for point in grid(by(recipes), [pair])]
 
 
 def get_sweep(config: Config):
@@ -77,6 +78,9 @@ def get_sweep(config: Config):
         return grid(by(SMALL), pairs(SEEDS[:3]))
     if "pilot" in config.tags:
         return grid(by(PILOT), at(PILOT_RATES), pairs(SEEDS[:2]))
-    main = seed_by_seed(("bf16", *PUBLISHED, *CONTROLS))
-    wide = [point | {"recipe_program": WIDE} for point in seed_by_seed(WIDE)] if config.model == "gpt2" else []
-    return main + wide + grid(axis("compute_dtype", ["float32"], lambda value: value), pairs(SEEDS))
+    again = "again" in config.tags
+    seeds = FRESH_SEEDS if again else SEEDS
+    main = seed_by_seed(("bf16", *PUBLISHED, *CONTROLS), seeds)
+    has_wide = config.model == "gpt2" and not again
+    wide = [point | {"recipe_program": WIDE} for point in seed_by_seed(WIDE, seeds)] if has_wide else []
+    return main + wide + grid(axis("compute_dtype", ["float32"], lambda value: value), pairs(seeds))
