@@ -1,15 +1,19 @@
-"""What goes with the loss gaps of a sweep over recipes, and whether its members equal runs alone.
+"""What goes with the loss gaps of a sweep over recipes; its members against runs alone; a second sweep beside it.
 
     python tests/campaigns/court.py explain RUNS DATA OUT [--seeds=3] [--draws=16]
     python tests/campaigns/court.py alone RUNS DATA OUT [--members=5]
+    python tests/campaigns/court.py again FIRST_CSV SECOND_CSV OUT
 
 explain   certificates of every recipe at the weights of the bfloat16 runs, the same for all; Spearman's rank
           correlation of each number with the gap, over the recipes, with a bootstrap interval over recipes
+again     every gap to bfloat16 and every claim in two sweeps with other seeds, by the runs.csv of their reports: each
+          by itself, which conclusions hold, and both together
 alone     trains members, drawn at random, each as the only one of a process; compares losses and last arrays to the bit
 """
 
 import argparse
 import csv
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 from altgrad_jax.errors import UserError  # noqa: E402
 from altgrad_jax.report.analysis import Comparison  # noqa: E402
-from altgrad_jax.report.runs import RECIPE, Reader  # noqa: E402
-from altgrad_jax.report.statistics import rank_correlation  # noqa: E402
+from altgrad_jax.report.claims import CLAIMS  # noqa: E402
+from altgrad_jax.report.runs import RECIPE, REFERENCE, Reader  # noqa: E402
+from altgrad_jax.report.statistics import Judged, judge, paired, rank_correlation  # noqa: E402
 
 
 def predictors(found):
@@ -64,6 +69,71 @@ def explain(runs, data, out, seeds, draws):
             lines.append(f"| {name} | {of.rho:+.2f} | {of.low:+.2f} to {of.high:+.2f} |")
     (out / "explain.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class Twice:
+    """One comparison in a first sweep, in a second one, and in both together."""
+
+    words: str
+    first: Judged
+    second: Judged
+    both: Judged
+
+    def cells(self):
+        """A row of a table: means and intervals, classes, and the p of a difference over both, raw and corrected."""
+        looks = [(f"{of.d.mean:+.3f} [{of.d.low:+.3f}, {of.d.high:+.3f}]", of.kind) for of in self.looks]
+        return [self.words, *(cell for look in looks for cell in look), f"{self.both.p:.2g}, {self.both.holm_p:.2g}"]
+
+    @property
+    def looks(self):
+        return self.first, self.second, self.both
+
+
+def losses_of(path):
+    """{arm: {(seed, data seed): last validation loss}} of a report's runs.csv."""
+    losses = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            draw = int(row["seed"]), int(row["data_seed"])
+            losses.setdefault(row["arm"].removeprefix(RECIPE), {})[draw] = float(row["validation_loss"] or "nan")
+    return losses
+
+
+def judged_twice(first, second, pairs):
+    """[Twice] of the pairs of arms {words: (arm, arm)}; the tests of one sweep are corrected together."""
+    both = {arm: first[arm] | second[arm] for arm in first.keys() & second.keys()}
+    looks = [judge([paired(of[a], of[b]) for a, b in pairs.values()]) for of in (first, second, both)]
+    return [Twice(words, *three) for words, *three in zip(pairs, *looks, strict=True)]
+
+
+def again(first, second, out):
+    first, second = losses_of(first), losses_of(second)
+    arms = sorted((first.keys() & second.keys()) - {REFERENCE})
+    if overlap := {*first[REFERENCE]} & {*second[REFERENCE]}:
+        raise UserError(f"both sweeps have the seeds {sorted(overlap)}; a second court takes others")
+    claims = {f"{claim.words}: {a} - {b}": (a, b) for claim, a, b in claims_of(arms)}
+    lines = []
+    for pairs in ({arm: (arm, REFERENCE) for arm in arms}, claims):
+        found = judged_twice(first, second, pairs)
+        found.sort(key=lambda one: one.both.d.mean)
+        lines += ["| | first | class | second | class | both | class | p, Holm |", "|---|---|---|---|---|---|---|---|"]
+        lines += ["| " + " | ".join(one.cells()) + " |" for one in found] + [""]
+        same = sum(one.first.kind == one.second.kind for one in found)
+        signs = sum(one.first.d.mean * one.second.d.mean > 0 for one in found)
+        lines += [f"{same} of {len(found)} have the same class in both sweeps, {signs} the same sign.", ""]
+    (out / "again.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def claims_of(arms):
+    """[(claim, arm, arm)] of the published claims of which both arms are there; `~head` on both counts as neither."""
+    return [
+        (claim, claim.higher + kept, claim.lower + kept)
+        for claim in CLAIMS
+        for kept in ("", "~head")
+        if {claim.higher + kept, claim.lower + kept} <= {*arms}
+    ]
 
 
 def alone(runs, data, out, members):
@@ -114,7 +184,7 @@ def flat(tree, path=""):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("explain", "alone", "one"))
+    parser.add_argument("what", choices=("explain", "alone", "again", "one"))
     parser.add_argument("runs")
     parser.add_argument("data")
     parser.add_argument("out", type=Path)
@@ -125,7 +195,9 @@ def main():
     if args.what == "one":
         return one(Path(args.runs), args.data, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.what == "explain":
+    if args.what == "again":
+        again(args.runs, args.data, args.out)
+    elif args.what == "explain":
         explain(args.runs, args.data, args.out, args.seeds, args.draws)
     else:
         alone(args.runs, args.data, args.out, args.members)
