@@ -6,7 +6,7 @@ from test_products_formats import reference_scale
 
 from altgrad_jax.numerics import formats, products
 from altgrad_jax.numerics.formats import DEFAULT_8BIT, get_format
-from altgrad_jax.numerics.rounding import format_params
+from altgrad_jax.numerics.rounding import format_params, round_to_format
 from altgrad_jax.numerics.scales import scale_for
 
 UNUSABLE = np.float32([0, np.inf, np.nan, 1e-40])
@@ -56,3 +56,25 @@ def test_numpy_and_jax_give_one_scale(name):
         in_numpy = scale_for(amax, fmt)
         np.testing.assert_array_equal(in_numpy, in_jax(amax, fmt))
     assert in_numpy.dtype == np.float32 and scale_for(float(amax[-1]), fmt) == in_numpy[-1]
+
+
+def test_powers_of_two_cost_fixed_point_grids_decibels_and_floating_ones_none():
+    """The figures of docs/numerics.md: Gaussian operands whose amax takes all mantissas, 2^16 elements each."""
+    cost_MF = np.array([_cost_of_powers_of_two(2 ** (m / 32)) for m in range(32)])
+    mean, most = (dict(zip(DEFAULT_8BIT, of(0))) for of in (cost_MF.mean, cost_MF.max))
+    assert 2.5 < mean["E0M7"] < 3.5 and mean["E1M6"] == pytest.approx(mean["E0M7"], abs=0.01) and most["E0M7"] > 5.5
+    assert 1.0 < mean["E2M5"] < 2.0 and most["E2M5"] < 4.0
+    assert all(abs(mean[name]) < 0.1 for name in DEFAULT_8BIT[3:])
+
+
+def _cost_of_powers_of_two(size):
+    """Decibels of SQNR that a power-of-two scale costs, in each of DEFAULT_8BIT; float64 [formats]."""
+    x = np.float32(np.random.default_rng(0).standard_normal(2**16) * size)
+
+    def noise(fmt, power_of_two):
+        s = np.float32(scale_for(np.abs(x).max(), fmt, power_of_two))
+        q = np.asarray(round_to_format(x * s, format_params(fmt)), np.float64) / s
+        return np.sum((q - x) ** 2)
+
+    formats_of = map(get_format, DEFAULT_8BIT)
+    return np.array([10 * np.log10(noise(fmt, True) / noise(fmt, False)) for fmt in formats_of])
