@@ -4,10 +4,10 @@ Command:   python scripts/prepare_data.py --input ACTS --tokenizer bytes --val_f
            python scripts/sweep.py --config configs/court.py --out runs/court --data_dir=data/court --cpu_devices=2
            python scripts/report.py runs/court -o court.html
            python scripts/sweep.py --config configs/court.py:small --out runs/small    # three recipes, three pairs
-Argument:  gpt2 (the default); again, the arms of one program with six fresh pairs of seeds, to see which conclusions
-           hold; llama, the same on the Llama block, without the recipes whose transforms of 64 or 128 do not divide the
-           width of its MLP, 352; pilot, three arms at four rates, by which RATE was chosen; small, a first look in
-           minutes.
+Argument:  gpt2 (the default); again, the same with six fresh pairs of seeds, to see which conclusions hold; llama, the
+           same on the Llama block, without the recipes whose transforms of 64 or 128 do not divide 352, the width of its
+           MLP; sizes, four arms with the fresh seeds, for one --config.n_embd after another; pilot, three arms at four
+           rates, by which RATE was chosen; small, a first look in minutes.
 Members:   every arm at RATE, seed by seed, so that a stopped court has whole seeds. Arms with a part or a suffix
            in their names are controls: they differ from another arm in one thing. `~head` keeps the head alone in
            bfloat16, so that arms compare.
@@ -33,12 +33,14 @@ CONTROLS = (
 )
 # A program that can follow these too takes a quarter longer for every arm, so they have one of their own.
 WIDE = ("mxfp4_tseng", "quartet_2", "quartet_2_sr")
+SIZED = ("bf16", "mxfp8", "nvfp4~head", "mxfp4")
 SMALL = ("bf16", "mxfp8", "nvfp4~head")
+ARGUMENTS = ("gpt2", "again", "llama", "sizes", "pilot", "small")
 
 
 def get_config(argument: str = "gpt2") -> Config:
-    if argument not in ("gpt2", "again", "llama", "pilot", "small"):
-        raise UserError(f"configs/court.py:{argument} is no court: give gpt2, again, llama, pilot or small")
+    if argument not in ARGUMENTS:
+        raise UserError(f"configs/court.py:{argument} is no court: give one of {', '.join(ARGUMENTS)}")
     config = default_config()
     config.model, config.tokenizer = "llama" if argument == "llama" else "gpt2", "bytes"
     config.n_layer, config.n_head, config.n_embd, config.block_size = 2, 4, 128, 64
@@ -76,11 +78,11 @@ def seed_by_seed(recipes, seeds):
 def get_sweep(config: Config):
     if "small" in config.tags:
         return grid(by(SMALL), pairs(SEEDS[:3]))
+    if "sizes" in config.tags:
+        return seed_by_seed(SIZED, FRESH_SEEDS)
     if "pilot" in config.tags:
         return grid(by(PILOT), at(PILOT_RATES), pairs(SEEDS[:2]))
-    again = "again" in config.tags
-    seeds = FRESH_SEEDS if again else SEEDS
+    seeds = FRESH_SEEDS if "again" in config.tags else SEEDS
     main = seed_by_seed(("bf16", *PUBLISHED, *CONTROLS), seeds)
-    has_wide = config.model == "gpt2" and not again
-    wide = [point | {"recipe_program": WIDE} for point in seed_by_seed(WIDE, seeds)] if has_wide else []
+    wide = [point | {"recipe_program": WIDE} for point in seed_by_seed(WIDE, seeds)] if config.model == "gpt2" else []
     return main + wide + grid(axis("compute_dtype", ["float32"], lambda value: value), pairs(seeds))
