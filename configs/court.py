@@ -5,8 +5,8 @@ Command:   python scripts/prepare_data.py --input ACTS --tokenizer bytes --val_f
            python scripts/report.py runs/court -o court.html
            python scripts/sweep.py --config configs/court.py:small --out runs/small    # three recipes, three pairs
 Argument:  gpt2 (the default); again, the same with six fresh pairs of seeds, to see which conclusions hold; llama, the
-           same on the Llama block, without the recipes whose transforms of 64 or 128 do not divide 352, the width of its
-           MLP; sizes, four arms with the fresh seeds, for one --config.n_embd after another; pilot, three arms at four
+           same on the Llama block, without the recipes whose transforms of 64 or 128 do not divide its MLP, 352 wide;
+           sizes, four arms with the fresh seeds, for one --config.n_embd after another; pilot, three arms at four
            rates, by which RATE was chosen; small, a first look in minutes.
 Members:   every arm at RATE, seed by seed, so that a stopped court has whole seeds. Arms with a part or a suffix
            in their names are controls: they differ from another arm in one thing. `~head` keeps the head alone in
