@@ -4,8 +4,8 @@ Command:   python scripts/prepare_data.py --input ACTS --tokenizer bytes --val_f
            python scripts/sweep.py --config configs/court.py --out runs/court --data_dir=data/court --cpu_devices=2
            python scripts/report.py runs/court -o court.html
            python scripts/sweep.py --config configs/court.py:small --out runs/small    # three recipes, three pairs
-Argument:  gpt2 (the default); again, the same with six fresh pairs of seeds, to see which conclusions hold; llama, the
-           same on the Llama block, without the recipes whose transforms of 64 or 128 do not divide its MLP, 352 wide;
+Argument:  gpt2 (the default); again, the same with six fresh pairs of seeds, to see which conclusions hold; llama, four
+           pairs on the Llama block, without the recipes whose transforms of 64 or 128 do not divide its MLP, 352 wide;
            sizes, four arms with the fresh seeds, for one --config.n_embd after another; pilot, three arms at four
            rates, by which RATE was chosen; small, a first look in minutes.
 Members:   every arm at RATE, seed by seed, so that a stopped court has whole seeds. Arms with a part or a suffix
@@ -23,6 +23,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.run.sweep import axis, grid
 
 SEEDS, FRESH_SEEDS = tuple(range(1, 9)), tuple(range(9, 15))
+LLAMA_SEEDS = SEEDS[:4]  # half an hour; of more its gaps would be as narrow as GPT-2's
 RATE = 2e-3
 PILOT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 PILOT = ("bf16", "nvfp4~head", "mxfp4")
@@ -76,13 +77,17 @@ def seed_by_seed(recipes, seeds):
 
 
 def get_sweep(config: Config):
-    if "small" in config.tags:
+    argument = next((tag for tag in config.tags if tag in ARGUMENTS), None)
+    if argument is None:
+        known = ", ".join(ARGUMENTS)
+        raise UserError(f"config.tags is {config.tags}; a court takes its members from a tag: keep one of {known} there")
+    if argument == "small":
         return grid(by(SMALL), pairs(SEEDS[:3]))
-    if "sizes" in config.tags:
+    if argument == "sizes":
         return seed_by_seed(SIZED, FRESH_SEEDS)
-    if "pilot" in config.tags:
+    if argument == "pilot":
         return grid(by(PILOT), at(PILOT_RATES), pairs(SEEDS[:2]))
-    seeds = FRESH_SEEDS if "again" in config.tags else SEEDS
+    seeds = {"again": FRESH_SEEDS, "llama": LLAMA_SEEDS}.get(argument, SEEDS)
     main = seed_by_seed(("bf16", *PUBLISHED, *CONTROLS), seeds)
     wide = [point | {"recipe_program": WIDE} for point in seed_by_seed(WIDE, seeds)] if config.model == "gpt2" else []
     return main + wide + grid(axis("compute_dtype", ["float32"], lambda value: value), pairs(seeds))
