@@ -80,7 +80,7 @@ def get_sweep(config: Config):
     argument = next((tag for tag in config.tags if tag in ARGUMENTS), None)
     if argument is None:
         known = ", ".join(ARGUMENTS)
-        raise UserError(f"config.tags is {config.tags}; a court takes its members from a tag: keep one of {known} there")
+        raise UserError(f"config.tags is {config.tags}; a court takes its members from a tag: keep one of {known}")
     if argument == "small":
         return grid(by(SMALL), pairs(SEEDS[:3]))
     if argument == "sizes":
