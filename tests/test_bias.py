@@ -215,10 +215,12 @@ def stack_of(features, of_layers, seed):
 
 @pytest.fixture(scope="module")
 def stack():
-    """Its features are its own (`apart` says nothing without statistics), so that no program traced with the planted
-    functions is another test's."""
+    """Its features are its own (no slot has blocks of 128 across), so that no program traced with the planted functions
+    is another test's."""
     known = [slots.slots_of(own) for own in (FOUR_SIX, *(fault.recipe for fault in FAULTS.values()))]
-    features = tuple(dataclasses.replace(of_slot, apart=True) for of_slot in slots.features_of(known))
+    features = tuple(
+        dataclasses.replace(of_slot, across=(*of_slot.across, 128)) for of_slot in slots.features_of(known)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certified_products, "redraw", _planted_redraw)
         patch.setattr(rounding, "random_bits", partial(_planted_bits, rounding.random_bits))

@@ -249,8 +249,7 @@ class InRecipe:
     @property
     def features(self) -> tuple[Features, ...]:
         """What the program of each slot can do."""
-        found = slots.features_of([self.slots, self.high], lazy=self.lazy, statistics=self.measured)
-        return tuple(dataclasses.replace(features, apart=not self.lazy) for features in found)
+        return slots.features_of([self.slots, self.high], lazy=self.lazy, statistics=self.measured)
 
     def check(self, product: Product, name: str) -> None:
         """UserError unless blocks and transforms divide the axes that they lie along."""

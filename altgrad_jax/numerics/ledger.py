@@ -40,6 +40,7 @@ import jax.numpy as jnp
 from altgrad_jax.numerics.products import scale_for
 from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format, to_codes, to_grid, ulp
 from altgrad_jax.numerics.scales import LARGEST_SCALED
+from altgrad_jax.numerics.sums import sums
 
 FIELDS = ("elements", "updates", "flips", "unmoved", "lost", "dot", "energy", "missed", "codes", "scale_flips", "age")
 MAX_AGE = 65535
@@ -82,7 +83,9 @@ def _codes_and_values(w, grid):
     return to_codes(rounded, grid.format), rounded * (1 / grid.scale)
 
 
-def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None) -> tuple[jax.Array, jax.Array | None]:
+def entries(
+    w, new_w, update, grid: Grid, *, age=None, unlost=None, split: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
     """Sums over one weight matrix, float32 [fields], and the ages after the update.
 
     Args:
@@ -91,6 +94,7 @@ def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None) -> tuple[jax
       age: uint16 [K, N] or None.
       unlost: bool [K, N], elements whose update is not lost though their code may not have changed: it lives on in a
         residual, or random bits decided (`expected_to_move`). None: there are none.
+      split: whether the matrices may be split over devices.
     """
     code, value = _codes_and_values(w, grid)
     new_code, new_value = _codes_and_values(new_w, grid)
@@ -101,20 +105,18 @@ def entries(w, new_w, update, grid: Grid, *, age=None, unlost=None) -> tuple[jax
     new_age = None
     if age is not None:
         new_age = jnp.where(moved, 0, jnp.minimum(age, MAX_AGE - 1) + 1).astype(jnp.uint16)
-    sums = {
-        "elements": jnp.float32(w.size),
-        "updates": _count(updated),
-        "flips": _count(moved),
-        "unmoved": _count(unmoved),
-        "lost": _count(unmoved if unlost is None else unmoved & ~unlost),
-        "dot": jnp.sum(update * arrived),
-        "energy": jnp.sum(jnp.square(update)),
-        "missed": jnp.sum(jnp.square(update - arrived)),
-        "codes": jnp.sum(jnp.abs(new_code - code).astype(jnp.float32)),
-        "scale_flips": jnp.float32(0),
-        "age": jnp.float32(0) if new_age is None else jnp.sum(new_age.astype(jnp.float32)),
-    }
-    return jnp.stack([sums[field] for field in FIELDS]), new_age
+    terms = {
+        "updates": updated,
+        "flips": moved,
+        "unmoved": unmoved,
+        "lost": unmoved if unlost is None else unmoved & ~unlost,
+        "dot": update * arrived,
+        "energy": jnp.square(update),
+        "missed": jnp.square(update - arrived),
+        "codes": jnp.abs(new_code - code),
+    } | ({} if new_age is None else {"age": new_age})
+    found = {"elements": jnp.float32(w.size)} | dict(zip(terms, sums(*terms.values(), apart=split)))
+    return jnp.stack([found.get(field, jnp.float32(0)) for field in FIELDS]), new_age
 
 
 def expected_to_move(w, update, grid: Grid) -> jax.Array:
@@ -135,10 +137,6 @@ def _within(target, grid: Grid) -> jax.Array:
     return jnp.where(jnp.isfinite(target), jnp.clip(target, -largest, largest), target)
 
 
-def _count(mask):
-    return jnp.sum(mask, dtype=jnp.float32)
-
-
 def scale_flips(w, before: Grid, after: Grid) -> jax.Array:
     """How many weights of each matrix lie elsewhere on another grid: float32 [G] from w float32 [G, K, N].
 
@@ -152,9 +150,9 @@ def scale_flips(w, before: Grid, after: Grid) -> jax.Array:
     return jax.lax.cond(changes, count, lambda: jnp.zeros(len(w), jnp.float32))
 
 
-def with_scale_flips(sums, flips) -> jax.Array:
+def with_scale_flips(entries_F, flips) -> jax.Array:
     """Sums of `entries` with the number of scale flips filled in."""
-    return sums.at[..., FIELDS.index("scale_flips")].set(flips)
+    return entries_F.at[..., FIELDS.index("scale_flips")].set(flips)
 
 
 def lost_share(sums) -> jax.Array:

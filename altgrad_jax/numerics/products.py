@@ -65,7 +65,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import scales
 from altgrad_jax.numerics.rounding import FormatParams, Grid, round_to_format
 from altgrad_jax.numerics.rules import BLOCK_SIZES, PER_TENSOR, SCALINGS
-from altgrad_jax.numerics.sums import combine, sums
+from altgrad_jax.numerics.sums import combine, extremes, sums
 
 # How the vectors of several micro-batches become one, field by field.
 FIELDS = {
@@ -204,11 +204,18 @@ def _groups(v, scaling, axis, name):
     return v.reshape(*v.shape[:axis], size // block, block, *v.shape[axis + 1 :]), (axis + 1,)
 
 
-def _scale_of(size, operand, scaling, along, power_of_two):
-    """(scale, amax, the given scale or 0) of magnitudes whose groups lie along the axes `along`."""
-    amax = jnp.max(size, axis=along, keepdims=True)
+def _extremes(size, along):
+    """(amax of each group along these axes, smallest of all that is not 0 or infinity) of magnitudes."""
+    (amax,), (smallest,) = extremes(size)
+    if len(along) < size.ndim:
+        return jnp.max(size, axis=along, keepdims=True), smallest
+    return amax.reshape((1,) * size.ndim), smallest
+
+
+def _scale_of(amax, operand, scaling, power_of_two):
+    """(scale, the given scale or 0) of groups with these amaxes."""
     given = jnp.float32(1.0 if scaling == "none" else operand.scale if scaling == "delayed" else 0.0)
-    return jnp.where(given > 0, given, scale_for(amax, operand.format, power_of_two)), amax, given
+    return jnp.where(given > 0, given, scale_for(amax, operand.format, power_of_two)), given
 
 
 def weight_scale(w, operand: Operand, rule: Rule, *, w_is_NK: bool = False) -> jax.Array:
@@ -218,7 +225,8 @@ def weight_scale(w, operand: Operand, rule: Rule, *, w_is_NK: bool = False) -> j
     """
     axis = 1 if w_is_NK else 0
     grouped, along = _groups(w, rule.w, axis, "W")
-    scale, _, _ = _scale_of(jnp.abs(grouped), operand, rule.w, along, rule.power_of_two)
+    amax = jnp.max(jnp.abs(grouped), axis=along, keepdims=True)
+    scale, _ = _scale_of(amax, operand, rule.w, rule.power_of_two)
     if rule.w not in BLOCK_SIZES:
         return scale.reshape(1, 1) if scale.size == 1 else scale
     return jnp.broadcast_to(scale, grouped.shape).reshape(w.shape)
@@ -230,7 +238,8 @@ def _quantize(v, operand, scaling, axis, name, dtype, rule):
     shape = v.shape
     v, along = _groups(v.astype(jnp.float32), scaling, axis, name)
     size = jnp.abs(v)
-    scale, amax, given = _scale_of(size, operand, scaling, along, rule.power_of_two)
+    amax, smallest = _extremes(size, along)
+    scale, given = _scale_of(amax, operand, scaling, rule.power_of_two)
     scaled = v * scale
     if not rule.power_of_two:
         # The amax times its own scale may lie an ulp of float32 beyond the largest number.
@@ -253,7 +262,7 @@ def _quantize(v, operand, scaling, axis, name, dtype, rule):
     fields = {
         "amax": jnp.max(amax),
         "scale": jnp.min(scale),
-        "smallest": jnp.min(jnp.where(size > 0, size, jnp.inf)),
+        "smallest": smallest,
         "count": jnp.float32(v.size),
         "exposed": jnp.where(given > 0, jnp.float32(v.size), 0.0),
         "clipped": totals[3] if len(terms) > 3 else jnp.float32(0),

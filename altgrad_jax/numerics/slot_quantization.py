@@ -72,8 +72,7 @@ class Features:
     requantize: whether some copy is made of the forward copy; shared: whether some copy is the first one. tiles:
     whether products are sums over K-tiles. lazy: whether what a slot does not use is skipped (lax.cond) or computed and
     dropped (for vmap, where cond computes both anyway).
-    statistics: whether block statistics are computed; they change no result. apart: whether each is a reduction of its
-    own (sums.sums), as a GPU's compiler needs.
+    statistics: whether block statistics are computed; they change no result.
     """
 
     along: tuple[int, ...] = ALONG
@@ -88,7 +87,6 @@ class Features:
     tiles: bool = False
     lazy: bool = True
     statistics: bool = False
-    apart: bool = False
 
 
 class Quantized(NamedTuple):
@@ -253,7 +251,7 @@ def quantize_slot(v, slot: Slot, axis: int, features: Features = Features(), dty
         return quantized, None
     decode = jnp.broadcast_to(found.block * found.row, found.block.shape)
     scales_of = own, found.encode, found.block, decode, found.row
-    return quantized, slot_statistics.measure(grains, stored, slot, *scales_of, axis=axis, apart=features.apart)
+    return quantized, slot_statistics.measure(grains, stored, slot, *scales_of, axis=axis)
 
 
 def dequantized(quantized: Quantized, axis: int) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from altgrad_jax.numerics.sums import sums
+from altgrad_jax.numerics.sums import extremes, sums
 
 N_BINS = 16
 # A block's amax counts as clipped beyond the largest number by more than what rounding of its scale in float32 does.
@@ -44,7 +44,7 @@ def empty() -> np.ndarray:
     return np.array([_IDENTITY[combine] for combine in FIELDS.values()], np.float32)
 
 
-def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int, apart: bool = False) -> jax.Array:
+def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int) -> jax.Array:
     """float32 [S] of one operand.
 
     Args:
@@ -55,14 +55,13 @@ def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int
       encode, block, decode: float32 scales per grain and row: that which multiplies an element, that which is in the
         operand, and that of the value.
       row: float32 that broadcasts to them: what results are multiplied by.
-      apart: one reduction for each sum. XLA for a GPU merges reductions of several arrays without counting all that
-        they hold, and beyond 11 a kernel has not the shared memory (48 KiB on an H100), so that nothing compiles.
     """
-    stored, largest = stored.astype(jnp.float32), jnp.max(amax)
+    stored = stored.astype(jnp.float32)
+    (amax_of_all, largest_scale), (_, smallest_scale) = extremes(amax, decode)
     top = jnp.expand_dims(jnp.where(block > 0, slot.format.max_finite * block, jnp.inf), axis + 1)
     q = stored * jnp.expand_dims(jnp.where(slot.high, 1.0, row), axis + 1)
     # The fourth power of a gradient may be no float32.
-    square = jnp.square(grains / jnp.where(largest > 0, largest, 1.0))
+    square = jnp.square(grains / jnp.where(amax_of_all > 0, amax_of_all, 1.0))
     of_elements = sums(
         jnp.abs(stored) >= top,
         (q == 0) & (grains != 0),
@@ -71,13 +70,13 @@ def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int
         jnp.square(q - grains),
         square,
         jnp.square(square),
-        apart=apart,
     )
     count = jnp.float32(grains.size)
     fourth = count * count * of_elements[6] / jnp.square(of_elements[5])
-    of_scales = _of_scales(decode, amax * encode > slot.format.max_finite * _TOLERANCE, apart)
+    clipped = amax * encode > slot.format.max_finite * _TOLERANCE
+    of_scales = _of_scales(decode, clipped, largest_scale, smallest_scale)
     zero = jnp.float32(0)
-    found = jnp.concatenate([of_elements[:5], jnp.stack([count, largest, fourth, zero, zero]), of_scales])
+    found = jnp.concatenate([of_elements[:5], jnp.stack([count, amax_of_all, fourth, zero, zero]), of_scales])
     # A slot that is not quantized has no scales.
     return jnp.where(slot.high & _IS_OF_SCALES, empty(), found[_ORDER])
 
@@ -90,20 +89,18 @@ _ORDER = np.array([_MEASURED.index(name) for name in FIELDS])
 _IS_OF_SCALES = np.array([name == "top_code" or name not in _ELEMENTS for name in FIELDS])
 
 
-def _of_scales(decode, clipped, apart):
-    """float32: the fields of the decode scales and of which blocks are clipped, _SCALES and the three after them."""
+def _of_scales(decode, clipped, largest_scale, smallest_scale):
+    """float32: the fields of the decode scales and of which blocks are clipped, _SCALES and the three after them.
+    smallest_scale: of those that are not 0."""
     positive = decode > 0
     log2 = jnp.where(positive, jnp.log2(jnp.where(positive, decode, 1.0)), 0.0)
-    largest = jnp.max(decode)
-    ratio = largest / jnp.where(positive, decode, 1.0)
+    ratio = largest_scale / jnp.where(positive, decode, 1.0)
     octave = (lax.bitcast_convert_type(ratio, jnp.int32) >> 23) - 127  # the floor of its log2, exactly
     octave = jnp.where(positive, jnp.clip(octave, 0, N_BINS - 1), N_BINS)
-    counted = sums(decode == 0, clipped, log2, jnp.square(log2), apart=apart)
+    counted = sums(decode == 0, clipped, log2, jnp.square(log2))
     bins = sums(octave == jnp.arange(N_BINS).reshape(-1, *[1] * octave.ndim), lead=1)[0]
-    smallest = jnp.min(jnp.where(positive, decode, jnp.inf))
-    return jnp.concatenate(
-        [counted, bins, jnp.log2(jnp.stack([smallest, largest])), jnp.full(1, decode.size, jnp.float32)]
-    )
+    extremes = jnp.log2(jnp.stack([smallest_scale, largest_scale]))
+    return jnp.concatenate([counted, bins, extremes, jnp.full(1, decode.size, jnp.float32)])
 
 
 def with_distance(statistics_S, first, second) -> jax.Array:

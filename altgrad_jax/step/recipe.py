@@ -130,9 +130,8 @@ def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
 
 def for_platform(options: RecipeOptions, platform: str) -> RecipeOptions:
     """The options for a device: what a slot does not use is skipped by a branch on a CPU, and computed and dropped
-    elsewhere. (Which is faster on a GPU was not measured.) And there each statistic is a reduction of its own."""
-    cpu = platform == "cpu"
-    of_slots = tuple(dataclasses.replace(features, lazy=cpu, apart=not cpu) for features in options.features)
+    elsewhere. (Which is faster on a GPU was not measured.)"""
+    of_slots = tuple(dataclasses.replace(features, lazy=platform == "cpu") for features in options.features)
     return dataclasses.replace(options, features=of_slots)
 
 

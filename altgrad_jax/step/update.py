@@ -721,7 +721,7 @@ def apply_formats(step: Step, formats: Formats, change: Change, update: Update, 
     if options.stored or "ledger" in step.options.metric_groups:
         new = _weights(formats.groups, params)
         next_grids = _grids(step, formats, next_quant, next_Q3, new)
-        entries, age = enter_ledger(formats, change, new, next_quant, grids, next_grids)
+        entries, age = enter_ledger(formats, change, new, next_quant, grids, next_grids, step.split)
         next_quant = next_quant._replace(age=age)
         if options.stored:
             taken = {name: new[name] - change.old[name] for name in new}
@@ -764,13 +764,20 @@ def store_weights(
 
 
 def enter_ledger(
-    formats: Formats, change: Change, new: dict, next_quant: quantization.QuantState, grids: dict, next_grids: dict
+    formats: Formats,
+    change: Change,
+    new: dict,
+    next_quant: quantization.QuantState,
+    grids: dict,
+    next_grids: dict,
+    split: bool,
 ) -> tuple[dict, dict]:
     """({group: ledger entries}, {key: ages of the codes}) of an update that led to the weights {group: new}.
 
     Args:
-      grids, next_grids: {group: Grid} before and after the update.
+      grids, next_grids: {group: Grid} before and after the update. split: whether weights are split over devices.
     """
+    count = jax.vmap(partial(ledger.entries, split=split))
     options, entries, ages = formats.options, {}, {}
     for group in _with_format(formats.groups):
         name, key = group.name, group.key
@@ -781,7 +788,7 @@ def enter_ledger(
         elif options.weights_at_rest == "stochastic":
             unlost = jax.vmap(ledger.expected_to_move)(old_n, update_n, next_n)
         # Stored weights are counted on the grid they end on; operands on the one they were rounded on.
-        sums_n, new_age_n = jax.vmap(ledger.entries)(
+        sums_n, new_age_n = count(
             old_n, new[name], update_n, next_n if options.stored else grid_n, age=age_n, unlost=unlost
         )
         flips_n = ledger.scale_flips(old_n if options.stored else new[name], grid_n, next_n)

@@ -13,21 +13,21 @@ alone     trains members, drawn at random, each as the only one of a process; co
 
 import argparse
 import csv
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import vl_convert
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from altgrad_jax.errors import UserError  # noqa: E402
+from altgrad_jax.report import figures  # noqa: E402
 from altgrad_jax.report.analysis import Comparison  # noqa: E402
-from altgrad_jax.report.claims import CLAIMS  # noqa: E402
-from altgrad_jax.report.runs import RECIPE, REFERENCE, Reader  # noqa: E402
-from altgrad_jax.report.statistics import Judged, judge, paired, rank_correlation  # noqa: E402
+from altgrad_jax.report.runs import FINISHED, RECIPE, Arm, Reader, Run  # noqa: E402
+from altgrad_jax.report.statistics import rank_correlation  # noqa: E402
 
 
 def predictors(found):
@@ -71,69 +71,44 @@ def explain(runs, data, out, seeds, draws):
     print("\n".join(lines))
 
 
-@dataclasses.dataclass(frozen=True)
-class Twice:
-    """One comparison in a first sweep, in a second one, and in both together."""
-
-    words: str
-    first: Judged
-    second: Judged
-    both: Judged
-
-    def cells(self):
-        """A row of a table: means and intervals, classes, and the p of a difference over both, raw and corrected."""
-        looks = [(f"{of.d.mean:+.3f} [{of.d.low:+.3f}, {of.d.high:+.3f}]", of.kind) for of in self.looks]
-        return [self.words, *(cell for look in looks for cell in look), f"{self.both.p:.2g}, {self.both.holm_p:.2g}"]
-
-    @property
-    def looks(self):
-        return self.first, self.second, self.both
+def comparison_of(*tables):
+    """The Comparison of the runs in the runs.csv of one or several reports: their last losses, and nothing else."""
+    runs = []
+    for row in (row for path in tables for row in csv.DictReader(Path(path).read_text().splitlines())):
+        loss, rate = float(row["validation_loss"]), float(row["learning_rate"])
+        run = Run(Path(row["run"]), row["run"], FINISHED, sound=True, arm=Arm(row["arm"]), val_loss=loss)
+        draw = {name: int(row[name]) for name in ("seed", "data_seed")}
+        run.config = draw | {"learning_rate": rate, "use_fp8": False, "recipe": (), "max_steps": 1, "eval_windows": 0}
+        run.manifest = {"data": {"fingerprint": ""}}
+        run.val_steps, run.val_losses = np.array([1]), np.array([loss], np.float32)
+        runs.append(run)
+    return Comparison(runs)
 
 
-def losses_of(path):
-    """{arm: {(seed, data seed): last validation loss}} of a report's runs.csv."""
-    losses = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            draw = int(row["seed"]), int(row["data_seed"])
-            losses.setdefault(row["arm"].removeprefix(RECIPE), {})[draw] = float(row["validation_loss"] or "nan")
-    return losses
-
-
-def judged_twice(first, second, pairs):
-    """[Twice] of the pairs of arms {words: (arm, arm)}; the tests of one sweep are corrected together."""
-    both = {arm: first[arm] | second[arm] for arm in first.keys() & second.keys()}
-    looks = [judge([paired(of[a], of[b]) for a, b in pairs.values()]) for of in (first, second, both)]
-    return [Twice(words, *three) for words, *three in zip(pairs, *looks, strict=True)]
+def shown(judged, words):
+    """Two cells of a table: the mean with its interval, and `words`."""
+    return [f"{judged.d.mean:+.3f} [{judged.d.low:+.3f}, {judged.d.high:+.3f}] (n={judged.d.n})", words]
 
 
 def again(first, second, out):
-    first, second = losses_of(first), losses_of(second)
-    arms = sorted((first.keys() & second.keys()) - {REFERENCE})
-    if overlap := {*first[REFERENCE]} & {*second[REFERENCE]}:
-        raise UserError(f"both sweeps have the seeds {sorted(overlap)}; a second court takes others")
-    claims = {f"{claim.words}: {a} - {b}": (a, b) for claim, a, b in claims_of(arms)}
+    """Tables of every gap and claim in two sweeps with other seeds and in both together, and the picture of both."""
+    looks = [comparison_of(first), comparison_of(second), comparison_of(first, second)]
+    gaps = [{arm.format.removeprefix(RECIPE): (of, of.kind) for arm, of in c.gaps.items()} for c in looks]
+    claims = [{f.claim.words: (f.judged, f.verdict) for f in c.findings} for c in looks]
     lines = []
-    for pairs in ({arm: (arm, REFERENCE) for arm in arms}, claims):
-        found = judged_twice(first, second, pairs)
-        found.sort(key=lambda one: one.both.d.mean)
-        lines += ["| | first | class | second | class | both | class | p, Holm |", "|---|---|---|---|---|---|---|---|"]
-        lines += ["| " + " | ".join(one.cells()) + " |" for one in found] + [""]
-        same = sum(one.first.kind == one.second.kind for one in found)
-        signs = sum(one.first.d.mean * one.second.d.mean > 0 for one in found)
-        lines += [f"{same} of {len(found)} have the same class in both sweeps, {signs} the same sign.", ""]
+    for kind, found in (("gap to bfloat16", gaps), ("claim", claims)):
+        lines += [f"| {kind} | first | | second | | both | | p, Holm |", "|---|---|---|---|---|---|---|---|"]
+        for name, (judged, _) in sorted(found[2].items(), key=lambda item: item[1][0].d.mean):
+            cells = [shown(*of[name]) if name in of else ["", ""] for of in found]
+            cells = [name, *(cell for two in cells for cell in two), f"{judged.p:.2g}, {judged.holm_p:.2g}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        twice = [(found[0][name], found[1][name]) for name in found[0].keys() & found[1].keys()]
+        same = sum(one[1] == other[1] for one, other in twice)
+        signs = sum(one[0].d.mean * other[0].d.mean > 0 for one, other in twice)
+        lines += ["", f"Of {len(twice)} in both sweeps {same} end in the same class, {signs} with the same sign.", ""]
     (out / "again.md").write_text("\n".join(lines))
+    (out / "both.png").write_bytes(vl_convert.vegalite_to_png(figures.gaps(looks[2]).standalone, scale=2))
     print("\n".join(lines))
-
-
-def claims_of(arms):
-    """[(claim, arm, arm)] of the published claims of which both arms are there; `~head` on both counts as neither."""
-    return [
-        (claim, claim.higher + kept, claim.lower + kept)
-        for claim in CLAIMS
-        for kept in ("", "~head")
-        if {claim.higher + kept, claim.lower + kept} <= {*arms}
-    ]
 
 
 def alone(runs, data, out, members):
