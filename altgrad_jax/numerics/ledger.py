@@ -155,28 +155,28 @@ def with_scale_flips(entries_F, flips) -> jax.Array:
     return entries_F.at[..., FIELDS.index("scale_flips")].set(flips)
 
 
-def lost_share(sums) -> jax.Array:
-    """Share of the weights of each layer whose update is lost; sums [..., fields] from `entries`."""
-    return lost_weights(sums) / sums[..., 0]
+def lost_share(entries_SF) -> jax.Array:
+    """Share of the weights of each layer whose update is lost; from `entries` [layers, fields]."""
+    return lost_weights(entries_SF) / entries_SF[..., 0]
 
 
-def lost_weights(sums) -> jax.Array:
+def lost_weights(entries_SF) -> jax.Array:
     """Number of weights of each layer whose update is lost."""
-    return sums[..., FIELDS.index("lost")]
+    return entries_SF[..., FIELDS.index("lost")]
 
 
-def ledger_metrics(sums_SF, *, stored: bool, ages: bool) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+def ledger_metrics(entries_SF, *, stored: bool, ages: bool) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """{statistic: [layers]}, and {statistic: scalar} over all layers together, from the layers' `entries`.
 
     Args:
-      sums_SF: float32 [layers, fields].
+      entries_SF: float32 [layers, fields].
       stored: whether the weights are stored on the grid. ages: whether ages were kept.
     """
-    return _named(sums_SF, stored, ages), _named(sums_SF.sum(0), stored, ages)
+    return _named(entries_SF, stored, ages), _named(entries_SF.sum(0), stored, ages)
 
 
-def _named(sums, stored, ages):
-    f = {name: sums[..., i] for i, name in enumerate(FIELDS)}
+def _named(entries_F, stored, ages):
+    f = {name: entries_F[..., i] for i, name in enumerate(FIELDS)}
     energy = jnp.where(f["energy"] > 0, f["energy"], jnp.nan)
     out = {
         "flip": f["flips"] / f["elements"],

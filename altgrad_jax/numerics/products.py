@@ -205,7 +205,7 @@ def _groups(v, scaling, axis, name):
 
 
 def _extremes(size, along):
-    """(amax of each group along these axes, smallest of all that is not 0 or infinity) of magnitudes."""
+    """(amax of each group along these axes, the smallest of all that is not 0) of magnitudes."""
     (amax,), (smallest,) = extremes(size)
     if len(along) < size.ndim:
         return jnp.max(size, axis=along, keepdims=True), smallest

@@ -99,8 +99,8 @@ def _of_scales(decode, clipped, largest_scale, smallest_scale):
     octave = jnp.where(positive, jnp.clip(octave, 0, N_BINS - 1), N_BINS)
     counted = sums(decode == 0, clipped, log2, jnp.square(log2))
     bins = sums(octave == jnp.arange(N_BINS).reshape(-1, *[1] * octave.ndim), lead=1)[0]
-    extremes = jnp.log2(jnp.stack([smallest_scale, largest_scale]))
-    return jnp.concatenate([counted, bins, extremes, jnp.full(1, decode.size, jnp.float32)])
+    ends = jnp.log2(jnp.stack([smallest_scale, largest_scale]))
+    return jnp.concatenate([counted, bins, ends, jnp.full(1, decode.size, jnp.float32)])
 
 
 def with_distance(statistics_S, first, second) -> jax.Array:
