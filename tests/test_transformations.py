@@ -55,7 +55,7 @@ def built_in_update(options, state, old, steps, number):
         next_formats = quantization.weight_formats(groups, in_use)
         new, next_quant = update.store_weights(formats, change, grids, state, next_formats, jnp.bool_(False))
     next_grids = grids_of(next_quant, weights=new)
-    entries, age = update.enter_ledger(formats, change, new, next_quant, grids, next_grids)
+    entries, age = update.enter_ledger(formats, change, new, next_quant, grids, next_grids, split=False)
     sums = update._by_layer(groups, entries)
     named = of_update.ledger_metrics(sums, stored=bool(options.stored), ages=True)
     return new[name], next_quant._replace(age=age), named
