@@ -21,7 +21,7 @@ from jax import lax
 
 # {field: jnp.add, jnp.maximum or jnp.minimum}, in the order of a vector's last axis.
 Fields = Mapping[str, Callable]
-_ROW = 128
+_ROW = 128  # elements that are worth a reduction of their own; blocks of recipes are shorter
 _AT_ONCE = 5  # arrays of one reduction on a GPU
 _INFINITY = np.float32(np.inf).view(np.int32)
 _OVER_AXIS: dict[Callable, Callable] = {jnp.add: jnp.sum, jnp.maximum: jnp.max, jnp.minimum: jnp.min}
