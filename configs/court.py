@@ -6,8 +6,9 @@ Command:   python scripts/prepare_data.py --input ACTS --tokenizer bytes --val_f
            python scripts/sweep.py --config configs/court.py:small --out runs/small    # three recipes, three pairs
 Argument:  gpt2 (the default); again, the same with six fresh pairs of seeds, to see which conclusions hold; llama, four
            pairs on the Llama block, without the recipes whose transforms of 64 or 128 do not divide its MLP, 352 wide;
-           sizes, four arms with the fresh seeds, for one --config.n_embd after another; pilot, three arms at four
-           rates, by which RATE was chosen; small, a first look in minutes.
+           sizes, four arms with the fresh seeds, for one --config.n_embd after another; deep, three blocks and 1,500
+           updates, twelve recipes whose gaps the courts before let expect to be seen, eight pairs of its own; pilot,
+           three arms at four rates, by which RATE was chosen; small, a first look in minutes.
 Members:   every arm at RATE, seed by seed, so that a stopped court has whole seeds. Arms with a part or a suffix
            in their names are controls: they differ from another arm in one thing. `~head` keeps the head alone in
            bfloat16, so that arms compare.
@@ -22,7 +23,7 @@ from altgrad_jax.config import Config, default_config
 from altgrad_jax.errors import UserError
 from altgrad_jax.run.sweep import axis, grid
 
-SEEDS, FRESH_SEEDS = tuple(range(1, 9)), tuple(range(9, 15))
+SEEDS, FRESH_SEEDS, DEEP_SEEDS = tuple(range(1, 9)), tuple(range(9, 15)), tuple(range(15, 23))
 LLAMA_SEEDS = SEEDS[:4]  # half an hour on two cores
 RATE = 2e-3
 PILOT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -34,9 +35,13 @@ CONTROLS = (
 )
 # A program that can follow these too takes a quarter longer for every arm, so they have one of their own.
 WIDE = ("mxfp4_tseng", "quartet_2", "quartet_2_sr")
+DEEP = (
+    *("bf16", "mxfp8", "mxfp8_floor", "mxfp4", "nvfp4", "nvfp4~head", "nvfp4:fprop~head", "nvfp4:backward~head"),
+    *("nvfp4_redrawn~head", "fp4_all_the_way", "tetrajet_v2", "ufp4", "ufp4_no_rht"),
+)
 SIZED = ("bf16", "mxfp8", "nvfp4~head", "mxfp4")
 SMALL = ("bf16", "mxfp8", "nvfp4~head")
-ARGUMENTS = ("gpt2", "again", "llama", "sizes", "pilot", "small")
+ARGUMENTS = ("gpt2", "again", "llama", "sizes", "deep", "pilot", "small")
 
 
 def get_config(argument: str = "gpt2") -> Config:
@@ -47,6 +52,8 @@ def get_config(argument: str = "gpt2") -> Config:
     config.n_layer, config.n_head, config.n_embd, config.block_size = 2, 4, 128, 64
     config.batch_size, config.learning_rate = 4, RATE
     config.max_steps, config.warmup_steps = (400, 40) if argument == "small" else (1000, 100)
+    if argument == "deep":
+        config.n_layer, config.max_steps, config.warmup_steps = 3, 1500, 150
     if argument != "pilot":  # the pilot ran at a constant rate; with a decay the loss ends 0.1 lower
         config.schedule, config.decay_fraction, config.min_lr_ratio = "wsd", 0.3, 0.0
     config.checkpoint_interval, config.eval_interval, config.eval_windows = 1000, 500, 512
@@ -85,6 +92,8 @@ def get_sweep(config: Config):
         return grid(by(SMALL), pairs(SEEDS[:3]))
     if argument == "sizes":
         return seed_by_seed(SIZED, FRESH_SEEDS)
+    if argument == "deep":
+        return seed_by_seed(DEEP, DEEP_SEEDS)
     if argument == "pilot":
         return grid(by(PILOT), at(PILOT_RATES), pairs(SEEDS[:2]))
     seeds = {"again": FRESH_SEEDS, "llama": LLAMA_SEEDS}.get(argument, SEEDS)

@@ -287,4 +287,8 @@ def test_a_small_court_has_three_recipes_and_three_pairs():
         cli.sweep_of(config)
     sized = cli.sweep_of(cli.load_config("configs/court.py:sizes"))
     assert len(sized) == 24 and {point["seed"] for point in sized} == {*range(9, 15)}
+    deep = cli.load_config("configs/court.py:deep")
+    points_of_deep = cli.sweep_of(deep)
+    assert len(points_of_deep) == 13 * 8 and (deep.n_layer, deep.max_steps) == (3, 1500)
+    assert {point["seed"] for point in points_of_deep} == {*range(15, 23)}
     assert {point["recipe"] for point in points} == {("bf16",), ("mxfp8",), ("nvfp4~head",)}
