@@ -61,5 +61,6 @@ def rotated(v, matrix, axis: int) -> jax.Array:
     if axis == 1:
         out = jnp.dot(v.reshape(-1, size), matrix, **highest)
     else:
-        out = jnp.einsum("bhr,hk->bkr", v.reshape(-1, size, v.shape[1]), matrix, **highest)
+        blocks = v.reshape(-1, size, v.shape[1])
+        out = jnp.einsum("bkh,bhr->bkr", jnp.broadcast_to(matrix.T, (len(blocks), size, size)), blocks, **highest)
     return lax.slice_in_dim(out.reshape(v.shape), 0, n, axis=axis)

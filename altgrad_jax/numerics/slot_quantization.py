@@ -234,7 +234,8 @@ def quantize_slot(v, slot: Slot, axis: int, features: Features = Features(), dty
     size = jnp.max(lax.bitcast_convert_type(grains, jnp.int32) & 0x7FFFFFFF, axis=axis + 1)
     as_float = partial(lax.bitcast_convert_type, new_dtype=jnp.float32)
     own = as_float(_of_block(size, slot, axis, features, jnp.max))
-    found = _scales_of(own, as_float(jnp.max(size)), slot, axis, features)
+    tensor_amax = as_float(jnp.max(size))
+    found = _scales_of(own, tensor_amax, slot, axis, features)
     if features.four_six:
         better = partial(_four_or_six, axis=axis, features=features)
         encode, block = choose(lazy, slot.four_six, better, lambda g, f, s: (f.encode, f.block), grains, found, slot)
@@ -250,7 +251,7 @@ def quantize_slot(v, slot: Slot, axis: int, features: Features = Features(), dty
     if not features.statistics:
         return quantized, None
     decode = jnp.broadcast_to(found.block * found.row, found.block.shape)
-    scales_of = own, found.encode, found.block, decode, found.row
+    scales_of = tensor_amax, own, found.encode, found.block, decode, found.row
     return quantized, slot_statistics.measure(grains, stored, slot, *scales_of, axis=axis)
 
 

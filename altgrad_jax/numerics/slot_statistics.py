@@ -44,20 +44,20 @@ def empty() -> np.ndarray:
     return np.array([_IDENTITY[combine] for combine in FIELDS.values()], np.float32)
 
 
-def measure(grains, stored, slot, amax, encode, block, decode, row, *, axis: int) -> jax.Array:
+def measure(grains, stored, slot, amax_of_all, amax, encode, block, decode, row, *, axis: int) -> jax.Array:
     """float32 [S] of one operand.
 
     Args:
       grains: what was quantized, float32, its contracted axis split into grains at `axis`.
       stored: the operand as it enters the product, of that shape.
       slot: the traced slot, of which the largest number is read, and whether it is quantized.
-      amax: float32 per grain and row, of its block.
+      amax_of_all: float32, the largest magnitude. amax: float32 per grain and row, of its block.
       encode, block, decode: float32 scales per grain and row: that which multiplies an element, that which is in the
         operand, and that of the value.
       row: float32 that broadcasts to them: what results are multiplied by.
     """
     stored = stored.astype(jnp.float32)
-    (amax_of_all, largest_scale), (_, smallest_scale) = extremes(amax, decode)
+    (largest_scale,), (smallest_scale,) = extremes(decode)
     top = jnp.expand_dims(jnp.where(block > 0, slot.format.max_finite * block, jnp.inf), axis + 1)
     q = stored * jnp.expand_dims(jnp.where(slot.high, 1.0, row), axis + 1)
     # The fourth power of a gradient may be no float32.
@@ -97,10 +97,12 @@ def _of_scales(decode, clipped, largest_scale, smallest_scale):
     ratio = largest_scale / jnp.where(positive, decode, 1.0)
     octave = (lax.bitcast_convert_type(ratio, jnp.int32) >> 23) - 127  # the floor of its log2, exactly
     octave = jnp.where(positive, jnp.clip(octave, 0, N_BINS - 1), N_BINS)
-    counted = sums(decode == 0, clipped, log2, jnp.square(log2))
-    bins = sums(octave == jnp.arange(N_BINS).reshape(-1, *[1] * octave.ndim), lead=1)[0]
+    # One array, so that all are one reduction.
+    counted = jnp.stack([decode == 0, clipped, log2, jnp.square(log2)]).astype(jnp.float32)
+    bins = octave == np.arange(N_BINS).reshape(-1, *[1] * octave.ndim)
+    term = jnp.concatenate([counted, bins.astype(jnp.float32)])
     ends = jnp.log2(jnp.stack([smallest_scale, largest_scale]))
-    return jnp.concatenate([counted, bins, ends, jnp.full(1, decode.size, jnp.float32)])
+    return jnp.concatenate([sums(term, lead=1)[0], ends, jnp.full(1, decode.size, jnp.float32)])
 
 
 def with_distance(statistics_S, first, second) -> jax.Array:
