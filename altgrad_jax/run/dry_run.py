@@ -78,7 +78,7 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     claimed.require_same_data(setup)
     say(f"device: {len(setup.devices)} x {setup.device.device_kind} ({setup.device.platform})")
     program = setup.program()
-    compile_program(program, config, console, Goodput())
+    compile_program(program, console, Goodput())
     for line in (
         *describe_parameters(setup),
         *describe_memory(program),

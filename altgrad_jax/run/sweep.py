@@ -490,7 +490,7 @@ def sweep(
                 title = f"group {number} of {len(groups)}"
                 say(f"{title}: {_describe(planned)}")
                 program = planned.setup.program(planned.width, member_loop)
-                seconds = compile_program(program, planned.setup.config, console, goodput)
+                seconds = compile_program(program, console, goodput)
                 say(
                     f"{title}: compiled in {show_duration(seconds)}"
                     + (f"; {_predict(program, planned)}" if dry_run else "")
