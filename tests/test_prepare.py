@@ -16,6 +16,7 @@ import filelock
 import numpy as np
 import pytest
 
+from altgrad_jax import files
 from altgrad_jax.data import duplicates, sources
 from altgrad_jax.data import prepare as prep
 from altgrad_jax.data.prepare import prepare, prepare_source, resolve
@@ -314,9 +315,9 @@ def test_auto_does_not_hide_a_bad_checksum(tmp_path, corpora, monkeypatch):
 def test_a_second_run_waits_for_the_first_and_takes_its_data(tmp_path, corpora, monkeypatch):
     waiting = threading.Event()
     make(tmp_path, TEXTS, out="elsewhere/data")
-    monkeypatch.setattr(prep, "print", lambda *words, **how: waiting.set(), raising=False)
+    monkeypatch.setattr(files, "print", lambda *words, **how: waiting.set(), raising=False)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with prep._locked(tmp_path / "data"):
+        with files.locked(tmp_path / ".data.lock", "data"):
             second = pool.submit(find, tmp_path, "auto")
             assert waiting.wait(30) and not second.done()
             os.rename(tmp_path / "elsewhere" / "data", tmp_path / "data")  # the first one finishes

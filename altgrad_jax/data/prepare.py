@@ -24,14 +24,12 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
 from altgrad_jax import files
@@ -328,7 +326,7 @@ def _written_atomically(out: Path, force: bool) -> Iterator[Path]:
     does not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with files.locked(out.with_name(f".{out.name}.lock"), str(out), waits_for=f"another preparation of {out}"):
             for leftover in out.parent.glob(f".{out.name}.*.tmp"):
                 shutil.rmtree(leftover)
             _check_replaceable(out, force)
@@ -349,28 +347,6 @@ def _written_atomically(out: Path, force: bool) -> Iterator[Path]:
             f"cannot write the prepared data to {str(out)!r} ({e.strerror}: {e.filename}); make room there or"
             " give another directory with --out"
         ) from None
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keeps other preparations of `out` waiting. Where the file system has no locks it says so and goes on."""
-    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        print(f"waiting for another preparation of {out}", file=sys.stderr, flush=True)
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in files.NO_LOCKS:
-            raise
-        files.note_no_locks(out)
-    try:
-        yield
-    finally:
-        # Before the lock is let go: whoever waits for it sees that the file is gone, and makes a new one.
-        with contextlib.suppress(OSError):
-            os.unlink(lock.lock_file)
-        lock.release()
 
 
 def _write(
