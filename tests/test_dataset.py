@@ -1,7 +1,6 @@
 """The order of the windows, and what a training run reads from token files."""
 
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -295,11 +294,3 @@ def test_meta_that_is_no_file_is_refused(data_dir, target, what):
 def test_a_folder_of_too_long_a_name_is_missing():
     with pytest.raises(UserError, match="has no train.bin"):
         load("x" * 5000)
-
-
-def test_a_file_that_shrinks_while_it_is_streamed_is_an_error_not_a_dead_process(data_dir):
-    data = load(data_dir)
-    os.truncate(data_dir / "train.bin", 64)
-    with HostStream(data.train_T, batch_size=4, block_size=8, seed=0) as stream:
-        with pytest.raises(UserError, match="train.bin was cut from .* to 64 bytes while it was read"):
-            stream.get(0, 1)

@@ -353,16 +353,14 @@ def test_explicit_source_is_never_replaced(tmp_path, corpora):
     corpora[0].remove("eurlex57k")
     with pytest.raises(SourceUnavailable):
         find(tmp_path, "eurlex57k")
-    find(tmp_path, "sample", split_seed=5)
+    find(tmp_path, "sample")
     for kwargs, message in [
         ({"data_source": "eurlex57k"}, "has source 'sample' but 'eurlex57k' is asked for"),
         ({"data_source": "auto", "tokenizer": "gpt2"}, "has tokenizer 'bytes' but 'gpt2' is asked for"),
-        ({"data_source": "auto", "split_seed": 6}, "has split_seed 5 but 6 is asked for"),
-        ({"data_source": "prepared", "val_fraction": 0.1}, "has val_fraction 0.05 but 0.1 is asked for"),
     ]:
         with pytest.raises(UserError, match=message):
             find(tmp_path, **kwargs)
-    assert find(tmp_path, "sample", split_seed=5, val_fraction=0.05).is_sample
+    assert find(tmp_path, "sample").is_sample
 
 
 def test_prepared_must_be_there_and_complete(tmp_path):

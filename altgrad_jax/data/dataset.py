@@ -315,17 +315,5 @@ class HostStream:
         self.close()
 
     def _batch(self, step: int) -> np.ndarray:
-        self._refuse_a_cut_file()
         index_B = window_indices(step * self._batch_size, self._batch_size, self._n_windows, self._seed)
         return np.asarray(gather_windows(self._tokens_T, index_B, self._block_size))
-
-    def _refuse_a_cut_file(self) -> None:
-        """To read a mapped file behind its end kills the process without a word."""
-        if isinstance(self._tokens_T, np.memmap) and self._tokens_T.filename is not None:
-            path, n_bytes = self._tokens_T.filename, self._tokens_T.strides[0] * len(self._tokens_T)
-            found = os.path.getsize(path) if os.path.exists(path) else n_bytes  # a deleted file stays mapped
-            if found < n_bytes:
-                raise UserError(
-                    f"{path} was cut from {n_bytes:,} to {found:,} bytes while it was read; prepare the data again "
-                    "with scripts/prepare_data.py --force, and go on from the last checkpoint"
-                )

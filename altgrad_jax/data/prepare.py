@@ -94,21 +94,13 @@ def prepare(
 
 
 def resolve(
-    data_dir: str | os.PathLike | None,
-    data_source: str,
-    tokenizer: str,
-    *,
-    split_seed: int | None = None,
-    val_fraction: float | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    progress: bool = True,
+    data_dir: str | os.PathLike | None, data_source: str, tokenizer: str, *, progress: bool = True
 ) -> PreparedData:
     """The data of a run: what `data_dir` (default data/TOKENIZER) holds, or else prepared there now.
 
     data_source: "auto", prepared data if there, else eurlex57k, else, with a warning, the sample; "prepared", it must
       be there; or the name of a corpus, which is prepared if not there. Token files without meta.json (nanoGPT's) count
       as prepared under the first two.
-    split_seed, val_fraction: None takes what is there, and the defaults when preparing.
 
     Raises:
       UserError: unknown source; data there that contradicts the request; no data to be had.
@@ -120,23 +112,15 @@ def resolve(
             f"data_source is {data_source!r}; it must be one of {', '.join(map(repr, DATA_SOURCES))} (local "
             "documents are prepared with scripts/prepare_data.py --input, then 'prepared')"
         )
-    source = None if data_source in ("auto", "prepared") else data_source
-    asked: Any = dict(tokenizer=tok.name, source=source, split_seed=split_seed, val_fraction=val_fraction)
-    if has_tokens(out):
-        return _found(out, **asked)
-    if data_source == "prepared":
-        raise UserError(
-            f"data_source is 'prepared' but {str(out)!r} holds no {' and '.join(BIN_FILES)}; run "
-            "scripts/prepare_data.py, or let data_source=auto prepare them"
-        )
-
-    seed = SPLIT_SEED if split_seed is None else split_seed
-    fraction = VAL_FRACTION if val_fraction is None else val_fraction
-    options: Any = dict(split_seed=seed, val_fraction=fraction, cache_dir=cache_dir, progress=progress)
-    try:
-        return prepare_source(data_source, out, tok, **options)
-    except AlreadyPrepared:  # by another process, while this one waited for it
-        return _found(out, **asked)
+    if not has_tokens(out):
+        if data_source == "prepared":
+            raise UserError(
+                f"data_source is 'prepared' but {str(out)!r} holds no {' and '.join(BIN_FILES)}; run "
+                "scripts/prepare_data.py, or let data_source=auto prepare them"
+            )
+        with contextlib.suppress(AlreadyPrepared):  # by another process, while this one waited for it
+            return prepare_source(data_source, out, tok, progress=progress)
+    return _found(out, tok.name, None if data_source in ("auto", "prepared") else data_source)
 
 
 def prepare_source(
@@ -289,11 +273,10 @@ def _prepared(out: Path, meta: dict, warnings: tuple[str, ...], skipped: tuple[s
     return PreparedData(out, meta, is_sample, warnings, skipped)
 
 
-def _found(out: Path, **asked: object) -> PreparedData:
-    """The data in `out`, which must be what was asked for: a run never trains on another corpus than it names. asked:
-    what a key of meta.json should be, None for any."""
+def _found(out: Path, tokenizer: str, source: str | None) -> PreparedData:
+    """The data in `out`, which must be what was asked for: a run never trains on another corpus than it names."""
     meta = read_meta(out)
-    for key, wanted in asked.items():
+    for key, wanted in (("tokenizer", tokenizer), ("source", source)):
         if wanted is not None and meta.get(key) not in (None, wanted):
             raise UserError(
                 f"the data in {str(out)!r} has {key} {meta[key]!r} but {wanted!r} is asked for; choose another "

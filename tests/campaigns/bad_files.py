@@ -562,8 +562,6 @@ def texts(originals):
 
     yield Case(kind, "prepared data of another source", asked(data_source="eurlex57k"), ("'local'", "'eurlex57k'"))
     yield Case(kind, "prepared data of another tokenizer", asked(tokenizer="gpt2"), ("'bytes'", "'gpt2'"))
-    yield Case(kind, "prepared data of another split seed", asked(split_seed=7), ("42", "7"))
-    yield Case(kind, "prepared data of another share", asked(val_fraction=0.5), ("0.05", "0.5"))
     for name in ("gpt3", "", "BYTES", "../gpt2"):
         yield Case(
             kind, f"tokenizer {name!r}", lambda folder, name=name: lambda: tokenizer.get_tokenizer(name), (repr(name),)
