@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 from altgrad_jax import config as settings
 from altgrad_jax.data.prepare import has_tokens
 from altgrad_jax.errors import UserError
+from altgrad_jax.models.parameters import count_params
 from altgrad_jax.run.checkpoint import SAVES_AT_ONCE, DamagedCheckpoint, list_steps, restore_path
 from altgrad_jax.run.console import make_console
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
@@ -35,16 +35,6 @@ _PROGRAMS = {
     "window_losses": "every window",
     "certify": "certificate",
 }
-# The groups in which parameters are counted: a pattern of a layer's name, and the group.
-_GROUPS = (
-    ("embed", "embed"),
-    ("pos_embed", "pos_embed"),
-    ("attn_", "attention"),
-    ("mlp_", "MLP"),
-    ("ln_", "layer norms"),
-    ("norm_|[qk]_norm", "norms"),
-    ("head", "head"),
-)
 
 
 @fixed_options()
@@ -80,8 +70,8 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     program = setup.program()
     compile_program(program, console, Goodput())
     for line in (
-        *describe_parameters(setup),
-        *describe_memory(program),
+        *describe_state(setup),
+        describe_memory(program),
         *describe_speed(setup, program),
         describe_disk(setup, run_dir, exists),
         f"next: {_next(setup, claimed, say)}",
@@ -107,16 +97,10 @@ def _bytes_of(tree):
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def describe_parameters(setup: Setup) -> Iterator[str]:
-    """Lines: the parameters by group, and what a state takes."""
-    sizes: dict[str, int] = {}
+def describe_state(setup: Setup) -> Iterator[str]:
+    """Lines: the parameters, and what a state takes."""
     state = setup.functions.abstract_state
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]:
-        layer = next(key.key for key in path if not key.key.startswith("block_"))
-        group = next(name for pattern, name in _GROUPS if re.match(pattern, layer))
-        sizes[group] = sizes.get(group, 0) + math.prod(leaf.shape)
-    counts = (f"{name} {sizes[name]:,}" for _, name in _GROUPS if name in sizes)
-    yield f"parameters: {sum(sizes.values()):,} ({', '.join(counts)})"
+    yield f"parameters: {count_params(state.params):,}"
     parts = {
         "parameters": state.params,
         "optimizer": state.opt_state,
@@ -141,21 +125,10 @@ def program_bytes(compiled):
     )
 
 
-def describe_memory(program: Program) -> Iterator[str]:
-    """Lines: a table of what each compiled program takes on a device."""
-    columns = "arguments", "outputs", "temporaries", "aliased", "together"
-    yield f"{'MiB on each device':<20}" + "".join(f"{name:>13}" for name in columns)
-    for name, compiled in program.compiled.items():
-        if (m := compiled.memory_analysis()) is None:
-            continue
-        sizes = (
-            m.argument_size_in_bytes,
-            m.output_size_in_bytes,
-            m.temp_size_in_bytes,
-            m.alias_size_in_bytes,
-            program_bytes(compiled),
-        )
-        yield f"{_PROGRAMS[name]:<20}" + "".join(f"{size / 2**20:>13,.1f}" for size in sizes)
+def describe_memory(program: Program) -> str:
+    """Line: what each compiled program takes on a device."""
+    sizes = (f"{_PROGRAMS[name]} {_mebibytes(program_bytes(found))}" for name, found in program.compiled.items())
+    return f"memory on each device: {', '.join(sizes)}"
 
 
 def describe_speed(setup: Setup, program: Program) -> Iterator[str]:

@@ -19,7 +19,7 @@ from altgrad_jax.config import Config
 from altgrad_jax.errors import MachineError
 from altgrad_jax.run import device, processes, verdict
 from altgrad_jax.run.checkpoint import list_steps
-from altgrad_jax.run.console import SilentConsole, make_console, tell
+from altgrad_jax.run.console import QuietConsole, make_console, tell
 from altgrad_jax.run.environment import fixed_options
 from altgrad_jax.run.folder import (
     FINISHED,
@@ -136,7 +136,7 @@ def _train(config: Config, data_dir, run_dir: Path, resume: str | int, goodput: 
         processes.everywhere(lambda: resources.enter_context(locked(run_dir)) if lead else None)
         if processes.from_lead(lambda: resume == "auto" and _report_finished(run_dir, config)):
             return FINISHED
-        console = make_console(config.console, config.max_steps) if lead else SilentConsole()
+        console = make_console(config.console, config.max_steps) if lead else QuietConsole(sys.stderr)
         resources.callback(console.close)
         claimed = claim(config, run_dir, resume)
         device.use_compilation_cache()

@@ -6,14 +6,12 @@ A run is sound when it made all its steps, its loss fell, no step was non-finite
 that took them and still learned is sound.
 """
 
-import contextlib
 import json
 import math
-import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +286,7 @@ def _facts(v):
     yield "checkpoints", ", ".join(map(str, v["checkpoints"])) or "none"
     if v["anomalies"]:
         yield "anomaly checkpoints", ", ".join(map(str, v["anomalies"]))
-    if v["step_time_s"] is not None:
+    if v["tokens_per_s"] is not None:
         yield "speed", f"{show_rate(v['tokens_per_s'])}, {1e3 * v['step_time_s']:.4g} ms a step (medians)"
     yield "record", v["paths"]["record"]
     for name, path in (("loss curve", v["paths"]["loss_plot"]), ("this verdict", v["paths"]["verdict"])):
@@ -347,7 +345,9 @@ def plot_loss(run_dir, title=None):
     Red ticks at the foot of the loss mark steps with alerts, red lines non-finite steps, grey dotted lines
     resumes.
     """
-    with _matplotlib_as_delivered():
+    import matplotlib.style  # takes half a second, and a run that is resumed a hundred times never draws
+
+    with matplotlib.style.context("default", after_reset=True):  # whatever a matplotlibrc says
         return _plot_loss(Path(run_dir), title)
 
 
@@ -357,28 +357,6 @@ def try_to_plot(run_dir: Path, title: str, say: Callable[[str], None]) -> None:
         plot_loss(run_dir, title=title)
     except Exception as error:
         say(f"warning: {LOSS_PLOT} was not drawn ({brief(error)}); the run and its record are complete")
-
-
-@contextlib.contextmanager
-def _matplotlib_as_delivered() -> Iterator[None]:
-    """A context in which matplotlib draws by its own defaults, whatever MPLBACKEND and a matplotlibrc say.
-
-    It is imported here, because that takes half a second, and a training that is resumed a hundred times never draws.
-    """
-    backend = os.environ.pop("MPLBACKEND", None)  # one that is not installed fails the import
-    is_new = "matplotlib" not in sys.modules
-    try:
-        import matplotlib
-
-        if backend and is_new:
-            with contextlib.suppress(ValueError):
-                matplotlib.rcParams["backend"] = backend  # for the plots of the caller
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            yield
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
 
 
 def _plot_loss(run_dir: Path, title: str | None) -> Path:
