@@ -5,11 +5,15 @@ What is no regular file is never opened: a pipe would be waited for without end,
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import filelock
 
 from altgrad_jax.errors import UserError
 
@@ -26,9 +30,38 @@ _KINDS = {
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
 
 
-def note_no_locks(path: Path) -> None:
-    """Says that nothing keeps a second process away from `path`."""
-    print(f"note: the file system of {path} has no locks: keep other processes away from it", file=sys.stderr)
+@contextlib.contextmanager
+def locked(path: Path, what: str, *, waits_for: str = "") -> Iterator[None]:
+    """Holds the lock file `path`, which is gone afterwards. The lock ends with the process.
+
+    Where the file system has no locks, a note says that nothing keeps a second process away from `what`.
+
+    Args:
+      waits_for: what another holder does, for the line that says it is waited for; without it nothing is.
+
+    Raises:
+      filelock.Timeout: another process holds it.
+      OSError: the file cannot be made.
+    """
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        if not waits_for:
+            raise
+        print(f"waiting for {waits_for}", file=sys.stderr, flush=True)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"note: the file system of {what} has no locks: keep other processes away from it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        # Before the lock is let go: whoever waits for it sees that the file is gone, and makes a new one.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
 
 
 def shipped(folder: str) -> Path:
@@ -83,6 +116,12 @@ def sync(path):
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -4,12 +4,10 @@ import io
 import math
 import re
 import threading
-import time
 
 import pytest
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.run import console as console_module
 from altgrad_jax.run.console import make_console, show_duration, show_rate
 
 
@@ -59,14 +57,11 @@ def test_quiet_prints_only_alerts():
     assert stream.getvalue() == "ALERT step 3: loss_spike, value 9\n"
 
 
-def test_a_plain_console_shows_that_it_is_alive(monkeypatch):
-    monkeypatch.setattr(console_module, "WORKING_S", 0.05)
+def test_a_plain_console_says_what_took_how_long():
     stream = io.StringIO()
     with make_console("plain", 10, stream).working("compiling"):
-        time.sleep(0.2)
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "compiling ..." and re.fullmatch(r"compiling took \d\.\d s", lines[-1])
-    assert len(lines) > 2 and all(re.fullmatch(r"compiling \.\.\. \d s", line) for line in lines[1:-1])
+        pass
+    assert re.fullmatch(r"compiling \.\.\.\ncompiling took \d\.\d s\n", stream.getvalue())
 
 
 def test_the_live_line_and_what_scrolls_above_it(monkeypatch):
@@ -84,7 +79,7 @@ def test_the_live_line_and_what_scrolls_above_it(monkeypatch):
     assert "[/red] is no markup" in text
     assert "step 3: [bold]loss_spike[/bold], value 9" in text and "/that/is/long" + "/x" * 80 in text
     last = text[text.rindex("/that/is/long") :]
-    assert "2000/2000" in last and "loss 8.0000" in last and "val 9.5000" in last and "1.2M tok/s" in last
+    assert "2000/2000" in last and "loss 8.0000" in last and "val_loss 9.5000" in last and "1.2M tok/s" in last
     assert "1 alert" in last and "\x1b[?25h" in last  # the cursor is back
 
 
@@ -146,14 +141,13 @@ def test_eta_leaves_the_first_dispatch_out():
 
 
 def test_numbers_for_people():
-    assert [show_rate(x) for x in (None, 7.0, 999.0, 1536.0, 123456.0, 1.234e6, 2.5e9)] == [
-        "- tok/s",
+    assert [show_rate(x) for x in (7.0, 999.0, 1536.0, 123456.0, 1.234e6, 2.5e9)] == [
         "7 tok/s",
         "999 tok/s",
         "1.54k tok/s",
         "123k tok/s",
         "1.23M tok/s",
-        "2500M tok/s",
+        "2.5G tok/s",
     ]
     assert [show_duration(x) for x in (None, math.nan, 0, 59.6, 3725)] == ["-", "-", "0:00:00", "0:01:00", "1:02:05"]
 

@@ -30,25 +30,11 @@ def test_it_says_what_a_run_takes_and_makes_no_folder(data_dir, tmp_path, capsys
     assert dry_run(tiny(), data_dir=data_dir, workdir=run_dir) == 0
     assert not run_dir.parent.exists()
     said = capsys.readouterr().out
-    groups = dict(re.findall(r"([A-Za-z_ ]+?) ([\d,]+)[,)]", re.search(r"parameters: [\d,]+ \((.*)", said)[1]))
-    counts = {name.strip(): int(count.replace(",", "")) for name, count in groups.items()}
     # GPT-2 by hand: 16 wide, one block, a position for each of 16 tokens, 256 token ids.
-    assert counts == {
-        "embed": 4096,
-        "pos_embed": 256,
-        "attention": 16 * 48 + 48 + 16 * 16 + 16,
-        "MLP": 16 * 64 + 64 + 64 * 16 + 16,
-        "layer norms": 3 * 2 * 16,
-    }
-    assert f"parameters: {sum(counts.values()):,} (" in said
-    table = {
-        line.split("  ")[0]: [float(word) for word in line.split()[-5:]]
-        for line in said.splitlines()
-        if line.startswith(("training step", "evaluation", "diagnosis"))
-    }
-    assert len(table) == 3
-    for arguments, outputs, temporaries, aliased, together in table.values():
-        assert together == pytest.approx(arguments + outputs + temporaries - aliased, abs=0.2)
+    block = 16 * 48 + 48 + 16 * 16 + 16 + 16 * 64 + 64 + 64 * 16 + 16
+    assert f"parameters: {4096 + 256 + block + 3 * 2 * 16:,}\n" in said
+    sizes = re.search(r"memory on each device: training step ([\d.]+) MiB, evaluation ([\d.]+) MiB, diag", said)
+    assert sizes and all(float(size) > 0 for size in sizes.groups())
     per_token = 6 * (12 * 16**2 + 256 * 16) + 12 * 16 * 16
     assert f"operations of a step: {4 * 16 * per_token / 1e9:,.4g} GFLOP by formula" in said
     assert "predicted: no time, because the peak of this device is not known" in said

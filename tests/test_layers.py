@@ -33,7 +33,7 @@ OWNERS = {
     "vl_convert": {"report.page"},
     "tiktoken": {"data.tokenizer"},
     "tokenizers": {"data.tokenizer"},
-    "pooch": {"data.sources"},
+    "requests": {"data.sources", "run.wandb"},
     "torch": {"bench.torch_peer"},
     "transformers": {"bench.torch_peer"},
 }

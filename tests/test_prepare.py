@@ -16,6 +16,7 @@ import filelock
 import numpy as np
 import pytest
 
+from altgrad_jax import files
 from altgrad_jax.data import duplicates, sources
 from altgrad_jax.data import prepare as prep
 from altgrad_jax.data.prepare import prepare, prepare_source, resolve
@@ -314,9 +315,9 @@ def test_auto_does_not_hide_a_bad_checksum(tmp_path, corpora, monkeypatch):
 def test_a_second_run_waits_for_the_first_and_takes_its_data(tmp_path, corpora, monkeypatch):
     waiting = threading.Event()
     make(tmp_path, TEXTS, out="elsewhere/data")
-    monkeypatch.setattr(prep, "print", lambda *words, **how: waiting.set(), raising=False)
+    monkeypatch.setattr(files, "print", lambda *words, **how: waiting.set(), raising=False)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with prep._locked(tmp_path / "data"):
+        with files.locked(tmp_path / ".data.lock", "data"):
             second = pool.submit(find, tmp_path, "auto")
             assert waiting.wait(30) and not second.done()
             os.rename(tmp_path / "elsewhere" / "data", tmp_path / "data")  # the first one finishes
@@ -352,16 +353,14 @@ def test_explicit_source_is_never_replaced(tmp_path, corpora):
     corpora[0].remove("eurlex57k")
     with pytest.raises(SourceUnavailable):
         find(tmp_path, "eurlex57k")
-    find(tmp_path, "sample", split_seed=5)
+    find(tmp_path, "sample")
     for kwargs, message in [
         ({"data_source": "eurlex57k"}, "has source 'sample' but 'eurlex57k' is asked for"),
         ({"data_source": "auto", "tokenizer": "gpt2"}, "has tokenizer 'bytes' but 'gpt2' is asked for"),
-        ({"data_source": "auto", "split_seed": 6}, "has split_seed 5 but 6 is asked for"),
-        ({"data_source": "prepared", "val_fraction": 0.1}, "has val_fraction 0.05 but 0.1 is asked for"),
     ]:
         with pytest.raises(UserError, match=message):
             find(tmp_path, **kwargs)
-    assert find(tmp_path, "sample", split_seed=5, val_fraction=0.05).is_sample
+    assert find(tmp_path, "sample").is_sample
 
 
 def test_prepared_must_be_there_and_complete(tmp_path):

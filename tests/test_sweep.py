@@ -63,9 +63,9 @@ def counted_compiles():
     counts = {"compiled": [], "chunks": 0}
     compile_, loop = Program.compile, sweep.loop
 
-    def counting(self, n_threads):
+    def counting(self):
         counts["compiled"].append(self.width)
-        compile_(self, n_threads)
+        compile_(self)
         # Ahead of time: a call with other shapes or types is an error, so that nothing else can compile.
         assert all(isinstance(program, jax.stages.Compiled) for program in self.compiled.values())
 

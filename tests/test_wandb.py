@@ -298,7 +298,14 @@ def test_online_a_resumed_run_sends_what_wandb_says_it_lacks(tmp_path, fake, sta
     assert list(wandb.sent) == list(range(starting_step, 21))
 
 
-def test_modes(tmp_path, fake):
+def test_modes(tmp_path, fake, monkeypatch):
+    def resolved_in(mode, environ):
+        for name in ("HOME", "NETRC", "WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        return resolve_wandb_mode(mode)
+
     home = {"HOME": str(tmp_path)}
     login = {**home, "WANDB_API_KEY": "k"}
     for mode, environ, resolved in (
@@ -310,17 +317,17 @@ def test_modes(tmp_path, fake):
         ("offline", login | {"WANDB_MODE": "disabled"}, "offline"),
         ("auto", login | {"WANDB_MODE": "run"}, "online"),
     ):
-        assert resolve_wandb_mode(mode, environ) == resolved
+        assert resolved_in(mode, environ) == resolved
     for mode, environ, error in (
         ("online", home, "wandb_mode is online but there is no W&B login"),
         ("on", home, "wandb_mode is 'on'; allowed are auto"),
         ("auto", home | {"WANDB_MODE": "of"}, "WANDB_MODE is 'of'; allowed"),
     ):
         with pytest.raises(UserError, match=error):
-            resolve_wandb_mode(mode, environ)
+            resolved_in(mode, environ)
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert resolve_wandb_mode("auto", home) == "online"
-    assert resolve_wandb_mode("auto", {**home, "WANDB_BASE_URL": "https://elsewhere.org"}) == "offline"
+    assert resolved_in("auto", home) == "online"
+    assert resolved_in("auto", {**home, "WANDB_BASE_URL": "https://elsewhere.org"}) == "offline"
     wandb = fake()
     feed = Feed(tmp_path / "run", wandb_mode="disabled")
     assert feed.close() == 0 and not feed.said and not wandb.inits

@@ -285,7 +285,7 @@ class HostStream:
     """The same batches from the file, read ahead by a thread: `get(first_step, n_steps)` -> uint16 [n, B, L].
 
     batch_size: windows per step. The thread stays up to `depth` steps ahead; asking for a step out of order is allowed.
-    `close()` (or leaving a `with` block) ends the thread.
+    `close()` ends the thread.
     """
 
     def __init__(self, tokens_T: np.ndarray, *, batch_size: int, block_size: int, seed: int, depth: int = 16):
@@ -308,24 +308,6 @@ class HostStream:
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> HostStream:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
     def _batch(self, step: int) -> np.ndarray:
-        self._refuse_a_cut_file()
         index_B = window_indices(step * self._batch_size, self._batch_size, self._n_windows, self._seed)
         return np.asarray(gather_windows(self._tokens_T, index_B, self._block_size))
-
-    def _refuse_a_cut_file(self) -> None:
-        """To read a mapped file behind its end kills the process without a word."""
-        if isinstance(self._tokens_T, np.memmap) and self._tokens_T.filename is not None:
-            path, n_bytes = self._tokens_T.filename, self._tokens_T.strides[0] * len(self._tokens_T)
-            found = os.path.getsize(path) if os.path.exists(path) else n_bytes  # a deleted file stays mapped
-            if found < n_bytes:
-                raise UserError(
-                    f"{path} was cut from {n_bytes:,} to {found:,} bytes while it was read; prepare the data again "
-                    "with scripts/prepare_data.py --force, and go on from the last checkpoint"
-                )

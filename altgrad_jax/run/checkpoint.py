@@ -38,7 +38,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import sync
+from altgrad_jax.files import file_sha256, sync
 from altgrad_jax.run import processes as run_processes
 
 SCHEMA_VERSION, READABLE_VERSIONS = 4, (1, 2, 3, 4)
@@ -162,11 +162,6 @@ def _digest(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _document_digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
@@ -210,7 +205,7 @@ class Seal(ocp.CheckpointHandler):
         if not files:
             raise OSError(errno.EIO, "Orbax has not finalized the arrays")
         files += root.glob("metrics*/metrics")
-        for path, sha256 in zip(files, _HASHERS.map(_file_digest, files), strict=True):
+        for path, sha256 in zip(files, _HASHERS.map(file_sha256, files), strict=True):
             name = re.sub(r"\.orbax-checkpoint-tmp[^/]*", "", path.relative_to(root).as_posix())
             document["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256}
         for i in range(len(parts)):
@@ -303,7 +298,7 @@ def _damage_in_files(path: Path, described: Mapping[str, Mapping[str, Any]]) -> 
     """What is wrong with the files of a checkpoint, each in a few words."""
     present = {name: path / name for name in described if (path / name).is_file()}
     wrong = [f"{name} is missing" for name in described if name not in present]
-    for (name, file), sha256 in zip(present.items(), _HASHERS.map(_file_digest, present.values()), strict=True):
+    for (name, file), sha256 in zip(present.items(), _HASHERS.map(file_sha256, present.values()), strict=True):
         if (size := file.stat().st_size) != described[name]["bytes"]:
             wrong.append(f"{name} has {size} bytes in place of {described[name]['bytes']}")
         elif sha256 != described[name]["sha256"]:

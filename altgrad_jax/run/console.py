@@ -26,7 +26,6 @@ from altgrad_jax.errors import UserError
 
 MODES = ("auto", "live", "plain", "quiet")
 PLAIN_LINES = 50  # of a run, beside evaluations and alerts
-WORKING_S = 30.0  # between two signs of life while the program compiles
 _SETTLE_S = 0.05  # rows of one dispatch arrive closer together than this
 
 
@@ -96,15 +95,9 @@ def tell(text: str) -> None:
 
 def show_rate(tokens_per_s):
     """1234567 -> "1.23M tok/s"."""
-    if tokens_per_s is None:
-        return "- tok/s"
-    for unit, size in (("M", 1e6), ("k", 1e3)):
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if tokens_per_s >= size:
-            return (
-                f"{tokens_per_s / size:.3g}{unit} tok/s"
-                if tokens_per_s < 1000 * size
-                else f"{tokens_per_s / size:.0f}{unit} tok/s"
-            )
+            return f"{tokens_per_s / size:.3g}{unit} tok/s"
     return f"{tokens_per_s:.3g} tok/s"
 
 
@@ -142,12 +135,13 @@ class _Progress:
         step, since = self._base
         return (self.max_steps - self.step) * (self._clock() - since) / (self.step - step)
 
-    def fields(self):
-        """The parts of the progress line after the step."""
-        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
-        parts += [] if self.val_loss is None else [f"val {self.val_loss:.4f}"]
-        parts += [] if self.tokens_per_s is None else [show_rate(self.tokens_per_s)]
-        return parts + [f"ETA {show_duration(self.eta())}"]
+
+def _parts(loss, val_loss, tokens_per_s, eta):
+    """The parts of a line of progress behind the step; what is None is left out."""
+    parts = [] if loss is None else [f"loss {loss:.4f}"]
+    parts += [] if val_loss is None else [f"val_loss {val_loss:.4f}"]
+    parts += [] if tokens_per_s is None else [show_rate(tokens_per_s)]
+    return "  ".join(parts if eta is None else [*parts, f"ETA {show_duration(eta)}"])
 
 
 class PlainConsole:
@@ -166,14 +160,10 @@ class PlainConsole:
             passed = step // self._every > (step - 1 if first else self._progress.step) // self._every
             self._progress.update(step, loss, val_loss, tokens_per_s)
             if first or val_loss is not None or passed or step == self._progress.max_steps:
+                last = self._progress.max_steps
+                eta = self._progress.eta() if step < last else None
                 # Only what this step measured: an old validation loss on a new line reads as a new one.
-                parts = [] if loss is None else [f"loss {loss:.4f}"]
-                parts += [] if val_loss is None else [f"val_loss {val_loss:.4f}"]
-                parts += [] if tokens_per_s is None else [show_rate(tokens_per_s)]
-                if (eta := self._progress.eta()) is not None and step < self._progress.max_steps:
-                    parts.append(f"ETA {show_duration(eta)}")
-                width = len(str(self._progress.max_steps))
-                self._print(f"step {step:>{width}}/{self._progress.max_steps}  " + "  ".join(parts))
+                self._print(f"step {step:>{len(str(last))}}/{last}  {_parts(loss, val_loss, tokens_per_s, eta)}")
 
     def message(self, text):
         with self._lock:
@@ -186,21 +176,11 @@ class PlainConsole:
 
     @contextlib.contextmanager
     def working(self, what):
-        """A context in which the program is busy with `what`: says so, again every WORKING_S seconds, and the time it
-        took."""
-        started, done = time.monotonic(), threading.Event()
+        """A context in which the program is busy with `what`: says so, and the time it took."""
+        started = time.monotonic()
         self.message(f"{what} ...")
-
-        def remind():
-            while not done.wait(WORKING_S):
-                self.message(f"{what} ... {time.monotonic() - started:.0f} s")
-
-        threading.Thread(target=remind, daemon=True).start()
-        try:
-            yield
-            self.message(f"{what} took {time.monotonic() - started:.1f} s")
-        finally:
-            done.set()
+        yield
+        self.message(f"{what} took {time.monotonic() - started:.1f} s")
 
     def close(self):
         """Nothing to put back."""
@@ -209,8 +189,11 @@ class PlainConsole:
         print(text, file=self._stream, flush=True)
 
 
-class SilentConsole:
-    """Nothing but what went wrong, on standard error: for a process that is not the lead."""
+class QuietConsole:
+    """Alerts alone."""
+
+    def __init__(self, stream):
+        self._stream = stream
 
     def update(self, step, loss=None, val_loss=None, tokens_per_s=None):
         pass
@@ -219,7 +202,7 @@ class SilentConsole:
         pass
 
     def alert(self, text):
-        print(f"ALERT {text}", file=sys.stderr, flush=True)
+        print(f"ALERT {text}", file=self._stream, flush=True)
 
     @contextlib.contextmanager
     def working(self, what):
@@ -227,16 +210,6 @@ class SilentConsole:
 
     def close(self):
         pass
-
-
-class QuietConsole(SilentConsole):
-    """Alerts alone."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def alert(self, text):
-        print(f"ALERT {text}", file=self._stream, flush=True)
 
 
 class LiveConsole:
@@ -258,10 +231,8 @@ class LiveConsole:
             if self._activity is not None:
                 what, started = self._activity
                 return Text(f" {what} ... {time.monotonic() - started:.0f} s", no_wrap=True, overflow="ellipsis")
-            width = len(str(p.max_steps))
-            text = Text(
-                f" {p.step:>{width}}/{p.max_steps}  " + "  ".join(p.fields()), no_wrap=True, overflow="ellipsis"
-            )
+            parts = _parts(p.loss, p.val_loss, p.tokens_per_s, p.eta())
+            text = Text(f" {p.step:>{len(str(p.max_steps))}}/{p.max_steps}  {parts}", no_wrap=True, overflow="ellipsis")
             if p.alerts:
                 text.append(f"  {p.alerts} alert{'s' if p.alerts > 1 else ''}", style="bold yellow")
             if self._console.width < 90:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 from altgrad_jax import config as settings
 from altgrad_jax.data.prepare import has_tokens
 from altgrad_jax.errors import UserError
+from altgrad_jax.models.parameters import count_params
 from altgrad_jax.run.checkpoint import SAVES_AT_ONCE, DamagedCheckpoint, list_steps, restore_path
 from altgrad_jax.run.console import make_console
 from altgrad_jax.run.device import use_compilation_cache, use_deterministic_operations
@@ -35,16 +35,6 @@ _PROGRAMS = {
     "window_losses": "every window",
     "certify": "certificate",
 }
-# The groups in which parameters are counted: a pattern of a layer's name, and the group.
-_GROUPS = (
-    ("embed", "embed"),
-    ("pos_embed", "pos_embed"),
-    ("attn_", "attention"),
-    ("mlp_", "MLP"),
-    ("ln_", "layer norms"),
-    ("norm_|[qk]_norm", "norms"),
-    ("head", "head"),
-)
 
 
 @fixed_options()
@@ -78,11 +68,11 @@ def dry_run(config, *, data_dir=None, workdir=None, resume="auto"):
     claimed.require_same_data(setup)
     say(f"device: {len(setup.devices)} x {setup.device.device_kind} ({setup.device.platform})")
     program = setup.program()
-    compile_program(program, config, console, Goodput())
+    compile_program(program, console, Goodput())
     for line in (
-        *describe_parameters(setup),
-        *describe_memory(program),
-        *describe_speed(setup, program),
+        *describe_state(setup),
+        describe_memory(program),
+        *describe_speed(setup),
         describe_disk(setup, run_dir, exists),
         f"next: {_next(setup, claimed, say)}",
     ):
@@ -107,16 +97,10 @@ def _bytes_of(tree):
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def describe_parameters(setup: Setup) -> Iterator[str]:
-    """Lines: the parameters by group, and what a state takes."""
-    sizes: dict[str, int] = {}
+def describe_state(setup: Setup) -> Iterator[str]:
+    """Lines: the parameters, and what a state takes."""
     state = setup.functions.abstract_state
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]:
-        layer = next(key.key for key in path if not key.key.startswith("block_"))
-        group = next(name for pattern, name in _GROUPS if re.match(pattern, layer))
-        sizes[group] = sizes.get(group, 0) + math.prod(leaf.shape)
-    counts = (f"{name} {sizes[name]:,}" for _, name in _GROUPS if name in sizes)
-    yield f"parameters: {sum(sizes.values()):,} ({', '.join(counts)})"
+    yield f"parameters: {count_params(state.params):,}"
     parts = {
         "parameters": state.params,
         "optimizer": state.opt_state,
@@ -141,31 +125,17 @@ def program_bytes(compiled):
     )
 
 
-def describe_memory(program: Program) -> Iterator[str]:
-    """Lines: a table of what each compiled program takes on a device."""
-    columns = "arguments", "outputs", "temporaries", "aliased", "together"
-    yield f"{'MiB on each device':<20}" + "".join(f"{name:>13}" for name in columns)
-    for name, compiled in program.compiled.items():
-        if (m := compiled.memory_analysis()) is None:
-            continue
-        sizes = (
-            m.argument_size_in_bytes,
-            m.output_size_in_bytes,
-            m.temp_size_in_bytes,
-            m.alias_size_in_bytes,
-            program_bytes(compiled),
-        )
-        yield f"{_PROGRAMS[name]:<20}" + "".join(f"{size / 2**20:>13,.1f}" for size in sizes)
+def describe_memory(program: Program) -> str:
+    """Line: what each compiled program takes on a device."""
+    sizes = (f"{_PROGRAMS[name]} {_mebibytes(program_bytes(found))}" for name, found in program.compiled.items())
+    return f"memory on each device: {', '.join(sizes)}"
 
 
-def describe_speed(setup: Setup, program: Program) -> Iterator[str]:
+def describe_speed(setup: Setup) -> Iterator[str]:
     """Lines: operations of a step, and on a device whose peak is known how long it may take."""
-    cost = program.compiled["run"].cost_analysis() or {}
-    formula, counted = setup.flops_per_step, cost.get("flops", 0.0) * setup.functions.step.mesh.size
-    in_program = f", {counted / 1e9:,.4g} in the compiled program (every operation, the body of a loop once)"
-    yield f"operations of a step: {formula / 1e9:,.4g} GFLOP by formula" + (in_program if counted else "")
+    yield f"operations of a step: {setup.flops_per_step / 1e9:,.4g} GFLOP by formula"
     if setup.peak_flops:
-        seconds = formula / (ASSUMED_EFFICIENCY * setup.peak_flops)
+        seconds = setup.flops_per_step / (ASSUMED_EFFICIENCY * setup.peak_flops)
         yield (
             f"predicted: {_duration(seconds)} a step, {setup.tokens_per_step / seconds:,.0f} tokens/s, MFU "
             f"{ASSUMED_EFFICIENCY:.0%}: supposing that share of the stated peak of "

@@ -85,7 +85,7 @@ HARMLESS = re.compile(
 )
 # Variables of libraries that jax calls, which decide numbers.
 VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "LIBTPU_INIT_ARGS", "TF_CUDNN_DETERMINISTIC")
-# Flags of XLA that decide no number, or that a run sets itself (device.py).
+# Flags of XLA that decide no number, or that a run sets itself (device.py), or did in earlier versions (autotune).
 _HARMLESS_FLAGS = re.compile(
     "--xla_(dump_.*|force_host_platform_device_count|gpu_cuda_data_dir|gpu_deterministic_ops"
     "|gpu_(dump|load)_autotune_results_.*|gpu_per_fusion_autotune_cache_dir|hlo_profile|.*_parallelism)(=.*)?"

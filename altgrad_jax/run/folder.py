@@ -74,10 +74,9 @@ def require_resume(resume: str | int) -> None:
 
 def is_finished(run_dir: Path, config: Config) -> bool:
     """Whether the folder holds the run that `config` describes, with all steps made; UserError if it holds another."""
-    steps, ended = list_steps(run_dir), verdict.read_verdict(run_dir)
-    if ended is None or not (run_dir / MANIFEST).exists() or not steps or max(steps) < config.max_steps:
-        return False
-    if ended.get("max_steps") != config.max_steps:
+    steps, ended = list_steps(run_dir), verdict.read_verdict(run_dir) or {}
+    has_all = (run_dir / MANIFEST).exists() and max(steps, default=-1) >= config.max_steps
+    if not has_all or ended.get("max_steps") != config.max_steps:
         return False
     refuse_other_config(run_dir, read_manifest(run_dir), config)
     return True
@@ -87,8 +86,8 @@ def has_ended(run_dir: Path, config: Config) -> bool:
     """Whether the run made all its steps, or stopped for good because it was not finite; UserError as is_finished."""
     if is_finished(run_dir, config):
         return True
-    ended = verdict.read_verdict(run_dir)
-    if ended is None or ended.get("finished") or "non-finite steps in a row" not in str(ended.get("stopped")):
+    ended = verdict.read_verdict(run_dir) or {}
+    if ended.get("finished") or "non-finite steps in a row" not in str(ended.get("stopped")):
         return False
     refuse_other_config(run_dir, read_manifest(run_dir), config)
     return True
@@ -421,11 +420,6 @@ class RunFolder:
     @property
     def goes_on(self) -> bool:
         return not self.frozen and self.step < self.config.max_steps
-
-    @property
-    def is_at_its_end(self) -> bool:
-        """Whether the run ends with the step that it stands at."""
-        return not self.goes_on
 
     def advanced(self, n_steps: int, *, frozen: bool, first_bad_step: int) -> None:
         """Takes note of the updates that were made."""

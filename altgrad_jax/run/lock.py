@@ -8,8 +8,8 @@ from pathlib import Path
 
 import filelock
 
+from altgrad_jax import files
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import NO_LOCKS, note_no_locks
 
 LOCK = ".lock"
 
@@ -21,36 +21,30 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
       UserError: the folder is a file, cannot be written to, or another process trains into it.
     """
-    lock = filelock.FileLock(run_dir / LOCK)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(run_dir, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "no permission to write")
-        lock.acquire(blocking=False)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{run_dir} is a file or lies below one: give a folder with --workdir") from None
-    except filelock.Timeout:
-        raise UserError(
-            f"{run_dir} is being trained into by another process: wait for it, stop it, or give another folder with "
-            "--workdir"
-        ) from None
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            note_no_locks(run_dir)
-            yield
-            return
-        raise UserError(
-            f"{run_dir} cannot be written to ({error.strerror}): give another folder with --workdir"
-        ) from None
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not os.access(run_dir, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "no permission to write")
+            held.callback(_remove_if_empty, run_dir)  # a run that was refused leaves no trace
+            held.enter_context(files.locked(run_dir / LOCK, str(run_dir)))
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{run_dir} is a file or lies below one: give a folder with --workdir") from None
+        except filelock.Timeout:
+            raise UserError(
+                f"{run_dir} is being trained into by another process: wait for it, stop it, or give another folder "
+                "with --workdir"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{run_dir} cannot be written to ({error.strerror}): give another folder with --workdir"
+            ) from None
         yield
-    finally:
-        # Before the lock is let go, so that the file is not another's. A run that was refused leaves no trace.
-        with contextlib.suppress(OSError):
-            (run_dir / LOCK).unlink()
-        lock.release()
-        with contextlib.suppress(OSError):
-            run_dir.rmdir()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def is_empty(run_dir: Path) -> bool:

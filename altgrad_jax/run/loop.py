@@ -129,7 +129,7 @@ def loop(
         for lane, run in enumerate(runs):
             if run.step > 0 and not run.is_saved():
                 # Interrupted between two checkpoints, or the save at the last step failed: once more.
-                run.save(program.state_of(training.state, lane), interim=not run.is_at_its_end)
+                run.save(program.state_of(training.state, lane), interim=run.goes_on)
     finally:
         feed.close()
         training.device_thread.shutdown(wait=False)
@@ -220,7 +220,7 @@ def dispatch(training: Training, behind: Sequence[int], step: int, n: int, save_
     for lane in behind:
         evaluation, lines = looks.get(lane, (None, []))
         record(training, lane, rows[lane], evaluation, lines, (ended - started) / len(behind), look_seconds)
-        if runs[lane].is_at_its_end or is_due(config, step, config.checkpoint_interval):
+        if not runs[lane].goes_on or is_due(config, step, config.checkpoint_interval):
             runs[lane].save(training.program.state_of(training.state, lane))
         elif save_interim:
             runs[lane].save(training.program.state_of(training.state, lane), interim=True)

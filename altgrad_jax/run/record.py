@@ -535,8 +535,8 @@ def read_window_losses(run_dir: str | Path) -> tuple[int, np.ndarray] | None:
 
 
 def new_run_id() -> str:
-    """Eight characters out of a-z and 0-9; kept in the manifest so that a resume continues the W&B run."""
-    return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8))
+    """Eight digits; kept in the manifest so that a resume continues the W&B run."""
+    return secrets.token_hex(4)
 
 
 def write_manifest(run_dir: str | Path, manifest: Mapping[str, Any]) -> None:

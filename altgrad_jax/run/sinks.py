@@ -98,7 +98,7 @@ def open_sinks(
         sinks.append(WandbSink(_wandb_run(config, run_dir, manifest), run_dir, mode=mode, keys=config.wandb_keys))
         sinks[-1].tell_mode(config.wandb_mode, say)
     if "tensorboard" in config.loggers:
-        sinks.append(TensorBoardSink(run_dir, resume_step))
+        sinks.append(TensorBoardSink(run_dir))
     last = -1 if resume_step is None else resume_step
     return Sinks([Follower(sink, run_dir, last, config.alert_interval, say, event) for sink in sinks])
 

@@ -54,25 +54,8 @@ MOST_SIDE_BY_SIDE = 64
 MEMORY_SHARE = 0.8
 # Settings that the compiled program does not see, or sees as data.
 _NOT_COMPILED = frozenset(
-    {
-        "seed",
-        "data_seed",
-        "init_from",
-        "learning_rate",
-        "formats",
-        "emergency_formats",
-        "recipe",
-        "recipe_program",
-        "run_name",
-        "checkpoint_dir",
-        "tags",
-        "project",
-        "wandb_mode",
-        "wandb_entity",
-        "wandb_group",
-        "wandb_keys",
-        "console",
-    }
+    "seed data_seed init_from learning_rate formats emergency_formats recipe recipe_program run_name checkpoint_dir "
+    "tags project wandb_mode wandb_entity wandb_group wandb_keys console".split()
 )
 
 
@@ -268,21 +251,15 @@ def shard_of(text, environ=os.environ):
     if text == "auto":
         for index, count, first in (
             ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-            ("SLURM_PROCID", "SLURM_NTASKS", None),
-            ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", None),
+            ("SLURM_PROCID", "SLURM_NTASKS", ""),
+            ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", ""),
         ):
             if index in environ and count in environ:
-                try:
-                    i, n = int(environ[index]) - int(environ.get(first, 0) if first else 0), int(environ[count])
-                except ValueError:
-                    raise UserError(
-                        f"{index}={environ[index]!r} and {count}={environ[count]!r} are not numbers: give --shard=i/n"
-                    ) from None
-                if not 0 <= i < n:
-                    raise UserError(
-                        f"{index}={environ[index]} of {count}={environ[count]} names no slice: give --shard=i/n"
-                    )
-                return i, n
+                numbers = environ[index], environ[count], environ.get(first, "0")
+                i, n, least = map(int, numbers) if all(map(str.isdigit, numbers)) else (0, 0, 0)
+                if not 0 <= i - least < n:
+                    raise UserError(f"{index}={numbers[0]} of {count}={numbers[1]} names no slice: give --shard=i/n")
+                return i - least, n
         return 0, 1
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -490,7 +467,7 @@ def sweep(
                 title = f"group {number} of {len(groups)}"
                 say(f"{title}: {_describe(planned)}")
                 program = planned.setup.program(planned.width, member_loop)
-                seconds = compile_program(program, planned.setup.config, console, goodput)
+                seconds = compile_program(program, console, goodput)
                 say(
                     f"{title}: compiled in {show_duration(seconds)}"
                     + (f"; {_predict(program, planned)}" if dry_run else "")

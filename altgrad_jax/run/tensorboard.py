@@ -1,7 +1,6 @@
 """TensorBoard as a sink (sinks.py): event files in the run folder's `tensorboard`, written by tensorboardX."""
 
 import importlib.util
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,17 @@ class TensorBoardSink:
 
     name, logger, keys = "TensorBoard", "tensorboard", ()
 
-    def __init__(self, run_dir: Path, resume_step: int | None):
+    def __init__(self, run_dir: Path):
         self._folder = Path(run_dir) / "tensorboard"
-        self._resume_step = -1 if resume_step is None else resume_step
 
     def start(self, say: Callable[[str], None], warn: Callable[[str], None]) -> int:
-        """What earlier starts wrote behind the step that is resumed is purged: those steps are made again."""
+        """A resumed run writes the whole record anew: what earlier starts wrote behind its step is made again."""
         from tensorboardX import SummaryWriter
 
-        last = min(self._resume_step, last_written_step(self._folder))
-        self._writer = SummaryWriter(str(self._folder), purge_step=last + 1, flush_secs=5)
-        return last
+        for path in self._folder.glob("events.out.tfevents.*"):
+            path.unlink()
+        self._writer = SummaryWriter(str(self._folder), flush_secs=5)
+        return -1
 
     def log(self, step: int, values: Mapping[str, float], alerts: Sequence[tuple[str, str]]) -> None:
         """One event for the whole row, so that a file holds all of it or nothing."""
@@ -51,23 +50,3 @@ class TensorBoardSink:
 
     def abandon(self) -> None:
         """Nothing of it outlives the process."""
-
-
-def last_written_step(folder: Path) -> int:
-    """The last step of a row in the event files of a folder; -1 where there is none.
-
-    A file is a sequence of (length u64, checksum u32, protobuf Event, checksum u32); a torn end is passed over.
-    """
-    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
-    last = -1
-    for path in folder.glob("events.out.tfevents.*"):
-        data, at = path.read_bytes(), 0
-        while at + 12 <= len(data):
-            (length,) = struct.unpack_from("<Q", data, at)
-            if at + 16 + length > len(data):
-                break
-            event = Event.FromString(data[at + 12 : at + 12 + length])
-            last = max(last, event.step if event.HasField("summary") else -1)
-            at += 16 + length
-    return last

@@ -19,7 +19,7 @@ from altgrad_jax.config import Config
 from altgrad_jax.errors import MachineError
 from altgrad_jax.run import device, processes, verdict
 from altgrad_jax.run.checkpoint import list_steps
-from altgrad_jax.run.console import SilentConsole, make_console, tell
+from altgrad_jax.run.console import QuietConsole, make_console, tell
 from altgrad_jax.run.environment import fixed_options
 from altgrad_jax.run.folder import (
     FINISHED,
@@ -87,7 +87,6 @@ def train(
     Raises:
       UserError: any setting, file or folder that cannot be used; before the first step.
     """
-    device.require_no_fork()
     goodput = Goodput(age)
     config, notes = settings.fitted(config)
     for note in notes:
@@ -137,20 +136,17 @@ def _train(config: Config, data_dir, run_dir: Path, resume: str | int, goodput: 
         processes.everywhere(lambda: resources.enter_context(locked(run_dir)) if lead else None)
         if processes.from_lead(lambda: resume == "auto" and _report_finished(run_dir, config)):
             return FINISHED
-        console = make_console(config.console, config.max_steps) if lead else SilentConsole()
+        console = make_console(config.console, config.max_steps) if lead else QuietConsole(sys.stderr)
         resources.callback(console.close)
         claimed = claim(config, run_dir, resume)
-        if config.deterministic and processes.n_processes() == 1:
-            device.use_autotune_results(run_dir, claimed.made_on, console.message)
         device.use_compilation_cache()
         data = open_data(config, data_dir, console.message)
         claimed.require_same_data(setup := set_up(config, data, console.message))
         require_wandb_keys(config.wandb_keys, setup)
         program = setup.program()
         run, state = resources.enter_context(open_run(claimed, setup, console, goodput))
-        seconds = compile_program(program, config, console, goodput)
+        seconds = compile_program(program, console, goodput)
         run.event("compiled", run.step, seconds=seconds)
-        device.keep_autotune_results(run_dir)
         # Until here an interrupt has nothing to save, and simply ends the run; after the loop likewise.
         with stop.deferred():
             loop(setup, program, [run], [state], stop, goodput)
@@ -160,12 +156,11 @@ def _train(config: Config, data_dir, run_dir: Path, resume: str | int, goodput: 
     return exit_code
 
 
-def compile_program(program: Program, config: Config, console, goodput: Goodput) -> float:
+def compile_program(program: Program, console, goodput: Goodput) -> float:
     """Compiles in every process, while the console shows that it is alive. Returns the seconds it took."""
     started = time.perf_counter()
     with goodput.spend("compile"), console.working("compiling"):
-        # Autotuning results go to one file, which wants one writer.
-        processes.everywhere(lambda: program.compile(1 if config.deterministic else 3))
+        processes.everywhere(program.compile)
     return round(time.perf_counter() - started, 3)
 
 

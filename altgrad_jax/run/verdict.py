@@ -6,14 +6,12 @@ A run is sound when it made all its steps, its loss fell, no step was non-finite
 that took them and still learned is sound.
 """
 
-import contextlib
 import json
 import math
-import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +286,7 @@ def _facts(v):
     yield "checkpoints", ", ".join(map(str, v["checkpoints"])) or "none"
     if v["anomalies"]:
         yield "anomaly checkpoints", ", ".join(map(str, v["anomalies"]))
-    if v["step_time_s"] is not None:
+    if v["tokens_per_s"] is not None:
         yield "speed", f"{show_rate(v['tokens_per_s'])}, {1e3 * v['step_time_s']:.4g} ms a step (medians)"
     yield "record", v["paths"]["record"]
     for name, path in (("loss curve", v["paths"]["loss_plot"]), ("this verdict", v["paths"]["verdict"])):
@@ -347,7 +345,9 @@ def plot_loss(run_dir, title=None):
     Red ticks at the foot of the loss mark steps with alerts, red lines non-finite steps, grey dotted lines
     resumes.
     """
-    with _matplotlib_as_delivered():
+    import matplotlib.style  # takes half a second, and a run that is resumed a hundred times never draws
+
+    with matplotlib.style.context("default", after_reset=True):  # whatever a matplotlibrc says
         return _plot_loss(Path(run_dir), title)
 
 
@@ -357,28 +357,6 @@ def try_to_plot(run_dir: Path, title: str, say: Callable[[str], None]) -> None:
         plot_loss(run_dir, title=title)
     except Exception as error:
         say(f"warning: {LOSS_PLOT} was not drawn ({brief(error)}); the run and its record are complete")
-
-
-@contextlib.contextmanager
-def _matplotlib_as_delivered() -> Iterator[None]:
-    """A context in which matplotlib draws by its own defaults, whatever MPLBACKEND and a matplotlibrc say.
-
-    It is imported here, because that takes half a second, and a training that is resumed a hundred times never draws.
-    """
-    backend = os.environ.pop("MPLBACKEND", None)  # one that is not installed fails the import
-    is_new = "matplotlib" not in sys.modules
-    try:
-        import matplotlib
-
-        if backend and is_new:
-            with contextlib.suppress(ValueError):
-                matplotlib.rcParams["backend"] = backend  # for the plots of the caller
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            yield
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
 
 
 def _plot_loss(run_dir: Path, title: str | None) -> Path:
@@ -431,12 +409,17 @@ def _draw(axis, steps, values, **style):
         axis.plot(steps, values, marker="o" if np.isfinite(values).sum() == 1 else None, ms=4, **style)
 
 
+def _draw_with_mean(axis, steps, values, label):
+    """The values, and in front of many of them their moving mean."""
+    window = max(1, int(np.isfinite(values).sum()) // 50)
+    _draw(axis, steps, values, color=FAINT if window > 1 else INK, lw=0.8, label=label)
+    if window > 1:
+        _draw(axis, steps, _smooth(values, window), color=INK, lw=1.6, label=f"mean of {window} steps")
+
+
 def _draw_norm(axis, steps, norm, clipped):
     finite = norm[np.isfinite(norm)]
-    window = max(1, len(finite) // 50)
-    _draw(axis, steps, norm, color=FAINT if window > 1 else INK, lw=0.8, label="gradient norm")
-    if window > 1:
-        _draw(axis, steps, _smooth(norm, window), color=INK, lw=1.6, label=f"mean of {window} steps")
+    _draw_with_mean(axis, steps, norm, "gradient norm")
     # Where clipping acts, what is left of the norm is the threshold.
     acts = clipped < norm  # exactly equal where it was not
     if acts.any():
@@ -457,11 +440,7 @@ def _draw_norm(axis, steps, norm, clipped):
 
 def _draw_loss(axis, steps, column, alerts, bad, resumes):
     loss, validation = column["loss"], column["val_loss"]
-    trained = np.isfinite(loss).sum()
-    window = max(1, int(trained) // 50)
-    _draw(axis, steps, loss, color=FAINT if window > 1 else INK, lw=0.8, label="training loss")
-    if window > 1:
-        _draw(axis, steps, _smooth(loss, window), color=INK, lw=1.6, label=f"mean of {window} steps")
+    _draw_with_mean(axis, steps, loss, "training loss")
     evaluated = np.isfinite(validation)
     if evaluated.any():
         axis.plot(
@@ -473,7 +452,7 @@ def _draw_loss(axis, steps, column, alerts, bad, resumes):
             ms=4,
             label=f"validation loss (last {validation[evaluated][-1]:.3f})",
         )
-    if not trained and not evaluated.any():
+    if not np.isfinite(loss).any() and not evaluated.any():
         axis.text(0.5, 0.5, "no finite loss in the record", transform=axis.transAxes, ha="center", color=ALERT_COLOUR)
     for step in resumes:
         axis.axvline(step, color="#888888", lw=0.8, ls=":", label="resumed" if step == resumes[0] else None)

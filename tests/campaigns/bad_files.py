@@ -386,18 +386,6 @@ def token_files(originals):
         "999",
     )
 
-    def shrinks(folder):
-        where = changed(originals.tokens, folder / "tokens", lambda folder: None)
-        data = dataset.load_token_data(where, vocab_size=256, block_size=8)
-        os.truncate(where / "train.bin", 64)
-
-        def read():
-            with dataset.HostStream(data.train_T, batch_size=4, block_size=8, seed=0) as stream:
-                stream.get(0, 1)
-
-        return read
-
-    yield place("train.bin shrinks while it is streamed", shrinks, "train.bin")
     for count in (0, -1, 10**6):
         yield place(
             f"{count} validation windows",
@@ -562,8 +550,6 @@ def texts(originals):
 
     yield Case(kind, "prepared data of another source", asked(data_source="eurlex57k"), ("'local'", "'eurlex57k'"))
     yield Case(kind, "prepared data of another tokenizer", asked(tokenizer="gpt2"), ("'bytes'", "'gpt2'"))
-    yield Case(kind, "prepared data of another split seed", asked(split_seed=7), ("42", "7"))
-    yield Case(kind, "prepared data of another share", asked(val_fraction=0.5), ("0.05", "0.5"))
     for name in ("gpt3", "", "BYTES", "../gpt2"):
         yield Case(
             kind, f"tokenizer {name!r}", lambda folder, name=name: lambda: tokenizer.get_tokenizer(name), (repr(name),)
@@ -746,10 +732,10 @@ def archives(originals):
                 ("a.parquet",),
             )
 
-    def wheel(what, change, *names, sha256=None):
+    def wheel(what, change, *names):
         def make(folder):
             path = changed(originals.wheel, folder / "sample.whl", change)
-            return lambda: list(sources.read_sample_wheel(path, db_sha256=sha256))
+            return lambda: list(sources.read_sample_wheel(path))
 
         return Case("the sample's wheel", what, make, names)
 
@@ -761,7 +747,6 @@ def archives(originals):
     yield wheel("no SQLite file", db(b"not a database at all"), sources.SAMPLE_DB)
     yield wheel("an SQLite file without the table", db(b""), sources.SAMPLE_DB)
     yield wheel("a pickle for the database", db(PICKLE), sources.SAMPLE_DB)
-    yield wheel("another sha256 than the pinned one", lambda path: None, "sha256", sha256="0" * 64)
 
 
 # -------------------------------------------------------------------------------------------------------- downloads
