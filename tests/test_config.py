@@ -119,6 +119,8 @@ NEW = {
     "moments_rounding": "nearest",
     "evaluate_all": False,
     "certify_draws": 0,
+    "norm_gains": "float32",
+    "smooth_swiglu": False,
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -785,9 +787,10 @@ def test_difference_lists_fields_in_order_and_names_absent_ones():
 
 def test_a_record_of_version_1_is_one_with_the_defaults():
     to_5 = settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5
-    assert to_5 | settings.ADDED_IN_6 | settings.ADDED_IN_7 == set(NEW)
+    assert to_5 | settings.ADDED_IN_6 | settings.ADDED_IN_7 | settings.ADDED_IN_8 == set(NEW)
     model = {"model", "n_kv_head", "tied_head", "qk_norm"}
     assert settings.ADDED_IN_6 == {"evaluate_all", "init_from"} | model and settings.ADDED_IN_7 == {"certify_draws"}
+    assert settings.ADDED_IN_8 == {"norm_gains", "smooth_swiglu"}
     assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers"}
     assert settings.ADDED_IN_5 == {"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"}
     new = to_dict(default_config())
