@@ -206,8 +206,8 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               only_with=LLAMA),
         Field("qk_norm", False, "queries and keys are normalized, head by head, before they are rotated",
               only_with=LLAMA),
-        Field("smooth_swiglu", False, "the input of mlp_down is scaled by columns before it is quantized, and back after "
-              "(Smooth-SwiGLU)", only_with=LLAMA),
+        Field("smooth_swiglu", False, "the input of mlp_down is scaled by columns before it is quantized, and scaled "
+              "back after (Smooth-SwiGLU)", only_with=LLAMA),
         Field("norm_gains", "float32", "gains of the norms in the forward pass: as they are, or in blocks of 32 as the "
               "weights of this recipe", choices=("float32", *GAINS)),
         Field("init_from", "", "folder of weights to start from, in place of random ones: of Hugging Face (GPT-2 or "

@@ -1,4 +1,4 @@
-"""Smooth-SwiGLU held to its definition in float64 NumPy (arXiv 2409.12517, 4.4), and to plain SwiGLU where it must be it.
+"""Smooth-SwiGLU held to its definition in float64 NumPy (arXiv 2409.12517), and to plain SwiGLU without formats.
 
 s_i^-1 Q(s_i h_i) for each column i of mlp_down's input, 1 / s_i its largest magnitude down to a power of two.
 """
@@ -81,7 +81,9 @@ def test_a_certificate_looks_at_the_same_products():
     given = Certified(own, jnp.zeros(2, jnp.uint32), jnp.int32(1), columns)
     draws, probe = Draws(2, 1, features), jnp.zeros(bias.n_fields(2))
     y, pull = jax.vjp(lambda x, w: certified_dot(x, w, given, draws, probe), X, W)
-    want, pull_want, _ = jax.vjp(lambda x, w: slots.slot_dot(x, w, own, features, columns_K=columns), X, W, has_aux=True)
+    want, pull_want, _ = jax.vjp(
+        lambda x, w: slots.slot_dot(x, w, own, features, columns_K=columns), X, W, has_aux=True
+    )
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-3)
     for found, expected in zip(pull(G), pull_want(G), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)

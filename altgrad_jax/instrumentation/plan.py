@@ -257,7 +257,7 @@ def body_of(eqn):
 
 
 def parts_of_scan(params, values) -> list[list]:
-    """[fixed, carried, scanned] of what a scan is given: jax 0.12 knows them by `ft_in`, earlier ones by their numbers."""
+    """[fixed, carried, scanned] of what a scan is given: jax 0.12 has `ft_in` for it, earlier ones numbers."""
     if "ft_in" in params:
         return [list(part) for part in params["ft_in"].update(values).unpack()]
     n, k = params["num_consts"], params["num_carry"]

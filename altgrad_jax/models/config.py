@@ -21,8 +21,8 @@ class ModelConfig:
     divided into segments, each computed alike; empty stands for one segment. `loss_tile_bytes`: limit of the float32
     logits that the loss computes at once (cross_entropy). `unroll`: whether the program holds every block apart, as a
     GPU wants it, or one block in a loop, which compiles in a fraction of the time. `kv_cache`: how keys and values are
-    kept, in an evaluation or while text is made; None in the compute dtype. `norm_gains`: "float32", or the recipe by which
-    gains of norms are rounded (numerics.gains).
+    kept, in an evaluation or while text is made; None in the compute dtype. `norm_gains`: "float32", or the recipe by
+    which gains of norms are rounded (numerics.gains).
     """
 
     n_layer: int

@@ -4,8 +4,8 @@ Pre-RMSNorm (gain only, eps 1e-6), rotary positions (theta 10,000), SwiGLU, no b
 2302.13971). Options: grouped queries (`n_kv_head`; Ainslie et al. 2023, arXiv 2305.13245), a head with a table of its
 own (`tied_head=False`), RMSNorm of q and k over each head before the rotation (`qk_norm`; Dehghani et al. 2023, arXiv
 2302.05442, with RMSNorm as in Qwen3), Smooth-SwiGLU (`smooth_swiglu`; Fishman et al. 2024, arXiv 2409.12517: column i
-of mlp_down's input is s_i^-1 Q(s_i h_i), with 1 / s_i its largest magnitude, here down to a power of two). Layer names: embed, block_i/{norm_1, attn_qkv, q_norm, k_norm, attn_out, norm_2,
-mlp_gate, mlp_up, mlp_down}, norm_f, head.
+of mlp_down's input is s_i^-1 Q(s_i h_i), with 1 / s_i its largest magnitude, here down to a power of two). Layer names:
+embed, block_i/{norm_1, attn_qkv, q_norm, k_norm, attn_out, norm_2, mlp_gate, mlp_up, mlp_down}, norm_f, head.
 
 q, k and v are one product, as in GPT-2, so they share the scales of its operands. The initialization is GPT-2's:
 N(0, 0.02), the projections into the residual stream N(0, 0.02 / sqrt(2 n_layer)), gains 1. `dropout` acts where it does
@@ -68,7 +68,9 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + RMS_NORM_EPS) * rounded_gains(scale, self.gains)
+        return (
+            x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + RMS_NORM_EPS) * rounded_gains(scale, self.gains)
+        )
 
 
 def rotated(x_BLHC, position) -> jax.Array:

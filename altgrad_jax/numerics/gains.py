@@ -1,10 +1,10 @@
 """Gains of norms in a block format: y = norm(x) * Q(gain), with the gradient passed straight through Q.
 
-Blocks of 32 gains share a power of two, as the weights of the MX recipes do (`recipes.GAINS`). Gains of a block lie close
-together, so by the rule `floor` all of them may lie beyond the largest number and become that one number, the last bin:
-the gains then say nothing of their differences (Su et al. 2025, arXiv 2506.20752).
+Blocks of 32 gains share a power of two, as the weights of the MX recipes do (`recipes.GAINS`). Gains of a block lie
+close together, so by the rule `floor` all of them may lie beyond the largest number and become that one number, the
+last bin: the gains then say nothing of their differences (Su et al. 2025, arXiv 2506.20752).
 
-Axes: D width of a norm, K blocks of 32.
+Axes: D width of a norm.
 """
 
 import jax

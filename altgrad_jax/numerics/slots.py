@@ -269,7 +269,14 @@ def _forward(x_MK, w, slots, g_probe, columns_K, features, w_is_NK, dtype):
     # W is a parameter: the weight itself is kept, and its first copy where the second one is made of it or compared.
     needed = features[3].requantize or features[3].shared or features[3].statistics
     saved_w = w_first.quantized if needed else Quantized(jnp.zeros((), dtype), jnp.zeros((1, 1)))
-    return (y_MN, statistics), (_unscaled(x_again, columns_K), w, saved_w, w_first.statistics, slots, g_probe is not None)
+    return (y_MN, statistics), (
+        _unscaled(x_again, columns_K),
+        w,
+        saved_w,
+        w_first.statistics,
+        slots,
+        g_probe is not None,
+    )
 
 
 def _backward(features, w_is_NK, dtype, saved, cotangents):

@@ -27,7 +27,6 @@ Axes: B batch, L block_size, A micro-batches, S layers (of statistics: fields), 
 emergency formats), n layers of a group.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
