@@ -30,6 +30,7 @@ from altgrad_jax.conflicts import for_operands as for_operands
 from altgrad_jax.data.tokenizer import TOKENIZERS, is_file_name, vocabulary_size
 from altgrad_jax.errors import LIST_ITEM, UserError
 from altgrad_jax.numerics.layers import MODELS
+from altgrad_jax.numerics.recipes import GAINS
 from altgrad_jax.numerics.rules import AT_REST, MOMENTS, OPTIMIZERS, ROUNDINGS, SCALINGS, SCHEDULES
 
 # A ConfigDict with the settings of this file. (To a type checker every attribute of a ConfigDict is a union of all.)
@@ -205,6 +206,10 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
               only_with=LLAMA),
         Field("qk_norm", False, "queries and keys are normalized, head by head, before they are rotated",
               only_with=LLAMA),
+        Field("smooth_swiglu", False, "the input of mlp_down is scaled by columns before it is quantized, and scaled "
+              "back after (Smooth-SwiGLU)", only_with=LLAMA),
+        Field("norm_gains", "float32", "gains of the norms in the forward pass: as they are, or in blocks of 32 as the "
+              "weights of this recipe", choices=("float32", *GAINS)),
         Field("init_from", "", "folder of weights to start from, in place of random ones: of Hugging Face (GPT-2 or "
               "Llama), of a run, or a checkpoint; parameters only, the run starts at step 0", text=OPTIONAL_FOLDER),
         Field("dropout", 0.0, "share of activations set to 0 in training; 0 = off", low=0, high=FLOAT32_BELOW_1),
@@ -500,6 +505,8 @@ def _conflicts(values: Mapping[str, Any]) -> list[str]:
         *conflicts.of_one_token(c),
         *conflicts.of_schedule(c),
         *conflicts.of_moments(c),
+        *conflicts.of_gains(c),
+        *conflicts.of_smooth_swiglu(c),
         *conflicts.of_formats(c),
         *conflicts.of_xla_options(c),
         *conflicts.of_recipe(c),
@@ -537,7 +544,8 @@ def _without_effect(c: Any) -> Iterator[str]:
             f"metrics={c.metrics!r} names {', '.join(asked)}, which use_fp8=False leaves nothing to "
             "measure: set use_fp8=True, or leave it out"
         )
-    if c.reference_gradient and not (c.use_fp8 or c.recipe) and c.compute_dtype == "float32":
+    exact = c.compute_dtype == "float32" and c.norm_gains == "float32"
+    if c.reference_gradient and not (c.use_fp8 or c.recipe) and exact:
         yield (
             "reference_gradient=True has nothing to compare: with use_fp8=False and compute_dtype='float32' the "
             "gradient is its own reference: set reference_gradient=False"
@@ -672,12 +680,13 @@ ADDED_IN_2 = frozenset(
     "emergency_formats emergency_patience optimizer reference_interval diagnostic_interval rank_threshold "
     "rank_threshold_strict layer_interval wandb_group wandb_keys fsdp".split()
 )
-# And those that records of all versions before 3, 4, 5, 6 and 7 lack.
+# And those that records of all versions before 3, 4, 5, 6, 7 and 8 lack.
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
 ADDED_IN_4 = frozenset({"loggers"})
 ADDED_IN_5 = frozenset({"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
 ADDED_IN_6 = frozenset({"evaluate_all", "model", "n_kv_head", "tied_head", "qk_norm", "init_from"})
 ADDED_IN_7 = frozenset({"certify_draws"})
+ADDED_IN_8 = frozenset({"norm_gains", "smooth_swiglu"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -686,7 +695,7 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
 
     A record of before version 6 is known by its names; its optimizer ulp_adamw is ulp_adamw_mean today.
     """
-    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4 | ADDED_IN_5 | ADDED_IN_6 | ADDED_IN_7)
+    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4 | ADDED_IN_5 | ADDED_IN_6 | ADDED_IN_7 | ADDED_IN_8)
     values = dict(values)
     if values.keys() & RENAMED_IN_6.keys():
         values = {RENAMED_IN_6.get(name, name): value for name, value in values.items()}

@@ -149,6 +149,49 @@ def of_moments(c: Any) -> Iterator[str]:
         )
 
 
+def of_gains(c: Any) -> Iterator[str]:
+    """What is wrong between the form of the norms' gains and the widths of the norms."""
+    if c.norm_gains == "float32":
+        return
+    widths = {"n_embd": c.n_embd} | ({"n_embd / n_head": c.n_embd // c.n_head} if c.qk_norm else {})
+    for name, width in widths.items():
+        if width % 32:
+            yield (
+                f"norm_gains={c.norm_gains!r} takes gains in blocks of 32, which do not divide the norms of {name} = "
+                f"{width} numbers: give a multiple of 32, or norm_gains='float32'"
+            )
+
+
+def of_smooth_swiglu(c: Any) -> Iterator[str]:
+    """What is wrong between Smooth-SwiGLU and what quantizes the input of mlp_down."""
+    if not c.smooth_swiglu or c.model != "llama":
+        return
+    off = "set smooth_swiglu=False"
+    if not c.use_fp8 and not c.recipe:
+        yield f"smooth_swiglu=True has no effect without formats or a recipe: give one, or {off}"
+    if c.use_fp8 and c.products == "native":
+        yield (
+            "smooth_swiglu=True scales the columns of an operand, and products='native' takes one scale for each "
+            f"operand: set products='emulated', or {off}"
+        )
+    try:
+        layers = rules.resolve_rules(c.formats, c.n_layer, c.model) if c.use_fp8 and c.formats else ()
+        phases = recipes.parse_schedule(c.recipe, c.max_steps)
+        known = [recipes.get_recipe(name) for name in (*(phase.recipe for phase in phases), *c.recipe_program)]
+    except UserError:  # of_formats and of_recipe say so
+        return
+    if layers and not any(layer.a for layer in layers if layer.layer.endswith("/mlp_down")):
+        yield (
+            f"smooth_swiglu=True has no effect with formats={c.formats!r}, which give A of mlp_down none: give it a "
+            f"format, or {off}"
+        )
+    if mixed := [recipe.name for recipe in known if recipe.fprop_x.rotation]:
+        yield (
+            f"smooth_swiglu=True scales the columns of mlp_down's input, which recipe={mixed[0]!r} mixes by a Hadamard "
+            f"transform: {off}, or give another recipe"
+        )
+
+
 def of_recipe(c: Any) -> Iterator[str]:
     """What is wrong between a recipe and the rest."""
     if not c.recipe:

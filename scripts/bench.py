@@ -83,10 +83,10 @@ flags.DEFINE(cli.OUTPUT_FILE, "json", None, "file for all figures, every single 
 
 
 def run(config, **values):
-    if config.model != "gpt2":
+    if config.model != "gpt2" and (values["peers"] == "torch" or values["nanogpt"]):
         raise UserError(
-            f"model={config.model!r} cannot be benchmarked, because the peers and the counts of bytes are GPT-2's: set "
-            "model='gpt2'"
+            f"model={config.model!r} has no peers, which are implementations of GPT-2: give --peers=none and no "
+            "--nanogpt, or set model='gpt2'"
         )
     if values["peers"] == "torch" and not peers.torch_importable():
         raise UserError(

@@ -106,7 +106,7 @@ def test_caches_that_there_are_not():
 
 def test_text_made_token_by_token_sees_the_cache_of_a_whole_window():
     settings = {"model": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 61,
-                "dropout": 0.0, "compute_dtype": "float32"}  # fmt: skip
+                "dropout": 0.0, "compute_dtype": "float32", "norm_gains": "float32"}  # fmt: skip
     plain = model_config(settings)
     config = dataclasses.replace(plain, kv_cache=cache_spec("E2M1:1x16", plain.head_width))
     params = init_params(plain, 0)

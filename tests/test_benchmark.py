@@ -21,6 +21,7 @@ from altgrad_jax.config import fitted
 from altgrad_jax.errors import UserError
 from altgrad_jax.models.flops import training_flops_per_token
 from altgrad_jax.models.gpt2 import GPTConfig
+from altgrad_jax.models.llama import LlamaConfig
 from altgrad_jax.models.model import init_params
 from altgrad_jax.models.parameters import count_params
 from altgrad_jax.step import update
@@ -142,6 +143,17 @@ def test_flops_by_formula_are_a_hand_count():
 def test_the_number_of_parameters_is_the_models():
     sizes = {name: size for name, size in SHAPE.items() if name != "n_head"}
     assert roofline.parameters_of(**sizes) == count_params(init_params(GPTConfig(**SHAPE), 0))
+
+
+@pytest.mark.parametrize("options", [{}, {"n_kv_head": 1}, {"tied_head": False, "qk_norm": True}])
+def test_parameters_of_a_llama_are_counted(options):
+    shapes = jax.eval_shape(functools.partial(init_params, LlamaConfig(**SHAPE, **options), 0))
+    assert roofline.parameters_of(**SHAPE, model="llama", **options) == count_params(shapes)
+
+
+def test_a_llama_has_no_peers():
+    with pytest.raises(UserError, match="model='llama' has no peers, which are implementations of GPT-2"):
+        script().run(tiny(model="llama"), peers="torch", nanogpt=None)
 
 
 def test_flops_are_the_products_that_xla_counts_and_little_else():

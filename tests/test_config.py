@@ -119,6 +119,8 @@ NEW = {
     "moments_rounding": "nearest",
     "evaluate_all": False,
     "certify_draws": 0,
+    "norm_gains": "float32",
+    "smooth_swiglu": False,
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -785,9 +787,10 @@ def test_difference_lists_fields_in_order_and_names_absent_ones():
 
 def test_a_record_of_version_1_is_one_with_the_defaults():
     to_5 = settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5
-    assert to_5 | settings.ADDED_IN_6 | settings.ADDED_IN_7 == set(NEW)
+    assert to_5 | settings.ADDED_IN_6 | settings.ADDED_IN_7 | settings.ADDED_IN_8 == set(NEW)
     model = {"model", "n_kv_head", "tied_head", "qk_norm"}
     assert settings.ADDED_IN_6 == {"evaluate_all", "init_from"} | model and settings.ADDED_IN_7 == {"certify_draws"}
+    assert settings.ADDED_IN_8 == {"norm_gains", "smooth_swiglu"}
     assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers"}
     assert settings.ADDED_IN_5 == {"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"}
     new = to_dict(default_config())
@@ -936,3 +939,28 @@ def test_config_files_do_not_share_a_folder_or_a_name():
 def test_jax_is_not_imported():
     code = "import sys, altgrad_jax.cli; sys.exit(bool({'jax', 'flax', 'wandb', 'optax'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+LLAMA = {"model": "llama", "smooth_swiglu": True}
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"smooth_swiglu": True}, "smooth_swiglu=True has no effect with model='gpt2'"),
+        (LLAMA, "has no effect without formats or a recipe"),
+        (LLAMA | {"use_fp8": True, "formats": ("E4M3",), "products": "native"}, "products='native' takes one scale"),
+        (LLAMA | {"use_fp8": True, "formats": ("block_*/attn_*=E4M3",)}, "which give A of mlp_down none"),
+        (LLAMA | {"recipe": ("bf16", "ufp4@10")}, "which recipe='ufp4' mixes by a Hadamard transform"),
+        ({"norm_gains": "mxfp8", "n_embd": 48}, "do not divide the norms of n_embd = 48 numbers"),
+        ({"norm_gains": "mxfp8", "model": "llama", "qk_norm": True, "n_head": 24}, "n_embd / n_head = 16 numbers"),
+        ({"norm_gains": "nvfp4"}, "norm_gains='nvfp4' cannot be used: give one of float32, mxfp8"),
+    ],
+)
+def test_smooth_swiglu_and_norm_gains_are_refused_where_they_cannot_be_honoured(values, words):
+    assert words in refusal(**values)
+
+
+def test_smooth_swiglu_goes_with_formats_and_recipes():
+    validate(changed(vocab_size=50257, **LLAMA, use_fp8=True, formats=("E4M3",)))
+    validate(changed(vocab_size=50257, **LLAMA, recipe=("bf16", "mxfp8@10"), norm_gains="mxfp8_floor"))

@@ -43,7 +43,7 @@ def test_transformers_computes_our_logits_and_loads_what_it_saves(transformers, 
     assert_equal_logits(our_logits(params, config), their_logits(torch, model.eval(), TOKENS_BL))
     model.save_pretrained(tmp_path / "back", safe_serialization=True)
     got, settings = hf.from_hf(*hf.read_folder(tmp_path / "back"))
-    assert model_config({"compute_dtype": "float32", "qk_norm": False} | settings) == config
+    assert model_config(hf.UNSAID | settings) == config
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -71,7 +71,7 @@ def test_we_compute_transformers_logits_from_its_folder(transformers, torch, tmp
     # Read again, for .to() rounds the angles of the rotation with the weights.
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()
     params, settings = hf.from_hf(*hf.read_folder(tmp_path / "theirs"))
-    config = model_config({"compute_dtype": "float32", "qk_norm": False} | settings)
+    config = model_config(hf.UNSAID | settings)
     assert config == LlamaConfig(**SIZES, **options)
     # A bfloat16 file holds float32 numbers; from there both compute in float32.
     assert_equal_logits(our_logits(params, config), their_logits(torch, model, TOKENS_BL))
@@ -90,7 +90,7 @@ TEXTS = (
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_auto_tokenizer_of_an_export_encodes_as_the_project_does(transformers, tmp_path, name, kind):
-    config = model_config(SIZES | {"model": kind, "n_kv_head": 0, "tied_head": True, "qk_norm": False, "dropout": 0.0})
+    config = model_config(hf.UNSAID | SIZES | {"model": kind, "n_kv_head": 0, "tied_head": True, "dropout": 0.0})
     params = jax.tree.map(np.asarray, init_params(config, 0))
     hf.write_folder(tmp_path / "out", *hf.to_hf(params, config), tokenizer_files(name, 48))
     ours, theirs = get_tokenizer(name), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

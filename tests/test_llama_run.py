@@ -144,3 +144,18 @@ def test_a_dry_run_counts_what_it_has(data_dir, tmp_path, capsys):
 def test_settings_that_do_not_fit_are_refused(data_dir, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         train(tiny(**changes), data_dir=data_dir, workdir=tmp_path / "run")
+
+
+def test_a_run_with_both_options_is_resumed_to_the_bit_and_logs_its_gains(data_dir, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    config = tiny(**CHANGES, smooth_swiglu=True, norm_gains="mxfp8_floor")
+    assert train(config, data_dir=data_dir, workdir=whole).exit_code == 0
+    row = rows_of(whole)[-1]
+    assert 0 <= row["gain_top_code/all"] <= 1 and 0 <= row["gain_one_value/block_0/norm_1"] <= 1
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "4")
+    (cut / "verdict.json").unlink()
+    train(config, data_dir=data_dir, workdir=cut)
+    assert state_bytes(cut, 4) == state_bytes(whole, 4)
+    found = evaluate_checkpoint(whole, data_dir=data_dir).val_loss
+    assert np.float32(found) == np.float32(row["val_loss"])

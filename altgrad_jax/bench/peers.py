@@ -158,8 +158,7 @@ class Peer:
 
 def least_memory(shape, batch_size):
     """Bytes a peer's step needs at the least: state and gradients, logits with their gradient, what blocks save."""
-    sizes = {name: size for name, size in shape.items() if name != "n_head"}
     tokens = batch_size * shape["block_size"]
-    return 16 * roofline.parameters_of(**sizes) + tokens * (
+    return 16 * roofline.parameters_of(**shape) + tokens * (
         8 * shape["vocab_size"] + 2 * 34 * shape["n_layer"] * shape["n_embd"]
     )

@@ -130,6 +130,9 @@ def _open_peer(flags, resources, facts):
         if flags["nanogpt"]:
             raise UserError(f"--nanogpt={flags['nanogpt']} needs torch: leave --peers=none out")
         return None
+    if facts["config"]["model"] != "gpt2":
+        say(f"model={facts['config']['model']!r}: the peers are implementations of GPT-2, so there are none")
+        return None
     if not peers.torch_importable():
         say(f"torch and transformers are not installed, so there are no peers to compare with: {peers.INSTALL}")
         return None

@@ -19,18 +19,28 @@ The measured peak of bfloat16 is the best of all products timed in the round, fl
 bfloat16 numbers); of float32, the best float32 one.
 """
 
+import math
 import os
 
 from altgrad_jax.bench.timing import Unavailable, quartiles
+from altgrad_jax.numerics.layers import HEAD, matrix_sizes
 
 BYTES_LEAST_PER_PARAMETER = 40
 GIB = 2**30
 
 
-def parameters_of(*, n_layer, n_embd, block_size, vocab_size):
-    """Scalars in a GPT-2 with a tied head, biases and LayerNorms included."""
-    per_block = 12 * n_embd**2 + 13 * n_embd
-    return n_layer * per_block + (vocab_size + block_size + 2) * n_embd
+def parameters_of(
+    *, n_layer, n_embd, block_size, vocab_size, model="gpt2", n_head=1, n_kv_head=0, tied_head=True, qk_norm=False
+):
+    """Scalars in a model, biases and norms included; the arguments are settings."""
+    sizes = matrix_sizes(model=model, n_embd=n_embd, vocab_size=vocab_size, n_head=n_head, n_kv_head=n_kv_head)
+    table = math.prod(sizes.pop(HEAD))
+    matrices = sum(K * N for K, N in sizes.values())
+    if model == "gpt2":
+        biases = sum(N for _, N in sizes.values())
+        return n_layer * (matrices + biases + 4 * n_embd) + table + (block_size + 2) * n_embd
+    norms = 2 * n_embd + (2 * n_embd // n_head if qk_norm else 0)
+    return n_layer * (matrices + norms) + n_embd + (table if tied_head else 2 * table)
 
 
 def memory_bytes(compiled):

@@ -31,7 +31,8 @@ METRIC_VARIANTS = {
     ALL_METRICS: {"metrics": "all"},
 }
 DISPATCH_STEPS = (1, 2, 5, 10, 25)
-SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")  # of a peer, which is a GPT-2
+PARAMETER_FIELDS = (*SHAPE_FIELDS, "model", "n_kv_head", "tied_head", "qk_norm")
 OPTIMIZER_FIELDS = ("learning_rate", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip")
 # Layers, heads, width; parameters with GPT-2's vocabulary.
 LADDER = {"10M": (4, 3, 192), "30M": (6, 6, 384), "100M": (12, 11, 704), "300M": (20, 16, 1024), "1B": (24, 28, 1792)}
@@ -217,7 +218,9 @@ def size_sections(plan):
     """The step at other sizes, each beside the peers in bfloat16."""
     gpu, config, sections = programs.device().platform != "cpu", plan.config, []
     gpt2 = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_124M), block_size=1024, batch_size=8 if gpu else 1)
-    sizes = {"baseline, batch 64": {"batch_size": 64}, "GPT-2 124M": gpt2}
+    sizes = {"baseline, batch 64": {"batch_size": 64}}
+    if config.model == "gpt2":
+        sizes["GPT-2 124M"] = gpt2
     for name, shape in LADDER.items():
         sizes[f"ladder {name}"] = dict(
             zip(("n_layer", "n_head", "n_embd"), shape), batch_size=8 if gpu else 4, block_size=1024 if gpu else 256
@@ -225,7 +228,7 @@ def size_sections(plan):
     names = [name for name in plan.peer.variants() if "bfloat16" in name] if plan.peer else []
     for name, changes in sizes.items():
         sized = programs.changed(config, changes)
-        n = roofline.parameters_of(**{field: sized[field] for field in SHAPE_FIELDS if field != "n_head"})
+        n = roofline.parameters_of(**{field: sized[field] for field in PARAMETER_FIELDS})
         rows = [plan.ours(BARE, sized, bare=True), plan.ours(ALL_METRICS, sized)]
         sections.append(
             Section(
@@ -406,7 +409,7 @@ def _row(entry, section, config, seconds_of, peaks, bandwidths):
     tokens = config.batch_size * config.block_size
     dtype = entry.facts.get("dtype", config.compute_dtype)
     n_flops = flops_per_step(config)
-    shape = {field: config[field] for field in SHAPE_FIELDS if field != "n_head"}
+    shape = {field: config[field] for field in PARAMETER_FIELDS}
     bytes_least = roofline.BYTES_LEAST_PER_PARAMETER * roofline.parameters_of(**shape)
     row = {
         "section": section.name,
@@ -415,7 +418,7 @@ def _row(entry, section, config, seconds_of, peaks, bandwidths):
         "dtype": dtype,
         "steps": entry.steps,
         "batch_size": config.batch_size,
-        **{field: config[field] for field in SHAPE_FIELDS},
+        **{field: config[field] for field in ("model", *SHAPE_FIELDS)},
     }
     row |= timing.time_facts(entry.seconds, seconds_of.get(section.base), seconds_of.get(ALL_METRICS))
     row |= {"tokens_per_s": 1e3 * tokens / row["ms_per_step"], "flops": n_flops, "bytes_least": bytes_least}

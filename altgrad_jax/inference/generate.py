@@ -70,7 +70,8 @@ def load_model(path, step: int | None = None) -> Model:
     known_again(meta.get("registered"))
     settings = meta.get("config", {})
     # All else is a choice of the machine it trained on; the defaults compute the same everywhere.
-    missing = [name for name in (*setting_names("gpt2"), "tokenizer") if name not in settings]
+    complete = upgraded(settings) | {"use_fp8": settings.get("use_fp8", False)}
+    missing = [name for name in (*setting_names("gpt2"), "tokenizer") if name not in complete]
     if missing:
         raise UserError(
             f"the checkpoint in {path} does not record {', '.join(missing)}; give one that was written by "
@@ -78,7 +79,6 @@ def load_model(path, step: int | None = None) -> Model:
         )
     if wrong := wrong_values(settings):
         raise UserError(f"the checkpoint in {path} describes no model: {wrong[0]}")
-    complete = upgraded(settings) | {"use_fp8": settings.get("use_fp8", False)}
     for problem in of_heads(SimpleNamespace(**complete)):
         raise UserError(f"the checkpoint in {path} describes no model: {problem}")
     config, operands = model_config(complete), {}

@@ -256,11 +256,20 @@ def body_of(eqn):
     return getattr(body, "jaxpr", body)
 
 
+def parts_of_scan(params, values) -> list[list]:
+    """[fixed, carried, scanned] of what a scan is given: jax 0.12 has `ft_in` for it, earlier ones numbers."""
+    if "ft_in" in params:
+        return [list(part) for part in params["ft_in"].update(values).unpack()]
+    n, k = params["num_consts"], params["num_carry"]
+    return [values[:n], values[n : n + k], values[n + k :]]
+
+
 def _of_scan(eqn, ins, place):
-    n, k, depth = eqn.params["num_consts"], eqn.params["num_carry"], len(place.loops)
-    xs = [in_loop(o, depth) for o in ins[n + k :]]
+    depth = len(place.loops)
+    fixed, carried, scanned = parts_of_scan(eqn.params, ins)
+    xs = [in_loop(o, depth) for o in scanned]
     body, place = eqn.params["jaxpr"].jaxpr, place.looped(eqn.params["length"])
-    outs, plan = _loop(body, ins[:n], ins[n : n + k], xs, place, depth)
+    outs, plan = _loop(body, fixed, carried, xs, place, depth)
     if any(p.loops[depth][1] for p in plan.products()):  # a loop over layers, so each has an attention of its own
         plan = plan.map(partial(_of_layers, depth))
     return [out_of_loop(o, depth) for o in outs], (plan,), plan.notes

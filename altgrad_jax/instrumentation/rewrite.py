@@ -23,7 +23,7 @@ from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
 from altgrad_jax.instrumentation.origins import LAYOUT
-from altgrad_jax.instrumentation.plan import CALLS, Plan, Product, manual_axes
+from altgrad_jax.instrumentation.plan import CALLS, Plan, Product, manual_axes, parts_of_scan
 
 # (product, its equation, [left, right operand], extra) -> (result, statistics)
 Replace = Callable[[Product, Any, Sequence[Any], Any], tuple[jax.Array, Any]]
@@ -145,11 +145,11 @@ def _pinned(values, shardings):
 
 
 def _scan(plans, eqn, frame, replace, extras):
-    params, ins = eqn.params, _inputs(eqn, frame)
-    n, k = params["num_consts"], params["num_carry"]
+    params = eqn.params
+    fixed, carried, scanned = parts_of_scan(params, _inputs(eqn, frame))
     options = {key: params[key] for key in ("length", "reverse", "unroll", "_split_transpose") if key in params}
-    step = partial(_round, plans[0], params["jaxpr"], k, ins[:n], replace)
-    carry, (ys, statistics) = lax.scan(step, ins[n : n + k], (ins[n + k :], extras[0]), **options)
+    step = partial(_round, plans[0], params["jaxpr"], len(carried), fixed, replace)
+    carry, (ys, statistics) = lax.scan(step, carried, (scanned, extras[0]), **options)
     return [*carry, *ys], statistics
 
 

@@ -1,6 +1,6 @@
 """Shape and dtypes of a model: what all models have in common."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from altgrad_jax.models.stacking import Segments
@@ -21,7 +21,8 @@ class ModelConfig:
     divided into segments, each computed alike; empty stands for one segment. `loss_tile_bytes`: limit of the float32
     logits that the loss computes at once (cross_entropy). `unroll`: whether the program holds every block apart, as a
     GPU wants it, or one block in a loop, which compiles in a fraction of the time. `kv_cache`: how keys and values are
-    kept, in an evaluation or while text is made; None in the compute dtype.
+    kept, in an evaluation or while text is made; None in the compute dtype. `norm_gains`: "float32", or the recipe by
+    which gains of norms are rounded (numerics.gains).
     """
 
     n_layer: int
@@ -30,6 +31,7 @@ class ModelConfig:
     block_size: int
     vocab_size: int
     dropout: float = 0.0
+    norm_gains: str = "float32"
     compute_dtype: str = "bfloat16"
     attention: str = "xla"
     rules: tuple[tuple[str, Choices], ...] = ()
@@ -39,6 +41,11 @@ class ModelConfig:
     kv_cache: SlotSpec | None = None
 
     name: ClassVar[str]  # as the setting `model` has it
+
+    @property
+    def exact(self) -> "ModelConfig":
+        """The model in float32, without formats."""
+        return replace(self, compute_dtype="float32", attention="xla", norm_gains="float32")
 
     @property
     def segments(self) -> Segments:

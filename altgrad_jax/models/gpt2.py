@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from altgrad_jax.models.attention import KVCache, attend
 from altgrad_jax.models.config import ModelConfig
 from altgrad_jax.models.linear import INIT_STD, Embedding, Linear, Quantized
-from altgrad_jax.models.transformer import Block, Transformer
+from altgrad_jax.models.transformer import Block, Transformer, rounded_gains
 
 LAYER_NORM_EPS = 1e-5
 
@@ -36,7 +36,9 @@ class GPTConfig(ModelConfig):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32."""
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32; `gains` as ModelConfig.norm_gains."""
+
+    gains: str
 
     @nn.compact
     def __call__(self, x_BLD):
@@ -45,7 +47,7 @@ class LayerNorm(nn.Module):
         bias_D = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
         centred_BLD = x_BLD - x_BLD.mean(-1, keepdims=True)
         var_BL1 = jnp.square(centred_BLD).mean(-1, keepdims=True)
-        return centred_BLD * jax.lax.rsqrt(var_BL1 + LAYER_NORM_EPS) * scale_D + bias_D
+        return centred_BLD * jax.lax.rsqrt(var_BL1 + LAYER_NORM_EPS) * rounded_gains(scale_D, self.gains) + bias_D
 
 
 class GPTBlock(Block):
@@ -66,12 +68,12 @@ class GPTBlock(Block):
         B, L, D = x_BLD.shape
         H = config.n_head
 
-        h_BLD = LayerNorm(name="ln_1")(x_BLD)
+        h_BLD = LayerNorm(config.norm_gains, name="ln_1")(x_BLD)
         qkv_BL3D = linear(h_BLD, "attn_qkv", 3 * D).astype(dtype)
         q_BLHC, k_BLHC, v_BLHC = (part.reshape(B, L, H, D // H) for part in jnp.split(qkv_BL3D, 3, axis=-1))
         a_BLHC, cache = attend(config, self.rules, q_BLHC, k_BLHC, v_BLHC, cache, i, position, quantized, statistics)
         x_BLD = x_BLD + drop(linear(a_BLHC.reshape(B, L, D).astype(jnp.float32), "attn_out", D, residual_std))
-        h_BLD = LayerNorm(name="ln_2")(x_BLD)
+        h_BLD = LayerNorm(config.norm_gains, name="ln_2")(x_BLD)
         h_BLF = jax.nn.gelu(linear(h_BLD, "mlp_up", 4 * D), approximate=True)
         x_BLD = x_BLD + drop(linear(h_BLF, "mlp_down", D, residual_std))
         return x_BLD, cache, statistics

@@ -41,6 +41,9 @@ CONFIG_FILE = "config.json"
 GPT2_END_OF_TEXT = 50256
 TOKENIZER_KEY = "altgrad_tokenizer"  # our own key in config.json; transformers keeps what it does not know
 
+# Settings of which a config.json says nothing, for a model that computes what transformers does.
+UNSAID = {"compute_dtype": "float32", "norm_gains": "float32", "qk_norm": False, "smooth_swiglu": False}
+
 _PREFIX = {"gpt2": "transformer.", "llama": "model."}
 TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
 _CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
@@ -239,7 +242,7 @@ def from_hf(tensors: dict, config_json: dict) -> tuple[dict, dict]:
     """
     sizes = settings_of(config_json)
     model = sizes.get("model", "gpt2")
-    config = models.model_config({"model": model, "compute_dtype": "float32", "qk_norm": False} | sizes)
+    config = models.model_config(UNSAID | {"model": model} | sizes)
     tensors = _without_prefix(tensors, _PREFIX[model])
     params: dict[str, Any] = {}
     for entry in _entries(config):

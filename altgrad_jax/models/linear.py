@@ -28,24 +28,25 @@ class Quantized(NamedTuple):
     g_probes: dict[str, jax.Array]
 
 
-def product(config: ModelConfig, rules, layer, x, w, quantized: Any, statistics: dict, w_is_NK=False) -> jax.Array:
+def product(
+    config: ModelConfig, rules, layer, x, w, quantized: Any, statistics: dict, w_is_NK=False, columns_K=None
+) -> jax.Array:
     """quant_dot for one layer, in its formats if `rules` has it; their statistics are put into `statistics`.
 
     Args:
-      quantized: Quantized; None where no layer has a format.
+      quantized: Quantized; None where no layer has a format. columns_K: as in quant_dot, for a layer of `rules`.
     """
     rule = dict(rules).get(layer)
     if rule is None:
         return quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=config.compute_dtype)
     operands, g_probe, dtype = quantized.operands[layer], quantized.g_probes.get(layer), config.compute_dtype
     if isinstance(rule, Draws):
-        return certified_dot(x, w, operands, rule, g_probe, w_is_NK, dtype)
+        return certified_dot(x, w, operands._replace(columns_K=columns_K), rule, g_probe, w_is_NK, dtype)
     if isinstance(rule, Rule):
-        y, statistics[layer] = quant_dot(
-            x, w, w_is_NK=w_is_NK, compute_dtype=dtype, rule=rule, operands=operands, g_probe=g_probe
-        )
+        numbers = dict(rule=rule, operands=operands, g_probe=g_probe, columns_K=columns_K)
+        y, statistics[layer] = quant_dot(x, w, w_is_NK=w_is_NK, compute_dtype=dtype, **numbers)
     else:
-        y, statistics[layer] = slot_dot(x, w, operands, rule, g_probe, w_is_NK, dtype)
+        y, statistics[layer] = slot_dot(x, w, operands, rule, g_probe, w_is_NK, dtype, columns_K)
     return y
 
 
@@ -59,11 +60,11 @@ class Linear(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x, quantized: Quantized | None, statistics: dict):
+    def __call__(self, x, quantized: Quantized | None, statistics: dict, columns_K=None):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None
-        y = product(self.config, self.rules, self.name, x, kernel, quantized, statistics)
+        y = product(self.config, self.rules, self.name, x, kernel, quantized, statistics, columns_K=columns_K)
         return y if bias is None else y + bias
 
 

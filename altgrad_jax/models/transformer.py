@@ -16,6 +16,7 @@ from altgrad_jax.models.attention import KVCache
 from altgrad_jax.models.config import Choices, ModelConfig
 from altgrad_jax.models.linear import Embedding, Quantized, product
 from altgrad_jax.models.stacking import segment_key, stack
+from altgrad_jax.numerics import gains
 from altgrad_jax.numerics.layers import HEAD
 
 
@@ -37,6 +38,11 @@ class Block(nn.Module):
 
     config: Any
     rules: tuple[tuple[str, Choices], ...] = ()
+
+
+def rounded_gains(gain, recipe: str) -> jax.Array:
+    """The gains of a norm as it multiplies with them; `recipe` as ModelConfig.norm_gains."""
+    return gain if recipe == "float32" else gains.rounded(gain, recipe)
 
 
 class _OfBlock(NamedTuple):
@@ -114,7 +120,7 @@ def _of_head(quantized: Quantized | None) -> Quantized | None:
 class Transformer(nn.Module):
     """The whole model; see ModelOutput for what it returns. A model fills in its kind of block and its ends.
 
-    last_norm: the kind of norm before the head, and its name.
+    last_norm: the kind of norm before the head, made with ModelConfig.norm_gains, and its name.
     """
 
     config: Any
@@ -169,7 +175,7 @@ class Transformer(nn.Module):
                 self.block, config, self.variables["params"], x_BLD, cache, position, key, quantized
             )
         norm, name = self.last_norm
-        x_BLD = norm(name=name)(x_BLD)
+        x_BLD = norm(config.norm_gains, name=name)(x_BLD)
         table_VD, logits_BLV = self.head_table(embed), None
         if head:
             of_head, found = jax.tree.map(lambda leaf: leaf[0], _of_head(quantized)), {}

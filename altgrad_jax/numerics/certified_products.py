@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from altgrad_jax.numerics import bias
-from altgrad_jax.numerics.products import product, weight_gradient
+from altgrad_jax.numerics.products import product, scaled_columns, unscaled_columns, weight_gradient
 from altgrad_jax.numerics.rounding import stochastic_seed
 from altgrad_jax.numerics.slot_quantization import Features, Slot, in_tensor_basis, quantize_slot
 from altgrad_jax.numerics.slots import at, redraw, slot_dot
@@ -46,6 +46,7 @@ class Certified(NamedTuple):
     slots: Slot  # leaves [6, ...], `slots_of` a recipe, not redrawn
     seed: Any  # uint32 [2]: of this layer's draws
     number: Any  # int32: 0 measures; n > 0 hands on draw n, and measures nothing
+    columns_K: Any = None  # float32: as in products.quant_dot, of the whole batch
 
 
 class _Static(NamedTuple):
@@ -82,19 +83,18 @@ def _forward_half(static: _Static, w, given: Certified, half):
     x_MK, number = half
     slots, axis_K = _drawn(given, _OF_PASSES + given.number, number), 1 if static.w_is_NK else 0
     copies = []
-    for i, (v, axis) in enumerate(((x_MK, 1), (w, axis_K))):
+    for i, (v, axis) in enumerate(((scaled_columns(x_MK, given.columns_K), 1), (w, axis_K))):
         slot, features = at(slots, i), static.draws.features[i]
         quantized, _ = quantize_slot(v, slot, axis, features, static.dtype)
         copies.append(in_tensor_basis(quantized, slot, axis, features))
-    x_copy, w_copy = copies
+    x_copy, w_copy = unscaled_columns(copies[0], given.columns_K), copies[1]
     return product(x_copy, w_copy, 1, axis_K), x_copy, w_copy
 
 
-def _one_draw(static: _Static, x_MK, w, g_MN, slots) -> _Products:
+def _one_draw(static: _Static, x_MK, w, g_MN, slots, columns_K) -> _Products:
     """The three products as training computes them."""
-    dot = partial(
-        slot_dot, slots=slots, features=static.draws.features, w_is_NK=static.w_is_NK, compute_dtype=static.dtype
-    )
+    choices = dict(features=static.draws.features, w_is_NK=static.w_is_NK, compute_dtype=static.dtype)
+    dot = partial(slot_dot, slots=slots, columns_K=columns_K, **choices)
     y_MN, pull, _ = jax.vjp(lambda x, w: dot(x, w), x_MK, w, has_aux=True)
     return _Products(y_MN, *pull(g_MN))
 
@@ -113,7 +113,7 @@ def _backward_half(static: _Static, w, given: Certified, half):
     def draw(i, carry):
         total, square_RP = carry
         slots = _drawn(given, jnp.where(is_measured, i, _OF_PASSES + given.number), number)
-        found = _one_draw(static, x_MK, w, g_MN, slots)
+        found = _one_draw(static, x_MK, w, g_MN, slots, given.columns_K)
         square_RP += jnp.stack([_squares(found, exact) for exact in references])
         return jax.tree.map(jnp.add, total, found), square_RP
 

@@ -204,6 +204,24 @@ def _groups(v, scaling, axis, name):
     return v.reshape(*v.shape[:axis], size // block, block, *v.shape[axis + 1 :]), (axis + 1,)
 
 
+def column_scales(x) -> jax.Array:
+    """float32 [K]: the power of two s by which the largest magnitude of each column of x [..., K] becomes at least 1
+    and below 2; 2^126 for a column that is 0 everywhere. No gradient passes through it."""
+    amax_K = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=tuple(range(x.ndim - 1)))
+    exponent_K = scales.mx_exponent(amax_K, 1.0, 0, scales.FLOOR, xp=jnp, bitcast=lax.bitcast_convert_type)
+    return scales.power_of_two(-exponent_K, xp=jnp, bitcast=lax.bitcast_convert_type)
+
+
+def scaled_columns(x_MK, columns_K):
+    """x with its columns multiplied; x itself without scales."""
+    return x_MK if columns_K is None else x_MK * columns_K
+
+
+def unscaled_columns(q_MK, columns_K):
+    """The inverse of `scaled_columns` for an operand, exact in its own dtype because the scales are powers of two."""
+    return q_MK if columns_K is None else (q_MK.astype(jnp.float32) / columns_K).astype(q_MK.dtype)
+
+
 def _extremes(size, along):
     """(amax of each group along these axes, the smallest of all that is not 0) of magnitudes."""
     (amax,), (smallest,) = extremes(size)
@@ -342,13 +360,15 @@ def _as_operand(v, operand, scaling, axis, name, compute_dtype, rule):
     return _quantize(v, operand, scaling, axis, name, dtype, rule)
 
 
-def _quant_dot(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule) -> tuple[jax.Array, Statistics]:
-    return _quant_forward(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule)[0]
+def _quant_dot(x_MK, w, operands, g_probe, columns_K, w_is_NK, compute_dtype, rule) -> tuple[jax.Array, Statistics]:
+    return _quant_forward(x_MK, w, operands, g_probe, columns_K, w_is_NK, compute_dtype, rule)[0]
 
 
-def _quant_forward(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule):
+def _quant_forward(x_MK, w, operands, g_probe, columns_K, w_is_NK, compute_dtype, rule):
     axis = 1 if w_is_NK else 0
-    x_MK, a_descale, a_stats = _as_operand(x_MK, operands.a, rule.a, 1, "A", compute_dtype, rule)
+    scaled_MK = scaled_columns(x_MK, columns_K)
+    x_MK, a_descale, a_stats = _as_operand(scaled_MK, operands.a, rule.a, 1, "A", compute_dtype, rule)
+    x_MK = unscaled_columns(x_MK, columns_K)
     w, w_descale, w_stats = _as_operand(w, operands.w, rule.w, axis, "W", compute_dtype, rule)
     y_MN = product(x_MK, w, 1, axis, (a_descale, w_descale))
     saved = x_MK, a_descale, w, w_descale, operands.g, g_probe is not None
@@ -361,14 +381,14 @@ def _quant_backward(w_is_NK, compute_dtype, rule, saved, cotangents):
     g_MN, g_descale, g_stats = _as_operand(g_MN, g_operand, rule.g, 1, "G", compute_dtype, rule)
     dx_MK = product(g_MN, w, 1, 0 if w_is_NK else 1, (g_descale, w_descale))
     dw = weight_gradient(x_MK, g_MN, w_is_NK, (g_descale, a_descale))
-    return dx_MK, dw, None, g_stats if probed else None
+    return dx_MK, dw, None, g_stats if probed else None, None
 
 
-_quant_dot_MK = jax.custom_vjp(_quant_dot, nondiff_argnums=(4, 5, 6))
+_quant_dot_MK = jax.custom_vjp(_quant_dot, nondiff_argnums=(5, 6, 7))
 _quant_dot_MK.defvjp(_quant_forward, _quant_backward)
 
 
-def _check(operands, g_probe, rule, compute_dtype):
+def _check(operands, g_probe, columns_K, rule, compute_dtype):
     for name, operand in zip("WAG", operands):
         bits = None if operand is None else operand.format.mantissa_bits
         narrow = compute_dtype != jnp.float32 and not rule.float32_operands
@@ -377,6 +397,8 @@ def _check(operands, g_probe, rule, compute_dtype):
                 f"a format with {np.max(bits)} mantissa bits, given for {name}, is not exact in "
                 f"{compute_dtype}: set float32_operands=True"
             )
+    if rule.native and columns_K is not None:
+        raise UserError("native products have no scales of columns: give none, or compute emulated")
     if rule.native and None in operands:
         raise UserError("native products take float8 operands: give W, A and G a format each, or compute emulated")
     if g_probe is not None and operands.g is None:
@@ -389,7 +411,15 @@ def quant_dot(
 ) -> jax.Array: ...
 @overload
 def quant_dot(
-    x, w, *, w_is_NK: bool = ..., compute_dtype=..., operands: Operands, rule: Rule | None = ..., g_probe=...
+    x,
+    w,
+    *,
+    w_is_NK: bool = ...,
+    compute_dtype=...,
+    operands: Operands,
+    rule: Rule | None = ...,
+    g_probe=...,
+    columns_K=...,
 ) -> tuple[jax.Array, Statistics]: ...
 def quant_dot(
     x,
@@ -400,6 +430,7 @@ def quant_dot(
     operands: Operands | None = None,
     rule: Rule | None = None,
     g_probe=None,
+    columns_K=None,
 ):
     """Product of activations and a weight matrix, with float32 result and float32 gradients.
 
@@ -412,6 +443,8 @@ def quant_dot(
       rule: the static choices for these operands; default Rule().
       g_probe: float32 [S]; the gradient with respect to it is the statistics of the output gradient. Its value is not
         read. None: no such statistics.
+      columns_K: float32 powers of two (`column_scales`): x is multiplied by them before it is quantized, and divided
+        after; its statistics are of what is quantized. None: not. With emulated products only.
 
     Returns:
       float32 [..., N]; with `operands`, (that, Statistics). Gradients of x and w are float32 and are the exact
@@ -427,6 +460,6 @@ def quant_dot(
         y_MN = _plain_dot_MK(x_MK, w, w_is_NK, compute_dtype)
         return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
     rule = rule or Rule()
-    _check(operands, g_probe, rule, compute_dtype)
-    y_MN, statistics = _quant_dot_MK(x_MK, w, operands, g_probe, w_is_NK, compute_dtype, rule)
+    _check(operands, g_probe, columns_K, rule, compute_dtype)
+    y_MN, statistics = _quant_dot_MK(x_MK, w, operands, g_probe, columns_K, w_is_NK, compute_dtype, rule)
     return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1]), statistics

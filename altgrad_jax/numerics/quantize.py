@@ -45,7 +45,7 @@ def quantize(
     scale = scale_for(jnp.max(jnp.abs(blocks), axis=axes, keepdims=True), params)
     seed = None if key is None else jax.random.bits(key, (2,), jnp.uint32)
     q = to_grid(blocks, Grid(params, scale), seed=seed).reshape(x.shape).astype(x.dtype)
-    return _straight_through(x, q)
+    return straight_through(x, q)
 
 
 def _blocks(x, block):
@@ -61,10 +61,11 @@ def _blocks(x, block):
 
 
 @jax.custom_jvp
-def _straight_through(x, q):
+def straight_through(x, q):
+    """q, with the gradient of x."""
     return q
 
 
-@_straight_through.defjvp
+@straight_through.defjvp
 def _(primals, tangents):
     return primals[1], tangents[0]

@@ -45,6 +45,7 @@ EDEN_GROUP = 128  # elements along the contracted axis that share MS-EDEN's corr
 PARTS = ("fprop", "dgrad", "wgrad", "backward")
 HIGH = "BF16"
 WITH_ATTENTION = "_attention"  # ends the name of a recipe that quantizes the products of attention too
+GAINS = ("mxfp8", "mxfp8_floor", "mxfp6", "mxfp4")  # recipes in whose blocks of weights gains of norms can be kept
 NEVER = 2**31 - 1  # the update from which a phase holds that waits for bad updates
 _CHOICES = {"block": tuple(BLOCKS), "rule": RULES, "rounding": ("nearest", "stochastic"), "source": SOURCES,
             "correction": CORRECTIONS, "amax": ("current", "delayed")}  # fmt: skip

@@ -25,7 +25,7 @@ from jax import lax
 from altgrad_jax.errors import UserError
 from altgrad_jax.numerics import formats, hadamard, recipes, scales, slot_statistics
 from altgrad_jax.numerics.blocks import ACROSS, ALONG
-from altgrad_jax.numerics.products import product, weight_gradient
+from altgrad_jax.numerics.products import product, scaled_columns, unscaled_columns, weight_gradient
 from altgrad_jax.numerics.recipes import SLOTS, SOURCES
 from altgrad_jax.numerics.rounding import format_params, stochastic_seed
 from altgrad_jax.numerics.scales import FLOAT32, TWO_LEVEL
@@ -239,31 +239,44 @@ def _weight_gradient_NK(g_MN, x_MK):
     return weight_gradient(x_MK, g_MN, w_is_NK=True)
 
 
-def _fprop(x_MK, w, slots, features, w_is_NK, dtype):
-    """(y, first copy of x, first copy of w)."""
+def _unscaled(x: Quantized, columns_K) -> Quantized:
+    return x._replace(q=unscaled_columns(x.q, columns_K))
+
+
+def _fprop(x_MK, w, slots, columns_K, features, w_is_NK, dtype):
+    """(y, first copy of x, first copy of w); x is scaled by its columns, and so is its copy."""
     axis_K, _ = _axes(w_is_NK)
     x = _first(x_MK, slots, 0, 1, features, dtype)
     w_first = _first(w, slots, 1, axis_K, features, dtype)
-    y_MN = tiled_product(partial(product, contract_a=1, contract_b=axis_K), x.quantized, 1, w_first.quantized, axis_K)
+    multiply = partial(product, contract_a=1, contract_b=axis_K)
+    y_MN = tiled_product(multiply, _unscaled(x.quantized, columns_K), 1, w_first.quantized, axis_K)
     return y_MN, x, w_first
 
 
-def _dot(x_MK, w, slots, g_probe, features, w_is_NK, dtype):
+def _dot(x_MK, w, slots, g_probe, columns_K, features, w_is_NK, dtype):
     # Without a backward pass there is no second copy of x, and M may be any number of tokens.
-    y_MN, x, w_first = _fprop(x_MK, w, slots, features, w_is_NK, dtype)
+    y_MN, x, w_first = _fprop(scaled_columns(x_MK, columns_K), w, slots, columns_K, features, w_is_NK, dtype)
     nothing = None if x.statistics is None else jnp.asarray(slot_statistics.empty())
     return y_MN, _stacked(x.statistics, w_first.statistics, nothing)
 
 
-def _forward(x_MK, w, slots, g_probe, features, w_is_NK, dtype):
-    y_MN, x, w_first = _fprop(x_MK, w, slots, features, w_is_NK, dtype)
+def _forward(x_MK, w, slots, g_probe, columns_K, features, w_is_NK, dtype):
+    x_MK = scaled_columns(x_MK, columns_K)
+    y_MN, x, w_first = _fprop(x_MK, w, slots, columns_K, features, w_is_NK, dtype)
     # X is an intermediate: its second copy is made now, so that one in the compute dtype is kept and not a float32 one.
     x_again, x_statistics = _again(x_MK, x, slots, 4, 0, features, dtype)
     statistics = _stacked(x.statistics, w_first.statistics, x_statistics)
     # W is a parameter: the weight itself is kept, and its first copy where the second one is made of it or compared.
     needed = features[3].requantize or features[3].shared or features[3].statistics
     saved_w = w_first.quantized if needed else Quantized(jnp.zeros((), dtype), jnp.zeros((1, 1)))
-    return (y_MN, statistics), (x_again, w, saved_w, w_first.statistics, slots, g_probe is not None)
+    return (y_MN, statistics), (
+        _unscaled(x_again, columns_K),
+        w,
+        saved_w,
+        w_first.statistics,
+        slots,
+        g_probe is not None,
+    )
 
 
 def _backward(features, w_is_NK, dtype, saved, cotangents):
@@ -281,10 +294,10 @@ def _backward(features, w_is_NK, dtype, saved, cotangents):
     else:
         dw = tiled_product(weight_gradient, x_again, 0, g_again, 0, columns_first=True)
     probe = _stacked(g.statistics, again_statistics, g_statistics) if probed else None
-    return dx_MK, dw, None, probe
+    return dx_MK, dw, None, probe, None
 
 
-_slot_dot = jax.custom_vjp(_dot, nondiff_argnums=(4, 5, 6))
+_slot_dot = jax.custom_vjp(_dot, nondiff_argnums=(5, 6, 7))
 _slot_dot.defvjp(_forward, _backward)
 
 
@@ -305,14 +318,14 @@ def _of_all(statistics):
 
 # vmap stands inside the derivative, so that statistics are combined, where that of a vmapped probe would be added up.
 def _dots(x_PMK, w_P, slots, g_probe, features, w_is_NK, dtype):
-    one = partial(_dot, g_probe=None, features=features, w_is_NK=w_is_NK, dtype=dtype)
+    one = partial(_dot, g_probe=None, columns_K=None, features=features, w_is_NK=w_is_NK, dtype=dtype)
     y_P, statistics = jax.vmap(one, in_axes=(0, 0, _PER_PRODUCT))(x_PMK, w_P, _seeded(slots, len(x_PMK)))
     return y_P, _of_all(statistics)
 
 
 def _forwards(x_PMK, w_P, slots, g_probe, features, w_is_NK, dtype):
     def one(x_MK, w, slots):
-        made, (*saved, _, _) = _forward(x_MK, w, slots, None, features, w_is_NK, dtype)
+        made, (*saved, _, _) = _forward(x_MK, w, slots, None, None, features, w_is_NK, dtype)
         return made, saved
 
     slots = _seeded(slots, len(x_PMK))
@@ -326,7 +339,7 @@ def _backwards(features, w_is_NK, dtype, saved, cotangents):
     def one(saved, slots, g_MN):
         return _backward(features, w_is_NK, dtype, (*saved, slots, g_probe is not None), (g_MN, None))
 
-    dx, dw, _, probes = jax.vmap(one, in_axes=(0, _PER_PRODUCT, 0))(saved_P, slots, cotangents[0])
+    dx, dw, _, probes, _ = jax.vmap(one, in_axes=(0, _PER_PRODUCT, 0))(saved_P, slots, cotangents[0])
     return dx, dw, None, _of_all(probes)
 
 
@@ -347,6 +360,7 @@ def slot_dot(
     g_probe=None,
     w_is_NK: bool = False,
     compute_dtype: Any = jnp.bfloat16,
+    columns_K=None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Product of activations and a weight matrix by a recipe, with float32 result and float32 gradients.
 
@@ -359,6 +373,7 @@ def slot_dot(
         read. None: no such statistics. Each call needs a probe of its own, as in products.quant_dot.
       w_is_NK: whether `w` carries its output axis first.
       compute_dtype: dtype of the operands, in which all quantized numbers are exact: bfloat16 or float32.
+      columns_K: as in products.quant_dot; not with a transform of the slot fprop.x, which mixes columns.
 
     Returns:
       (float32 [..., N], float32 [3, S] statistics of the slots FORWARD or None without `Features.statistics`; without a
@@ -372,7 +387,7 @@ def slot_dot(
     if g_probe is not None and not features[0].statistics:
         raise UserError("g_probe asks for statistics that this program does not compute: set statistics=True")
     flat, dtype = x_MK.reshape(-1, x_MK.shape[-1]), jnp.dtype(compute_dtype)
-    y_MN, statistics = _slot_dot(flat, w, slots, g_probe, features, w_is_NK, dtype)
+    y_MN, statistics = _slot_dot(flat, w, slots, g_probe, columns_K, features, w_is_NK, dtype)
     return y_MN.reshape(*x_MK.shape[:-1], y_MN.shape[-1]), statistics
 
 

@@ -21,7 +21,7 @@ from altgrad_jax.numerics.layers import MODELS
 from altgrad_jax.run.checkpoint import load_arrays, resolve_checkpoint
 
 # Settings of a model that are no part of its weights.
-_FREE = {"dropout", "compute_dtype", "block_size"}
+_FREE = {"dropout", "compute_dtype", "block_size", "norm_gains", "smooth_swiglu"}
 
 
 class Initial(NamedTuple):

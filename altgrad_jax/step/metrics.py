@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 from altgrad_jax.models.stacking import is_stacked, layers_of
+from altgrad_jax.numerics import gains
 from altgrad_jax.numerics.histograms import rank_health
 from altgrad_jax.numerics.layers import HEAD, model_order
 from altgrad_jax.numerics.moments import adam_direction
@@ -283,6 +284,18 @@ def _update_terms(raw, applied, mu, nu):
 def parameter_metrics(params: TreeNorms) -> Columns:
     """param_norm/layer (L2) and nonfinite_params/layer (count), of the parameters the gradient was taken at."""
     return over(params.layers, {"param_norm": params.norm, "nonfinite_params": params.nonfinite})
+
+
+def gain_metrics(params, recipe: str) -> Columns:
+    """gain_top_code/layer and gain_one_value/layer (numerics.gains.statistics) of the norms, and over all gains as
+    gain_top_code/all and gain_one_value/all; `recipe` as ModelConfig.norm_gains."""
+    of_norms = {group: arrays["scale"] for group, arrays in by_group(params).items() if "scale" in arrays}
+    layers, order = in_model_order(of_norms)
+    parts = [gains.statistics(scale, recipe) for scale in of_norms.values()]
+    found = {name: jnp.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+    sizes = np.concatenate([np.full(len(scale), scale[0].size) for scale in of_norms.values()])[order]
+    total = {f"{name}/all": jnp.sum(vector * sizes) / sizes.sum() for name, vector in found.items()}
+    return joined([over(layers, found), scalars(total)])
 
 
 def update_metrics(updates: TreeNorms, params: TreeNorms, prefix: str = "") -> Columns:

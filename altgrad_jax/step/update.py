@@ -27,7 +27,6 @@ Axes: B batch, L block_size, A micro-batches, S layers (of statistics: fields), 
 emergency formats), n layers of a group.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -169,7 +168,7 @@ class Step:
     @property
     def reference(self) -> ModelConfig:
         """The model whose gradient is the reference."""
-        return dataclasses.replace(self.plain, compute_dtype="float32", attention="xla")
+        return self.plain.exact
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -475,6 +474,8 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
 
     outcome = Outcome(found, health, update, counts, after, watched)
     row = [step_metrics(outcome), *group_metrics(step, outcome)]
+    if step.plain.norm_gains != "float32":
+        row.append(metrics.gain_metrics(state.params, step.plain.norm_gains))
     if step.options.reference_gradient:
         row.append(reference_metrics(step, state.params, batch, found.grads))
     if formats is not None and formats.options.emergency_formats:
