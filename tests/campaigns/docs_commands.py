@@ -60,16 +60,16 @@ NOT_RUN = (
 )
 
 _MODEL = "--config.n_layer=2 --config.n_head=2 --config.n_embd=64 --config.block_size=64"
-_RUN = "--config.max_steps=4 --config.batch_size=4 --config.eval_windows=8 --config.eval_batch_size=4"
+_RUN = "--config.max_steps=4 --config.batch_size=4 --config.eval_windows=8 --config.eval_batch_size=4 --config.metrics=none"
 _TRAIN = f"{_MODEL} {_RUN} --config.eval_interval=2 --config.checkpoint_interval=2 --config.diagnostic_interval=2"
 _SWEEP = "--config.max_steps=4 --config.eval_windows=8 --config.eval_interval=2 --config.checkpoint_interval=4"
 # (what the command matches, what is appended to it); all that match are.
 SMALLER = (
     (r"scripts/train\.py|altgrad-train", _TRAIN),
-    (r"scripts/bench\.py", f"{_MODEL} --config.batch_size=2 --rounds=1 --budget_s=120"),
+    (r"scripts/bench\.py", f"{_MODEL} --config.batch_size=2 --rounds=1 --budget_s=30"),
     (r"scripts/sweep\.py|altgrad-sweep", _SWEEP),
-    (r"config[= ]\S*matrix", "--shard=1/40"),
-    (r"configs/court\.py", "--shard=1/12"),
+    (r"config[= ]\S*matrix", "--shard=1/100"),
+    (r"configs/court\.py", "--shard=1/80"),
     (r"scripts/certify\.py", "--draws=4"),
     (r"scripts/certify\.py .*--oscillation", "--oscillation=2"),
     (r"scripts/precision_map\.py", "--draws=2"),
