@@ -66,6 +66,7 @@ _SWEEP = "--config.max_steps=4 --config.eval_windows=8 --config.eval_interval=2 
 # (what the command matches, what is appended to it); all that match are.
 SMALLER = (
     (r"scripts/train\.py|altgrad-train", _TRAIN),
+    (r"fsdp=8", "--config.batch_size=8 --config.eval_batch_size=8"),
     (r"scripts/bench\.py", f"{_MODEL} --config.batch_size=2 --rounds=1 --budget_s=30"),
     (r"scripts/sweep\.py|altgrad-sweep", _SWEEP),
     (r"config[= ]\S*matrix", "--shard=1/100"),
