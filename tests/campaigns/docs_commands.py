@@ -60,8 +60,9 @@ NOT_RUN = (
 )
 
 _MODEL = "--config.n_layer=2 --config.n_head=2 --config.n_embd=64 --config.block_size=64"
-_RUN = "--config.max_steps=4 --config.batch_size=4 --config.eval_windows=8 --config.eval_batch_size=4 --config.metrics=none"
-_TRAIN = f"{_MODEL} {_RUN} --config.eval_interval=2 --config.checkpoint_interval=2 --config.diagnostic_interval=2"
+_RUN = "--config.max_steps=4 --config.batch_size=4 --config.eval_windows=8 --config.eval_batch_size=4"
+_EVERY = "--config.eval_interval=2 --config.checkpoint_interval=2 --config.diagnostic_interval=2"
+_TRAIN = f"{_MODEL} {_RUN} {_EVERY} --config.metrics=none"
 _SWEEP = "--config.max_steps=4 --config.eval_windows=8 --config.eval_interval=2 --config.checkpoint_interval=4"
 # (what the command matches, what is appended to it); all that match are.
 SMALLER = (
@@ -295,6 +296,7 @@ def sections(text: str) -> dict[str, str]:
 def report(found: dict[str, str]) -> str:
     """The page of results, of {page: its section}."""
     body = "\n".join(found[page].strip() + "\n" for page in PAGES if page in found)
+    missing = [page for page in PAGES if page not in found and items(page)]
     table, everything = [], []
     for page, rows in outcomes(body).items():
         codes = [int(outcome) for _, outcome in rows if outcome.isdecimal()]
@@ -310,6 +312,7 @@ def report(found: dict[str, str]) -> str:
         "",
         f"**{len(everything)} commands and programs were run, and {sum(map(bool, everything))} failed.**",
         "",
+        *([f"Not run yet: {', '.join(missing)}.", ""] if missing else []),
         "| page | commands | run | failed | not run |",
         "|---|---:|---:|---:|---:|",
         *table,
