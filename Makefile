@@ -4,6 +4,7 @@
 # make oracle  the tests against torch, transformers and torchao (large downloads)
 # make browser  the tests of the report's page in headless Chromium (Debian: apt-get install chromium; or CHROMIUM=PATH)
 # make docs    the documentation as a site, in build/site
+# make docs-commands  every command of the README and of docs/, run small, in build/docs-commands
 # make gpu-program  the tests of the programs that a GPU would run, compiled without one
 #
 # ARGS goes to the training script:  make train ARGS="--config.max_steps=300"
@@ -26,7 +27,7 @@ ifneq ($(shell nvidia-smi -L 2>/dev/null),)
   CUDA_EXTRA := [cuda$(CUDA_MAJOR)]
 endif
 
-.PHONY: train test oracle browser gpu-program docs lint clean
+.PHONY: train test oracle browser gpu-program docs docs-commands lint clean
 
 train: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config configs/bf16_baseline.py $(ARGS)
@@ -50,6 +51,10 @@ gpu-program: $(GPU_PROGRAM)/.installed
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-commands: $(VENV)/.test
+	rm -rf build/docs-commands
+	XLA_FLAGS="$(QUICK)" $(BIN)/python tests/campaigns/docs_commands.py build/docs-commands
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "altgrad_jax needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11 ..." % v[:2])'
