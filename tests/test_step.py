@@ -54,10 +54,15 @@ def make(model=MODEL, eval_batch_size=4, **overrides):
     )
 
 
+def placed(functions, state):
+    """A state where a run keeps it: jax compiles anew for one that lies elsewhere."""
+    return jax.tree.map(lambda leaf, kept: jax.device_put(leaf, kept.sharding), state, functions.abstract_state)
+
+
 def train(functions, dispatches, data=TOKENS_T, state=None):
     """State and rows after dispatches of the given lengths."""
     state = functions.init(42) if state is None else state
-    rows, data = [], jnp.asarray(data)
+    state, rows, data = placed(functions, state), [], jnp.asarray(data)
     for n in dispatches:
         state, rows_KM = functions.run(state, data, n, functions.inputs)
         rows.append(np.asarray(rows_KM)[:n])
@@ -229,7 +234,7 @@ def spoiled(functions, where, value=np.nan):
 
 def test_a_non_finite_parameter_changes_nothing_is_located_and_stops_the_run(functions):
     before = jax.device_get(spoiled(functions, (".params['block_1']['mlp_up']['kernel']", (0, 3))))
-    state, rows_KM = functions.run(jax.device_put(before), jnp.asarray(TOKENS_T), 6, functions.inputs)
+    state, rows_KM = functions.run(placed(functions, before), jnp.asarray(TOKENS_T), 6, functions.inputs)
     rows = np.asarray(rows_KM)
     assert_same(state.params, before.params)
     assert_same(state.opt_state, before.opt_state)
@@ -281,5 +286,5 @@ def test_a_non_finite_gradient_norm_counts_as_a_bad_step():
 def test_the_run_recovers_after_fewer_bad_steps_than_patience(functions):
     state = functions.init(42)
     bad = state.monitor._replace(bad_streak=jnp.int32(2), bad_steps=jnp.int32(2))
-    state, _ = functions.run(state._replace(monitor=bad), jnp.asarray(TOKENS_T), 4, functions.inputs)
+    state, _ = train(functions, [4], state=state._replace(monitor=bad))
     assert int(state.monitor.bad_streak) == 0 and int(state.monitor.bad_steps) == 2 and int(state.step) == 4
