@@ -33,6 +33,16 @@ from altgrad_jax.step.mesh import data_mesh, split_like_parameters
 from altgrad_jax.step.quantization import QuantOptions
 
 ROOT = Path(__file__).parent.parent
+# The group of the moments' metrics. Every setting is named, so that equal ones are one program.
+GROUPS = ("update",)
+
+
+def plain_step():
+    return make(metric_groups=GROUPS)
+
+
+def e4m3_step(rounding="nearest"):
+    return make(metric_groups=GROUPS, moments="E4M3:128", moments_rounding=rounding)
 
 
 def adam_of(state):
@@ -69,7 +79,7 @@ def test_an_update_is_made_from_exact_moments_and_keeps_them_rounded(form):
 def test_the_row_of_a_compiled_step_has_what_its_states_say():
     """The step with float32 moments, from the same state, gives the moments that are rounded; but for their last bit,
     which two compiled programs may round differently."""
-    plain, step = make(), make(moments="E4M3:128")
+    plain, step = plain_step(), e4m3_step()
     state = step.init(42)
     for _ in range(2):
         before = jax.device_get(state)
@@ -123,17 +133,17 @@ def test_second_moments_underflow_as_far_below_their_block_as_published():
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_a_run_trains_with_moments_in_e4m3(rounding):
-    functions, tokens = make(moments="E4M3:128", moments_rounding=rounding), np.tile(np.arange(61, dtype=np.uint16), 33)
+    functions, tokens = e4m3_step(rounding), np.tile(np.arange(61, dtype=np.uint16), 33)
     state, rows = train(functions, [12], data=tokens[: len(TOKENS_T)])
     losses = column(functions, rows, "loss")
-    reference = column(make(), train(make(), [12], data=tokens[: len(TOKENS_T)])[1], "loss")
+    reference = column(plain_step(), train(plain_step(), [12], data=tokens[: len(TOKENS_T)])[1], "loss")
     assert losses[-1] < losses[0] - 0.5 * (reference[0] - reference[-1]) and losses[0] == reference[0]
     nu = adam_of(state).nu["block_1"]["mlp_up"]["kernel"]
     assert len(np.unique(nu[0])) <= 127 and np.unique(nu).size > 127  # a row is a block here
 
 
 def test_dispatches_of_any_length_give_the_same_bits():
-    functions = make(moments="dynamic8", moments_rounding="stochastic")
+    functions = e4m3_step("stochastic")
     whole, rows = train(functions, [5])
     first, head = train(functions, [2])
     restored = jax.tree.map(jnp.asarray, jax.device_get(first))  # as from a checkpoint
@@ -189,7 +199,7 @@ def test_no_two_tensors_moments_or_updates_share_their_random_bits():
 
 
 def test_a_step_that_is_not_finite_leaves_the_moments_and_says_nothing_of_them():
-    functions = make(moments="E4M3:128", moments_rounding="stochastic")
+    functions = e4m3_step("stochastic")
     state, _ = train(functions, [2])
     params = jax.tree.map(jnp.array, jax.device_get(state.params))
     params["ln_f"]["scale"] = params["ln_f"]["scale"].at[0].set(jnp.nan)
@@ -201,7 +211,7 @@ def test_a_step_that_is_not_finite_leaves_the_moments_and_says_nothing_of_them()
 
 
 def test_a_damaged_moment_stays_and_is_counted():
-    functions = make(moments="E4M3:128")
+    functions = e4m3_step()
     state, _ = train(functions, [2])
     host = jax.tree.map(np.array, jax.device_get(state))
     optimizers.adam_moments(host.opt_state).nu["block_0"]["attn_out"]["kernel"][2, 1] = np.nan

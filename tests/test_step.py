@@ -17,6 +17,7 @@ from altgrad_jax.step.program import make_step_functions
 from altgrad_jax.step.update import StepOptions
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=61)
+FLOAT32 = dataclasses.replace(MODEL, compute_dtype="float32")
 THRESHOLDS = stability.Thresholds(
     nan_patience=3,
     bit_stall_threshold=0.5,
@@ -53,10 +54,15 @@ def make(model=MODEL, eval_batch_size=4, **overrides):
     )
 
 
+def placed(functions, state):
+    """A state where a run keeps it: jax compiles anew for one that lies elsewhere."""
+    return jax.tree.map(lambda leaf, kept: jax.device_put(leaf, kept.sharding), state, functions.abstract_state)
+
+
 def train(functions, dispatches, data=TOKENS_T, state=None):
     """State and rows after dispatches of the given lengths."""
     state = functions.init(42) if state is None else state
-    rows, data = [], jnp.asarray(data)
+    state, rows, data = placed(functions, state), [], jnp.asarray(data)
     for n in dispatches:
         state, rows_KM = functions.run(state, data, n, functions.inputs)
         rows.append(np.asarray(rows_KM)[:n])
@@ -88,12 +94,11 @@ def windows_of(step, batch_size=4):
 
 def test_the_step_is_a_plain_optax_loop_in_float32():
     """Twelve steps of float32 training against value_and_grad, clip_by_global_norm and optax.adamw."""
-    model = GPTConfig(**{**MODEL.__dict__, "compute_dtype": "float32"})
-    functions = make(model)
+    functions = make(FLOAT32)
     state, rows = train(functions, [N_STEPS])
 
     def loss_fn(params, windows):
-        logits = GPT(model).apply({"params": params}, windows[:, :-1]).logits
+        logits = GPT(FLOAT32).apply({"params": params}, windows[:, :-1]).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
     optimizer = optax.chain(
@@ -130,25 +135,11 @@ def test_the_length_of_a_dispatch_changes_no_bit(functions, trained, dispatches)
     np.testing.assert_array_equal(rows, trained[1])
 
 
-def test_another_buffer_changes_no_bit(trained):
-    state, rows = train(make(steps_per_dispatch=3), [3, 3, 1, 2, 3])
-    assert_same(state, trained[0])
-    np.testing.assert_array_equal(rows, trained[1])
-
-
 def test_one_compilation_serves_every_dispatch(functions):
     train(functions, [1])
     compiled = functions.run._cache_size()  # tests of other files call the same functions, with other arrays
     train(functions, [5, 3, 2, 1])
     assert functions.run._cache_size() == compiled
-
-
-def test_batches_from_the_host_change_no_bit(functions, trained):
-    streamed = make(data_on_device=False)
-    batches = np.stack([windows_of(k) for k in range(N_STEPS)])
-    state, rows = train(streamed, [N_STEPS], data=batches)
-    assert_same(state, trained[0])
-    np.testing.assert_array_equal(rows, trained[1])
 
 
 def test_metrics_can_be_turned_off_without_moving_the_training(functions, trained):
@@ -159,17 +150,14 @@ def test_metrics_can_be_turned_off_without_moving_the_training(functions, traine
     np.testing.assert_allclose(column(bare, rows, "loss"), column(functions, trained[1], "loss"), rtol=1e-5)
 
 
-def test_gradient_accumulation_is_the_same_update(functions, trained):
-    accumulated = make(grad_accum_steps=2)
-    _, rows = train(accumulated, [N_STEPS])
-    for name in ("loss", "grad_norm", "grad_norm/block_1/mlp_down", "act_amax/block_0", "act_rms/block_1"):
-        np.testing.assert_allclose(
-            column(accumulated, rows, name)[:4], column(functions, trained[1], name)[:4], rtol=2e-2, err_msg=name
-        )
-    # In float32 rounding is out of the way and the first loss and gradient agree closely.
-    model = GPTConfig(**{**MODEL.__dict__, "compute_dtype": "float32"})
-    one, four = (train(functions, [1])[1] for functions in (make(model), make(model, grad_accum_steps=4)))
+def test_gradient_accumulation_is_the_same_update():
+    """In float32, where rounding is out of the way."""
+    steps = make(FLOAT32), make(FLOAT32, grad_accum_steps=4)
+    one, four = (train(functions, [4])[1] for functions in steps)
     np.testing.assert_allclose(one[0, :5], four[0, :5], rtol=1e-5)
+    for name in ("loss", "grad_norm", "grad_norm/block_1/mlp_down", "act_amax/block_0", "act_rms/block_1"):
+        of_one, of_four = (column(functions, rows, name) for functions, rows in zip(steps, (one, four)))
+        np.testing.assert_allclose(of_four, of_one, rtol=1e-3, err_msg=name)
 
 
 def test_every_layer_has_every_metric(functions, trained):
@@ -216,15 +204,16 @@ def test_evaluation_is_the_mean_loss_whatever_the_batch(functions):
     params = functions.init(42).params
     logits = GPT(MODEL).apply({"params": params}, windows[:, :-1].astype(np.int32)).logits
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:].astype(np.int32)).mean()
-    for size in (1, 4, 16):
+    for size in (1, 4):
         assert make(eval_batch_size=size).evaluate(params, windows) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_the_seed_of_the_data_and_of_the_run_are_independent(functions, trained):
-    other_order = make(data_seed=8, metric_groups=())
-    first = column(other_order, train(other_order, [1])[1], "loss")[0]
-    assert first != column(functions, trained[1], "loss")[0]
-    assert_same(other_order.init(42).params, functions.init(42).params)
+    other = make(data_seed=8)
+    state = other.init(42)
+    assert_same(state.params, functions.init(42).params)
+    _, rows_KM = functions.run(state, jnp.asarray(TOKENS_T), 1, other.inputs)
+    assert column(functions, rows_KM, "loss")[0] != column(functions, trained[1], "loss")[0]
 
 
 # What a non-finite step does. `spoil` damages one element of the state before the dispatch.
@@ -245,7 +234,7 @@ def spoiled(functions, where, value=np.nan):
 
 def test_a_non_finite_parameter_changes_nothing_is_located_and_stops_the_run(functions):
     before = jax.device_get(spoiled(functions, (".params['block_1']['mlp_up']['kernel']", (0, 3))))
-    state, rows_KM = functions.run(jax.device_put(before), jnp.asarray(TOKENS_T), 6, functions.inputs)
+    state, rows_KM = functions.run(placed(functions, before), jnp.asarray(TOKENS_T), 6, functions.inputs)
     rows = np.asarray(rows_KM)
     assert_same(state.params, before.params)
     assert_same(state.opt_state, before.opt_state)
@@ -297,5 +286,5 @@ def test_a_non_finite_gradient_norm_counts_as_a_bad_step():
 def test_the_run_recovers_after_fewer_bad_steps_than_patience(functions):
     state = functions.init(42)
     bad = state.monitor._replace(bad_streak=jnp.int32(2), bad_steps=jnp.int32(2))
-    state, _ = functions.run(state._replace(monitor=bad), jnp.asarray(TOKENS_T), 4, functions.inputs)
+    state, _ = train(functions, [4], state=state._replace(monitor=bad))
     assert int(state.monitor.bad_streak) == 0 and int(state.monitor.bad_steps) == 2 and int(state.step) == 4

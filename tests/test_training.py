@@ -177,9 +177,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_older_one_used(whole, data
 
 def test_going_back_to_a_step_sets_later_checkpoints_aside(whole, data_dir, tmp_path):
     run_dir = tmp_path / "back"
-    train(tiny(max_steps=30), data_dir=data_dir, workdir=run_dir)
-    train(tiny(), data_dir=data_dir, workdir=run_dir, resume=10)
-    assert sorted(path.name for path in (run_dir / "superseded").iterdir()) == ["20-1", "30-1"]
+    shutil.copytree(whole.run_dir, run_dir)
+    train(tiny(), data_dir=data_dir, workdir=run_dir, resume=20)
+    assert sorted(path.name for path in (run_dir / "superseded").iterdir()) == ["30-1", "40-1"]
     assert_equal_runs(whole.run_dir, run_dir)
 
 
@@ -225,24 +225,24 @@ def test_two_processes_cannot_train_into_one_folder(data_dir, tmp_path):
 
 def test_a_run_whose_checkpoints_were_taken_away_is_not_started_again_silently(data_dir, tmp_path, capsys):
     run_dir = tmp_path / "bare"
-    train(tiny(max_steps=10), data_dir=data_dir, workdir=run_dir)
+    train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
     for step in list_steps(run_dir):
         shutil.rmtree(run_dir / str(step))
     before = (run_dir / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="checkpoints up to step 10, but no checkpoint any more"):
+    with pytest.raises(UserError, match="checkpoints up to step 20, but no checkpoint any more"):
         train(tiny(), data_dir=data_dir, workdir=run_dir)
     assert (run_dir / "metrics.jsonl").read_bytes() == before
     # A run that died before its first checkpoint may start again, and says so.
     timing = run_dir / "timing.jsonl"
     timing.write_text("".join(line + "\n" for line in timing.read_text().splitlines() if '"checkpoint"' not in line))
-    train(tiny(max_steps=10), data_dir=data_dir, workdir=run_dir)
+    train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
     assert "no checkpoint was saved in this folder yet: starting again at step 0" in capsys.readouterr().out
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_checkpoint_of_another_run_is_refused(whole, data_dir, tmp_path):
     run_dir = tmp_path / "mixed"
-    train(tiny(max_steps=10), data_dir=data_dir, workdir=run_dir)
+    train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
     shutil.copytree(whole.run_dir / "40", run_dir / "40")
     with pytest.raises(UserError, match="checkpoint 40 in .* belongs to another run"):
         train(tiny(max_steps=60), data_dir=data_dir, workdir=run_dir)
@@ -251,16 +251,16 @@ def test_a_checkpoint_of_another_run_is_refused(whole, data_dir, tmp_path):
 def test_an_old_verdict_is_not_believed(data_dir, tmp_path):
     """A run continued past its end, killed after its last checkpoint and before its verdict."""
     run_dir = tmp_path / "old"
-    train(tiny(max_steps=10), data_dir=data_dir, workdir=run_dir)
-    old = (run_dir / "verdict.json").read_bytes()
     train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
+    old = (run_dir / "verdict.json").read_bytes()
+    train(tiny(), data_dir=data_dir, workdir=run_dir)
     (run_dir / "verdict.json").write_bytes(old)
-    result = train(tiny(max_steps=20), data_dir=data_dir, workdir=run_dir)
-    assert result.exit_code == 0 and result.verdict["steps"] == 20
+    result = train(tiny(), data_dir=data_dir, workdir=run_dir)
+    assert result.exit_code == 0 and result.verdict["steps"] == 40
     # Nor does a damaged one stand in the way; and what may change on resume is recorded.
     (run_dir / "verdict.json").write_text("{")
-    result = train(tiny(max_steps=20, tags=("tiny", "again")), data_dir=data_dir, workdir=run_dir)
-    assert result.verdict["steps"] == 20
+    result = train(tiny(tags=("tiny", "again")), data_dir=data_dir, workdir=run_dir)
+    assert result.verdict["steps"] == 40
     assert json.loads((run_dir / "manifest.json").read_text())["tags"] == ["tiny", "again"]
 
 
@@ -271,11 +271,11 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_not_a_success(data_dir, tmp_p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write", full)
-    result = train(tiny(max_steps=10), data_dir=data_dir, workdir=tmp_path / "full")
+    result = train(tiny(max_steps=20), data_dir=data_dir, workdir=tmp_path / "full")
     assert result.exit_code == 1 and not result.verdict["sound"]
-    assert "the checkpoint of step 10 could not be saved" in result.verdict["verdict"]
+    assert "the checkpoint of step 20 could not be saved" in result.verdict["verdict"]
     assert "No space left on device" in capsys.readouterr().out
-    assert [row["step"] for row in rows_of(tmp_path / "full")] == list(range(11))
+    assert [row["step"] for row in rows_of(tmp_path / "full")] == list(range(21))
 
 
 def test_a_warning_about_the_data_is_shown_whole(data_dir, tmp_path, monkeypatch, capsys):
@@ -287,7 +287,7 @@ def test_a_warning_about_the_data_is_shown_whole(data_dir, tmp_path, monkeypatch
         "resolve",
         lambda *_: PreparedData(data_dir, read_meta(data_dir), True, ("This is the small sample, not the corpus.",)),
     )
-    result = train(tiny(max_steps=2, warmup_steps=1), workdir=tmp_path / "sample")
+    result = train(tiny(max_steps=20), workdir=tmp_path / "sample")
     assert "This is the small sample, not the corpus." in capsys.readouterr().out
     manifest = json.loads((result.run_dir / "manifest.json").read_text())
     assert manifest["tags"] == ["tiny", "eurlex-sample"]
@@ -325,7 +325,7 @@ def test_a_wandb_key_that_no_metric_has_is_refused_before_the_first_step(data_di
 
 def test_short_validation_data_is_used_whole_and_said(data_dir, tmp_path, capsys):
     result = train(
-        tiny(max_steps=2, eval_windows=4096, eval_batch_size=64, warmup_steps=1),
+        tiny(max_steps=20, eval_windows=4096, eval_batch_size=64),
         data_dir=data_dir,
         workdir=tmp_path / "short",
     )
@@ -406,7 +406,7 @@ def wait_for_rows(process, run_dir, n):
         time.sleep(0.002)
 
 
-LONG = dict(max_steps=400, checkpoint_interval=40, eval_interval=80, steps_per_dispatch=2)
+LONG = dict(max_steps=400, checkpoint_interval=40, eval_interval=80, steps_per_dispatch=2, metrics="none")
 
 
 @pytest.fixture(scope="module")
@@ -457,7 +457,7 @@ def test_a_second_signal_leaves_at_once_even_while_the_device_computes(data_dir,
 def test_two_devices_train_as_one(whole, data_dir, tmp_path):
     """The batch split over a mesh of two: the same losses but for the order of the sums."""
     process = subprocess.Popen(
-        command(data_dir, tmp_path / "two"),
+        command(data_dir, tmp_path / "two", metrics="none"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
