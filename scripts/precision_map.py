@@ -5,9 +5,11 @@
     python scripts/precision_map.py runs/small --recipe mxfp4 --train runs/map --seeds 5    # confirmed by trainings
 
 With --train, the recipe, bfloat16, maps of several costs, the rules of thumb, random maps of equal cost, and the best
-cells left out and left in by themselves are trained from the run's settings, once for each seed, as one sweep: the same
-command goes on with it. The result stands in map.json there.
+cells left out and left in by themselves are trained from the run's settings, once for each pair of a seed and a data
+seed, as one sweep: the same command goes on with it. The result stands in map.json there, and in map.png as a curve.
 """
+
+from pathlib import Path
 
 from absl import flags
 
@@ -34,7 +36,8 @@ def run(*, checkpoint, device, recipe, share, draws, step, data_dir, train, seed
         if value < least:
             raise UserError(f"--{name}={value} cannot be used: give {least} or more")
     # Here, so that --help does not wait for jax.
-    from altgrad_jax.inference.map_trainings import confirm, show
+    from altgrad_jax.inference.map_trainings import MAP, confirm, show
+    from altgrad_jax.report import draw_map
     from altgrad_jax.run.device import use_device
 
     use_device(device)
@@ -42,7 +45,10 @@ def run(*, checkpoint, device, recipe, share, draws, step, data_dir, train, seed
     if train is None:
         show(checkpoint, recipe, share, draws, **choices)
         return None
-    return confirm(checkpoint, recipe, share, draws, train, seeds, cells, max_steps, **choices)
+    code = confirm(checkpoint, recipe, share, draws, train, seeds, cells, max_steps, **choices)
+    if not code:
+        draw_map(Path(train) / MAP)
+    return code
 
 
 if __name__ == "__main__":
