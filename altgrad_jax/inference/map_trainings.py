@@ -91,7 +91,7 @@ def confirm(run, name, share, draws, out, seeds, n_cells, max_steps, **choices) 
     by_item = {item: what for what, (item, _) in plan.items()}  # maps that are the same are trained once
     labels = {item: f"r{i:02d}" for i, item in enumerate(by_item)}
     items = axis("recipe", [(item,) for item in by_item], label=lambda value: labels[value[0]])
-    pairs = [{"seed": seed, "data_seed": seed, "run_name": f"s{seed}"} for seed in range(seeds)]
+    pairs = [{"seed": seed, "data_seed": seed, "run_name": f"s{seed}"} for seed in seeds]
     members = make_members(config, grid(items, pairs), out)
     code = sweep(members, out, data_dir=choices.get("data_dir") or read_manifest(run)["data"]["dir"])
     if code:
