@@ -249,6 +249,13 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("certify_draws", 0, "draws of a certificate at every diagnosis (docs/bias.md): what of each product's "
               "error averages out and what stays; give 16; 0 = off",
               low=2, high=4096, zero="off", only_with=("recipe", ()), resumable=True),
+        Field("oscillation_reset", 0, "period in updates: in its first quarter weights are watched, and then set to "
+              "the centre of their bin where they oscillate (docs/bias.md); 0 = off",
+              low=4, high=10**9, zero="off", only_with=("recipe", ())),
+        Field("oscillation_start", 0, "update from which that is done",
+              low=0, only_with=("oscillation_reset", ())),
+        Field("oscillation_threshold", 16.0, "how far a weight's rounding must have moved, over how far the weight "
+              "did, to oscillate", low=1, high=1e6, only_with=("oscillation_reset", ())),
         Field("reference_gradient", False, "compare the gradient with the float32 one of the same parameters and "
               "batch, layer by layer"),
         Field("reference_interval", 1, "updates between two such comparisons; the first is compared",
@@ -672,12 +679,13 @@ ADDED_IN_2 = frozenset(
     "emergency_formats emergency_patience optimizer reference_interval diagnostic_interval rank_threshold "
     "rank_threshold_strict layer_interval wandb_group wandb_keys fsdp".split()
 )
-# And those that records of all versions before 3, 4, 5, 6 and 7 lack.
+# And those that records of all versions before 3, 4, 5, 6, 7 and 8 lack.
 ADDED_IN_3 = frozenset({"checkpoint_seconds"})
 ADDED_IN_4 = frozenset({"loggers"})
 ADDED_IN_5 = frozenset({"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
 ADDED_IN_6 = frozenset({"evaluate_all", "model", "n_kv_head", "tied_head", "qk_norm", "init_from"})
 ADDED_IN_7 = frozenset({"certify_draws"})
+ADDED_IN_8 = frozenset({"oscillation_reset", "oscillation_start", "oscillation_threshold"})
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -686,7 +694,7 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
 
     A record of before version 6 is known by its names; its optimizer ulp_adamw is ulp_adamw_mean today.
     """
-    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4 | ADDED_IN_5 | ADDED_IN_6 | ADDED_IN_7)
+    added = sorted(ADDED_IN_2 | ADDED_IN_3 | ADDED_IN_4 | ADDED_IN_5 | ADDED_IN_6 | ADDED_IN_7 | ADDED_IN_8)
     values = dict(values)
     if values.keys() & RENAMED_IN_6.keys():
         values = {RENAMED_IN_6.get(name, name): value for name, value in values.items()}

@@ -51,9 +51,8 @@ def run(*, checkpoint, device, recipe, share, draws, step, data_dir, train, seed
     if train is None:
         show(checkpoint, recipe, share, draws, **choices)
         return None
-    code = confirm(
-        checkpoint, recipe, share, draws, train, range(first_seed, first_seed + seeds), cells, max_steps, **choices
-    )
+    pairs = range(first_seed, first_seed + seeds)
+    code = confirm(checkpoint, recipe, share, draws, train, pairs, cells, max_steps, **choices)
     if not code:
         draw_map(Path(train) / MAP)
     return code

@@ -119,6 +119,9 @@ NEW = {
     "moments_rounding": "nearest",
     "evaluate_all": False,
     "certify_draws": 0,
+    "oscillation_reset": 0,
+    "oscillation_start": 0,
+    "oscillation_threshold": 16.0,
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -177,12 +180,15 @@ def test_a_field_refuses_what_its_limits_exclude_and_takes_the_rest(name):
         assert settings.problem(field, value) is None
 
 
-MAY_BE_ZERO = {"vocab_size", "n_kv_head", "certify_draws", "diagnostic_interval"}  # which then means something else
+# Which then means something else.
+MAY_BE_ZERO = {"vocab_size", "n_kv_head", "certify_draws", "diagnostic_interval", "oscillation_reset"}
 # Limits that were chosen: the strategies above know only what the table says.
 OUT_OF_RANGE = [
     *[
         (name, 0)
-        for name in sorted(set(WHOLE) - {"warmup_steps", "seed", "data_seed", "steps_per_dispatch", *MAY_BE_ZERO})
+        for name in sorted(
+            set(WHOLE) - {*MAY_BE_ZERO, "warmup_steps", "seed", "data_seed", "steps_per_dispatch", "oscillation_start"}
+        )
     ],
     ("vocab_size", 1),
     ("vocab_size", 65537),
@@ -785,7 +791,7 @@ def test_difference_lists_fields_in_order_and_names_absent_ones():
 
 def test_a_record_of_version_1_is_one_with_the_defaults():
     to_5 = settings.ADDED_IN_2 | settings.ADDED_IN_3 | settings.ADDED_IN_4 | settings.ADDED_IN_5
-    assert to_5 | settings.ADDED_IN_6 | settings.ADDED_IN_7 == set(NEW)
+    assert to_5 | settings.ADDED_IN_6 | settings.ADDED_IN_7 | settings.ADDED_IN_8 == set(NEW)
     model = {"model", "n_kv_head", "tied_head", "qk_norm"}
     assert settings.ADDED_IN_6 == {"evaluate_all", "init_from"} | model and settings.ADDED_IN_7 == {"certify_draws"}
     assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers"}

@@ -511,11 +511,11 @@ def test_manifest_round_trip_and_its_errors(tmp_path):
         read_manifest(tmp_path)
     manifest = {"config": {"lr": 6e-4}, "a": [1, "é"], "data": {"fingerprint": "f"}, "starts": [], "run_id": "r"}
     write_manifest(tmp_path, manifest)
-    assert read_manifest(tmp_path) == {**manifest, "schema_version": SCHEMA_VERSION} and SCHEMA_VERSION == 7
+    assert read_manifest(tmp_path) == {**manifest, "schema_version": SCHEMA_VERSION} and SCHEMA_VERSION == 8
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
     written = {**manifest, "schema_version": 1}
     for text, error in (
-        ('{"schema_version": 8}', "schema_version 8, this program reads 1, 2, 3, 4, 5, 6, 7: use the version"),
+        ('{"schema_version": 9}', "schema_version 9, this program reads 1, 2, 3, 4, 5, 6, 7, 8: use the version"),
         ('{"schema_version": "2"}', "'2'"),
         ("{}", "None"),
         ("[1]", "None"),

@@ -157,7 +157,7 @@ def test_scales_come_from_the_largest_of_earlier_amaxes(whole):
 
 def test_the_manifest_certifies_the_formats(whole):
     found = json.loads((whole.run_dir / "manifest.json").read_text())
-    assert found["schema_version"] == 7 and found["config"]["formats"] == ["E4M3", "block_*:G=E5M2"]
+    assert found["schema_version"] == 8 and found["config"]["formats"] == ["E4M3", "block_*:G=E5M2"]
     assert [(layer["layer"], layer["w"], layer["a"], layer["g"]) for layer in found["formats"]["layers"]] == [
         (layer, "E4M3", "E4M3", "E5M2") for layer in LAYERS
     ]
@@ -373,7 +373,7 @@ def test_a_run_of_schema_version_1_goes_on(data_dir, tmp_path):
     assert (tmp_path / "old" / "metrics.jsonl").read_bytes() == (tmp_path / "new" / "metrics.jsonl").read_bytes()
     assert state_bytes(tmp_path / "old", 20) == state_bytes(tmp_path / "new", 20)
     manifest = json.loads(path.read_text())
-    assert manifest["schema_version"] == 7 and manifest["config"]["formats"] == []
+    assert manifest["schema_version"] == 8 and manifest["config"]["formats"] == []
     assert not (tmp_path / "old" / "diagnostics.jsonl").exists()
 
 
