@@ -545,6 +545,7 @@ def reset_oscillating(
 
 def _watch_layer(options: RecipeOptions, name: str, ends, finite, of) -> tuple:
     """(weights, moved, rounded_moved, how many were reset) of one layer at an update of a window."""
+    assert options.reset is not None, "made for a run that resets weights"
     slots_6, old, new, moved, rounded_moved = of
     copy = partial(recipe.forward_copy, options, name, slots_6)
     centre = copy(new)
