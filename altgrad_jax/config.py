@@ -254,6 +254,13 @@ GROUPS: tuple[tuple[str, tuple[Field, ...]], ...] = (
         Field("certify_draws", 0, "draws of a certificate at every diagnosis (docs/bias.md): what of each product's "
               "error averages out and what stays; give 16; 0 = off",
               low=2, high=4096, zero="off", only_with=("recipe", ()), resumable=True),
+        Field("oscillation_reset", 0, "period in updates: in its first quarter weights are watched, and then set to "
+              "the centre of their bin where they oscillate (docs/bias.md); 0 = off",
+              low=4, high=10**9, zero="off", only_with=("recipe", ())),
+        Field("oscillation_start", 0, "update from which that is done",
+              low=0, only_with=("oscillation_reset", ())),
+        Field("oscillation_threshold", 16.0, "how far a weight's rounding must have moved, over how far the weight "
+              "did, to oscillate", low=1, high=1e6, only_with=("oscillation_reset", ())),
         Field("reference_gradient", False, "compare the gradient with the float32 one of the same parameters and "
               "batch, layer by layer"),
         Field("reference_interval", 1, "updates between two such comparisons; the first is compared",
@@ -686,7 +693,9 @@ ADDED_IN_4 = frozenset({"loggers"})
 ADDED_IN_5 = frozenset({"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"})
 ADDED_IN_6 = frozenset({"evaluate_all", "model", "n_kv_head", "tied_head", "qk_norm", "init_from"})
 ADDED_IN_7 = frozenset({"certify_draws"})
-ADDED_IN_8 = frozenset({"norm_gains", "smooth_swiglu"})
+ADDED_IN_8 = frozenset(
+    {"norm_gains", "smooth_swiglu", "oscillation_reset", "oscillation_start", "oscillation_threshold"}
+)
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -230,6 +230,11 @@ def of_recipe(c: Any) -> Iterator[str]:
                 )
         elif any(phase.exhausted for phase in schedule):
             yield (f"recipe={c.recipe!r} waits for certificates, and certify_draws=0 makes none: set certify_draws=16")
+        if c.oscillation_reset and c.fsdp != 1:
+            yield (
+                f"oscillation_reset={c.oscillation_reset} watches whole weights, and fsdp={c.fsdp} splits them: set "
+                "fsdp=1 or oscillation_reset=0"
+            )
         delayed = any(spec.amax == "delayed" for recipe in known for spec in recipe.slots)
         if not delayed and c.amax_history != _AMAX_HISTORY:
             yield (

@@ -121,6 +121,9 @@ NEW = {
     "certify_draws": 0,
     "norm_gains": "float32",
     "smooth_swiglu": False,
+    "oscillation_reset": 0,
+    "oscillation_start": 0,
+    "oscillation_threshold": 16.0,
 }
 WHOLE = [name for name, field in FIELDS.items() if field.kind is int]
 
@@ -179,12 +182,15 @@ def test_a_field_refuses_what_its_limits_exclude_and_takes_the_rest(name):
         assert settings.problem(field, value) is None
 
 
-MAY_BE_ZERO = {"vocab_size", "n_kv_head", "certify_draws", "diagnostic_interval"}  # which then means something else
+# Which then means something else.
+MAY_BE_ZERO = {"vocab_size", "n_kv_head", "certify_draws", "diagnostic_interval", "oscillation_reset"}
 # Limits that were chosen: the strategies above know only what the table says.
 OUT_OF_RANGE = [
     *[
         (name, 0)
-        for name in sorted(set(WHOLE) - {"warmup_steps", "seed", "data_seed", "steps_per_dispatch", *MAY_BE_ZERO})
+        for name in sorted(
+            set(WHOLE) - {*MAY_BE_ZERO, "warmup_steps", "seed", "data_seed", "steps_per_dispatch", "oscillation_start"}
+        )
     ],
     ("vocab_size", 1),
     ("vocab_size", 65537),

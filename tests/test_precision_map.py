@@ -1,10 +1,14 @@
 """Maps of what to keep in bfloat16: cells and costs, names of recipes with them, intervals of what they close."""
 
+import ast
+import json
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
+import yaml
 from test_training import tiny
 
 from altgrad_jax.config import problems, values_of
@@ -12,6 +16,8 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.inference import map_trainings as trainings
 from altgrad_jax.inference import precision_map as maps
 from altgrad_jax.numerics.recipes import PRODUCTS, SLOTS, get_recipe, in_layers, kept_high
+from altgrad_jax.report import draw_map
+from altgrad_jax.report.figures import map_curve
 from altgrad_jax.step import recipe
 
 SIZES = {"n_layer": 7, "n_embd": 64, "n_head": 4, "n_kv_head": 0, "model": "gpt2"}
@@ -111,4 +117,53 @@ def test_what_is_trained_and_what_it_says():
     weight = trainings.forward_weight(plan, losses)
     assert weight == pytest.approx(sum(h for h, _ in harm.values()) / total)
     text = "\n".join([*trainings.curve_lines(list(rows.values())), *trainings.lines_of(scores, "nvfp4", SIZES, 0.2)])
-    assert "--config.recipe='nvfp4~head~" in text and "gemms: [fprop]" in text and "filter_fqns" in text
+    assert "--config.recipe='nvfp4~head~" in text and "gemms: [fprop]" in text
+    assert rows["only fprop"]["cost"] == pytest.approx(2 / 3) and rows["only fprop"]["losses"]["4"] > 2.4
+
+
+def test_a_map_in_the_words_of_transformer_engine():
+    """Its tools search a layer's name for each section's pattern, and refuse a layer that two sections fit."""
+    kept = [("block_0/mlp_up", "wgrad"), ("block_0/mlp_gate", "fprop"), ("block_0/attn_out", "dgrad")]
+    lines = maps.settings_lines("mxfp4", [*kept, ("block_10/attn_qkv", "fprop")], 12, "llama")
+    sections = yaml.safe_load("\n".join(lines[lines.index("") + 1 : lines.index("", 2)]))
+    # As TransformerLayer and as Megatron-LM's layers call them; both count from 1.
+    names = {
+        "model.layers.1.layernorm_mlp.fc1": ["fprop", "wgrad"],
+        "model.decoder.layers.1.mlp.linear_fc1": ["fprop", "wgrad"],
+        "model.decoder.layers.1.mlp.linear_fc2": None,
+        "model.decoder.layers.1.self_attention.linear_proj": ["dgrad"],
+        "model.layers.11.self_attention.layernorm_linear_qkv": ["fprop"],
+        "model.layers.11.layernorm_mlp.fc1": None,
+        "model.layers.10.self_attention.layernorm_linear_qkv": None,
+    }
+    for name, gemms in names.items():
+        fitting = [of for of in sections.values() if re.search(of["layers"]["layer_name_regex_pattern"], name)]
+        found = [of["transformer_engine"]["DisableQuantizationGEMM"]["gemms"] for of in fitting]
+        assert found == ([gemms] if gemms else [])
+
+
+def test_a_map_in_the_words_of_torchtitan():
+    """Its converters convert layers whose name holds one of `fqns`, or none of `filter_fqns`."""
+    kept = [(f"block_1/{part}", product) for part in ("attn_qkv", "mlp_gate") for product in PRODUCTS]
+    lines = maps.settings_lines("mxfp8", [*kept, ("block_1/mlp_up", "fprop")], 12, "llama")
+    lists = {
+        line.partition(" = ")[0]: ast.literal_eval(line.partition(" = ")[2]) for line in lines if "fqns = " in line
+    }
+    high = {"lm_head", "layers.1.attention.qkv_linear.wqkv", "layers.1.feed_forward.w1"}
+    low = {"layers.11.attention.qkv_linear.wqkv", "layers.1.feed_forward.w3", "layers.1.attention.wo"}
+    for name in high | low:
+        assert any(part in name for part in lists["filter_fqns"]) == (name in high)
+        assert any(part in name for part in lists["fqns"]) == (name in low)
+    assert "none of GPT-2" in maps.settings_lines("mxfp8", kept, 12)[-1]
+
+
+def test_the_curve_of_a_map_is_drawn(tmp_path):
+    rows = [{"what": what, "cost": cost, "closed": 0.5, "low": None, "high": 0.9} for what, cost in
+            (("recipe", 0.0), ("bf16", 1.0), ("map 0.15", 0.15), ("last 15%", 0.25), ("random 0", 0.2499))]  # fmt: skip
+    shown = map_curve("mxfp4", rows).rows
+    assert [row["what"] for row in shown] == ["map 0.15", "random 0", "last 15%"]  # those that say something
+    assert shown[1]["at"] == 0.2499 and shown[2]["at"] > 0.26  # of equal cost: beside one another
+    assert shown[0]["low"] < 0 and shown[0]["high"] == 0.9
+    (tmp_path / "map.json").write_text(json.dumps({"recipe": "mxfp4", "trained": rows}))
+    draw_map(tmp_path / "map.json")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.files import write_atomically
 from altgrad_jax.inference import precision_map as maps
 from altgrad_jax.inference.precision_map import Cell, Closed
-from altgrad_jax.numerics.recipes import get_recipe
+from altgrad_jax.numerics.recipes import PRODUCTS, get_recipe
 from altgrad_jax.run.record import read_manifest
 from altgrad_jax.run.sweep import axis, grid, make_members, sweep
 from altgrad_jax.run.verdict import read_verdict
@@ -18,7 +18,10 @@ from altgrad_jax.run.verdict import read_verdict
 MAP = "map.json"
 SHARES = (0.05, 0.15, 0.3, 0.5)
 RANDOM_MAPS = 2
-_OF_A_RUN = ("checkpoint_dir", "run_name", "tags", "recipe", "recipe_program", "seed", "certify_draws", "init_from")
+_OF_A_RUN = (
+    *("checkpoint_dir", "run_name", "tags", "recipe", "recipe_program", "certify_draws", "init_from"),
+    *("seed", "data_seed"),
+)
 
 
 def _recipe_of(run, name: str | None) -> tuple[str, dict]:
@@ -50,7 +53,7 @@ def lines_of(scores: maps.Scores, name: str, values: Mapping, share: float, forw
     kept = maps.best_map(score, costs, share)
     lines += ["", f"kept in bfloat16, {sum(costs[cell] for cell in kept):.1%} of the multiplications:", ""]
     lines += maps.picture(kept, values["n_layer"], values["model"])
-    return [*lines, "", *maps.settings_lines(name, kept)]
+    return [*lines, "", *maps.settings_lines(name, kept, values["n_layer"], values["model"])]
 
 
 def planned(name: str, scores: maps.Scores, values: Mapping, n_cells: int) -> dict[str, tuple[str, tuple[Cell, ...]]]:
@@ -73,7 +76,8 @@ def planned(name: str, scores: maps.Scores, values: Mapping, n_cells: int) -> di
     kept |= {f"in: {cell[0]}:{cell[1]}": tuple(other for other in every if other != cell) for cell in best}
     found = {"bf16": ("bf16", tuple(every)), "recipe": (maps.item_of(name, ()), ())}
     for part in ("fprop", "backward"):
-        found[f"only {part}"] = (maps.item_of(f"{name}:{part}", ()), ())
+        high = tuple(cell for cell in every if (cell[1] == PRODUCTS[0]) != (part == "fprop"))
+        found[f"only {part}"] = (maps.item_of(f"{name}:{part}", ()), high)
     return found | {what: (maps.item_of(name, cells), cells) for what, cells in kept.items()}
 
 
@@ -87,7 +91,8 @@ def confirm(run, name, share, draws, out, seeds, n_cells, max_steps, **choices) 
     by_item = {item: what for what, (item, _) in plan.items()}  # maps that are the same are trained once
     labels = {item: f"r{i:02d}" for i, item in enumerate(by_item)}
     items = axis("recipe", [(item,) for item in by_item], label=lambda value: labels[value[0]])
-    members = make_members(config, grid(items, axis("seed", range(seeds))), out)
+    pairs = [{"seed": seed, "data_seed": seed, "run_name": f"s{seed}"} for seed in seeds]
+    members = make_members(config, grid(items, pairs), out)
     code = sweep(members, out, data_dir=choices.get("data_dir") or read_manifest(run)["data"]["dir"])
     if code:
         return code
@@ -125,7 +130,8 @@ def results(plan: Mapping, losses: Mapping[str, Mapping[int, float]], costs: Map
         of: Closed = maps.closed(full, own, baseline)
         gap = sum(gaps) / len(gaps) if gaps else math.nan  # all of its runs may have diverged
         row = {"what": what, "item": item, "cost": sum(costs[cell] for cell in kept), "closed": of.share}
-        rows.append(row | {"low": of.low, "high": of.high, "pairs": of.n, "gap": gap})
+        row |= {"low": of.low, "high": of.high, "pairs": of.n, "gap": gap}
+        rows.append(row | {"losses": {str(seed): own[seed] for seed in sorted(own)}})
     return rows
 
 

@@ -14,8 +14,6 @@ from altgrad_jax.inference.evaluate import data_dir_of
 from altgrad_jax.models import stacking
 from altgrad_jax.models.parameters import weights_of
 from altgrad_jax.numerics import oscillation
-from altgrad_jax.numerics.layers import HEAD
-from altgrad_jax.numerics.slot_quantization import in_tensor_basis, quantize_slot
 from altgrad_jax.run.checkpoint import read_document, resolve_checkpoint, restore_path
 from altgrad_jax.step import recipe, update
 from altgrad_jax.step.certify import certified_layers
@@ -92,13 +90,7 @@ def _rounded(options: recipe.RecipeOptions, state, table) -> dict:
     """{layer: function of its weights that gives them as the forward pass multiplies them}."""
     slots_Q6 = recipe.slots_at(options, state, table)
     return {
-        layer: partial(_forward_copy, jax.tree.map(lambda leaf, q=q: leaf[q, 1], slots_Q6), options, layer)
+        layer: partial(recipe.forward_copy, options, layer, jax.tree.map(lambda leaf, q=q: leaf[q], slots_Q6))
         for q, layer in enumerate(options.names)
         if layer in certified_layers(options)
     }
-
-
-def _forward_copy(slot, options, layer, w):
-    axis, features = int(layer == HEAD), options.features[1]
-    quantized, _ = quantize_slot(w, slot, axis, features, jnp.bfloat16)
-    return in_tensor_basis(quantized, slot, axis, features)

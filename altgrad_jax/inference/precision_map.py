@@ -28,12 +28,12 @@ from altgrad_jax.step.certify import biases, certify, windows_of
 
 Cell = tuple[str, str]  # layer, product
 CONFIDENCE = 0.95
-# The linear layers of a block, by the names that they have elsewhere; of MLPs, `up` holds `gate` too where it is one.
-TRANSFORMER_ENGINE = {"attn_qkv": "layernorm_qkv", "attn_out": "proj", "mlp_up": "layernorm_mlp.*fc1",
-                      "mlp_gate": "layernorm_mlp.*fc1", "mlp_down": "layernorm_mlp.*fc2"}  # fmt: skip
-TORCHTITAN = {"attn_qkv": ("attention.wq", "attention.wk", "attention.wv"), "attn_out": ("attention.wo",),
-              "mlp_up": ("feed_forward.w3",), "mlp_gate": ("feed_forward.w1",),
-              "mlp_down": ("feed_forward.w2",)}  # fmt: skip
+# The linear layers of a block by the names that they have elsewhere. Transformer Engine has one product, fc1, for `up`
+# and `gate`; its names are regular expressions that fit its TransformerLayer and Megatron-LM's layers.
+TRANSFORMER_ENGINE = {"attn_qkv": "self_attention.*qkv", "attn_out": "self_attention.*proj", "mlp_up": "mlp.*fc1",
+                      "mlp_gate": "mlp.*fc1", "mlp_down": "mlp.*fc2"}  # fmt: skip
+TORCHTITAN = {"attn_qkv": "attention.qkv_linear", "attn_out": "attention.wo", "mlp_up": "feed_forward.w3",
+              "mlp_gate": "feed_forward.w1", "mlp_down": "feed_forward.w2"}  # fmt: skip
 
 
 def cells_of(n_layer: int, model: str = "gpt2") -> list[Cell]:
@@ -217,33 +217,47 @@ def picture(kept: Sequence[Cell], n_layer: int, model: str = "gpt2") -> list[str
     return lines
 
 
-def settings_lines(name: str, kept: Sequence[Cell]) -> list[str]:
-    """The map as settings of this project, of Transformer Engine's precision debug tools, and of torchtitan.
+def settings_lines(name: str, kept: Sequence[Cell], n_layer: int, model: str = "gpt2") -> list[str]:
+    """The map as settings of this project, of Transformer Engine's precision debug tools, and of torchtitan."""
+    item = f"--config.recipe='{item_of(name, kept)}'"
+    return [item, "", *_transformer_engine_lines(kept), "", *_torchtitan_lines(kept, n_layer, model)]
 
-    Names of layers are those of TransformerLayer and of torchtitan's Llama; torchtitan keeps layers as a whole.
-    """
-    lines = [
-        f"--config.recipe='{item_of(name, kept)}'",
-        "",
-        "# Transformer Engine, nvdlfw_inspect config (YAML), not tried there:",
-    ]
-    products: dict[str, list[str]] = {}
+
+def _transformer_engine_lines(kept):
+    """A section for each layer, for Transformer Engine refuses a layer that two sections name. Where it has one product
+    for two layers, what either keeps is kept."""
+    gemms: dict[tuple[int, str], set[str]] = {}
     for layer, product in kept:
-        products.setdefault(layer, []).append(product)
-    for i, (layer, gemms) in enumerate(products.items()):
         block, _, part = layer.partition("/")
-        number = int(block.removeprefix("block_"))
+        # Layers are numbered from 1 there.
+        of = int(block.removeprefix("block_")) + 1, TRANSFORMER_ENGINE[part]
+        gemms.setdefault(of, set()).add(product)
+    lines = ["# Transformer Engine 2.13 or newer, config of nvdlfw_inspect (YAML); layers are numbered from 1:"]
+    for i, ((number, pattern), products) in enumerate(sorted(gemms.items())):
+        of = ", ".join(product for product in PRODUCTS if product in products)
         lines += [
             f"keep_{i}:",
             "  enabled: True",
-            f"  layers: {{layer_name_regex_pattern: '.*layers\\.{number}\\..*{TRANSFORMER_ENGINE[part]}.*'}}",
-            f"  transformer_engine: {{DisableQuantizationGEMM: {{enabled: True, gemms: [{', '.join(gemms)}]}}}}",
+            f"  layers: {{layer_name_regex_pattern: 'layers\\.{number}\\..*{pattern}'}}",
+            f"  transformer_engine: {{DisableQuantizationGEMM: {{enabled: True, gemms: [{of}]}}}}",
         ]
-    whole = [layer for layer, gemms in products.items() if len(gemms) == len(PRODUCTS)]
-    names = [
-        f"layers.{layer.partition('/')[0].removeprefix('block_')}.{part}"
-        for layer in whole
-        for part in TORCHTITAN[layer.partition("/")[2]]
-    ]
-    lines += ["", "# torchtitan, whole layers only, not tried there:", f"filter_fqns = {['output', *names]!r}"]
     return lines
+
+
+def _torchtitan_lines(kept, n_layer, model):
+    """Layers all of whose products are kept: its Float8LinearConverter names those that it leaves out, its
+    MXFP8LinearConverter and NVFP4LinearConverter those that they convert."""
+    if model != "llama":
+        return ["# torchtitan has Llama's blocks and none of GPT-2"]
+    layers = [layer for layer in linear_layers(n_layer, model) if layer != HEAD]
+    names: dict[bool, list[str]] = {True: ["lm_head"], False: []}
+    for layer in layers:
+        block, _, part = layer.partition("/")
+        whole = all((layer, product) in kept for product in PRODUCTS)
+        names[whole].append(f"layers.{block.removeprefix('block_')}.{TORCHTITAN[part]}")
+    return [
+        "# torchtitan, whole layers only; of Float8LinearConverter.Config:",
+        f"filter_fqns = {names[True]!r}",
+        "# of MXFP8LinearConverter.Config and NVFP4LinearConverter.Config:",
+        f"fqns = {names[False]!r}",
+    ]

@@ -12,6 +12,7 @@ not imported.
     needs       what a report will lack, said before the runs are made
 """
 
+import json
 import math
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import write_atomically, writing
 from altgrad_jax.report.analysis import Comparison
-from altgrad_jax.report.page import Report
+from altgrad_jax.report.page import Report, picture
 from altgrad_jax.report.runs import UNFINISHED, Reader
 from altgrad_jax.report.statistics import MARGIN
 
@@ -70,6 +71,16 @@ def _content(report, suffix):
     if suffix in PICTURES:
         return report.picture(suffix)
     return (report.markdown() if suffix == ".md" else report.html()).encode()
+
+
+def draw_map(path):
+    """Draws a map.json of scripts/precision_map.py as map.png beside it."""
+    from altgrad_jax.report.figures import map_curve  # Altair takes a second to import
+
+    path = Path(path)
+    figure = map_curve(**json.loads(path.read_text()))
+    with writing(path.parent, "give another folder with --train"):
+        write_atomically(path.with_suffix(".png"), picture(figure, ".png"))
 
 
 def live(paths, outputs, data_dir=None, *, seconds, margin=MARGIN, say=print, sleep=time.sleep):

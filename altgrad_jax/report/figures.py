@@ -168,6 +168,57 @@ def gaps(c):
     )
 
 
+# ------------------------------------------------------------------------------------------------- precision maps
+
+MAP_KINDS = {"map": "#2f8fd0", "rule of thumb": "#d55e00", "random map": "#8b949e", "one part of the recipe": "#009e73"}
+_LOWEST, _HIGHEST = -0.75, 1.75  # of the share of the gap that is drawn; intervals end there
+
+
+def map_curve(recipe: str, trained: list[dict]) -> Figure:
+    """What maps of a recipe closed of the loss gap over what they cost: points, and Fieller's intervals.
+
+    Args:
+      trained: rows of map_trainings.results; None for an end of an interval that has none.
+    """
+    rows = []
+    for row in sorted(trained, key=lambda row: (row["cost"], row["what"])):
+        what, kind = row["what"], _map_kind(row["what"])
+        if kind is None or row["closed"] is None:
+            continue
+        # Maps of one cost stand beside one another.
+        at = row["cost"] + 0.012 * sum(abs(other["cost"] - row["cost"]) < 0.005 for other in rows)
+        ends = [end if value is None else value for value, end in ((row["low"], _LOWEST), (row["high"], _HIGHEST))]
+        label = {"map": "", "one part of the recipe": what}.get(kind, what)
+        rows.append({"what": what, "kind": kind, "label": label, "cost": row["cost"], "at": at,
+                     "closed": row["closed"], "low": ends[0], "high": ends[1]})  # fmt: skip
+    y = alt.Y("closed:Q").scale(domain=[_LOWEST, _HIGHEST], clamp=True).title("share of the loss gap closed")
+    x = alt.X("at:Q").scale(domain=[0, max(row["at"] for row in rows) + 0.12], nice=False).axis(format="%")
+    x = x.title("share of the blocks' multiplications in bfloat16")
+    colour = alt.Color("kind:N").scale(domain=list(MAP_KINDS), range=list(MAP_KINDS.values())).legend(orient="top")
+    points = alt.Chart().encode(x=x, y=y, color=colour.title(None))
+    maps = points.transform_filter("datum.kind == 'map'")
+    layers = [
+        *(alt.Chart(alt.Data(values=[{}])).mark_rule(color="#8b949e").encode(y=alt.datum(at)) for at in (0, 1)),
+        points.mark_rule(clip=True).encode(y="low:Q", y2="high:Q"),
+        maps.mark_line(),
+        points.mark_circle(size=70, opacity=1),
+        points.mark_text(align="left", dx=6, dy=-6, fontSize=11).encode(text="label:N"),
+    ]
+    aid = f"A dot is the ratio of means over pairs of runs, the line its {CONFIDENCE:.0%} interval, uncorrected."
+    return Figure("map", f"What maps of {recipe} close", aid, rows, _page(layers, height=360))
+
+
+def _map_kind(what):
+    """Of MAP_KINDS; None: not drawn."""
+    if what.startswith("only "):
+        return "one part of the recipe"
+    if what.startswith("random "):
+        return "random map"
+    if what in ("last 15%", "first and last"):
+        return "rule of thumb"
+    return "map" if what.startswith("map ") else None
+
+
 # --------------------------------------------------------------------------------------------------------- curves
 
 

@@ -82,11 +82,7 @@ class Report:
             raise UserError(
                 "these runs have no gap to draw: leave .svg and .png out until a bfloat16 run is among them"
             )
-        import vl_convert
-
-        if suffix == ".svg":
-            return vl_convert.vegalite_to_svg(forest.standalone).encode()
-        return vl_convert.vegalite_to_png(forest.standalone, scale=2)
+        return picture(forest, suffix)
 
     def data(self):
         """[(file name, bytes)] of every table's and figure's numbers."""
@@ -115,6 +111,15 @@ class Report:
     def markdown(self):
         """The same words and tables, without the figures."""
         return ENVIRONMENT.get_template("page.md").render(**self._facts())
+
+
+def picture(figure, suffix):
+    """A Figure as bytes of a file, ".svg" or ".png"."""
+    import vl_convert
+
+    if suffix == ".svg":
+        return vl_convert.vegalite_to_svg(figure.standalone).encode()
+    return vl_convert.vegalite_to_png(figure.standalone, scale=2)
 
 
 def markdown_table(table):

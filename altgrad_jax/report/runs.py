@@ -75,7 +75,8 @@ FORMAT_VARIANTS = (
     "emergency_formats",
     "emergency_patience",
 )
-VARIANTS = ("grad_clip", "moments", "moments_rounding", *FORMAT_VARIANTS)
+_RESET = ("oscillation_reset", "oscillation_start", "oscillation_threshold")
+VARIANTS = ("grad_clip", "moments", "moments_rounding", *_RESET, *FORMAT_VARIANTS)
 # Anything else, a setting this page does not know included, must be equal.
 
 # First elements of the names of the metrics that the report shows or watches.

@@ -46,7 +46,8 @@ WINDOW_LOSSES = "window_losses.json"
 # compiler options (config.ADDED_IN_5), and another order of the keys of a row. 6: other names of metrics and settings
 # (run/names.py, config.RENAMED_IN_6, config.ADDED_IN_6), the version in each of `starts`. 7: certificates in
 # the rows of diagnoses (docs/bias.md, config.ADDED_IN_7), facts of formats of one's own, jax's environment, and records
-# of other loops (run/recorder.py). 8: the settings norm_gains and smooth_swiglu (config.ADDED_IN_8). Records of earlier
+# of other loops (run/recorder.py). 8: rounded norm gains, Smooth-SwiGLU and resets of weights (config.ADDED_IN_8).
+# Records of earlier
 # versions are read under the names of today.
 SCHEMA_VERSION = 8
 READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)

@@ -263,22 +263,35 @@ def init_state(options: QuantOptions, weights: dict, formats_Q3: FormatParams, a
     return state, stored
 
 
+_OF_WEIGHTS = ("rest_scale", "residual", "age")
+
+
 def stacked(state: QuantState, segments: Segments) -> QuantState:
     """A state whose dictionaries are keyed by group, with arrays [n, ...]; a layer by itself gets n = 1 too."""
-
-    def with_axis(tree):
-        return {key: value if ":" in key else value[None] for key, value in stack(tree, segments).items()}
-
-    return state._replace(**{name: with_axis(getattr(state, name)) for name in ("rest_scale", "residual", "age")})
+    return stack_fields(state, segments, _OF_WEIGHTS)
 
 
 def unstacked(state: QuantState) -> QuantState:
     """The inverse of `stacked`."""
+    return unstack_fields(state, _OF_WEIGHTS)
+
+
+def stack_fields(state: Any, segments: Segments, names: Sequence[str]) -> Any:
+    """`stacked`, of these fields of a NamedTuple."""
+
+    def with_axis(tree):
+        return {key: value if ":" in key else value[None] for key, value in stack(tree, segments).items()}
+
+    return state._replace(**{name: with_axis(getattr(state, name)) for name in names})
+
+
+def unstack_fields(state: Any, names: Sequence[str]) -> Any:
+    """The inverse of `stack_fields`."""
 
     def by_layer(tree):
         return {layer: value[k] for key, value in tree.items() for k, layer in enumerate(layers_of(key))}
 
-    return state._replace(**{name: by_layer(getattr(state, name)) for name in ("rest_scale", "residual", "age")})
+    return state._replace(**{name: by_layer(getattr(state, name)) for name in names})
 
 
 def operands(

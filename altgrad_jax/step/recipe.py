@@ -24,13 +24,14 @@ from altgrad_jax.models.config import ModelConfig
 from altgrad_jax.models.stacking import Segments, group_of
 from altgrad_jax.numerics import slot_statistics, slots
 from altgrad_jax.numerics.layers import HEAD, all_products, is_attention
+from altgrad_jax.numerics.oscillation import Reset
 from altgrad_jax.numerics.products import push_amax
 from altgrad_jax.numerics.recipes import SLOTS, Phase, Recipe, get_recipe, in_layers, kept_high, parse_schedule
 from altgrad_jax.numerics.rounding import stochastic_seed
-from altgrad_jax.numerics.slot_quantization import Features, Slot
+from altgrad_jax.numerics.slot_quantization import Features, Slot, in_tensor_basis, quantize_slot
 from altgrad_jax.numerics.sums import combine, combine_all
 from altgrad_jax.step.metrics import BY_SIZE, Columns, joined, over, sqnr_db_by_size
-from altgrad_jax.step.quantization import Group, grouped, in_layer_order
+from altgrad_jax.step.quantization import Group, grouped, in_layer_order, stack_fields, unstack_fields
 
 # Where the rows of a forward and of a backward vector stand among SLOTS.
 _ORDER = np.argsort([*slots.FORWARD, *slots.BACKWARD])
@@ -43,7 +44,7 @@ class RecipeOptions:
 
     names: the layers that some recipe of the program quantizes, in the order of the model. features: of the six slots.
     schedule: the run's phases. delayed: whether some amax of the program is of earlier steps. amax_history: how many of
-    them count. model: as in the setting.
+    them count. model: as in the setting. reset: of weights that oscillate; None: never.
     """
 
     names: tuple[str, ...]
@@ -53,6 +54,7 @@ class RecipeOptions:
     delayed: bool = False
     amax_history: int = 1
     model: str = "gpt2"
+    reset: Reset | None = None
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -90,6 +92,12 @@ class RecipeState(NamedTuple):
     begun: Any = None
     bad_streak: Any = None
     exhausted_streak: Any = None
+    # With RecipeOptions.reset: {group: float32 like its weights}, how far they and their rounding moved in this window.
+    moved: Any = None
+    rounded_moved: Any = None
+
+
+_OF_WEIGHTS = ("moved", "rounded_moved")
 
 
 def known_recipes(config: Mapping[str, Any]) -> list[Recipe]:
@@ -125,6 +133,9 @@ def options_of(config: Mapping[str, Any]) -> RecipeOptions | None:
         delayed=delayed,
         amax_history=config["amax_history"] if delayed else 1,
         model=model,
+        reset=Reset(*(config[f"oscillation_{name}"] for name in ("reset", "start", "threshold")))
+        if config["oscillation_reset"]
+        else None,
     )
 
 
@@ -173,6 +184,16 @@ def init_state(options: RecipeOptions) -> RecipeState:
     return state._replace(exhausted_streak=jnp.int32(0)) if options.counts_exhausted else state
 
 
+def stacked(state: RecipeState, segments: Segments) -> RecipeState:
+    """quantization.stacked"""
+    return state if state.moved is None else stack_fields(state, segments, _OF_WEIGHTS)
+
+
+def unstacked(state: RecipeState) -> RecipeState:
+    """The inverse of `stacked`."""
+    return state if state.moved is None else unstack_fields(state, _OF_WEIGHTS)
+
+
 def phase_at(table: RecipeTable, state: RecipeState) -> jax.Array:
     """int32: which phase of the schedule the next update follows, from 0."""
     begun_P = state.number >= jnp.asarray(table.start_P)
@@ -216,6 +237,17 @@ def slots_at(options: RecipeOptions, state: RecipeState, table: RecipeTable, see
         seed[0], seed[1], np.arange(len(options.names), dtype=np.uint32)
     )
     return jax.vmap(slots.redraw)(slots_Q6, seeds_Q2)
+
+
+def forward_copy(options: RecipeOptions, layer: str, slots_6: Slot, w) -> jax.Array:
+    """Weights of a layer or group, w float32 [K, N], as the forward pass multiplies them: float32 values.
+
+    Args:
+      slots_6: its slots, leaves [6, ...].
+    """
+    axis, features, slot = int(layer == HEAD), options.features[1], jax.tree.map(lambda leaf: leaf[1], slots_6)
+    quantized, _ = quantize_slot(w, slot, axis, features, jnp.bfloat16)
+    return in_tensor_basis(quantized, slot, axis, features)
 
 
 def operands(groups: Sequence[Group], slots_Q6: Slot) -> dict[str, Slot]:

@@ -44,9 +44,9 @@ from altgrad_jax.models.linear import Quantized
 from altgrad_jax.models.model import forward, init_params
 from altgrad_jax.models.parameters import weights_of, with_weights
 from altgrad_jax.models.transformer import ModelOutput
-from altgrad_jax.numerics import ledger, moments, optimizers
+from altgrad_jax.numerics import ledger, moments, optimizers, oscillation
 from altgrad_jax.numerics.cross_entropy import cross_entropy, tied_cross_entropy
-from altgrad_jax.numerics.layers import HEAD
+from altgrad_jax.numerics.layers import HEAD, is_attention
 from altgrad_jax.numerics.products import combine_statistics
 from altgrad_jax.numerics.rounding import FormatParams, stochastic_seed
 from altgrad_jax.step import metrics, quantization, recipe, stability
@@ -413,6 +413,10 @@ def init(step: Step, seed, table: FormatParams | None = None, params=None) -> Tr
         params = with_weights(params, at_rest)
     if step.recipe is not None:
         quant_state = recipe.init_state(step.recipe)
+        if step.recipe.reset is not None:
+            layers = [layer for layer in step.recipe.names if not is_attention(layer)]
+            nothing = {quantization.key_of(layer): jnp.zeros_like(weights_of(params, layer)) for layer in layers}
+            quant_state = quant_state._replace(moved=nothing, rounded_moved=dict(nothing))
     monitor = stability.init_monitor(
         step.options.thresholds,
         metrics.neuron_layers(params),
@@ -431,7 +435,7 @@ def stacked(step: Step, state: TrainState) -> TrainState:
         params=stacking.stack(state.params, segments),
         opt_state=stacking.stack(state.opt_state, segments),
         monitor=state.monitor._replace(dead_streak=stacking.stack(streaks, segments)),
-        quant=quantization.stacked(state.quant, segments) if step.quant is not None else state.quant,
+        quant=_apply_to_numbers(step, state.quant, quantization.stacked, recipe.stacked, segments),
     )
 
 
@@ -443,8 +447,15 @@ def unstacked(step: Step, state: TrainState) -> TrainState:
         params=params,
         opt_state=stacking.unstack(state.opt_state),
         monitor=state.monitor._replace(dead_streak=tuple(streaks[layer] for layer in metrics.neuron_layers(params))),
-        quant=quantization.unstacked(state.quant) if step.quant is not None else state.quant,
+        quant=_apply_to_numbers(step, state.quant, quantization.unstacked, recipe.unstacked),
     )
+
+
+def _apply_to_numbers(step: Step, state, of_formats, of_recipe, *args):
+    """TrainState.quant by one of two functions; None without number formats and recipe."""
+    if step.quant is not None:
+        return of_formats(state, *args)
+    return None if step.recipe is None else of_recipe(state, *args)
 
 
 # Jitted, so that it is traced once for the names of its metrics and for the loop over updates.
@@ -489,8 +500,61 @@ def train_step(step: Step, state: TrainState, windows, inputs: Inputs) -> tuple[
         bad = counts_towards_shift(step, state.monitor, found.loss, counts) if recipes.options.waits else None
         row += recipe_columns(step, recipes, outcome, bad)
         quant = recipes.after(found.statistics, health.finite, bad)
+        if recipes.options.reset is not None:
+            params, quant, n_reset = reset_oscillating(recipes, quant, state.params, params, health.finite)
+            row.append(_sparse(metrics.scalars({"weights_reset": n_reset})))
     state = TrainState(state.step + 1, params, update.opt_state, watched.monitor, quant)
     return constrain(state, state_shardings(state, step.mesh), step.mesh), metrics.joined(row)
+
+
+def reset_oscillating(
+    recipes: recipe.InUse, quant: recipe.RecipeState, old, params, finite
+) -> tuple[Any, recipe.RecipeState, jax.Array]:
+    """(parameters with weights that oscillated at the centre of their bins, state, how many they are) after an update.
+
+    NaN in place of their number where no window ends (oscillation.Reset).
+
+    Args:
+      quant: after the update; its sums are those before it. old, params: parameters before and after the update,
+        stacked. finite: bool, whether the step is; nothing is reset at one that is not.
+    """
+    assert recipes.options.reset is not None, "made for a run that resets weights"
+    groups = [group for group in recipes.groups if not is_attention(group.name)]
+    names = [group.name for group in groups]
+    slots_Q6 = recipe.slots_at(recipes.options, recipes.state, recipes.table)
+    watched, ends = recipes.options.reset.watches(recipes.number)
+
+    def watch_all(weights, moved, rounded_moved, old):
+        out = {}
+        for group in groups:
+            one = partial(_watch_layer, recipes.options, group.name, ends, finite)
+            of = group.of(slots_Q6), old[group.name], weights[group.name], moved[group.key], rounded_moved[group.key]
+            out[group.name] = jax.lax.map(one, of)
+        weights, moved, rounded_moved, n_reset = zip(*out.values())
+        keys = [group.key for group in groups]
+        by_group = dict(zip(names, weights)), dict(zip(keys, moved)), dict(zip(keys, rounded_moved))
+        return *by_group, sum(jnp.sum(n) for n in n_reset)
+
+    def leave(weights, moved, rounded_moved, old):
+        return weights, moved, rounded_moved, jnp.float32(0)
+
+    given = _weights_of(names, params), quant.moved, quant.rounded_moved, _weights_of(names, old)
+    weights, moved, rounded_moved, n_reset = jax.lax.cond(watched, watch_all, leave, *given)
+    state = quant._replace(moved=moved, rounded_moved=rounded_moved)
+    return _with_weights(params, weights), state, jnp.where(ends, n_reset, jnp.nan)
+
+
+def _watch_layer(options: RecipeOptions, name: str, ends, finite, of) -> tuple:
+    """(weights, moved, rounded_moved, how many were reset) of one layer at an update of a window."""
+    assert options.reset is not None, "made for a run that resets weights"
+    slots_6, old, new, moved, rounded_moved = of
+    copy = partial(recipe.forward_copy, options, name, slots_6)
+    centre = copy(new)
+    moved, rounded_moved = moved + jnp.abs(new - old), rounded_moved + jnp.abs(centre - copy(old))
+    found = oscillation.oscillates(moved, rounded_moved, options.reset.threshold)
+    reset = found & ends & finite & ~slots_6.high[1]
+    sums = (jnp.where(ends, 0.0, total) for total in (moved, rounded_moved))
+    return jnp.where(reset, centre, new), *sums, jnp.sum(reset, dtype=jnp.float32)
 
 
 def formats_of(step: Step, state: TrainState, inputs: Inputs) -> Formats | None:
@@ -995,7 +1059,12 @@ def _by_layer(groups, tree: dict):
 
 def _weights(groups, tree) -> dict:
     """{group: its weights [n, K, N]} of a stacked tree like the parameters, groups whose weights have a format."""
-    weights = {group.name: weights_of(tree, group.name) for group in _with_format(groups)}
+    return _weights_of([group.name for group in _with_format(groups)], tree)
+
+
+def _weights_of(names, tree) -> dict:
+    """{group: its weights [n, K, N]} of these groups."""
+    weights = {name: weights_of(tree, name) for name in names}
     return {name: w[None] if name == HEAD else w for name, w in weights.items()}
 
 
