@@ -24,6 +24,26 @@ def _backend_is_started():
         return False
 
 
+_forked_from_jax = False
+
+
+def _note_fork():
+    global _forked_from_jax
+    _forked_from_jax = _backend_is_started()
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def require_no_fork():
+    """UserError in a process that was forked from one in which jax had started: without its threads jax hangs."""
+    if _forked_from_jax:
+        raise UserError(
+            "this process was forked from one in which jax had started, and jax would hang here: start it anew, with "
+            "multiprocessing.get_context('spawn'), or as a script"
+        )
+
+
 def use_deterministic_operations():
     """Asks XLA for operations that repeat to the bit, which must happen before jax first touches a GPU.
 

@@ -87,6 +87,7 @@ def train(
     Raises:
       UserError: any setting, file or folder that cannot be used; before the first step.
     """
+    device.require_no_fork()
     goodput = Goodput(age)
     config, notes = settings.fitted(config)
     for note in notes:
