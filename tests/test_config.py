@@ -796,7 +796,8 @@ def test_a_record_of_version_1_is_one_with_the_defaults():
     assert to_5 | settings.ADDED_IN_6 | settings.ADDED_IN_7 | settings.ADDED_IN_8 == set(NEW)
     model = {"model", "n_kv_head", "tied_head", "qk_norm"}
     assert settings.ADDED_IN_6 == {"evaluate_all", "init_from"} | model and settings.ADDED_IN_7 == {"certify_draws"}
-    assert settings.ADDED_IN_8 == {"norm_gains", "smooth_swiglu"}
+    resets = {"oscillation_reset", "oscillation_start", "oscillation_threshold"}
+    assert settings.ADDED_IN_8 == {"norm_gains", "smooth_swiglu"} | resets
     assert settings.ADDED_IN_3 == {"checkpoint_seconds"} and settings.ADDED_IN_4 == {"loggers"}
     assert settings.ADDED_IN_5 == {"xla_options", "recipe", "recipe_program", "moments", "moments_rounding"}
     new = to_dict(default_config())
