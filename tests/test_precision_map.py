@@ -126,7 +126,7 @@ def test_a_map_in_the_words_of_transformer_engine():
     kept = [("block_0/mlp_up", "wgrad"), ("block_0/mlp_gate", "fprop"), ("block_0/attn_out", "dgrad")]
     lines = maps.settings_lines("mxfp4", [*kept, ("block_10/attn_qkv", "fprop")], 12, "llama")
     sections = yaml.safe_load("\n".join(lines[lines.index("") + 1 : lines.index("", 2)]))
-    # As TransformerLayer and as Megatron-LM's layers call them; both count from 1.
+    # As TransformerLayer and, by memory, Megatron-LM's layers call them; the first counts from 1.
     names = {
         "model.layers.1.layernorm_mlp.fc1": ["fprop", "wgrad"],
         "model.decoder.layers.1.mlp.linear_fc1": ["fprop", "wgrad"],

@@ -29,7 +29,7 @@ from altgrad_jax.step.certify import biases, certify, windows_of
 Cell = tuple[str, str]  # layer, product
 CONFIDENCE = 0.95
 # The linear layers of a block by the names that they have elsewhere. Transformer Engine has one product, fc1, for `up`
-# and `gate`; its names are regular expressions that fit its TransformerLayer and Megatron-LM's layers.
+# and `gate`; its names are regular expressions that fit its TransformerLayer (and, by memory, Megatron-LM's layers).
 TRANSFORMER_ENGINE = {"attn_qkv": "self_attention.*qkv", "attn_out": "self_attention.*proj", "mlp_up": "mlp.*fc1",
                       "mlp_gate": "mlp.*fc1", "mlp_down": "mlp.*fc2"}  # fmt: skip
 TORCHTITAN = {"attn_qkv": "attention.qkv_linear", "attn_out": "attention.wo", "mlp_up": "feed_forward.w3",
