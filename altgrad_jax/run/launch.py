@@ -66,6 +66,11 @@ def parse_options(text: str) -> dict[str, str | bool]:
     return options
 
 
+def flags_of_slice(i: int, jobs: int) -> list[str]:
+    """What makes the command of all jobs that of the i-th: of a flag that is given twice the last counts."""
+    return ["--launch=none", "--jobs=1", "--slurm=", f"--shard={i}/{jobs}"]
+
+
 def launch(
     cluster: str,
     command: Sequence[str],
@@ -101,7 +106,7 @@ def launch(
     executor.update_parameters(name=Path(out).name or "sweep", timeout_min=minutes)
     if options:
         executor.update_parameters(slurm_additional_parameters=dict(options))
-    slices = [Slice([*command, "--launch=none", f"--shard={i}/{jobs}"]) for i in range(1, jobs + 1)]
+    slices = [Slice([*command, *flags_of_slice(i, jobs)]) for i in range(1, jobs + 1)]
     started = executor.submit_array(slices)
     names = ", ".join(job.job_id for job in started)
     tell(f"{jobs} jobs of {cluster}: {names}; what they print: {folder}/JOB/")

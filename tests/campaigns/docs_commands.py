@@ -51,7 +51,7 @@ NOT_RUN = (
     ("python scripts/train.py ... --coordinator", "needs Kubernetes"),
     ("bash scripts/gpu_suite.sh", "needs a GPU"),
     ("inst = altgrad_jax.instrument", FRAGMENT),
-    ("from altgrad_jax.whatif", "a fragment: `line` is a line of diagnostics.jsonl"),
+    ("from altgrad_jax.numerics.whatif", "a fragment: `line` is a line of diagnostics.jsonl"),
     ("your_model.md: import jax", FRAGMENT),
     ("your_model.md: with Recorder", FRAGMENT),
     ("your_model.md: optimizer =", FRAGMENT),
