@@ -185,6 +185,11 @@ def of_smooth_swiglu(c: Any) -> Iterator[str]:
             f"smooth_swiglu=True has no effect with formats={c.formats!r}, which give A of mlp_down none: give it a "
             f"format, or {off}"
         )
+    if known and all(recipe.fprop_x.high and recipe.wgrad_x.high for recipe in known):
+        yield (
+            f"smooth_swiglu=True has no effect with recipe={c.recipe!r}, which quantizes no input of a layer: give "
+            f"another recipe, or {off}"
+        )
     if mixed := [recipe.name for recipe in known if recipe.fprop_x.rotation]:
         yield (
             f"smooth_swiglu=True scales the columns of mlp_down's input, which recipe={mixed[0]!r} mixes by a Hadamard "
@@ -230,6 +235,13 @@ def of_recipe(c: Any) -> Iterator[str]:
                 )
         elif any(phase.exhausted for phase in schedule):
             yield (f"recipe={c.recipe!r} waits for certificates, and certify_draws=0 makes none: set certify_draws=16")
+        first = c.oscillation_start + -(-c.oscillation_reset // 4)
+        if c.oscillation_reset and first > c.max_steps:
+            yield (
+                f"oscillation_reset={c.oscillation_reset} with oscillation_start={c.oscillation_start} first resets "
+                f"after update {first}, and max_steps={c.max_steps} ends before: give smaller ones, or "
+                "oscillation_reset=0"
+            )
         if c.oscillation_reset and c.fsdp != 1:
             yield (
                 f"oscillation_reset={c.oscillation_reset} watches whole weights, and fsdp={c.fsdp} splits them: set "

@@ -958,6 +958,7 @@ LLAMA = {"model": "llama", "smooth_swiglu": True}
         (LLAMA, "has no effect without formats or a recipe"),
         (LLAMA | {"use_fp8": True, "formats": ("E4M3",), "products": "native"}, "products='native' takes one scale"),
         (LLAMA | {"use_fp8": True, "formats": ("block_*/attn_*=E4M3",)}, "which give A of mlp_down none"),
+        (LLAMA | {"recipe": ("bf16", "mxfp8:dgrad@10")}, "which quantizes no input of a layer"),
         (LLAMA | {"recipe": ("bf16", "ufp4@10")}, "which recipe='ufp4' mixes by a Hadamard transform"),
         ({"norm_gains": "mxfp8", "n_embd": 48}, "do not divide the norms of n_embd = 48 numbers"),
         ({"norm_gains": "mxfp8", "model": "llama", "qk_norm": True, "n_head": 24}, "n_embd / n_head = 16 numbers"),

@@ -82,7 +82,8 @@ def test_the_first_quarter_of_a_period_is_watched():
     [
         (dict(oscillation_reset=200), "oscillation_reset=200 has no effect with recipe=()"),
         (dict(recipe=("mxfp8",), oscillation_threshold=8.0), "has no effect with oscillation_reset=0"),
-        (dict(recipe=("mxfp8",), oscillation_reset=200, fsdp=2), "watches whole weights, and fsdp=2 splits them: set"),
+        (dict(recipe=("mxfp8",), oscillation_reset=8, oscillation_start=99, max_steps=100), "resets after update 101"),
+        (dict(recipe=("mxfp8",), oscillation_reset=8, fsdp=2), "watches whole weights, and fsdp=2 splits them: set"),
     ],
 )
 def test_resets_that_cannot_be(changes, sentence):

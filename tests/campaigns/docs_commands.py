@@ -76,6 +76,7 @@ SMALLER = (
     (r"scripts/certify\.py .*--oscillation", "--oscillation=2"),
     (r"scripts/precision_map\.py", "--draws=2"),
     (r"scripts/precision_map\.py .*--train", "--seeds=2 --cells=1 --max_steps=4"),
+    (r"oscillation_reset", "--config.oscillation_reset=4"),
     (r"finetune_gpt2", "--steps=2 --block_size=32 --batch_size=2"),
     (r"fault_campaign", "--parts=kills --kills=1"),
     (r"coordinator=node0", "--num_processes=1"),
